@@ -1,0 +1,50 @@
+"""Folders that are whole or not there: written beside their place, put on disk, then renamed into it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` when the block ends and vanishes when the block raises.
+
+    What an earlier, killed writer left half-done is removed first.
+
+    Raises:
+        FileExistsError: `target` exists already.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already")
+    staging = target.with_name(target.name + ".partial")
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            sync(path)
+        staging.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small text file that readers see either as it was or as it is now."""
+    staging = path.with_name(path.name + ".partial")
+    staging.write_text(text, encoding="utf-8")
+    sync(staging)
+    staging.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Puts a file's or folder's content on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
