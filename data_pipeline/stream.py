@@ -23,11 +23,7 @@ from pydantic import BaseModel, Field
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
-
-SEPARATOR = 256
-"""The id between two documents."""
-PADDING = 257
-"""The id of no byte at all; never a target."""
+from data_pipeline.vocabulary import SEPARATOR
 
 EXTENT_BYTES = 4 << 20
 """Adjacent blocks of one shard are permuted together in groups of about this many raw bytes."""

@@ -1,0 +1,1 @@
+"""Models, engines, checkpoints and the training loop."""

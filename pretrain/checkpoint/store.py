@@ -1,0 +1,64 @@
+"""A run's checkpoints: commit, find the newest valid one, set invalid ones aside, keep the last few."""
+
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from data_pipeline.atomic import atomic_folder
+from pretrain.checkpoint.format import InvalidCheckpointError, Metadata, verify, write
+from pretrain.fragments import Fragment
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """When checkpoints are written and how many stay. One is always written when a run ends or is interrupted."""
+
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=3, ge=1)
+    """The newest checkpoints that are kept; older ones are deleted after a new one is on disk."""
+
+
+class CheckpointStore:
+    """The checkpoints in one folder, named by their step."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> Path:
+        """Writes a checkpoint, which is there, whole and on disk, when this returns; then deletes the oldest."""
+        with atomic_folder(self.path(step)) as staging:
+            write(staging, fragments, state)
+        for old in self.committed()[: -self._keep]:
+            (old / "metadata.json").unlink()  # first, so that half a checkpoint never looks valid
+            shutil.rmtree(old)
+        return self.path(step)
+
+    def committed(self) -> list[Path]:
+        """The checkpoints there are, oldest first; their content has not been verified."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
+
+    def newest_valid(self) -> Metadata | None:
+        """The newest checkpoint of which every byte is as written; invalid ones on the way are set aside."""
+        for path in reversed(self.committed()):
+            try:
+                return verify(path)
+            except InvalidCheckpointError as error:
+                aside = path.with_name(f"{path.name}.invalid")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+                log.warning("checkpoint set aside as %s: %s", aside.name, error)
+        return None

@@ -1,0 +1,234 @@
+"""The config: one typed tree, assembled from the nodes that the rooms declare beside their code.
+
+    recipe.yaml + dotted overrides ─▶ load ─▶ Config, immutable and checked
+
+What is wrong is told in a line: the field, what it should be, and the file and line or the override it came from.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from data_pipeline.loader import LoaderConfig
+from data_pipeline.stream import StreamConfig
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.engines import EngineConfig
+from pretrain.evaluate import ValidationConfig
+from pretrain.models import ModelConfig
+from pretrain.optimizers import OptimizerConfig
+from pretrain.run_folder import RunConfig
+from pretrain.tracking import TrackingConfig
+from pretrain.train import TrainConfig
+
+
+class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """A Byteloom run."""
+
+    run: RunConfig
+    data: StreamConfig
+    loader: LoaderConfig = LoaderConfig()
+    model: ModelConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def as_tree(self) -> dict[str, Any]:
+        """The whole tree as JSON values."""
+        return self.model_dump(mode="json")
+
+
+class ConfigError(Exception):
+    """A recipe or an override is wrong; a line for each fault."""
+
+
+FieldPath = tuple[str, ...]
+
+
+def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a recipe file, with `section.field=value` overrides laid over it.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field or override is wrong.
+    """
+    origins: dict[FieldPath, str] = {}
+    tree = _read_yaml(recipe, origins)
+    for override in overrides:
+        _apply(override, tree, origins)
+    return parse(tree, origins, str(recipe))
+
+
+def parse(tree: dict[str, Any], origins: dict[FieldPath, str], source: str) -> Config:
+    """The config of a tree of plain values.
+
+    Args:
+        origins: where each value came from, for errors.
+        source: where the tree came from, for values that are missing.
+    """
+    try:
+        # Strict, so that "50" is no number; by way of JSON, where a mapping is what a strict nested node expects.
+        return Config.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        lines = [_describe(fault, origins, source) for fault in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def explain(name: str) -> str:
+    """What a dotted field or section means, with its type, default and bounds.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
+    path = tuple(name.split("."))
+    parent = _node_at(path[:-1])
+    if parent is None or path[-1] not in parent.model_fields:
+        nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in _all_fields(Config, ())], 1)
+        raise ConfigError(f"{name} is not a field" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
+    node = _node_at(path)
+    if node is None:
+        return _explain_field(name, parent.model_fields[path[-1]])
+    own = [_explain_field(".".join(p), field) for p, field in _all_fields(node, path)]
+    return f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own)
+
+
+def _explain_field(name: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else f"default {json.dumps(field.get_default())}"
+    bounds = [
+        f"{word} {getattr(limit, attribute)}"
+        for limit in field.metadata
+        for attribute, word in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than"))
+        if hasattr(limit, attribute)
+    ]
+    meaning = " ".join((field.description or "").split())
+    return f"{name}: {', '.join([_type_name(field.annotation), default, *bounds])}\n    {meaning}"
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if isinstance(annotation, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(annotation)))
+    return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
+
+
+def _all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
+    """Every leaf field under a node, with its path."""
+    for name, field in node.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_fields(field.annotation, (*path, name))
+        else:
+            yield (*path, name), field
+
+
+def _node_at(path: FieldPath) -> type[BaseModel] | None:
+    """The config class at a path, or None where there is a plain value or nothing."""
+    node: type[BaseModel] = Config
+    for name in path:
+        field = node.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        node = field.annotation
+    return node
+
+
+def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -> str:
+    path = tuple(map(str, fault["loc"]))
+    name = ".".join(path)
+    origin = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), source)
+    parent = _node_at(path[:-1])
+    if fault["type"] == "extra_forbidden" and parent is not None:
+        nearest = difflib.get_close_matches(path[-1], parent.model_fields, 1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else f" (it has {', '.join(parent.model_fields)})"
+        return f"{origin}: {name} is not a field of {parent.__name__}{hint}"
+    if fault["type"] == "missing":
+        return f"{origin}: {name} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if fault["type"] == "value_error":
+        return f"{origin}: {name}: {message}"
+    return f"{origin}: {name} is {json.dumps(fault['input'])}; {message}"
+
+
+def _apply(override: str, tree: dict[str, Any], origins: dict[FieldPath, str]) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {override!r} is not of the form section.field=value")
+    *sections, last = path = tuple(name.split("."))
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override}: {section} is a value, not a section")
+    try:
+        node[last] = yaml.load(text, _RecipeLoader)  # noqa: S506 a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override}: the value is not YAML: {_first_line(error)}") from error
+    origins[path] = f"override {override}"
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's plain values: 3e-4 is a number, and on, off, yes, no and dates are text."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, Any]]]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:null|~|)$", ["n", "~", ""]),
+    ("bool", r"^(?:true|false)$", list("tf")),
+    ("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+):
+    _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _read_yaml(path: Path, origins: dict[FieldPath, str]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    loader = _RecipeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path} is not a recipe: it has no sections")
+        return _mapping(loader, root, (), path, origins)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {_first_line(error)}") from error
+    finally:
+        loader.dispose()
+
+
+def _mapping(
+    loader: yaml.SafeLoader, node: yaml.MappingNode, path: FieldPath, file: Path, origins: dict[FieldPath, str]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(loader.construct_object(key_node, deep=True))
+        here = (*path, key)
+        origin = f"{file}:{key_node.start_mark.line + 1}"
+        if key in result:
+            raise ConfigError(f"{origin}: {'.'.join(here)} is given twice, first at {origins[here]}")
+        origins[here] = origin
+        if isinstance(value_node, yaml.MappingNode):
+            result[key] = _mapping(loader, value_node, here, file, origins)
+        else:
+            result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).partition("\n")[0]

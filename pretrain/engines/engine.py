@@ -1,0 +1,71 @@
+"""The contract of every engine: it owns device, precision, sharding, accumulation and the optimizer step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from data_pipeline.loader import MicroBatch
+from data_pipeline.stream import Ids
+from pretrain.fragments import Fragment
+
+
+class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """How a model is held and updated."""
+
+    name: Literal["pytorch"] = "pytorch"
+    """Which engine: pytorch (one process)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients and the
+    loss are fp32 either way."""
+
+
+class EngineError(Exception):
+    """An engine cannot be had as asked."""
+
+
+class NonFiniteError(Exception):
+    """A gradient is infinite or not a number. Parameters and optimizer are as they were before the step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step, over the whole global batch."""
+
+    nats: float
+    target_bytes: int
+    gradient_norm: float
+    """Before clipping."""
+
+
+class Engine(Protocol):
+    def rehearse(self, rows: int) -> None:
+        """Forward and backward of one micro-batch of `rows` made-up rows; changes nothing that training depends on.
+
+        Finds in seconds what would otherwise fail at the first step, such as too little memory.
+        """
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
+        """One optimizer step on this rank's micro-batches of the global batch.
+
+        The gradient is that of the batch's nats divided by its target bytes, both counted over all ranks.
+
+        Raises:
+            NonFiniteError: before any parameter is changed.
+        """
+
+    def nats(self, ids: Ids) -> Tensor:
+        """Without gradient and dropout: (rows, T) ids to (rows, T) fp32 nats on the CPU."""
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank owns of every master and moment."""
+
+    def counters(self) -> dict[str, int]:
+        """The engine's few integers that a checkpoint keeps beside the fragments."""
+
+    def restore(self, counters: dict[str, int]) -> None:
+        """Takes up counters, after a checkpoint has been read into the fragments."""

@@ -1,0 +1,116 @@
+"""The PyTorch engine, for one process."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from data_pipeline.loader import MicroBatch
+from data_pipeline.stream import Ids
+from data_pipeline.vocabulary import count_bytes
+from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.fragments import Fragment, whole
+from pretrain.models.byte_model import ByteModel
+from pretrain.optimizers import OptimizerConfig, build_optimizer
+
+
+class SingleProcessEngine:
+    """fp32 masters in the model itself; the forward pass runs on copies cast to the precision.
+
+    The cast is part of the graph, so gradients arrive at the masters in fp32 and accumulate there.
+    """
+
+    def __init__(self, config: EngineConfig, model: ByteModel, optimizer: OptimizerConfig, seed: int) -> None:
+        self.device = choose_device(config.device)
+        self.dtype = compute_dtype(config.precision)
+        self.model = model.to(self.device).train()
+        self.optimizer = build_optimizer(optimizer, model.parameters())
+        self._clip_norm = optimizer.clip_norm
+        self._seed = seed
+
+    def rehearse(self, rows: int) -> None:
+        ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
+        self._forward(ids).mean().backward()
+        self.optimizer.zero_grad()
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
+        scored = self.model.scored(self.model.sequence_length)
+        target_bytes = sum(count_bytes(m.ids[:, scored], m.targets[:, scored]) for m in micro_batches)
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches:
+            torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
+            ids = torch.from_numpy(micro_batch.ids).to(self.device, non_blocking=True)
+            targets = torch.from_numpy(micro_batch.targets).to(self.device, non_blocking=True)
+            counted = torch.where(targets, self._forward(ids), 0.0)[:, scored]
+            batch_nats = counted.sum()
+            (batch_nats / max(target_bytes, 1)).backward()
+            nats += batch_nats.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(self._describe_non_finite(nats.item()))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(nats.item(), target_bytes, norm.item())
+
+    def nats(self, ids: Ids) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            result = self._forward(torch.from_numpy(ids).to(self.device))
+        self.model.train()
+        return result.cpu()
+
+    def fragments(self) -> list[Fragment]:
+        fragments = []
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            fragments.append(whole(f"model/{name}", parameter))
+            fragments.extend(whole(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
+        return fragments
+
+    def counters(self) -> dict[str, int]:
+        return {"optimizer_steps": int(next(iter(self.optimizer.state.values()))["step"])}
+
+    def restore(self, counters: dict[str, int]) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(counters["optimizer_steps"])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        parameters = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
+        return functional_call(self.model, parameters, (ids,))
+
+    def _describe_non_finite(self, nats: float) -> str:
+        bad = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
+        return f"the gradient is not finite (loss {nats} nats){where}"
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type of parameters and activations under a precision of EngineConfig."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of EngineConfig's name for it.
+
+    Raises:
+        EngineError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError("the device is to be cuda, and this machine has none that torch can use")
+    return torch.device(name)
+
+
+def _micro_batch_seed(seed: int, step: int, index: int) -> int:
+    """The random generator's seed of one micro-batch, so that dropout is the same on any number of ranks."""
+    digest = hashlib.sha256(f"micro-batch {seed} {step} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

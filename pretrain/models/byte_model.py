@@ -1,0 +1,69 @@
+"""The contract of every model: bytes in, nats of every byte out."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Decoder(Protocol):
+    """The incremental form of a model's forward pass, with caches. Agrees with it for every prefix."""
+
+    @property
+    def length(self) -> int:
+        """Bytes fed so far."""
+
+    def prime(self, ids: Tensor) -> Tensor:
+        """Feeds a whole prefix to a fresh decoder in one parallel pass.
+
+        Args:
+            ids: (rows, n) with n >= 0.
+        Returns:
+            (rows, VOCABULARY) logits of the id after the prefix.
+        """
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Feeds one id a row: (rows,) -> (rows, VOCABULARY) logits of the next.
+
+        Raises:
+            ValueError: the context is full.
+        """
+
+
+class ByteModel(nn.Module, ABC):
+    """An autoregressive model of bytes: single-device mathematics that knows no process group."""
+
+    sequence_length: int
+    """The longest context, in bytes, that the model can read."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor) -> Tensor:
+        """The price of every id, given those before it in its row.
+
+        Args:
+            ids: (rows, T) integers below VOCABULARY, 1 <= T <= sequence_length.
+        Returns:
+            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it.
+        """
+
+    @abstractmethod
+    def scored(self, length: int) -> slice:
+        """The positions of a row of `length` ids that the model scores; the nats of others mean nothing."""
+
+    @abstractmethod
+    def decoder(self, rows: int) -> Decoder:
+        """A fresh decoder of `rows` rows."""
+
+    @abstractmethod
+    def flops(self, length: int) -> int:
+        """Floating-point operations of the forward pass's matrix products over one row of `length` ids.
+
+        A product of (a, b) by (b, c) counts 2abc, and attention counts in full, as torch's FlopCounterMode does.
+        """
+
+    @abstractmethod
+    def initialize(self) -> None:
+        """Draws every parameter anew from torch's default generator."""
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,70 @@
+"""The run folder, whose content explains the run.
+
+    ROOT/NAME/
+        config.yaml        the resolved recipe of the last start
+        train.log          what was said
+        metrics.jsonl      one line a step
+        run.json           the run's identity
+        mlflow.json        how far the tracker has been told
+        checkpoints/       step-00001200/, …
+"""
+
+import fcntl
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from data_pipeline.atomic import replace_file
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Where a run lives."""
+
+    root: str = "runs"
+    """Folder of all runs; the embedded MLflow store lies here too."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder under the root. A start with the name of a run that is there continues it."""
+
+
+class RunFolderError(Exception):
+    """The run folder cannot be used."""
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "train.log"
+        self.metrics = path / "metrics.jsonl"
+        self.mlflow = path / "mlflow.json"
+        self.checkpoints = path / "checkpoints"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder if need be, and holds it for this process alone.
+
+        Raises:
+            RunFolderError: another process holds it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(f"another process is training in {self.path}; choose another run.name") from error
+            yield
+
+    def identity(self) -> str:
+        """The run's own id, made at the first start; the tracker finds its run again by it."""
+        path = self.path / "run.json"
+        if not path.exists():
+            replace_file(path, json.dumps({"id": uuid.uuid4().hex}))
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])

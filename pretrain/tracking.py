@@ -1,0 +1,326 @@
+"""Numbers of a run: a journal on disk that is always right, and MLflow, told from the journal when it answers.
+
+    loop ─▶ Journal (metrics.jsonl, one line a step) ─▶ MlflowShipper (a thread) ─▶ MLflow store or server
+
+The loop writes a line and goes on; nothing it calls raises or waits because of MLflow. The shipper reads the journal
+itself and keeps how far it has got (mlflow.json), so a dead server, a killed process or a finished run loses no number:
+they are delivered when the run is next started, or by `byteloom track`. Every step is delivered once.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from data_pipeline.atomic import replace_file, sync
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 60.0
+METRICS_PER_CALL = 1000
+PARAMS_PER_CALL = 100
+FINAL_DELIVERY_SECONDS = 90.0
+
+
+class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Where numbers go beside metrics.jsonl."""
+
+    enabled: bool = True
+    """Tell MLflow. metrics.jsonl is written either way."""
+    uri: str | None = None
+    """MLflow tracking URI, such as http://host:5000. Without one: an sqlite store, mlflow.db, under run.root."""
+    experiment: str = "byteloom"
+    """MLflow experiment."""
+
+
+class Journal:
+    """metrics.jsonl: one JSON object a line, each with `step` and `time` (seconds since 1970)."""
+
+    def __init__(self, path: Path, last_step: int | None) -> None:
+        """Opens the journal to go on after `last_step`; what an interrupted attempt wrote beyond it is dropped.
+
+        Args:
+            last_step: of the checkpoint the run resumes from; None begins anew.
+        """
+        self.path = path
+        kept = [] if last_step is None else [line for step, line in _lines(path) if step <= last_step]
+        replace_file(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts what was appended on disk."""
+        sync(self.path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The journal's whole lines with their steps; a last line without its end is one whose writer was killed."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)["step"], line
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What MLflow is told once about a run."""
+
+    name: str
+    identity: str
+    params: Mapping[str, Any]
+    """Dotted config fields; MLflow holds the values of the first start."""
+    tags: Mapping[str, str]
+    """Of this start; they replace those of an earlier one."""
+
+
+@dataclass
+class Delivery:
+    """What is known about MLflow's side, kept in mlflow.json."""
+
+    uri: str
+    run_id: str | None = None
+    delivered_step: int = -1
+    status: str = "RUNNING"
+    """What the run's state in MLflow should be."""
+    experiment: str = "byteloom"
+    name: str = ""
+    identity: str = ""
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "Delivery | None":
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def save(self, path: Path) -> None:
+        replace_file(path, json.dumps(vars(self), indent=1))
+
+
+class MlflowShipper:
+    """Brings an MLflow run up to date with a journal.
+
+    Everything it needs lies in the run folder, so it can go on in another process, also after the run has ended.
+    """
+
+    def __init__(self, journal: Path, state: Path) -> None:
+        self._journal = journal
+        self._state = state
+        loaded = Delivery.load(state)
+        if loaded is None:
+            raise FileNotFoundError(f"{state} does not exist: the run was started without tracking")
+        self.delivery = loaded
+        self._client: Any = None
+
+    def deliver(self) -> int:
+        """Sends what MLflow has not received; returns the number of steps sent.
+
+        Raises whatever MLflow raises when it cannot be reached; what was sent before counts.
+        """
+        client = self._connected()
+        sent = 0
+        batch: list[Any] = []
+        last = self.delivery.delivered_step
+        from mlflow.entities import Metric  # noqa: PLC0415 see _connected
+
+        for step, line in _lines(self._journal):
+            if step <= self.delivery.delivered_step:
+                continue
+            record = json.loads(line)
+            timestamp = int(record.pop("time") * 1000)
+            del record["step"]
+            metrics = [Metric(key, value, timestamp, step) for key, value in record.items() if math.isfinite(value)]
+            if len(batch) + len(metrics) > METRICS_PER_CALL:
+                self._send(client, batch, last)
+                batch = []
+            batch += metrics
+            last = step
+            sent += 1
+        if batch:
+            self._send(client, batch, last)
+        return sent
+
+    def finish(self) -> None:
+        """Delivers, and sets the run's state in MLflow to the one in mlflow.json."""
+        self.deliver()
+        if self.delivery.status != "RUNNING":
+            self._connected().set_terminated(self.delivery.run_id, self.delivery.status)
+
+    def set_status(self, status: str) -> None:
+        self.delivery.status = status
+        self.delivery.save(self._state)
+
+    def undelivered(self) -> int:
+        """Steps that MLflow has not received."""
+        return sum(step > self.delivery.delivered_step for step, _ in _lines(self._journal))
+
+    def _send(self, client: Any, metrics: list[Any], last_step: int) -> None:
+        client.log_batch(self.delivery.run_id, metrics=metrics)
+        self.delivery.delivered_step = last_step
+        self.delivery.save(self._state)
+
+    def _connected(self) -> Any:
+        """The MLflow client, with the run there and described. MLflow is imported here: it takes seconds."""
+        if self._client is not None:
+            return self._client
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper's own pauses do that
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        from mlflow import MlflowClient  # noqa: PLC0415
+        from mlflow.entities import Param, RunTag  # noqa: PLC0415
+
+        with _store_lock(self.delivery.uri):
+            client = MlflowClient(self.delivery.uri)
+            experiment = client.get_experiment_by_name(self.delivery.experiment)
+            experiment_id = (
+                experiment.experiment_id if experiment else client.create_experiment(self.delivery.experiment)
+            )
+        if self.delivery.run_id is None:
+            tag = f"tags.`byteloom.run` = '{self.delivery.identity}'"
+            known = client.search_runs([experiment_id], tag, max_results=1)
+            if known:
+                self.delivery.run_id = known[0].info.run_id
+            else:
+                tags = {"byteloom.run": self.delivery.identity}
+                run = client.create_run(experiment_id, tags=tags, run_name=self.delivery.name)
+                self.delivery.run_id = run.info.run_id
+            params = [Param(key, value) for key, value in self.delivery.params.items()]
+            for first in range(0, len(params), PARAMS_PER_CALL):
+                client.log_batch(self.delivery.run_id, params=params[first : first + PARAMS_PER_CALL])
+            self.delivery.save(self._state)
+        client.update_run(self.delivery.run_id, status="RUNNING")
+        client.log_batch(self.delivery.run_id, tags=[RunTag(key, value) for key, value in self.delivery.tags.items()])
+        self._client = client
+        return client
+
+
+class Tracker:
+    """Takes numbers from the loop; never raises into it and never makes it wait."""
+
+    def __init__(self, journal: Journal, shipper: MlflowShipper | None) -> None:
+        self.journal = journal
+        self._shipper = shipper
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        if shipper is not None:
+            self._thread = threading.Thread(target=self._ship, args=(shipper,), name="mlflow", daemon=True)
+            self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.journal.append(step, metrics)
+
+    def close(self, status: str) -> None:
+        """Delivers what is left, for a bounded time.
+
+        Args:
+            status: MLflow's word for how it ended: FINISHED, KILLED or FAILED.
+        """
+        self.journal.sync()
+        self.journal.close()
+        if self._shipper is None or self._thread is None:
+            return
+        self._shipper.set_status(status)
+        self._end.set()
+        self._thread.join(FINAL_DELIVERY_SECONDS)
+        if missing := self._shipper.undelivered():
+            log.warning(
+                "%d steps could not be delivered to MLflow at %s; they are safe in %s, and "
+                "`byteloom track %s` delivers them",
+                missing,
+                self._shipper.delivery.uri,
+                self.journal.path,
+                self.journal.path.parent,
+            )
+
+    def _ship(self, shipper: MlflowShipper) -> None:
+        pause, failing = POLL_SECONDS, False
+        while True:
+            ending = self._end.wait(pause)
+            try:
+                if ending:
+                    shipper.finish()
+                else:
+                    shipper.deliver()
+                if failing:
+                    log.info("MLflow at %s answers again", shipper.delivery.uri)
+                pause, failing = POLL_SECONDS, False
+            except Exception as error:  # whatever a tracker does wrong, training goes on and the journal has the numbers
+                if not failing:
+                    log.warning(
+                        "MLflow at %s cannot be told (%s); the numbers stay in %s and are delivered when it answers",
+                        shipper.delivery.uri,
+                        str(error).partition("\n")[0],
+                        self.journal.path,
+                    )
+                pause, failing = min(2 * pause, LONGEST_PAUSE_SECONDS), True
+            if ending:
+                return
+
+
+def open_tracker(
+    config: TrackingConfig, journal: Journal, state: Path, store_folder: Path, description: RunDescription
+) -> Tracker:
+    """The tracker of a start of a run.
+
+    Args:
+        state: the run's mlflow.json.
+        store_folder: where the embedded store lies, when the config names no server.
+    """
+    if not config.enabled:
+        return Tracker(journal, None)
+    delivery = Delivery.load(state)
+    uri = config.uri or f"sqlite:///{(store_folder / 'mlflow.db').resolve()}"
+    if delivery is None or delivery.uri != uri or delivery.experiment != config.experiment:
+        delivery = Delivery(uri, experiment=config.experiment)
+    delivery.name, delivery.identity, delivery.status = description.name, description.identity, "RUNNING"
+    if delivery.run_id is None:
+        delivery.params = {key: str(value) for key, value in description.params.items()}
+    delivery.tags = dict(description.tags)
+    delivery.save(state)
+    return Tracker(journal, MlflowShipper(journal.path, state))
+
+
+def git_state(folder: Path) -> dict[str, str]:
+    """Commit and cleanliness of the working tree that holds `folder`; empty where there is none."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None  # no git, or no repository: then there is no state to tell
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    return {"git.commit": commit, "git.clean": str(git("status", "--porcelain") == "")}
+
+
+@contextmanager
+def _store_lock(uri: str) -> Iterator[None]:
+    """Lets one process at a time create the tables of an sqlite store: MLflow itself does not guard that."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    with database.with_name(database.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

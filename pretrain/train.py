@@ -1,0 +1,336 @@
+"""The training loop.
+
+    ByteStream ─▶ Loader ─▶ Engine.train_step ─▶ numbers ─▶ Tracker
+                                   │
+                          CheckpointStore: tensors, step, first unread sequence
+
+A start of a run whose folder holds a valid checkpoint goes on from it; the bytes it then reads, the dropout it draws
+and so its losses are those of the uninterrupted run.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from pydantic import BaseModel, Field
+from rich.console import Console
+
+from data_pipeline.loader import Batch, Loader, LoaderConfig
+from data_pipeline.shards import Corpus
+from data_pipeline.stream import ByteStream, StreamConfig
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read
+from pretrain.engines import EngineConfig, NonFiniteError, SingleProcessEngine, StepResult
+from pretrain.evaluate import ValidationConfig, evaluate
+from pretrain.flops import peak_flops
+from pretrain.meter import Meter
+from pretrain.models import ModelConfig, build_model
+from pretrain.optimizers import OptimizerConfig, learning_rate_at
+from pretrain.progress import TrainingProgress, duration
+from pretrain.run_folder import RunConfig, RunFolder
+from pretrain.stop import StopRequest
+from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, git_state, open_tracker
+
+log = logging.getLogger(__name__)
+
+
+class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """How long, and how much at a time."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(ge=1)
+    """Sequences of one optimizer step."""
+    micro_batch: int = Field(ge=1)
+    """Sequences of one forward and backward pass; gradients add up over the micro-batches of a global batch. Lower it
+    when memory is short: the order of bytes does not depend on it."""
+    seed: int = Field(default=0, ge=0)
+    """Of the initial weights and of dropout."""
+
+
+class Recipe(Protocol):
+    """What the loop needs of the config tree."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def data(self) -> StreamConfig: ...
+    @property
+    def loader(self) -> LoaderConfig: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def validation(self) -> ValidationConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def tracking(self) -> TrackingConfig: ...
+    def as_tree(self) -> dict[str, Any]:
+        """The whole tree as JSON values."""
+
+
+class TrainingError(Exception):
+    """A run cannot go on."""
+
+
+def train(recipe: Recipe, console: Console) -> int:
+    """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
+
+    Raises:
+        TrainingError, CorpusError, CheckpointError, RunFolderError: it cannot start or go on; the message says why.
+    """
+    # Everything that can be refused without a run folder is, before one is made.
+    stream = ByteStream(Corpus(Path(recipe.data.shards)), recipe.data, recipe.model.sequence_length)
+    validation = Corpus(Path(recipe.validation.shards)) if recipe.validation.shards else None
+    folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
+    stop = StopRequest()
+    with folder.locked(), _log_to(folder.log), stop.listening():
+        return Run(recipe, folder, stream, validation, stop).go(console)
+
+
+@dataclass
+class Position:
+    """How far a run has come: all of its state beside tensors."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    next_sequence: int = 0
+    """The first training sequence not yet read."""
+
+
+class Run:
+    """One start of a run: model and engine, with the newest checkpoint in them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        stream: ByteStream,
+        validation: Corpus | None,
+        stop: StopRequest,
+    ) -> None:
+        self.recipe, self.folder, self.stream, self.validation, self.stop = recipe, folder, stream, validation, stop
+        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
+        self.checkpoint = self.store.newest_valid()
+        if self.checkpoint is not None:
+            self._refuse_other_run(self.checkpoint)
+        torch.manual_seed(recipe.train.seed)
+        self.model = build_model(recipe.model)
+        self.engine = SingleProcessEngine(recipe.engine, self.model, recipe.optimizer, recipe.train.seed)
+        self.position = Position()
+        if self.checkpoint is not None:
+            read(self.checkpoint, self.engine.fragments())
+            self.engine.restore(self.checkpoint.state["counters"])
+            self.position = Position(**self.checkpoint.state["position"])
+        folder.config.write_text(yaml.safe_dump(recipe.as_tree(), sort_keys=False), encoding="utf-8")
+
+    @property
+    def finished(self) -> bool:
+        return self.position.step >= self.recipe.train.steps
+
+    def go(self, console: Console) -> int:
+        """From the rehearsal to the last word; returns the exit code."""
+        recipe, position = self.recipe, self.position
+        meter = self._rehearse()
+        journal = Journal(self.folder.metrics, position.step if self.checkpoint else None)
+        tracker = self._open_tracker(journal)
+        loader = Loader(
+            self.stream,
+            recipe.loader,
+            global_batch=recipe.train.global_batch,
+            micro_batch=recipe.train.micro_batch,
+            first_sequence=position.next_sequence,
+        )
+        status = "FAILED"
+        try:
+            with loader, TrainingProgress(console, recipe.train.steps, position.step) as progress:
+                if self.checkpoint is None and self.validation is not None:
+                    tracker.log(0, self._validate(self.validation))
+                self._loop(iter(loader), meter, tracker, progress)
+            status = "FINISHED" if self.finished else "KILLED"
+        finally:
+            tracker.close(status)
+        return self._farewell()
+
+    def _loop(self, batches: Iterator[Batch], meter: Meter, tracker: Tracker, progress: TrainingProgress) -> None:
+        recipe, position = self.recipe, self.position
+        while not self.finished and not self.stop.signal:
+            meter.start()
+            batch = next(batches)
+            meter.data_is_here()
+            rate = learning_rate_at(recipe.optimizer, position.step, recipe.train.steps)
+            result = self._step(batch, rate)
+            position.step += 1
+            position.next_sequence = batch.next_sequence
+            metrics = meter.numbers(result)
+            metrics |= {"learning_rate": rate, "epoch": position.next_sequence / self.stream.sequences_per_epoch}
+            seconds_left = meter.seconds_a_step * (recipe.train.steps - position.step)
+            if line := progress.update(position.step, metrics, seconds_left):
+                log.debug(line)
+            if self.validation is not None and (self.finished or position.step % recipe.validation.every == 0):
+                metrics |= self._validate(self.validation)
+            tracker.log(position.step, metrics)
+            if self.finished or self.stop.signal or position.step % recipe.checkpoint.every == 0:
+                tracker.journal.sync()
+                self._save()
+
+    def _step(self, batch: Batch, learning_rate: float) -> StepResult:
+        position = self.position
+        try:
+            return self.engine.train_step(batch.micro_batches, step=position.step, learning_rate=learning_rate)
+        except NonFiniteError as error:
+            raise TrainingError(
+                f"step {position.step + 1}, sequences {position.next_sequence} to {batch.next_sequence - 1}: {error}; "
+                "no parameter was changed by it. A lower optimizer.learning_rate or a longer warm-up may help"
+            ) from error
+
+    def _validate(self, corpus: Corpus) -> dict[str, float]:
+        started = time.perf_counter()
+        rows = self.recipe.train.micro_batch
+        total = evaluate(self.engine.nats, corpus, self.stream.sequence_length, rows).total
+        log.info(
+            "step %d: validation %.4f bits/byte over %s bytes in %s",
+            self.position.step,
+            total.bits_per_byte,
+            f"{total.bytes:,}",
+            duration(time.perf_counter() - started),
+        )
+        return {"validation/bits_per_byte": total.bits_per_byte}
+
+    def _save(self) -> None:
+        state = {
+            "position": asdict(self.position),
+            "fingerprint": self.stream.fingerprint,
+            "counters": self.engine.counters(),
+            "config": self.recipe.as_tree(),
+            "versions": versions(),
+        }
+        path = self.store.save(self.position.step, self.engine.fragments(), state)
+        log.info("checkpoint %s", path)
+
+    def _refuse_other_run(self, checkpoint: Metadata) -> None:
+        then, now = checkpoint.state["config"], self.recipe.as_tree()
+        if then["model"] != now["model"]:
+            raise CheckpointError(
+                f"{checkpoint.folder} is of another model ({'; '.join(changes(then, now, 'model'))}); "
+                "choose another run.name for a new run"
+            )
+        if checkpoint.state["fingerprint"] != self.stream.fingerprint:
+            why = "; ".join(changes(then, now, "data")) or f"the content of {self.stream.corpus.folder} changed"
+            raise CheckpointError(
+                f"{checkpoint.folder} belongs to another stream of bytes ({why}); "
+                "restore what was, or choose another run.name for a new run"
+            )
+
+    def _rehearse(self) -> Meter:
+        """One made-up micro-batch, before data is touched, and what there is to say at the start."""
+        recipe, stream = self.recipe, self.stream
+        started = time.perf_counter()
+        self.engine.rehearse(min(recipe.train.micro_batch, recipe.train.global_batch))
+        rehearsal = time.perf_counter() - started
+        peak, source = peak_flops(self.engine.device, self.engine.dtype)
+        log.info(
+            "%s, %s parameters, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
+            recipe.model.family,
+            f"{self.model.parameter_count():,}",
+            recipe.engine.precision,
+            self.engine.device,
+            rehearsal,
+            peak / 1e12,
+            source,
+        )
+        log.info(
+            "%s: %s bytes, %s sequences of %s an epoch; the run reads %.2f epochs",
+            stream.corpus.folder,
+            f"{stream.corpus.raw_bytes:,}",
+            f"{stream.sequences_per_epoch:,}",
+            f"{stream.sequence_length:,}",
+            recipe.train.steps * recipe.train.global_batch / stream.sequences_per_epoch,
+        )
+        if self.checkpoint is not None:
+            log.info("goes on after step %d, from %s", self.position.step, self.checkpoint.folder)
+            for change in changes(self.checkpoint.state["config"], recipe.as_tree()):
+                log.info("changed since then: %s", change)
+        return Meter(3 * self.model.flops(stream.sequence_length) * recipe.train.global_batch, peak)
+
+    def _open_tracker(self, journal: Journal) -> Tracker:
+        description = RunDescription(
+            name=self.recipe.run.name,
+            identity=self.folder.identity(),
+            params=flatten(self.recipe.as_tree()) | {"parameters": self.model.parameter_count()},
+            tags={
+                "corpus.fingerprint": self.stream.fingerprint,
+                "corpus.content_sha256": self.stream.corpus.content_sha256,
+                "host": platform.node(),
+                "platform": platform.platform(),
+                **{f"version.{name}": number for name, number in versions().items()},
+                **git_state(Path.cwd()),
+            },
+        )
+        return open_tracker(
+            self.recipe.tracking, journal, self.folder.mlflow, Path(self.recipe.run.root), description
+        )
+
+    def _farewell(self) -> int:
+        if self.finished:
+            log.info("finished at step %d; everything is in %s", self.position.step, self.folder.path)
+            return 0
+        assert self.stop.signal is not None
+        log.info(
+            "%s: stopped after step %d of %d, with a checkpoint; the same command goes on from there",
+            self.stop.signal.name,
+            self.position.step,
+            self.recipe.train.steps,
+        )
+        return 128 + self.stop.signal
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("byteloom", "torch")} | {"python": platform.python_version()}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as {dotted name: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], section: str | None = None) -> list[str]:
+    """What differs between two config trees, or between one section of them, a line each."""
+    old, new = flatten(then), flatten(now)
+    names = [name for name in old | new if section is None or name.startswith(f"{section}.")]
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Writes what is logged, with the progress lines that a terminal does not show, to a file too."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("pretrain", "data_pipeline")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
