@@ -55,44 +55,33 @@ def pack_documents(documents: Iterable[Document], block_bytes: int) -> Iterator[
 
     Holds one block in memory, whatever the size of a document.
     """
-    raw = bytearray()
-    slices: list[DocumentSlice] = []
-
-    def take_block() -> Block:
-        block = Block(bytes(raw), tuple(slices))
-        raw.clear()
-        slices.clear()
-        return block
-
+    raw, slices = bytearray(), list[DocumentSlice]()
     for document in documents:
         if raw and len(raw) + document.size > block_bytes:
-            yield take_block()
+            yield Block(bytes(raw), tuple(slices))
+            raw, slices = bytearray(), []
         sha = hashlib.sha256()
-        slice_start, document_offset = len(raw), 0
-
-        def end_slice(sha256: str | None, document: Document = document) -> None:
-            nonlocal slice_start, document_offset
-            length = len(raw) - slice_start
-            slices.append(
-                DocumentSlice(
-                    document.key, document.modality, slice_start, length, document_offset, sha256 is not None, sha256
-                )
-            )
-            document_offset += length
-            slice_start = 0
-
+        start, offset = len(raw), 0  # of the slice under way, in the block and in the document
         for piece in document.read():
             sha.update(piece)
-            while piece:
-                if len(raw) == block_bytes:
-                    end_slice(None)
-                    yield take_block()
+            rest = piece
+            while len(raw) + len(rest) > block_bytes:
                 room = block_bytes - len(raw)
-                raw += piece[:room]
-                piece = piece[room:]  # noqa: PLW2901 the rest goes into the next block
-        end_slice(sha.hexdigest())
+                raw += rest[:room]
+                rest = rest[room:]
+                slices.append(_slice(document, start, len(raw) - start, offset))
+                yield Block(bytes(raw), tuple(slices))
+                start, offset = 0, offset + len(raw) - start
+                raw, slices = bytearray(), []
+            raw += rest
+        slices.append(_slice(document, start, len(raw) - start, offset, sha.hexdigest()))
     if raw:
-        yield take_block()
+        yield Block(bytes(raw), tuple(slices))
+
+
+def _slice(document: Document, start: int, length: int, offset: int, sha256: str | None = None) -> DocumentSlice:
+    """A slice of a document, the last one when the document's digest is given."""
+    return DocumentSlice(document.key, document.modality, start, length, offset, sha256 is not None, sha256)
 
 
 def encode(block: Block, compressor: zstandard.ZstdCompressor) -> tuple[bytes, bytes]:

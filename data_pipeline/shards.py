@@ -6,7 +6,7 @@
         shard-000000.tar      000000.bytes.zst, 000000.json, 000001.bytes.zst, …
 
 Any tar program and any WebDataset reader opens a shard; `zstd -d` opens a block. The raw content decides identity:
-`content_sha256` is the digest of the blocks' raw digests, so compressing again with another zstd changes no fingerprint.
+`content_sha256` is the digest of the blocks' raw digests, so another zstd changes no fingerprint.
 """
 
 import hashlib
@@ -59,11 +59,10 @@ class CorpusWriter:
         self._tar: webdataset.TarWriter | None = None
 
     def add(self, block: Block) -> None:
-        if self._tar is None:
-            self._open_shard()
+        tar = self._tar or self._open_shard()
         frame, table = encode(block, self._compressor)
-        frame_offset = self._tar.tarstream.offset + TAR_HEADER
-        self._tar.write({"__key__": f"{len(self._records):06d}", "bytes.zst": frame, "json": table})
+        frame_offset = tar.tarstream.offset + TAR_HEADER
+        tar.write({"__key__": f"{len(self._records):06d}", "bytes.zst": frame, "json": table})
         self._records.append(
             (
                 len(self._shards) - 1,
@@ -80,7 +79,7 @@ class CorpusWriter:
         shard = self._shards[-1]
         shard["blocks"] += 1
         shard["raw_bytes"] += len(block.raw)
-        if self._tar.tarstream.offset >= self.shard_bytes:
+        if tar.tarstream.offset >= self.shard_bytes:
             self._close_shard()
 
     def close(self) -> None:
@@ -106,13 +105,14 @@ class CorpusWriter:
         manifest["manifest_sha256"] = _manifest_digest(manifest)
         (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
-    def _open_shard(self) -> None:
+    def _open_shard(self) -> webdataset.TarWriter:
         name = f"shard-{len(self._shards):06d}.tar"
         self._file = (self.folder / name).open("wb")
         self._tar = webdataset.TarWriter(
             self._file, user="byteloom", group="byteloom", mtime=0, encoder=False, compress=False
         )
         self._shards.append({"name": name, "blocks": 0, "raw_bytes": 0})
+        return self._tar
 
     def _close_shard(self) -> None:
         if self._tar is not None:

@@ -173,7 +173,7 @@ def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
     Pinned by a golden test: no library's random generator is asked, so no upgrade can reorder a run.
     """
-    stream = _splitmix64(_splitmix64(np.array([seed], np.uint64)) + np.uint64(epoch))
+    stream = _splitmix64(_splitmix64(np.array([seed], np.uint64)) + np.array([epoch], np.uint64))
     return np.argsort(_splitmix64(stream + np.arange(count, dtype=np.uint64)), kind="stable")
 
 

@@ -16,7 +16,14 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from data_pipeline.errors import CorpusError
@@ -98,7 +105,8 @@ def prepare_command(
     include: Annotated[list[str] | None, typer.Option(help="Take only files matching this glob (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave out files and folders matching this glob.")] = None,
     holdout: Annotated[
-        float, typer.Option(help="Share of documents, by hash, for OUT/validation; the rest goes to OUT/train.")
+        float,
+        typer.Option(help="Share of documents, by hash, for OUT/validation; the rest goes to OUT/train."),
     ] = PrepareOptions.holdout,
     seed: Annotated[int, typer.Option(help="Changes the shuffle and the held-out documents.")] = PrepareOptions.seed,
     block_bytes: Annotated[int, typer.Option(help="Raw bytes of a block, at most.")] = PrepareOptions.block_bytes,
@@ -195,7 +203,10 @@ def eval_command(
         result = evaluate(
             nats_of, corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
         )
-    _print_scores(result, f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start")
+    _print_scores(
+        result,
+        f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start",
+    )
     if json_path is not None:
         scores = {"all": result.total, **result.groups}
         json_path.write_text(
@@ -275,7 +286,9 @@ def config_schema() -> None:
 
 
 @config_app.command("explain")
-def config_explain(field: Annotated[str, typer.Argument(help="Such as model.patch_size, or a section: model.")]) -> None:
+def config_explain(
+    field: Annotated[str, typer.Argument(help="Such as model.patch_size, or a section: model.")],
+) -> None:
     """Say what a field means, with its type, default and bounds."""
     typer.echo(configuration.explain(field))
 
@@ -339,7 +352,15 @@ def main() -> None:
         logging.getLogger(name).addHandler(handler)
     try:
         app()
-    except (CorpusError, ConfigError, CheckpointError, EngineError, RunFolderError, SamplingError, TrainingError) as error:
+    except (
+        CorpusError,
+        ConfigError,
+        CheckpointError,
+        EngineError,
+        RunFolderError,
+        SamplingError,
+        TrainingError,
+    ) as error:
         for line in str(error).splitlines():
             said.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

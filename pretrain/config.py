@@ -108,7 +108,12 @@ def _explain_field(name: str, field: FieldInfo) -> str:
     bounds = [
         f"{word} {getattr(limit, attribute)}"
         for limit in field.metadata
-        for attribute, word in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than"))
+        for attribute, word in (
+            ("ge", "at least"),
+            ("gt", "more than"),
+            ("le", "at most"),
+            ("lt", "less than"),
+        )
         if hasattr(limit, attribute)
     ]
     meaning = " ".join((field.description or "").split())
@@ -146,7 +151,7 @@ def _node_at(path: FieldPath) -> type[BaseModel] | None:
 def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -> str:
     path = tuple(map(str, fault["loc"]))
     name = ".".join(path)
-    origin = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), source)
+    origin = _origin(path, origins) or source
     parent = _node_at(path[:-1])
     if fault["type"] == "extra_forbidden" and parent is not None:
         nearest = difflib.get_close_matches(path[-1], parent.model_fields, 1)
@@ -161,6 +166,14 @@ def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -
     return f"{origin}: {name} is {json.dumps(fault['input'])}; {message}"
 
 
+def _origin(path: FieldPath, origins: dict[FieldPath, str]) -> str | None:
+    """Where a value came from: an override of it or of something in it, else the nearest place in the file."""
+    overrides = [origin for p, origin in origins.items() if p[: len(path)] == path and origin.startswith("override ")]
+    if overrides:
+        return overrides[-1]
+    return next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
+
+
 def _apply(override: str, tree: dict[str, Any], origins: dict[FieldPath, str]) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
@@ -172,7 +185,7 @@ def _apply(override: str, tree: dict[str, Any], origins: dict[FieldPath, str]) -
         if not isinstance(node, dict):
             raise ConfigError(f"override {override}: {section} is a value, not a section")
     try:
-        node[last] = yaml.load(text, _RecipeLoader)  # noqa: S506 a SafeLoader
+        node[last] = yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override}: the value is not YAML: {_first_line(error)}") from error
     origins[path] = f"override {override}"
@@ -213,7 +226,11 @@ def _read_yaml(path: Path, origins: dict[FieldPath, str]) -> dict[str, Any]:
 
 
 def _mapping(
-    loader: yaml.SafeLoader, node: yaml.MappingNode, path: FieldPath, file: Path, origins: dict[FieldPath, str]
+    loader: yaml.SafeLoader,
+    node: yaml.MappingNode,
+    path: FieldPath,
+    file: Path,
+    origins: dict[FieldPath, str],
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:

@@ -91,7 +91,9 @@ def evaluate(
         nats = nats_of(ids).double().numpy()
         for row, window in enumerate(windows):
             score = Score(
-                float(nats[row][targets[row]].sum()), count_bytes(ids[row], targets[row]), int(window.begins_document)
+                float(nats[row][targets[row]].sum()),
+                count_bytes(ids[row], targets[row]),
+                int(window.begins_document),
             )
             evaluation.groups.setdefault(group_of(window.key), Score()).add(score)
         progress(count_bytes(ids, targets))

@@ -18,7 +18,7 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
     warmup_steps: int = Field(default=500, ge=0)
     """Steps in which the rate rises from 0 to `learning_rate`."""
     final_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Where decay ends, as a share of `learning_rate`; reached at the last step."""
+    """Where decay ends, as a share of `learning_rate`; reached when the last step is done."""
     power: float = Field(default=1.0, gt=0)
     """Of the polynomial; 1 is a straight line, as in the MEGABYTE paper."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
@@ -50,8 +50,7 @@ def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
     schedule = config.schedule
     if step < schedule.warmup_steps:
         return config.learning_rate * (step + 1) / schedule.warmup_steps
-    last = max(steps - 1, schedule.warmup_steps)
-    progress = min((step - schedule.warmup_steps) / max(last - schedule.warmup_steps, 1), 1.0)
+    progress = min((step - schedule.warmup_steps) / max(steps - schedule.warmup_steps, 1), 1.0)
     if schedule.shape == "constant":
         height = 1.0
     elif schedule.shape == "polynomial":

@@ -1,12 +1,12 @@
 """The run folder, whose content explains the run.
 
-    ROOT/NAME/
-        config.yaml        the resolved recipe of the last start
-        train.log          what was said
-        metrics.jsonl      one line a step
-        run.json           the run's identity
-        mlflow.json        how far the tracker has been told
-        checkpoints/       step-00001200/, …
+ROOT/NAME/
+    config.yaml        the resolved recipe of the last start
+    train.log          what was said
+    metrics.jsonl      one line a step
+    run.json           the run's identity
+    mlflow.json        how far the tracker has been told
+    checkpoints/       step-00001200/, …
 """
 
 import fcntl

@@ -183,10 +183,11 @@ class MlflowShipper:
             return self._client
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper's own pauses do that
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient  # noqa: PLC0415
         from mlflow.entities import Param, RunTag  # noqa: PLC0415
 
+        for chatty in ("mlflow", "alembic"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         with _store_lock(self.delivery.uri):
             client = MlflowClient(self.delivery.uri)
             experiment = client.get_experiment_by_name(self.delivery.experiment)
@@ -262,7 +263,9 @@ class Tracker:
                 if failing:
                     log.info("MLflow at %s answers again", shipper.delivery.uri)
                 pause, failing = POLL_SECONDS, False
-            except Exception as error:  # whatever a tracker does wrong, training goes on and the journal has the numbers
+            except (
+                Exception
+            ) as error:  # whatever a tracker does wrong, training goes on and the journal has the numbers
                 if not failing:
                     log.warning(
                         "MLflow at %s cannot be told (%s); the numbers stay in %s and are delivered when it answers",

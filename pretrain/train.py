@@ -122,7 +122,13 @@ class Run:
         validation: Corpus | None,
         stop: StopRequest,
     ) -> None:
-        self.recipe, self.folder, self.stream, self.validation, self.stop = recipe, folder, stream, validation, stop
+        self.recipe, self.folder, self.stream, self.validation, self.stop = (
+            recipe,
+            folder,
+            stream,
+            validation,
+            stop,
+        )
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
         self.checkpoint = self.store.newest_valid()
         if self.checkpoint is not None:
@@ -176,7 +182,10 @@ class Run:
             position.step += 1
             position.next_sequence = batch.next_sequence
             metrics = meter.numbers(result)
-            metrics |= {"learning_rate": rate, "epoch": position.next_sequence / self.stream.sequences_per_epoch}
+            metrics |= {
+                "learning_rate": rate,
+                "epoch": position.next_sequence / self.stream.sequences_per_epoch,
+            }
             seconds_left = meter.seconds_a_step * (recipe.train.steps - position.step)
             if line := progress.update(position.step, metrics, seconds_left):
                 log.debug(line)
@@ -280,9 +289,7 @@ class Run:
                 **git_state(Path.cwd()),
             },
         )
-        return open_tracker(
-            self.recipe.tracking, journal, self.folder.mlflow, Path(self.recipe.run.root), description
-        )
+        return open_tracker(self.recipe.tracking, journal, self.folder.mlflow, Path(self.recipe.run.root), description)
 
     def _farewell(self) -> int:
         if self.finished:

@@ -1,6 +1,13 @@
 """Checkpoints that belong to no engine."""
 
-from pretrain.checkpoint.format import CheckpointError, InvalidCheckpointError, Metadata, read, read_metadata, verify
+from pretrain.checkpoint.format import (
+    CheckpointError,
+    InvalidCheckpointError,
+    Metadata,
+    read,
+    read_metadata,
+    verify,
+)
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 
 __all__ = [

@@ -84,9 +84,7 @@ class SingleProcessEngine:
 
     def _describe_non_finite(self, nats: float) -> str:
         bad = [
-            name
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
+            name for name, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
         ]
         where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
         return f"the gradient is not finite (loss {nats} nats){where}"

@@ -207,7 +207,9 @@ class MegabyteDecoder:
 
     def _check_room(self, length: int) -> None:
         if length >= self._model.sequence_length:
-            raise ValueError(f"the context is full: {length} bytes leave none to predict of {self._model.sequence_length}")
+            raise ValueError(
+                f"the context is full: {length} bytes leave none to predict of {self._model.sequence_length}"
+            )
 
     def _begin_patch(self, global_in: Tensor) -> None:
         global_out = self._model.global_stack(global_in, self._global_caches)

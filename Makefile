@@ -1,0 +1,63 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORPUS := runs/corpora/stdlib
+STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo corpus test check bench lock clean
+
+help: ## list what make can do
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ready ## make .venv with everything pinned in requirements.lock
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+corpus: $(CORPUS)/train/manifest.json ## prepare Python's own standard library as a corpus
+
+$(CORPUS)/train/manifest.json: | $(VENV)/.ready
+	$(BIN)/byteloom prepare $(STDLIB) --include '*.py' --exclude site-packages --exclude dist-packages \
+		--holdout 0.05 --out $(CORPUS)
+
+demo: setup corpus ## train a small model on it for a few minutes and let it write
+	$(BIN)/byteloom inspect $(CORPUS)/train
+	$(BIN)/byteloom train configs/demo.yaml
+	@echo; echo "The model goes on from 'def ':"; echo
+	@$(BIN)/byteloom generate runs/demo --prompt 'def ' --bytes 400 --temperature 0.7
+	@echo
+	@echo "Corpus:       $(CORPUS)        byteloom inspect $(CORPUS)/train"
+	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
+	@echo "By document:  $(BIN)/byteloom eval runs/demo"
+	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000"
+	@echo "Go on:        $(BIN)/byteloom train configs/demo.yaml train.steps=5000"
+
+test: setup ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+check: setup ## lint, formatting, types, and the walls between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
+	$(BIN)/python benchmarks/training.py --quick
+	$(BIN)/python benchmarks/loader.py --quick
+
+lock: ## pin what pyproject.toml allows today into requirements.lock
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet torch==2.13.0
+	DS_BUILD_OPS=0 .lock-venv/bin/pip install --quiet --editable '.[dev]'
+	{ echo "# Every package of the environment, pinned; made by 'make lock', installed by 'make setup'."; \
+		.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
+	rm -rf .lock-venv
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .lock-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

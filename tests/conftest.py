@@ -1,0 +1,100 @@
+"""Shared by all tests: real corpora made from Python's own library, recipes, and the real command."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.shards import Corpus
+
+BYTELOOM = Path(sys.executable).with_name("byteloom")
+STDLIB = Path(sysconfig.get_path("stdlib"))
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def prepare_corpus(sources: list[Path], out: Path, **options: object) -> Corpus:
+    prepare(sources, out, PrepareOptions(**options), lambda done, total: None)
+    return Corpus(out)
+
+
+@pytest.fixture(scope="session")
+def sources() -> list[Path]:
+    """Real text of some 400 kB in about forty files."""
+    return [STDLIB / "json", STDLIB / "email"]
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of many small blocks in several shards, with a held-out part."""
+    out = tmp_path_factory.mktemp("corpora") / "library"
+    options = PrepareOptions(include=["*.py"], holdout=0.1, block_bytes=10_000, shard_bytes=40_000)
+    prepare(sources, out, options, lambda done, total: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_folder: Path) -> Corpus:
+    return Corpus(corpus_folder / "train")
+
+
+@pytest.fixture
+def byteloom(tmp_path: Path) -> Run:
+    """Runs the real command in a folder of its own and returns what it said."""
+
+    def run(*arguments: object, cwd: Path = tmp_path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [BYTELOOM, *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(
+                f"byteloom {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stderr}"
+            )
+        return done
+
+    return run
+
+
+def environment() -> Mapping[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
+    """A run of twelve steps of a model of some thousand parameters, with dropout, fp32, and no tracker."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree(corpus_folder)), encoding="utf-8")
+    return path
+
+
+def recipe_tree(corpus_folder: Path) -> dict[str, object]:
+    return {
+        "run": {"name": "run"},
+        "data": {"shards": str(corpus_folder / "train"), "lanes": 8},
+        "validation": {"shards": str(corpus_folder / "validation"), "every": 6},
+        "model": {
+            "family": "megabyte",
+            "sequence_length": 128,
+            "patch_size": 4,
+            "global_model": {"width": 32, "layers": 2, "heads": 2},
+            "local_model": {"width": 16, "layers": 2, "heads": 2},
+            "dropout": 0.1,
+            "initial_std": 0.02,
+        },
+        "train": {"steps": 12, "global_batch": 6, "micro_batch": 4},
+        "optimizer": {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2}},
+        "engine": {"precision": "fp32", "device": "cpu"},
+        "checkpoint": {"every": 4},
+        "tracking": {"enabled": False},
+    }

@@ -1,0 +1,149 @@
+"""Bad input: one clear line, a non-zero exit, and nothing half-written. With the real command."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+
+def refused(byteloom: Run, *arguments: object) -> str:
+    done = byteloom(*arguments, check=False)
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert done.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.txt").write_text("words " * 2000)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(byteloom: Run, recipe: Path) -> Path:
+    byteloom("train", recipe, "train.steps=4")
+    return recipe.parent / "runs/run"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_prepare_of_a_missing_path(byteloom: Run, folder: Path):
+    before = names(folder)
+    assert "no such file or folder: nowhere" in refused(byteloom, "prepare", "files", "nowhere", "--out", "out")
+    assert names(folder) == before
+
+
+def test_prepare_of_an_empty_corpus(byteloom: Run, folder: Path):
+    (folder / "empty").mkdir()
+    (folder / "empty/void").touch()
+    before = names(folder)
+    assert "the corpus is empty" in refused(byteloom, "prepare", "empty", "--out", "out")
+    assert "the corpus is empty" in refused(byteloom, "prepare", "files", "--include", "*.py", "--out", "out")
+    assert names(folder) == before
+
+
+def test_prepare_of_an_unreadable_file(byteloom: Run, folder: Path):
+    (folder / "files/broken").symlink_to("nowhere")
+    before = names(folder)
+    message = refused(byteloom, "prepare", "files", "--out", "out")
+    assert "cannot read files/broken: No such file or directory; --skip-unreadable" in message
+    assert names(folder) == before
+    done = byteloom("prepare", "files", "--out", "out", "--skip-unreadable")
+    assert "left out: files/broken" in done.stderr
+
+
+def test_prepare_into_an_existing_folder(byteloom: Run, folder: Path):
+    before = names(folder)
+    assert "files exists already" in refused(byteloom, "prepare", "files", "--out", "files")
+    assert names(folder) == before
+
+
+def test_inspect_of_what_is_no_corpus(byteloom: Run, folder: Path):
+    assert "it has no manifest.json" in refused(byteloom, "inspect", "files")
+    assert "there is no such folder" in refused(byteloom, "inspect", "nowhere")
+
+
+def test_a_truncated_manifest(byteloom: Run, folder: Path, recipe: Path):
+    byteloom("prepare", "files", "--out", "out")
+    manifest = folder / "out/manifest.json"
+    manifest.write_text(manifest.read_text()[:-40])
+    before = names(folder)
+    assert "manifest.json is damaged" in refused(byteloom, "inspect", "out")
+    assert "manifest.json is damaged" in refused(byteloom, "train", recipe, "data.shards=out")
+    assert names(folder) == before
+
+
+def test_training_meets_a_corrupt_block(byteloom: Run, folder: Path, recipe: Path):
+    byteloom("prepare", "files", "--out", "out")
+    shard = folder / "out/shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[520] ^= 1
+    shard.write_bytes(content)
+    done = byteloom("train", recipe, "data.shards=out", "validation.shards=null", check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: block 000000 of out/shard-000000.tar is damaged")
+    assert not (folder / "runs/run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", "train.stepz is not a field of TrainConfig (did you mean steps?)"),
+        ("model.patch_size=3", "sequence_length (128) is not a multiple of patch_size (3)"),
+        ("model.local_model.heads=5", "heads (5) does not divide width (16)"),
+        ("data.shards=nowhere", "no corpus at nowhere"),
+        ("validation.shards=nowhere", "no corpus at nowhere"),
+        ("engine.device=cuda", "this machine has none"),
+        ("model.sequence_length=1048576", "less than one sequence"),
+    ],
+)
+def test_a_recipe_that_cannot_run_leaves_no_run(byteloom: Run, recipe: Path, override: str, message: str):
+    assert message in refused(byteloom, "train", recipe, override)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Path):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "train.log"}
+    message = refused(byteloom, "train", recipe, "model.local_model.width=32")
+    assert "is of another model (model.local_model.width: 16 -> 32); choose another run.name" in message
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_changed_corpus_under_a_resumed_run(byteloom: Run, recipe: Path, trained: Path, folder: Path):
+    config = (trained / "config.yaml").read_text()
+    byteloom("prepare", "files", "--out", "out")
+    message = refused(byteloom, "train", recipe, "data.shards=out")
+    assert "belongs to another stream of bytes (data.shards: " in message
+    message = refused(byteloom, "train", recipe, "data.seed=5")
+    assert "belongs to another stream of bytes (data.seed: 0 -> 5)" in message
+    assert (trained / "config.yaml").read_text() == config
+
+
+def test_a_corpus_that_moved_but_is_the_same_goes_on(byteloom: Run, recipe: Path, trained: Path, corpus_folder: Path):
+    moved = recipe.parent / "moved"
+    moved.symlink_to(corpus_folder / "train")
+    byteloom("train", recipe, "train.steps=6", f"data.shards={moved}")
+
+
+def test_eval_and_generate_without_a_checkpoint(byteloom: Run, folder: Path):
+    assert "no valid checkpoint at files" in refused(byteloom, "eval", "files", "files")
+    assert "no valid checkpoint at nowhere" in refused(byteloom, "generate", "nowhere")
+
+
+def test_generate_with_impossible_options(byteloom: Run, trained: Path):
+    assert "top_p is 0.0" in refused(byteloom, "generate", trained, "--top-p", "0")
+    assert "cannot read the prompt nowhere" in refused(byteloom, "generate", trained, "--prompt-file", "nowhere")
+
+
+def test_track_of_what_is_no_run(byteloom: Run, folder: Path):
+    assert "no mlflow.json" in refused(byteloom, "track", "files")
+    assert "no mlflow.json" in refused(byteloom, "track", "nowhere")
+    assert not (folder / "nowhere").exists()

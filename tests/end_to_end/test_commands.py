@@ -1,0 +1,105 @@
+"""The commands, as a person runs them."""
+
+import json
+import math
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.shards import Corpus
+from tests.conftest import BYTELOOM, Run, environment
+
+
+@pytest.fixture
+def trained(byteloom: Run, recipe: Path) -> Path:
+    byteloom("train", recipe)
+    return recipe.parent / "runs/run"
+
+
+def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path):
+    said = byteloom("prepare", *sources, "--include", "*.py", "--holdout", "0.2", "--out", "out").stderr
+    assert "documents in" in said
+    corpus = Corpus(tmp_path / "out/train")
+    shown = byteloom("inspect", "out/train").stdout
+    for text in (
+        f"{corpus.manifest['documents']:,}",
+        f"{corpus.raw_bytes:,}",
+        "to 1",
+        corpus.content_sha256,
+        "begins:",
+    ):
+        assert text in shown
+    first = corpus.read(0)
+    assert first.slices[0].key in shown
+    assert first.raw[:50].decode() in shown
+    with tarfile.open(tmp_path / "out/train/shard-000000.tar") as tar:
+        assert tar.getnames()[0] == "000000.bytes.zst"
+
+
+def test_the_run_folder_explains_the_run(trained: Path, recipe: Path):
+    assert sorted(p.name for p in trained.iterdir()) == [
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "run.json", "train.log",
+    ]  # fmt: skip
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["model"]["activation"] == "relu"
+    log = (trained / "train.log").read_text()
+    assert "parameters, fp32 on cpu" in log
+    assert "step 12: validation" in log
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(13))
+    assert [r["step"] for r in records if "validation/bits_per_byte" in r] == [0, 6, 12]
+    assert records[0]["validation/bits_per_byte"] == pytest.approx(math.log2(258), abs=0.1)
+    assert records[-1]["validation/bits_per_byte"] < records[0]["validation/bits_per_byte"] - 0.2
+    assert {"bytes_per_second", "data_wait_share", "mfu", "peak_memory_bytes", "gradient_norm"} <= records[-1].keys()
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (4, 8, 12)]
+
+
+def test_eval_agrees_with_validation_and_groups_add_up(byteloom: Run, trained: Path, tmp_path: Path):
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    table = byteloom("eval", trained, "--by", "document", "--json", "scores.json").stdout
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    total = scores.pop("all")
+    assert f"{total['bits_per_byte']:.4f}" in table
+    assert total["bits_per_byte"] == pytest.approx(last["validation/bits_per_byte"], rel=1e-6)
+    assert total["bytes"] == sum(s["bytes"] for s in scores.values())
+    assert total["documents"] == len(scores)
+    nats = sum(s["bits_per_byte"] * s["bytes"] for s in scores.values())
+    assert nats == pytest.approx(total["bits_per_byte"] * total["bytes"])
+
+
+def test_eval_of_one_checkpoint_by_suffix(byteloom: Run, trained: Path, corpus_folder: Path):
+    checkpoint = trained / "checkpoints/step-00000004"
+    assert ".py" in byteloom("eval", checkpoint, corpus_folder / "validation", "--by", "suffix").stdout
+
+
+def generate(trained: Path, *arguments: str) -> bytes:
+    command = [BYTELOOM, "generate", trained, *arguments]
+    return subprocess.run(command, capture_output=True, check=True, env=environment()).stdout
+
+
+def test_generate_writes_bytes_and_nothing_else(trained: Path, tmp_path: Path):
+    drawn = generate(trained, "--prompt", "def ", "--bytes", "300", "--seed", "3")
+    assert 0 < len(drawn) <= 300
+    assert drawn == generate(trained, "--prompt", "def ", "--bytes", "300", "--seed", "3")
+    assert max(drawn) > 127  # an untrained model draws any byte, and all pass through
+    (tmp_path / "prompt").write_bytes(b"def ")
+    assert drawn == generate(trained, "--prompt-file", str(tmp_path / "prompt"), "--bytes", "300", "--seed", "3")
+
+
+def test_a_reader_that_stops_early_is_no_error(trained: Path):
+    pipe = f"{BYTELOOM} generate {trained} --bytes 2000 | head -c 5 | wc -c"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout.strip(), "Traceback" in done.stderr) == (0, "5", False)
+
+
+def test_debug_recipe_runs_on_the_demo_corpus(byteloom: Run, corpus_folder: Path):
+    recipe = Path(__file__).parents[2] / "configs/debug.yaml"
+    byteloom("train", recipe, "train.steps=3", f"data.shards={corpus_folder}/train", "tracking.enabled=false")
+
+
+def test_help_of_every_command(byteloom: Run):
+    for command in ("prepare", "inspect", "train", "eval", "generate", "track", "config"):
+        assert "Usage: byteloom" in byteloom(command, "--help").stdout

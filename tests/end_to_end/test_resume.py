@@ -1,0 +1,150 @@
+"""A run that is killed or interrupted and started again is the uninterrupted run, bit for bit.
+
+Real processes, real signals.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint import verify
+from tests.conftest import BYTELOOM, environment
+
+STEPS = 60
+EXACT = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm", "learning_rate", "epoch")
+
+
+class RunUnderTest:
+    def __init__(self, recipe: Path, cwd: Path, name: str, *overrides: str) -> None:
+        self.command = [
+            BYTELOOM, "train", recipe, f"run.name={name}", f"train.steps={STEPS}", "checkpoint.every=7", *overrides,
+        ]  # fmt: skip
+        self.cwd = cwd
+        self.folder = cwd / "runs" / name
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command, cwd=self.cwd, env=environment(), stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> str:
+        process = self.start()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        return said
+
+    def start_and_signal(self, number: signal.Signals, at_step: int) -> tuple[int, str]:
+        """Sends a signal as soon as the journal has a step; returns the exit code and what was said."""
+        process = self.start()
+        while process.poll() is None and self.last_step() < at_step:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def last_step(self) -> int:
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            return int(json.loads(lines[-1])["step"]) if lines else -1
+        except (FileNotFoundError, ValueError):  # not there yet, or caught in the middle of a line
+            return -1
+
+    def numbers(self) -> list[tuple[int, dict[str, float]]]:
+        return [(r["step"], {key: r[key] for key in EXACT if key in r}) for r in self.records()]
+
+    def final_tensors(self) -> dict[str, str]:
+        metadata = verify(self.folder / "checkpoints" / f"step-{STEPS:08d}")
+        return {name: tensor.chunks[0].sha256 for name, tensor in metadata.tensors.items()}
+
+
+def assert_same(run: RunUnderTest, reference: RunUnderTest) -> None:
+    assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
+    assert run.numbers() == reference.numbers()
+    assert run.final_tensors() == reference.final_tensors()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_at_random_steps_it_goes_on_bit_for_bit(recipe: Path, tmp_path: Path, precision: str):
+    overrides = (f"engine.precision={precision}",)
+    reference = RunUnderTest(recipe, tmp_path, "reference", *overrides)
+    reference.finish()
+    killed = RunUnderTest(recipe, tmp_path, "killed", *overrides)
+    draw = random.Random(precision)
+    for low in (0, 15, 30):
+        code, _ = killed.start_and_signal(signal.SIGKILL, draw.randrange(low + 1, low + 15))
+        assert code == -signal.SIGKILL
+    said = killed.finish()
+    assert "goes on after step" in said
+    assert_same(killed, reference)
+
+
+def test_interrupted_it_saves_says_so_and_goes_on_bit_for_bit(recipe: Path, tmp_path: Path):
+    reference = RunUnderTest(recipe, tmp_path, "reference")
+    reference.finish()
+    run = RunUnderTest(recipe, tmp_path, "interrupted")
+    for number, step in ((signal.SIGINT, 9), (signal.SIGTERM, 25)):
+        code, said = run.start_and_signal(number, step)
+        assert code == 128 + number
+        stopped_after = run.last_step()
+        assert f"{number.name}: stopped after step {stopped_after} of {STEPS}, with a checkpoint" in said
+        verify(run.folder / "checkpoints" / f"step-{stopped_after:08d}")
+    run.finish()
+    assert_same(run, reference)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(recipe: Path, tmp_path: Path):
+    reference = RunUnderTest(recipe, tmp_path, "reference")
+    reference.finish()
+    run = RunUnderTest(recipe, tmp_path, "damaged")
+    run.start_and_signal(signal.SIGINT, 30)
+    newest = sorted((run.folder / "checkpoints").iterdir())[-1]
+    data = newest / "rank-00000.bin"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    said = run.finish()
+    assert f"set aside as {newest.name}.invalid" in said
+    assert_same(run, reference)
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(recipe: Path, tmp_path: Path):
+    RunUnderTest(recipe, tmp_path, "run").finish()
+    run = RunUnderTest(recipe, tmp_path, "run")
+    before = run.records()
+    assert f"finished at step {STEPS}" in run.finish()
+    assert run.records() == before
+    said = RunUnderTest(recipe, tmp_path, "run", f"train.steps={STEPS + 5}").finish()
+    assert f"changed since then: train.steps: {STEPS} -> {STEPS + 5}" in said
+    assert [r["step"] for r in run.records()] == list(range(STEPS + 6))
+
+
+def test_another_micro_batch_or_thread_count_reads_the_same_bytes(recipe: Path, tmp_path: Path):
+    """Losses agree up to the order of additions (dropout off: its draws belong to the micro-batch)."""
+    plain = RunUnderTest(recipe, tmp_path, "plain", "model.dropout=0")
+    other = RunUnderTest(recipe, tmp_path, "other", "model.dropout=0", "train.micro_batch=1", "loader.threads=5")
+    plain.finish()
+    other.start_and_signal(signal.SIGINT, 20)
+    other.finish()
+    for ours, theirs in zip(other.records(), plain.records(), strict=True):
+        if "train/bits_per_byte" in ours:
+            assert ours["train/bits_per_byte"] == pytest.approx(theirs["train/bits_per_byte"], rel=1e-4)
+
+
+def test_only_one_process_trains_in_a_folder(recipe: Path, tmp_path: Path):
+    run = RunUnderTest(recipe, tmp_path, "busy", "train.steps=100000")
+    first = run.start()
+    while run.last_step() < 1:
+        time.sleep(0.01)
+    second = run.start()
+    _, said = second.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert "another process is training in" in said

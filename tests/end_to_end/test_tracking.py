@@ -1,0 +1,149 @@
+"""MLflow, real: the embedded sqlite store, and a server that is there, not yet there, or gone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.conftest import BYTELOOM, Run, environment
+
+STEPS = 12
+
+
+def delivered(uri: str) -> tuple[Any, dict[str, list[tuple[int, float]]]]:
+    """The one run there is, and every metric's (step, value) pairs in order."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("byteloom")
+    [run] = client.search_runs([experiment.experiment_id])
+    metrics = {
+        name: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
+        for name in run.data.metrics
+    }
+    return run, metrics
+
+
+def journal(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    metrics: dict[str, list[tuple[int, float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in record.keys() - {"step", "time"}:
+            metrics.setdefault(name, []).append((record["step"], record[name]))
+    return metrics
+
+
+def test_the_embedded_store_holds_the_run_and_goes_on_with_it(byteloom: Run, recipe: Path):
+    byteloom("train", recipe, "tracking.enabled=true")
+    folder = recipe.parent / "runs/run"
+    uri = f"sqlite:///{recipe.parent}/runs/mlflow.db"
+    run, metrics = delivered(uri)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "run"
+    assert run.data.params["model.patch_size"] == "4"
+    assert run.data.params["train.steps"] == str(STEPS)
+    assert int(run.data.params["parameters"]) > 1000
+    assert len(run.data.tags["corpus.fingerprint"]) == 64
+    assert run.data.tags["version.torch"].startswith("2.13")
+    assert metrics == journal(folder)
+
+    byteloom("train", recipe, "tracking.enabled=true", "train.steps=16")
+    again, metrics = delivered(uri)
+    assert again.info.run_id == run.info.run_id
+    assert metrics == journal(folder)
+    assert [step for step, _ in metrics["train/bits_per_byte"]] == list(range(1, 17))
+
+
+class Server:
+    """A real `mlflow server` on loopback that can be killed and started again on the same store."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
+                    "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
+                    "--artifacts-destination", str(self.folder / "artifacts"),
+                ],
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloom: Run, recipe: Path, server: Server):
+    """Down at the start: the run finishes, and `track` delivers. Dies mid-run: the next start delivers."""
+    told = ("tracking.enabled=true", f"tracking.uri={server.uri}")
+    folder = recipe.parent / "runs/run"
+
+    said = byteloom("train", recipe, *told).stderr
+    assert f"MLflow at {server.uri} cannot be told" in said
+    assert f"{STEPS + 1} steps could not be delivered" in said
+    assert f"finished at step {STEPS}" in said
+    assert byteloom("track", folder, check=False).returncode == 1
+
+    server.start()
+    assert f"{STEPS + 1} steps delivered" in byteloom("track", folder).stderr
+    first, metrics = delivered(server.uri)
+    assert first.info.status == "FINISHED"
+    assert metrics == journal(folder)
+
+    command = [BYTELOOM, "train", recipe, *told, "train.steps=100000", "validation.every=100000"]
+    process = subprocess.Popen(command, cwd=recipe.parent, env=environment(), stderr=subprocess.PIPE, text=True)
+    progress = folder / "mlflow.json"
+    while json.loads(progress.read_text())["delivered_step"] == STEPS:
+        assert process.poll() is None
+        time.sleep(0.05)
+    server.kill()
+    at_death = len((folder / "metrics.jsonl").read_text().splitlines())
+    while len((folder / "metrics.jsonl").read_text().splitlines()) < at_death + 50:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "with a checkpoint; the same command goes on from there" in said
+    step = journal(folder)["train/bits_per_byte"][-1][0]
+
+    server.start()
+    byteloom("train", recipe, *told, f"train.steps={step + 5}", "validation.every=100000")
+    last, metrics = delivered(server.uri)
+    assert last.info.run_id == first.info.run_id
+    assert last.info.status == "FINISHED"
+    assert metrics["train/bits_per_byte"] == journal(folder)["train/bits_per_byte"]
+    assert metrics == journal(folder)

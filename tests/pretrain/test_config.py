@@ -1,0 +1,158 @@
+"""One typed tree: what is accepted, what is refused, and how it is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import Config, ConfigError, explain, load
+from tests.conftest import Run, recipe_tree
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "run: {name: a}\n"
+        "data:\n"
+        "  shards: corpus\n"
+        "model:\n"
+        "  sequence_length: 64\n"
+        "  patch_size: 4\n"
+        "  global_model: {width: 32, layers: 1, heads: 2}\n"
+        "  local_model: {width: 16, layers: 1, heads: 2}\n"
+        "train: {steps: 10, global_batch: 4, micro_batch: 2}\n"
+    )
+    return path
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load(file, overrides)
+    return str(refused.value)
+
+
+def test_overrides_win_over_the_file_and_defaults_fill_the_rest(file: Path):
+    config = load(file, ["train.steps=50", "optimizer.learning_rate=3e-4", "tracking.uri=null", "run.name=b"])
+    assert config.train.steps == 50
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.run.name == "b"
+    assert config.optimizer.beta2 == 0.98
+
+
+def test_the_tree_is_immutable(file: Path):
+    with pytest.raises(ValueError, match="frozen"):
+        load(file).train.steps = 3
+
+
+def test_what_is_shown_loads_to_the_same_config(file: Path, tmp_path: Path):
+    config = load(file)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.as_tree()))
+    assert load(again) == config
+
+
+def test_an_unknown_key_names_the_nearest_right_one_and_its_line(file: Path):
+    file.write_text(file.read_text().replace("patch_size", "pach_size"))
+    assert refusal(file) == (f"{file}:6: model.pach_size is not a field of MegabyteConfig (did you mean patch_size?)")
+
+
+def test_an_unknown_key_of_an_override_names_the_override(file: Path):
+    assert refusal(file, "train.stepz=5") == (
+        "override train.stepz=5: train.stepz is not a field of TrainConfig (did you mean steps?)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=many", 'train.steps is "many"; input should be a valid integer'),
+        ("train.steps='50'", 'train.steps is "50"; input should be a valid integer'),
+        ("train.steps=1.5", "train.steps is 1.5; input should be a valid integer"),
+        ("train.steps=true", "train.steps is true; input should be a valid integer"),
+        ("train.steps=0", "train.steps is 0; input should be greater than or equal to 1"),
+        ("model.family=lstm", "model.family is \"lstm\"; input should be 'megabyte'"),
+        ("model.global_model.heads=5", "heads (5) does not divide width (32)"),
+        ("model.patch_size=5", "sequence_length (64) is not a multiple of patch_size (5)"),
+        ("run.name=../x", "run.name"),
+        ("train", "is not of the form section.field=value"),
+        ("train.steps.x=1", "steps is a value, not a section"),
+        ("train.steps=[", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_override(file: Path, override: str, said: str):
+    message = refusal(file, override)
+    assert said in message
+    assert override in message
+    assert "\n" not in message
+
+
+def test_a_wrong_type_in_the_file_names_its_line(file: Path):
+    file.write_text(file.read_text().replace("sequence_length: 64", "sequence_length: long"))
+    assert refusal(file).startswith(f'{file}:5: model.sequence_length is "long"')
+
+
+def test_a_missing_field_is_named(file: Path):
+    file.write_text(file.read_text().replace("  sequence_length: 64\n", ""))
+    assert refusal(file) == f"{file}:4: model.sequence_length is missing"
+
+
+def test_a_key_given_twice_is_refused(file: Path):
+    file.write_text(file.read_text().replace("  patch_size: 4\n", "  patch_size: 4\n  patch_size: 8\n"))
+    assert refusal(file) == f"{file}:7: model.patch_size is given twice, first at {file}:6"
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "a: [", "a: 'b"])
+def test_a_file_that_is_no_recipe_is_refused(file: Path, text: str):
+    file.write_text(text)
+    assert refusal(file).startswith(str(file))
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path):
+    assert "No such file" in refusal(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("2", 2),
+        ("on", "on"),
+        ("no", "no"),
+        ("2026-01-01", "2026-01-01"),
+    ],
+)
+def test_plain_values_are_those_of_yaml_1_2(file: Path, text: str, value: object):
+    field = "optimizer.learning_rate" if not isinstance(value, str) else "tracking.experiment"
+    got = load(file, [f"{field}={text}"]).as_tree()
+    section, name = field.split(".")
+    assert got[section][name] == value
+
+
+def test_explain_tells_meaning_type_default_and_bounds():
+    text = explain("optimizer.beta2")
+    assert text.startswith("optimizer.beta2: float, default 0.98, at least 0, less than 1\n")
+    assert "squared gradients" in text
+    assert "model.global_model.width: int, required, at least 1" in explain("model")
+    with pytest.raises(ConfigError, match=r"did you mean model.patch_size\?"):
+        explain("model.patchsize")
+
+
+def test_schema_describes_the_fields():
+    schema = Config.model_json_schema()
+    assert schema["$defs"]["MegabyteConfig"]["properties"]["patch_size"]["description"].startswith(
+        "P: bytes of a patch"
+    )
+    assert schema["additionalProperties"] is False
+
+
+def test_the_config_commands_print_what_programs_can_read(byteloom: Run, recipe: Path, corpus_folder: Path):
+    shown = yaml.safe_load(byteloom("config", "show", recipe, "train.steps=7").stdout)
+    expected = recipe_tree(corpus_folder)["model"]
+    assert shown["train"]["steps"] == 7
+    assert shown["model"] | expected == shown["model"]
+    assert "properties" in json.loads(byteloom("config", "schema").stdout)
+    assert "bytes of a patch" in byteloom("config", "explain", "model.patch_size").stdout
