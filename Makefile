@@ -39,7 +39,7 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "Go on:        $(BIN)/byteloom train configs/demo.yaml train.steps=5000"
 
 test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,12 +173,13 @@ def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
     Pinned by a golden test: no library's random generator is asked, so no upgrade can reorder a run.
     """
-    stream = _splitmix64(_splitmix64(np.array([seed], np.uint64)) + np.array([epoch], np.uint64))
-    return np.argsort(_splitmix64(stream + np.arange(count, dtype=np.uint64)), kind="stable")
+    base = _splitmix64(_splitmix64(np.array([seed], np.uint64)) + np.uint64(epoch))
+    keys = _splitmix64(base + np.arange(count, dtype=np.uint64))
+    return np.argsort(keys, kind="stable")
 
 
-def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014), elementwise, modulo 2**64."""
+def _splitmix64(state: NDArray[Any]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on uint64, elementwise, modulo 2**64."""
     z = state + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -246,10 +245,11 @@ def generate_command(
     loaded, _, _ = _load_model(model, device, precision)
     out = sys.stdout.buffer
     started, written = time.perf_counter(), 0
-    for byte in generate(loaded, start_bytes, count, sampling):
-        out.write(bytes([byte]))
-        out.flush()
-        written += 1
+    with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
+        for byte in generate(loaded, start_bytes, count, sampling):
+            out.write(bytes([byte]))
+            out.flush()
+            written += 1
     seconds = time.perf_counter() - started
     ending = "" if written == count else ", where the model ended the document"
     said.print(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}", highlight=False)
@@ -298,7 +298,7 @@ def _load_model(path: Path, device: Device, precision: Precision | None) -> tupl
     if (path / "metadata.json").exists():
         checkpoint: Metadata | None = verify(path)
     else:
-        checkpoint = CheckpointStore(RunFolder(path).checkpoints, keep=1).newest_valid()
+        checkpoint = CheckpointStore(RunFolder(path).checkpoints, keep=1).newest_valid(set_aside=False)
     if checkpoint is None:
         raise CheckpointError(f"no valid checkpoint at {path}: it is neither a checkpoint nor a run that has one")
     config = configuration.parse(checkpoint.state["config"], {}, str(checkpoint.folder))
@@ -364,9 +364,6 @@ def main() -> None:
         for line in str(error).splitlines():
             said.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 if __name__ == "__main__":

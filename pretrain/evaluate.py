@@ -89,12 +89,8 @@ def evaluate(
             row[: len(window.ids)] = window.ids
         targets = ids != PADDING
         nats = nats_of(ids).double().numpy()
-        for row, window in enumerate(windows):
-            score = Score(
-                float(nats[row][targets[row]].sum()),
-                count_bytes(ids[row], targets[row]),
-                int(window.begins_document),
-            )
+        for price, own, target, window in zip(nats, ids, targets, windows, strict=True):
+            score = Score(float(price[target].sum()), count_bytes(own, target), int(window.begins_document))
             evaluation.groups.setdefault(group_of(window.key), Score()).add(score)
         progress(count_bytes(ids, targets))
     return evaluation

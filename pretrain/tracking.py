@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -55,7 +55,7 @@ class Journal:
             last_step: of the checkpoint the run resumes from; None begins anew.
         """
         self.path = path
-        kept = [] if last_step is None else [line for step, line in _lines(path) if step <= last_step]
+        kept = [] if last_step is None else [line.text for line in _lines(path) if line.record["step"] <= last_step]
         replace_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -71,13 +71,24 @@ class Journal:
         self._file.close()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The journal's whole lines with their steps; a last line without its end is one whose writer was killed."""
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)["step"], line
+class _Line(NamedTuple):
+    record: dict[str, Any]
+    text: str
+    end: int
+    """Offset in the file just after the line."""
+
+
+def _lines(path: Path, offset: int = 0) -> Iterator[_Line]:
+    """The journal's whole lines from an offset on; a last line without its end is still being written, or never was."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield _Line(json.loads(line), line.decode(), offset)
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,8 @@ class MlflowShipper:
             raise FileNotFoundError(f"{state} does not exist: the run was started without tracking")
         self.delivery = loaded
         self._client: Any = None
+        self._offset = 0
+        """Where in the journal undelivered lines begin, as far as this process knows."""
 
     def deliver(self) -> int:
         """Sends what MLflow has not received; returns the number of steps sent.
@@ -136,27 +149,23 @@ class MlflowShipper:
         Raises whatever MLflow raises when it cannot be reached; what was sent before counts.
         """
         client = self._connected()
-        sent = 0
-        batch: list[Any] = []
-        last = self.delivery.delivered_step
         from mlflow.entities import Metric  # noqa: PLC0415 see _connected
 
-        for step, line in _lines(self._journal):
-            if step <= self.delivery.delivered_step:
-                continue
-            record = json.loads(line)
-            timestamp = int(record.pop("time") * 1000)
-            del record["step"]
-            metrics = [Metric(key, value, timestamp, step) for key, value in record.items() if math.isfinite(value)]
-            if len(batch) + len(metrics) > METRICS_PER_CALL:
+        steps, batch = 0, list[Metric]()
+        last: _Line | None = None
+        for line in self._undelivered_lines():
+            timestamp, step = int(line.record["time"] * 1000), line.record["step"]
+            values = {key: value for key, value in line.record.items() if key not in ("time", "step")}
+            metrics = [Metric(key, value, timestamp, step) for key, value in values.items() if math.isfinite(value)]
+            if last is not None and len(batch) + len(metrics) > METRICS_PER_CALL:
                 self._send(client, batch, last)
                 batch = []
             batch += metrics
-            last = step
-            sent += 1
-        if batch:
+            last = line
+            steps += 1
+        if last is not None:
             self._send(client, batch, last)
-        return sent
+        return steps
 
     def finish(self) -> None:
         """Delivers, and sets the run's state in MLflow to the one in mlflow.json."""
@@ -170,12 +179,18 @@ class MlflowShipper:
 
     def undelivered(self) -> int:
         """Steps that MLflow has not received."""
-        return sum(step > self.delivery.delivered_step for step, _ in _lines(self._journal))
+        return sum(1 for _ in self._undelivered_lines())
 
-    def _send(self, client: Any, metrics: list[Any], last_step: int) -> None:
+    def _undelivered_lines(self) -> Iterator[_Line]:
+        for line in _lines(self._journal, self._offset):
+            if line.record["step"] > self.delivery.delivered_step:
+                yield line
+
+    def _send(self, client: Any, metrics: list[Any], last: _Line) -> None:
         client.log_batch(self.delivery.run_id, metrics=metrics)
-        self.delivery.delivered_step = last_step
+        self.delivery.delivered_step = last.record["step"]
         self.delivery.save(self._state)
+        self._offset = last.end
 
     def _connected(self) -> Any:
         """The MLflow client, with the run there and described. MLflow is imported here: it takes seconds."""

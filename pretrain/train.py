@@ -27,7 +27,7 @@ from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream, StreamConfig
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read
-from pretrain.engines import EngineConfig, NonFiniteError, SingleProcessEngine, StepResult
+from pretrain.engines import EngineConfig, NonFiniteError, SingleProcessEngine, StepResult, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
@@ -90,11 +90,12 @@ def train(recipe: Recipe, console: Console) -> int:
     """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
 
     Raises:
-        TrainingError, CorpusError, CheckpointError, RunFolderError: it cannot start or go on; the message says why.
+        TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError: it cannot start or go on; the message says why.
     """
     # Everything that can be refused without a run folder is, before one is made.
     stream = ByteStream(Corpus(Path(recipe.data.shards)), recipe.data, recipe.model.sequence_length)
     validation = Corpus(Path(recipe.validation.shards)) if recipe.validation.shards else None
+    choose_device(recipe.engine.device)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     stop = StopRequest()
     with folder.locked(), _log_to(folder.log), stop.listening():
@@ -130,7 +131,7 @@ class Run:
             stop,
         )
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
-        self.checkpoint = self.store.newest_valid()
+        self.checkpoint = self.store.newest_valid(set_aside=True)
         if self.checkpoint is not None:
             self._refuse_other_run(self.checkpoint)
         torch.manual_seed(recipe.train.seed)

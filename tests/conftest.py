@@ -44,6 +44,14 @@ def corpus(corpus_folder: Path) -> Corpus:
     return Corpus(corpus_folder / "train")
 
 
+def train_once(folder: Path, corpus_folder: Path) -> Path:
+    """Trains the recipe of `recipe_tree` in a folder with the real command; returns the run's folder."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_tree(corpus_folder)), encoding="utf-8")
+    subprocess.run([BYTELOOM, "train", recipe], cwd=folder, env=environment(), check=True, stderr=subprocess.DEVNULL)
+    return folder / "runs/run"
+
+
 @pytest.fixture
 def byteloom(tmp_path: Path) -> Run:
     """Runs the real command in a folder of its own and returns what it said."""

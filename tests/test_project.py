@@ -15,6 +15,7 @@ def test_walls_between_packages_stand():
         cwd=ROOT,
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
@@ -22,9 +23,8 @@ def test_walls_between_packages_stand():
 def test_debug_recipe_names_every_field_and_explains_every_line():
     path = ROOT / "configs/debug.yaml"
     load(path)
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    silent = [line for line in lines if "#" not in line and not line.endswith(":")]
-    assert all(line in ("layers: 2", "heads: 2", "local_model:") for line in silent), silent
+    silent = [line for line in path.read_text().splitlines() if line and "#" not in line]
+    assert not silent
     named = {line.split(":")[0].strip() for line in path.read_text().splitlines() if ":" in line}
     assert {field[-1] for field, _ in _all_fields(Config, ())} <= named
 

@@ -69,7 +69,7 @@ def write(folder: Path, fragments: Sequence[Fragment], state: dict[str, Any]) ->
             stored = tensors.setdefault(fragment.name, {"shape": fragment.shape, "dtype": "float32", "chunks": []})
             values = fragment.data.numpy(force=True).astype(ELEMENT, copy=False)
             for begin in range(0, len(values), CHUNK_ELEMENTS):
-                piece = memoryview(values[begin : begin + CHUNK_ELEMENTS]).cast("B")
+                piece = values[begin : begin + CHUNK_ELEMENTS].view(np.uint8).data
                 digest = hashlib.sha256(piece).hexdigest()
                 chunk = Chunk(file_name, file.tell(), fragment.start + begin, len(piece) // ELEMENT.itemsize, digest)
                 stored["chunks"].append(asdict(chunk))

@@ -50,15 +50,21 @@ class CheckpointStore:
             return []
         return sorted(p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
 
-    def newest_valid(self) -> Metadata | None:
-        """The newest checkpoint of which every byte is as written; invalid ones on the way are set aside."""
+    def newest_valid(self, set_aside: bool) -> Metadata | None:
+        """The newest checkpoint of which every byte is as written.
+
+        Args:
+            set_aside: whether invalid ones on the way are renamed, which is for the run's own process to do.
+        """
         for path in reversed(self.committed()):
             try:
                 return verify(path)
             except InvalidCheckpointError as error:
-                aside = path.with_name(f"{path.name}.invalid")
-                if aside.exists():
-                    shutil.rmtree(aside)
-                path.rename(aside)
-                log.warning("checkpoint set aside as %s: %s", aside.name, error)
+                log.warning("checkpoint %s is not valid: %s", path.name, error)
+                if set_aside:
+                    aside = path.with_name(f"{path.name}.invalid")
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    path.rename(aside)
+                    log.warning("it is set aside as %s", aside.name)
         return None

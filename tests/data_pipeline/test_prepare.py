@@ -187,7 +187,7 @@ def test_every_flipped_bit_of_a_block_is_found(tree: Path, tmp_path: Path):
         shard.write_bytes(damaged)
         with (
             Corpus(corpus.folder) as reopened,
-            pytest.raises(CorruptBlockError, match="block 000000 of .*shard-000000"),
+            pytest.raises(CorruptBlockError, match=r"block 000000 of .*shard-000000"),
         ):
             reopened.read(0)
 

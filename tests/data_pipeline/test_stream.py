@@ -79,7 +79,7 @@ def test_a_change_of_batch_size_keeps_the_order(corpus, first_batch, second_batc
     separate=st.booleans(),
     epoch=st.integers(0, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_each_byte_of_an_epoch_is_read_at_most_once_and_few_are_missed(corpus, sequence_length, lanes, separate, epoch):
     stream = stream_of(corpus, sequence_length, lanes=lanes, separate_documents=separate)
     lengths = corpus.index["raw_bytes"].astype(np.int64) + separate * corpus.index["document_ends"]

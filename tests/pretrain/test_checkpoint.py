@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_any_range_can_be_read_from_any_ranges(tmp_path_factory, cuts, chunk, st
     folder = tmp_path_factory.mktemp("ranges")
     tensor = torch.arange(35.0).view(7, 5)
     edges = sorted({0, 35, *cuts})
-    parts = [Fragment("model/a", (7, 5), a, tensor.view(-1)[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [Fragment("model/a", (7, 5), a, tensor.view(-1)[a:b]) for a, b in pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_format, "CHUNK_ELEMENTS", chunk)
         checkpoint_format.write(folder, random.Random(0).sample(parts, len(parts)), {})
@@ -109,14 +110,14 @@ def test_an_invalid_checkpoint_is_set_aside_and_the_one_before_is_taken(store: C
     data = store.path(3) / "rank-00000.bin"
     data.write_bytes(data.read_bytes()[:-1])
     (store.path(2) / "metadata.json").unlink()
-    assert store.newest_valid().state == {"step": 1}
+    assert store.newest_valid(set_aside=True).state == {"step": 1}
     assert sorted(p.name for p in store.folder.iterdir()) == [
         "step-00000001",
         "step-00000002.invalid",
         "step-00000003.invalid",
     ]
     store.save(3, fragments(tensors()), {"step": 3})
-    assert store.newest_valid().state == {"step": 3}
+    assert store.newest_valid(set_aside=True).state == {"step": 3}
 
 
 def test_what_a_killed_writer_left_is_not_a_checkpoint(store: CheckpointStore):
@@ -124,9 +125,9 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint(store: CheckpointStore):
     half = store.folder / "step-00000002.partial"
     half.mkdir()
     (half / "rank-00000.bin").write_bytes(b"half")
-    assert store.newest_valid().folder == store.path(1)
+    assert store.newest_valid(set_aside=True).folder == store.path(1)
     store.save(2, fragments(tensors()), {})
-    assert store.newest_valid().folder == store.path(2)
+    assert store.newest_valid(set_aside=True).folder == store.path(2)
 
 
 def test_the_newest_are_kept(store: CheckpointStore):

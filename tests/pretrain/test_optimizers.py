@@ -1,6 +1,7 @@
 """Learning rates, and what decays."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_warm_up_is_linear_to_the_peak(shape: str):
 @pytest.mark.parametrize("final", [0.0, 0.25])
 def test_decay_is_monotone_and_ends_at_the_final_fraction(shape: str, final: float):
     after = rates(shape=shape, final_fraction=final)[WARMUP:]
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(after))
     assert after[-1] == pytest.approx(1.0 if shape == "constant" else final)
     assert after[-2] > after[-1] or shape == "constant"
 

@@ -1,0 +1,54 @@
+"""A training step of the books recipe against the matrix-product peak of the same dtype, measured in turn.
+
+python benchmarks/training.py [--quick] [--json PATH]
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.loader import MicroBatch
+from pretrain.config import load
+from pretrain.engines import SingleProcessEngine
+from pretrain.models import build_model
+from report import Metric, interleaved, options, report
+
+RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
+SIZE = 2048
+
+
+def product(square: torch.Tensor) -> float:
+    return (square @ square)[0, 0].item()  # waits for the device
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    metrics = []
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        config = load(RECIPE, [f"engine.precision={precision}"])
+        torch.manual_seed(0)
+        model = build_model(config.model)
+        engine = SingleProcessEngine(config.engine, model, config.optimizer, seed=0)
+        rows, length = config.train.micro_batch, config.model.sequence_length
+        ids = np.random.default_rng(0).integers(0, 256, (rows, length)).astype(np.int16)
+        batch = [MicroBatch(0, ids, np.ones(ids.shape, bool))]
+        square = torch.randn(SIZE, SIZE, device=engine.device).to(dtype)
+        work = {
+            "step": partial(engine.train_step, batch, step=0, learning_rate=1e-4),
+            "product": partial(product, square),
+        }
+        seconds = interleaved(work, rounds=4 if chosen.quick else 20)
+        peak = 2 * SIZE**3 / seconds["product"]
+        flops = 3 * model.flops(length) * rows / seconds["step"]
+        shape = f"{model.parameter_count():,} parameters, {rows} rows of {length}"
+        metrics += [
+            Metric(f"{precision} training", rows * length / seconds["step"] / 1e3, "kB/s", shape),
+            Metric(f"{precision} MFU", flops / peak, "", f"of {peak / 1e9:.0f} GFLOP/s, a {SIZE}-cubed product"),
+        ]
+    report("A training step", metrics, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
