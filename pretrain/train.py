@@ -90,7 +90,7 @@ def train(recipe: Recipe, console: Console) -> int:
     """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
 
     Raises:
-        TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError: it cannot start or go on; the message says why.
+        TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError: it cannot start or go on; says why.
     """
     # Everything that can be refused without a run folder is, before one is made.
     stream = ByteStream(Corpus(Path(recipe.data.shards)), recipe.data, recipe.model.sequence_length)
