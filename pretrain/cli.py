@@ -364,6 +364,9 @@ def main() -> None:
         for line in str(error).splitlines():
             said.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        said.print(f"error: {error.strerror}: {error.filename}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What an engine hands out and a checkpoint stores: named flat ranges of fp32 tensors."""
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,7 +25,3 @@ class Fragment:
 def whole(name: str, tensor: Tensor) -> Fragment:
     """The fragment that is all of a tensor."""
     return Fragment(name, tuple(tensor.shape), 0, tensor.detach().view(-1))
-
-
-def size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

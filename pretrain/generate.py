@@ -42,9 +42,9 @@ def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) ->
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(model.parameters()).device
     history = list(prompt)
-    half = max(model.sequence_length // 2, 1)
+    half = model.sequence_length // 2
     if len(history) >= model.sequence_length:
-        history = history[-half:]
+        history = history[len(history) - half :]
     decoder = model.decoder(rows=1)
     logits = decoder.prime(torch.tensor([history], dtype=torch.long, device=device))
     for produced in range(1, count + 1):
@@ -58,7 +58,7 @@ def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) ->
         if decoder.length + 1 < model.sequence_length:
             logits = decoder.step(torch.tensor([drawn], device=device))
         else:
-            history = history[-half:] if half < model.sequence_length else []
+            history = history[len(history) - half :]
             decoder = model.decoder(rows=1)
             logits = decoder.prime(torch.tensor([history], dtype=torch.long, device=device))
 

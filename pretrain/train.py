@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, Field
 from rich.console import Console
 
+from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream, StreamConfig
@@ -142,7 +143,7 @@ class Run:
             read(self.checkpoint, self.engine.fragments())
             self.engine.restore(self.checkpoint.state["counters"])
             self.position = Position(**self.checkpoint.state["position"])
-        folder.config.write_text(yaml.safe_dump(recipe.as_tree(), sort_keys=False), encoding="utf-8")
+        replace_file(folder.config, yaml.safe_dump(recipe.as_tree(), sort_keys=False))
 
     @property
     def finished(self) -> bool:
@@ -298,10 +299,11 @@ class Run:
             return 0
         assert self.stop.signal is not None
         log.info(
-            "%s: stopped after step %d of %d, with a checkpoint; the same command goes on from there",
+            "%s: stopped after step %d of %d, with %s checkpoint; the same command goes on from there",
             self.stop.signal.name,
             self.position.step,
             self.recipe.train.steps,
+            "a" if self.position.step else "no",
         )
         return 128 + self.stop.signal
 

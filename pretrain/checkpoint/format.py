@@ -11,6 +11,7 @@ CHUNK_ELEMENTS long, so that a reader of a small range need not read a large ten
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.fragments import Fragment, size
+from pretrain.fragments import Fragment
 
 FORMAT = "byteloom-checkpoint/1"
 ELEMENT = np.dtype("<f4")
@@ -92,22 +93,12 @@ def verify(folder: Path) -> Metadata:
             sizes[chunk.file] = max(sizes.get(chunk.file, 0), chunk.offset + chunk.length * ELEMENT.itemsize)
             if hashlib.sha256(_bytes_of(folder, chunk)).hexdigest() != chunk.sha256:
                 raise InvalidCheckpointError(f"{folder / chunk.file} is damaged at tensor {name}")
-        if sorted_coverage(tensor) != size(tensor.shape):
+        if _covered(tensor) != math.prod(tensor.shape):
             raise InvalidCheckpointError(f"{folder} does not hold all of tensor {name}")
     for file, length in sizes.items():
         if (folder / file).stat().st_size != length:
             raise InvalidCheckpointError(f"{folder / file} is longer than what was written")
     return metadata
-
-
-def sorted_coverage(tensor: StoredTensor) -> int:
-    """Elements covered by chunks from the tensor's beginning up to the first gap."""
-    covered = 0
-    for chunk in sorted(tensor.chunks, key=lambda c: c.start):
-        if chunk.start > covered:
-            break
-        covered = max(covered, chunk.start + chunk.length)
-    return covered
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -155,6 +146,16 @@ def read(metadata: Metadata, fragments: Sequence[Fragment]) -> None:
                 values = np.frombuffer(_bytes_of(metadata.folder, chunk), ELEMENT)
                 piece = torch.from_numpy(values[first - chunk.start : last - chunk.start].astype(np.float32))
                 fragment.data[first - fragment.start : last - fragment.start].copy_(piece)
+
+
+def _covered(tensor: StoredTensor) -> int:
+    """Elements covered by chunks from the tensor's beginning up to the first gap."""
+    covered = 0
+    for chunk in sorted(tensor.chunks, key=lambda c: c.start):
+        if chunk.start > covered:
+            break
+        covered = max(covered, chunk.start + chunk.length)
+    return covered
 
 
 def _bytes_of(folder: Path, chunk: Chunk) -> bytes:
