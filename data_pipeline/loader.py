@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from data_pipeline.stream import ByteStream, Ids
+from data_pipeline.vocabulary import PADDING
 
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -99,7 +100,7 @@ class Loader:
         first = index * self._micro_batch
         rows = range(first, min(first + self._micro_batch, self._global_batch))
         ids = np.stack([self._stream[g + row] for row in rows])
-        return MicroBatch(index, ids, np.ones(ids.shape, bool))
+        return MicroBatch(index, ids, ids != PADDING)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -100,7 +100,7 @@ class CorpusWriter:
             "documents": int(index["documents"].sum()),
             "raw_bytes": int(index["raw_bytes"].sum()),
             "content_sha256": hashlib.sha256(index["sha256"].tobytes()).hexdigest(),
-            "index_sha256": _sha256_of(self.folder / "index.npy"),
+            "index_sha256": sha256_of(self.folder / "index.npy"),
         }
         manifest["manifest_sha256"] = _manifest_digest(manifest)
         (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -117,8 +117,9 @@ class CorpusWriter:
     def _close_shard(self) -> None:
         if self._tar is not None:
             self._tar.close()
-            self._shards[-1]["bytes"] = self._file.tell()
             self._file.close()
+            path = Path(self._file.name)
+            self._shards[-1] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             self._tar = None
 
 
@@ -136,7 +137,7 @@ class Corpus:
         self.manifest = _read_manifest(folder)
         index_path = folder / "index.npy"
         try:
-            index_sha256 = _sha256_of(index_path)
+            index_sha256 = sha256_of(index_path)
         except OSError as error:
             raise CorpusError(f"{index_path} cannot be read: {error.strerror}") from error
         if index_sha256 != self.manifest["index_sha256"]:
@@ -167,13 +168,16 @@ class Corpus:
         """
         record = self.index[block]
         shard = int(record["shard"])
-        name = f"block {block:06d} of {self.folder / self._shard_names[shard]}"
         begin = int(record["frame_offset"])
         end = int(record["table_offset"]) + int(record["table_bytes"])
         span = os.pread(self._descriptor(shard), end - begin, begin)
         frame = span[: int(record["frame_bytes"])]
         table = span[int(record["table_offset"]) - begin :]
-        return decode(frame, table, record["sha256"].tobytes(), name)
+        return decode(frame, table, record["sha256"].tobytes(), self.name_of(block))
+
+    def name_of(self, block: int) -> str:
+        """What to call a block when there is something to say of it."""
+        return f"block {block:06d} of {self.folder / self._shard_names[int(self.index[block]['shard'])]}"
 
     def _descriptor(self, shard: int) -> int:
         # pread needs no position, so threads share one descriptor; dict.setdefault settles a race of two openers.
@@ -220,7 +224,7 @@ def _manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sha256_of(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

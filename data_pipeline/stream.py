@@ -12,6 +12,7 @@ exactly on any number of processes. With as many lanes as rows in a batch, row j
 
 import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from pydantic import BaseModel, Field
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
-from data_pipeline.vocabulary import SEPARATOR
+from data_pipeline.vocabulary import PADDING, SEPARATOR
+
+log = logging.getLogger(__name__)
 
 EXTENT_BYTES = 4 << 20
 """Adjacent blocks of one shard are permuted together in groups of about this many raw bytes."""
@@ -45,6 +48,9 @@ class StreamConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     strangers. Memory of the loader: lanes times the block size (1 MiB as a rule)."""
     seed: int = Field(default=0, ge=0)
     """Changes the order of the corpus in every epoch."""
+    bad_blocks: int = Field(default=0, ge=0)
+    """Damaged blocks that a run may meet before it stops. Each is a hole: its bytes are padding, count in no loss, and
+    nothing after them moves."""
 
 
 class Piece(NamedTuple):
@@ -90,6 +96,8 @@ class ByteStream:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._blocks: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.int64]]] = OrderedDict()
         self._lock = threading.Lock()
+        self.holes: set[int] = set()
+        """Damaged blocks met so far."""
 
     @property
     def fingerprint(self) -> str:
@@ -106,10 +114,10 @@ class ByteStream:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def __getitem__(self, sequence: int) -> Ids:
-        """Training sequence number `sequence`: (sequence_length,) int16 ids, 0..255 and SEPARATOR.
+        """Training sequence number `sequence`: (sequence_length,) int16 ids, 0..255 and SEPARATOR; PADDING in holes.
 
         Raises:
-            CorruptBlockError: a block it needs is damaged.
+            CorpusError: a block it needs is damaged, and more have been than the config allows.
         """
         return np.concatenate([self._ids(piece) for piece in self.locate(sequence)])
 
@@ -144,7 +152,10 @@ class ByteStream:
             return self._epochs[number]
 
     def _ids(self, piece: Piece) -> Ids:
-        raw, ends = self._block(piece.block)
+        block = self._block(piece.block)
+        if block is None:
+            return np.full(piece.length, PADDING, np.int16)
+        raw, ends = block
         if not self._config.separate_documents:
             return raw[piece.start : piece.start + piece.length].astype(np.int16)
         separators = ends + np.arange(len(ends))
@@ -153,19 +164,34 @@ class ByteStream:
         ids = raw[begin : piece.start + piece.length - last].astype(np.int16)
         return np.insert(ids, ends[first:last] - begin, SEPARATOR)
 
-    def _block(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """A block's bytes and document ends, kept for as many blocks as there are lanes."""
+    def _block(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
+        """A block's bytes and document ends, kept for as many blocks as there are lanes; None where there is a hole."""
         with self._lock:
+            if number in self.holes:
+                return None
             if number in self._blocks:
                 self._blocks.move_to_end(number)
                 return self._blocks[number]
-        block = self.corpus.read(number)  # two threads may read one block at once; both read the same
+        try:
+            block = self.corpus.read(number)  # two threads may read one block at once; both read the same
+        except CorpusError as error:
+            self._note_hole(number, error)
+            return None
         entry = (np.frombuffer(block.raw, np.uint8), np.array(block.document_ends, np.int64))
         with self._lock:
             self._blocks[number] = entry
             while len(self._blocks) > self.lanes + 1:
                 self._blocks.popitem(last=False)
         return entry
+
+    def _note_hole(self, number: int, error: CorpusError) -> None:
+        with self._lock:
+            if number in self.holes:
+                return
+            if len(self.holes) >= self._config.bad_blocks:
+                raise CorpusError(f"{error}; data.bad_blocks allows {self._config.bad_blocks}") from error
+            self.holes.add(number)
+        log.warning("%s; its bytes are left out of the loss", error)
 
 
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from data_pipeline.errors import CorpusError
 from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import Ids
+from data_pipeline.verify import verify as verify_corpus
 from launchers.local import run_in_process
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
@@ -158,6 +160,20 @@ def inspect(
             shown = block.raw[first.start : first.start + min(sample, first.length)]
             out.print(f"\n{first.key} ({first.modality}) begins:", markup=False, highlight=False)
             out.print(shown.decode("utf-8", "backslashreplace"), markup=False, highlight=False)
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="A corpus folder.", show_default=False)],
+    threads: Annotated[int, typer.Option(min=1, help="Shards read at once.")] = os.cpu_count() or 1,
+) -> None:
+    """Check every byte of a corpus: manifest, index and shards; name each damaged block."""
+    with _byte_progress("verifying") as bar:
+        task = bar.add_task("", total=sum(path.stat().st_size for path in folder.glob("*.tar")))
+        faults = verify_corpus(folder, threads, lambda done: bar.advance(task, done))
+    if faults:
+        raise CorpusError("\n".join(faults))
+    said.print(f"{folder}: every byte is as it was written", highlight=False)
 
 
 @app.command("train")

@@ -1,5 +1,6 @@
 """Floating-point peaks, for model FLOPs utilisation (MFU)."""
 
+import statistics
 import time
 
 import torch
@@ -28,15 +29,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measure_matrix_product(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of the fastest of repeated square matrix products."""
+    """FLOP/s of the median of repeated square matrix products."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
+    times = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times)

@@ -187,6 +187,7 @@ class Run:
             metrics |= {
                 "learning_rate": rate,
                 "epoch": position.next_sequence / self.stream.sequences_per_epoch,
+                "bad_blocks": len(self.stream.holes),
             }
             seconds_left = meter.seconds_a_step * (recipe.train.steps - position.step)
             if line := progress.update(position.step, metrics, seconds_left):
