@@ -56,6 +56,7 @@ lock: ## pin what pyproject.toml allows today into requirements.lock
 	.lock-venv/bin/pip install --quiet torch==2.13.0
 	DS_BUILD_OPS=0 .lock-venv/bin/pip install --quiet --editable '.[dev]'
 	{ echo "# Every package of the environment, pinned; made by 'make lock', installed by 'make setup'."; \
+		echo "# Where torch is a CUDA build, it pins its own CUDA packages."; \
 		.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
 	rm -rf .lock-venv
 

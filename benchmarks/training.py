@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.loader import MicroBatch
 from pretrain.config import load
-from pretrain.engines import SingleProcessEngine
+from pretrain.engines import build_engine
 from pretrain.models import build_model
 from report import Metric, interleaved, options, report
 
@@ -30,7 +30,7 @@ def main() -> None:
         config = load(RECIPE, [f"engine.precision={precision}"])
         torch.manual_seed(0)
         model = build_model(config.model)
-        engine = SingleProcessEngine(config.engine, model, config.optimizer, seed=0)
+        engine = build_engine(config.engine, model, config.optimizer, seed=0)
         rows, length = config.train.micro_batch, config.model.sequence_length
         ids = np.random.default_rng(0).integers(0, 256, (rows, length)).astype(np.int16)
         batch = [MicroBatch(0, ids, np.ones(ids.shape, bool))]

@@ -1,5 +1,6 @@
 """Folders that are whole or not there: written beside their place, put on disk, then renamed into it."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,23 +15,39 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     What an earlier, killed writer left half-done is removed first.
 
     Raises:
-        FileExistsError: `target` exists already.
+        FileExistsError: `target` exists already, or another process is writing it now.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already")
     staging = target.with_name(target.name + ".partial")
     if staging.exists():
-        shutil.rmtree(staging)
+        with _held(staging):
+            shutil.rmtree(staging)
     staging.mkdir(parents=True)
+    with _held(staging):
+        try:
+            yield staging
+            for path in [*staging.rglob("*"), staging]:
+                sync(path)
+            staging.rename(target)
+            sync(target.parent)
+            sync(target.parent.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Marks a folder as one that a living process writes; the mark ends with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield staging
-        for path in [*staging.rglob("*"), staging]:
-            sync(path)
-        staging.rename(target)
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise FileExistsError(f"another process is writing {folder}") from error
+    finally:
+        os.close(descriptor)
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -39,6 +56,7 @@ def replace_file(path: Path, text: str) -> None:
     staging.write_text(text, encoding="utf-8")
     sync(staging)
     staging.replace(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

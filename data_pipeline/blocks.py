@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import zstandard
 
@@ -40,13 +41,14 @@ class Block:
     raw: bytes
     slices: tuple[DocumentSlice, ...]
 
-    @property
+    @cached_property
     def document_ends(self) -> list[int]:
         """Offsets in the raw bytes just after the last byte of each document that ends here."""
         return [s.start + s.length for s in self.slices if s.ends]
 
+    @cached_property
     def digest(self) -> bytes:
-        """sha256 of the raw bytes: the block's identity, whatever compressed them."""
+        """sha256 of the raw bytes, whatever compresses them."""
         return hashlib.sha256(self.raw).digest()
 
 
@@ -88,28 +90,37 @@ def encode(block: Block, compressor: zstandard.ZstdCompressor) -> tuple[bytes, b
     """A block as (zstd frame, JSON table). The compressor must write checksum and content size."""
     table = {
         "bytes": len(block.raw),
-        "sha256": block.digest().hex(),
+        "sha256": block.digest.hex(),
         "documents": [asdict(s) for s in block.slices],
     }
     return compressor.compress(block.raw), json.dumps(table, separators=(",", ":")).encode()
 
 
-def decode(frame: bytes, table: bytes, digest: bytes, name: str) -> Block:
+@dataclass(frozen=True)
+class Seal:
+    """What an index knows of a block, against which its bytes are checked."""
+
+    raw_bytes: int
+    sha256: bytes
+    """Of the raw bytes."""
+    table_sha256: bytes
+
+
+def decode(frame: bytes, table: bytes, seal: Seal) -> Block:
     """The block that `encode` was given.
 
-    Args:
-        digest: sha256 of the raw bytes, as the index has it.
-        name: what to call the block in an error.
-
     Raises:
-        CorruptBlockError: frame or table is damaged.
+        CorruptBlockError: frame or table is not what was written.
     """
+    if hashlib.sha256(table).digest() != seal.table_sha256:
+        raise CorruptBlockError("its table does not have the digest of the index")
     try:
+        if zstandard.frame_content_size(frame) != seal.raw_bytes:
+            raise CorruptBlockError("its length is not that of the index")
         raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-        entries = json.loads(table)
-        slices = tuple(DocumentSlice(**entry) for entry in entries["documents"])
-    except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
-        raise CorruptBlockError(f"{name} is damaged: {error}") from error
-    if hashlib.sha256(raw).digest() != digest or entries["sha256"] != digest.hex():
-        raise CorruptBlockError(f"{name} is damaged: its bytes do not have the digest of the index")
-    return Block(raw, slices)
+    except zstandard.ZstdError as error:
+        raise CorruptBlockError(str(error)) from error
+    block = Block(raw, tuple(DocumentSlice(**entry) for entry in json.loads(table)["documents"]))
+    if block.digest != seal.sha256:
+        raise CorruptBlockError("its bytes do not have the digest of the index")
+    return block

@@ -49,6 +49,11 @@ class Batch:
     next_sequence: int
     """The data state after this batch: the first sequence number of the next one."""
 
+    @property
+    def masked(self) -> int:
+        """Positions that are no targets: holes, and padding."""
+        return sum(int(np.count_nonzero(~m.targets)) for m in self.micro_batches)
+
 
 class Loader:
     """Iterates over batches for ever, from sequence number `first_sequence` on.

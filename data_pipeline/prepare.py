@@ -61,7 +61,7 @@ def prepare(sources: Sequence[Path], out: Path, options: PrepareOptions, progres
         CorpusError: a source is missing or unreadable, there is no byte to write, or `out` exists.
     """
     _check(options)
-    if out.exists():
+    if out.exists():  # before a long listing
         raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
     listing = find_documents(sources, options.include, options.exclude)
     if listing.unreadable and not options.skip_unreadable:
@@ -76,14 +76,17 @@ def prepare(sources: Sequence[Path], out: Path, options: PrepareOptions, progres
     parts = _split(documents, options)
     total = sum(document.size for document in documents)
     done = 0
-    with atomic_folder(out) as staging:
-        for name, part in parts.items():
-            writer = CorpusWriter(staging / name, options.shard_bytes, options.level)
-            for block in pack_documents(part, options.block_bytes):
-                writer.add(block)
-                done += len(block.raw)
-                progress(done, total)
-            writer.close()
+    try:
+        with atomic_folder(out) as staging:
+            for name, part in parts.items():
+                writer = CorpusWriter(staging / name, options.shard_bytes, options.level)
+                for block in pack_documents(part, options.block_bytes):
+                    writer.add(block)
+                    done += len(block.raw)
+                    progress(done, total)
+                writer.close()
+    except FileExistsError as error:
+        raise CorpusError(f"{error}; choose another --out, or remove it first") from error
     return PrepareReport([out / name for name in parts], len(documents), listing.empty, listing.unreadable)
 
 

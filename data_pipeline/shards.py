@@ -6,7 +6,7 @@
         shard-000000.tar      000000.bytes.zst, 000000.json, 000001.bytes.zst, …
 
 Any tar program and any WebDataset reader opens a shard; `zstd -d` opens a block. The raw content decides identity:
-`content_sha256` is the digest of the blocks' raw digests, so another zstd changes no fingerprint.
+`content_sha256` is the digest of the digests of the blocks' raw bytes and tables, so another zstd changes nothing.
 """
 
 import hashlib
@@ -18,9 +18,10 @@ from typing import Any, Self
 import numpy as np
 import webdataset
 import zstandard
+from numpy.typing import NDArray
 
-from data_pipeline.blocks import Block, decode, encode
-from data_pipeline.errors import CorpusError
+from data_pipeline.blocks import Block, Seal, decode, encode
+from data_pipeline.errors import CorpusError, CorruptBlockError
 
 FORMAT = "byteloom-shards/1"
 TAR_HEADER = 512
@@ -36,6 +37,7 @@ BLOCK_RECORD = np.dtype(
         ("documents", "<u4"),  # documents that begin here
         ("document_ends", "<u4"),  # documents that end here
         ("sha256", "u1", (32,)),  # of the raw bytes
+        ("table_sha256", "u1", (32,)),  # of the JSON table
     ]
 )
 
@@ -73,7 +75,8 @@ class CorpusWriter:
                 len(block.raw),
                 sum(s.document_offset == 0 for s in block.slices),
                 len(block.document_ends),
-                np.frombuffer(block.digest(), np.uint8),
+                np.frombuffer(block.digest, np.uint8),
+                np.frombuffer(hashlib.sha256(table).digest(), np.uint8),
             )
         )
         shard = self._shards[-1]
@@ -99,7 +102,7 @@ class CorpusWriter:
             "blocks": len(index),
             "documents": int(index["documents"].sum()),
             "raw_bytes": int(index["raw_bytes"].sum()),
-            "content_sha256": hashlib.sha256(index["sha256"].tobytes()).hexdigest(),
+            "content_sha256": _content_digest(index),
             "index_sha256": sha256_of(self.folder / "index.npy"),
         }
         manifest["manifest_sha256"] = _manifest_digest(manifest)
@@ -128,11 +131,14 @@ class Corpus:
 
     Safe to read from many threads.
 
+    Args:
+        check_shards: refuse a corpus of which a shard is missing or has another length than it was written with.
+
     Raises:
         CorpusError: the folder is not a corpus, or its manifest or index is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check_shards: bool = True) -> None:
         self.folder = folder
         self.manifest = _read_manifest(folder)
         index_path = folder / "index.npy"
@@ -145,6 +151,18 @@ class Corpus:
         self.index = np.load(index_path, mmap_mode="r", allow_pickle=False)
         self._shard_names = [shard["name"] for shard in self.manifest["shards"]]
         self._descriptors: dict[int, int] = {}
+        if check_shards:
+            for shard in self.manifest["shards"]:
+                self._check_length(folder / shard["name"], shard["bytes"])
+
+    @staticmethod
+    def _check_length(path: Path, length: int) -> None:
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+        if found != length:
+            raise CorpusError(f"{path} has {found:,} bytes; it was written with {length:,}")
 
     @property
     def content_sha256(self) -> str:
@@ -170,10 +188,17 @@ class Corpus:
         shard = int(record["shard"])
         begin = int(record["frame_offset"])
         end = int(record["table_offset"]) + int(record["table_bytes"])
-        span = os.pread(self._descriptor(shard), end - begin, begin)
+        try:
+            span = os.pread(self._descriptor(shard), end - begin, begin)
+        except OSError as error:
+            raise CorpusError(f"{self.name_of(block)} cannot be read: {error.strerror}") from error
         frame = span[: int(record["frame_bytes"])]
         table = span[int(record["table_offset"]) - begin :]
-        return decode(frame, table, record["sha256"].tobytes(), self.name_of(block))
+        seal = Seal(int(record["raw_bytes"]), record["sha256"].tobytes(), record["table_sha256"].tobytes())
+        try:
+            return decode(frame, table, seal)
+        except CorruptBlockError as error:
+            raise CorruptBlockError(f"{self.name_of(block)} is damaged: {error}") from error
 
     def name_of(self, block: int) -> str:
         """What to call a block when there is something to say of it."""
@@ -217,6 +242,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise CorpusError(f"{path} has format {manifest['format']!r}; this version reads {FORMAT!r}")
     return manifest
+
+
+def _content_digest(index: NDArray[np.void]) -> str:
+    digests = np.concatenate([index["sha256"], index["table_sha256"]], axis=1)
+    return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

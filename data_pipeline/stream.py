@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 
 log = logging.getLogger(__name__)
 
 EXTENT_BYTES = 4 << 20
-"""Adjacent blocks of one shard are permuted together in groups of about this many raw bytes."""
+"""Adjacent blocks are permuted together in groups of about this many raw bytes."""
 ORDER_VERSION = 1
 """Goes up if the order of a run's bytes ever changes; part of the fingerprint."""
 
@@ -44,9 +44,9 @@ class StreamConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     separate_documents: bool = True
     """Put id 256 after each document, so that the model learns where documents end. Off for media of fixed size."""
     lanes: int = Field(default=128, ge=1)
-    """Places of the corpus that are read side by side; at least the global batch, so that the rows of a batch are
-    strangers. Memory of the loader: lanes times the block size (1 MiB as a rule)."""
-    seed: int = Field(default=0, ge=0)
+    """Places of the corpus that are read side by side; with at least as many as a global batch has rows, its rows are
+    strangers. Memory of the loader: two blocks (of 1 MiB as a rule) a lane, at most."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Changes the order of the corpus in every epoch."""
     bad_blocks: int = Field(default=0, ge=0)
     """Damaged blocks that a run may meet before it stops. Each is a hole: its bytes are padding, count in no loss, and
@@ -84,7 +84,7 @@ class ByteStream:
         self._lengths = index["raw_bytes"].astype(np.int64)
         if config.separate_documents:
             self._lengths += index["document_ends"]
-        self._extent_of_block = _extents(index["shard"], index["raw_bytes"])
+        self._extent_of_block = _extents(index["raw_bytes"])
         sequences = int(self._lengths.sum()) // sequence_length
         if sequences == 0:
             raise CorpusError(
@@ -165,7 +165,10 @@ class ByteStream:
         return np.insert(ids, ends[first:last] - begin, SEPARATOR)
 
     def _block(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]] | None:
-        """A block's bytes and document ends, kept for as many blocks as there are lanes; None where there is a hole."""
+        """A block's bytes and document ends; None where there is a hole.
+
+        Two blocks a lane are kept: while some lanes have gone on to their next block, others still read their last.
+        """
         with self._lock:
             if number in self.holes:
                 return None
@@ -174,22 +177,22 @@ class ByteStream:
                 return self._blocks[number]
         try:
             block = self.corpus.read(number)  # two threads may read one block at once; both read the same
-        except CorpusError as error:
+        except CorruptBlockError as error:
             self._note_hole(number, error)
             return None
         entry = (np.frombuffer(block.raw, np.uint8), np.array(block.document_ends, np.int64))
         with self._lock:
             self._blocks[number] = entry
-            while len(self._blocks) > self.lanes + 1:
+            while len(self._blocks) > 2 * self.lanes:
                 self._blocks.popitem(last=False)
         return entry
 
-    def _note_hole(self, number: int, error: CorpusError) -> None:
+    def _note_hole(self, number: int, error: CorruptBlockError) -> None:
         with self._lock:
             if number in self.holes:
                 return
             if len(self.holes) >= self._config.bad_blocks:
-                raise CorpusError(f"{error}; data.bad_blocks allows {self._config.bad_blocks}") from error
+                raise CorruptBlockError(f"{error}; data.bad_blocks allows {self._config.bad_blocks}") from error
             self.holes.add(number)
         log.warning("%s; its bytes are left out of the loss", error)
 
@@ -212,10 +215,10 @@ def _splitmix64(state: NDArray[Any]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def _extents(shard: NDArray[np.uint32], raw_bytes: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The extent each block belongs to: numbers 0, 1, … that go up along the corpus."""
+def _extents(raw_bytes: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """The extent each block belongs to, numbered 0, 1, … along the corpus.
+
+    It depends on raw bytes alone: where shards begin is a matter of compression.
+    """
     ends = np.cumsum(raw_bytes, dtype=np.int64)
-    group = (ends - raw_bytes) // EXTENT_BYTES
-    new = np.ones(len(shard), bool)
-    new[1:] = (shard[1:] != shard[:-1]) | (group[1:] != group[:-1])
-    return np.cumsum(new) - 1
+    return np.unique((ends - raw_bytes) // EXTENT_BYTES, return_inverse=True)[1]

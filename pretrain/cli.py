@@ -12,10 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -29,17 +28,16 @@ from rich.table import Table
 from data_pipeline.errors import CorpusError
 from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.shards import Corpus
-from data_pipeline.stream import Ids
 from data_pipeline.verify import verify as verify_corpus
 from launchers.local import run_in_process
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
 from pretrain.engines import EngineError, choose_device, compute_dtype
-from pretrain.evaluate import Evaluation, evaluate
+from pretrain.evaluate import Evaluation, Score, evaluate, scorer
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, build_model
+from pretrain.models import ByteModel, ModelConfig, build_model
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
@@ -117,19 +115,26 @@ def prepare_command(
 ) -> None:
     """Turn files into a corpus: tar shards of compressed blocks, with manifest and index."""
     options = PrepareOptions(
-        include or (), exclude or (), holdout, seed, block_bytes, shard_bytes, level, skip_unreadable
+        include=include or (),
+        exclude=exclude or (),
+        holdout=holdout,
+        seed=seed,
+        block_bytes=block_bytes,
+        shard_bytes=shard_bytes,
+        level=level,
+        skip_unreadable=skip_unreadable,
     )
     started = time.perf_counter()
     with _byte_progress("preparing") as bar:
         task = bar.add_task("", total=None)
         report = prepare(paths, out, options, lambda done, total: bar.update(task, completed=done, total=total))
     for path, reason in report.unreadable:
-        said.print(f"left out: {path}: {reason}", highlight=False, soft_wrap=True)
+        _say(f"left out: {path}: {reason}")
     if report.empty:
-        said.print(f"left out: {report.empty} empty files", highlight=False)
+        _say(f"left out: {report.empty} empty files")
     for folder in report.folders:
-        said.print(f"{folder}: {_in_a_line(Corpus(folder))}", highlight=False, soft_wrap=True)
-    said.print(f"{report.documents:,} documents in {duration(time.perf_counter() - started)}", highlight=False)
+        _say(f"{folder}: {_in_a_line(Corpus(folder))}")
+    _say(f"{report.documents:,} documents in {duration(time.perf_counter() - started)}")
 
 
 @app.command()
@@ -141,7 +146,7 @@ def inspect(
     with Corpus(folder) as corpus:
         manifest, index = corpus.manifest, corpus.index
         stored = int(index["frame_bytes"].sum())
-        table = Table(title=str(folder), show_header=False, title_justify="left")
+        table = Table(title=escape(_printable(str(folder))), show_header=False, title_justify="left")
         for name, value in (
             ("documents", f"{manifest['documents']:,}"),
             ("raw bytes", f"{corpus.raw_bytes:,}"),
@@ -158,7 +163,7 @@ def inspect(
             block = corpus.read(0)
             first = block.slices[0]
             shown = block.raw[first.start : first.start + min(sample, first.length)]
-            out.print(f"\n{first.key} ({first.modality}) begins:", markup=False, highlight=False)
+            out.print(_printable(f"\n{first.key} ({first.modality}) begins:"), markup=False, highlight=False)
             out.print(shown.decode("utf-8", "backslashreplace"), markup=False, highlight=False)
 
 
@@ -173,7 +178,7 @@ def verify_command(
         faults = verify_corpus(folder, threads, lambda done: bar.advance(task, done))
     if faults:
         raise CorpusError("\n".join(faults))
-    said.print(f"{folder}: every byte is as it was written", highlight=False)
+    _say(f"{folder}: every byte is as it was written")
 
 
 @app.command("train")
@@ -182,7 +187,7 @@ def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
     config = configuration.load(recipe, overrides or [])
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
-        resolved.write_text(yaml.safe_dump(config.as_tree()), encoding="utf-8")
+        resolved.write_text(config.as_yaml(), encoding="utf-8")
         raise typer.Exit(run_in_process("pretrain.cli:start", resolved))
 
 
@@ -204,36 +209,24 @@ def eval_command(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
-    loaded, config, checkpoint = _load_model(model, device, precision)
-    chosen = shards or (Path(config.validation.shards) if config.validation.shards else None)
-    if chosen is None:
+    loaded, checkpoint = _load_model(model, device, precision)
+    own = checkpoint.state["config"]["validation"]["shards"]
+    if shards is None and own is None:
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
+    chosen = shards or Path(own)
     with Corpus(chosen) as corpus, _byte_progress("scoring") as bar:
         task = bar.add_task("", total=corpus.raw_bytes)
 
-        def nats_of(ids: Ids) -> torch.Tensor:
-            with torch.no_grad():
-                return loaded(torch.from_numpy(ids).to(next(loaded.parameters()).device)).cpu()
-
         result = evaluate(
-            nats_of, corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
+            scorer(loaded), corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
         )
     _print_scores(
         result,
         f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start",
     )
     if json_path is not None:
-        scores = {"all": result.total, **result.groups}
-        json_path.write_text(
-            json.dumps(
-                {
-                    name: {"bits_per_byte": s.bits_per_byte, "bytes": s.bytes, "documents": s.documents}
-                    for name, s in scores.items()
-                },
-                indent=1,
-            ),
-            encoding="utf-8",
-        )
+        scores = {"total": _as_json(result.total), "groups": {n: _as_json(s) for n, s in result.groups.items()}}
+        json_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
 
 
 @app.command("generate")
@@ -245,7 +238,7 @@ def generate_command(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
@@ -258,7 +251,7 @@ def generate_command(
         start_bytes = prompt_file.read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
     except OSError as error:
         raise CorpusError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
-    loaded, _, _ = _load_model(model, device, precision)
+    loaded, _ = _load_model(model, device, precision)
     out = sys.stdout.buffer
     started, written = time.perf_counter(), 0
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
@@ -268,7 +261,7 @@ def generate_command(
             written += 1
     seconds = time.perf_counter() - started
     ending = "" if written == count else ", where the model ended the document"
-    said.print(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}", highlight=False)
+    _say(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}")
 
 
 @app.command()
@@ -280,19 +273,20 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
     with folder.locked():
         shipper = MlflowShipper(folder.metrics, folder.mlflow)
         missing = shipper.undelivered()
+        if shipper.delivery.status == "RUNNING":  # whoever wrote that is dead: we hold the run's lock
+            shipper.set_status("KILLED")
         try:
             shipper.finish()
         except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
             reason = str(error).partition("\n")[0]
             raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
-    said.print(f"{missing} steps delivered to {shipper.delivery.uri}", highlight=False)
+    _say(f"{missing} steps delivered to {shipper.delivery.uri}")
 
 
 @config_app.command("show")
 def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with its overrides and every default."""
-    tree = configuration.load(recipe, overrides or []).as_tree()
-    typer.echo(yaml.safe_dump(tree, sort_keys=False), nl=False)
+    typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
 
 
 @config_app.command("schema")
@@ -309,7 +303,7 @@ def config_explain(
     typer.echo(configuration.explain(field))
 
 
-def _load_model(path: Path, device: Device, precision: Precision | None) -> tuple[ByteModel, Config, Metadata]:
+def _load_model(path: Path, device: Device, precision: Precision | None) -> tuple[ByteModel, Metadata]:
     """The model of a run's newest checkpoint, or of one checkpoint, ready to score and generate."""
     if (path / "metadata.json").exists():
         checkpoint: Metadata | None = verify(path)
@@ -317,24 +311,40 @@ def _load_model(path: Path, device: Device, precision: Precision | None) -> tupl
         checkpoint = CheckpointStore(RunFolder(path).checkpoints, keep=1).newest_valid(set_aside=False)
     if checkpoint is None:
         raise CheckpointError(f"no valid checkpoint at {path}: it is neither a checkpoint nor a run that has one")
-    config = configuration.parse(checkpoint.state["config"], {}, str(checkpoint.folder))
-    model = build_model(config.model).eval()
+    config = checkpoint.state["config"]
+    model = build_model(ModelConfig.model_validate(config["model"])).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
-    dtype = compute_dtype(precision.value if precision else config.engine.precision)
-    return model.to(choose_device(device.value), dtype), config, checkpoint
+    dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
+    return model.to(choose_device(device.value), dtype), checkpoint
+
+
+def _say(text: str) -> None:
+    """A line for people, as it is: file names are no markup."""
+    said.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Text in which the bytes of a file name that are no UTF-8 are shown as escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _print_scores(result: Evaluation, title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(_printable(title)), title_justify="left")
     table.add_column("documents of")
     for name in ("bits/byte", "bytes", "documents"):
         table.add_column(name, justify="right")
     for name, score in sorted(result.groups.items()):
-        table.add_row(name, f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}")
+        table.add_row(
+            escape(_printable(name)), f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}"
+        )
     total = result.total
     table.add_section()
     table.add_row("all", f"{total.bits_per_byte:.4f}", f"{total.bytes:,}", f"{total.documents:,}")
     Console().print(table)
+
+
+def _as_json(score: Score) -> dict[str, float]:
+    return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "documents": score.documents}
 
 
 def _in_a_line(corpus: Corpus) -> str:
@@ -357,7 +367,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        said.print(f"{mark}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"{mark}{record.getMessage()}")
 
 
 def main() -> None:
@@ -378,10 +388,10 @@ def main() -> None:
         TrainingError,
     ) as error:
         for line in str(error).splitlines():
-            said.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+            _say(f"error: {line}")
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
-        said.print(f"error: {error.strerror}: {error.filename}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"error: {error}")
         sys.exit(1)
 
 

@@ -49,6 +49,10 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
         """The whole tree as JSON values."""
         return self.model_dump(mode="json")
 
+    def as_yaml(self) -> str:
+        """The whole tree as a recipe that `load` reads back to the same config."""
+        return yaml.dump(self.as_tree(), Dumper=_RecipeDumper, sort_keys=False)
+
 
 class ConfigError(Exception):
     """A recipe or an override is wrong; a line for each fault."""
@@ -192,18 +196,29 @@ def _apply(override: str, tree: dict[str, Any], origins: dict[FieldPath, str]) -
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's plain values: 3e-4 is a number, and on, off, yes, no and dates are text."""
+    """YAML 1.2's plain values: 3e-4 is a number, 010 is ten, and on, off, yes, no and dates are text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 a table of the class, as in the base class
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node))
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Writes what _RecipeLoader reads: text that looks like a number to it is put in quotes."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 a table of the class, as in the base class
 
 
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
 for _tag, _pattern, _first in (
     ("null", r"^(?:null|~|)$", ["n", "~", ""]),
     ("bool", r"^(?:true|false)$", list("tf")),
-    ("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
     ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
 ):
-    _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+    for _class in (_RecipeLoader, _RecipeDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def _read_yaml(path: Path, origins: dict[FieldPath, str]) -> dict[str, Any]:
@@ -211,8 +226,10 @@ def _read_yaml(path: Path, origins: dict[FieldPath, str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-    loader = _RecipeLoader(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a recipe: it is not UTF-8 text") from error
     try:
+        loader = _RecipeLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path} is not a recipe: it has no sections")
@@ -221,8 +238,6 @@ def _read_yaml(path: Path, origins: dict[FieldPath, str]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not YAML: {_first_line(error)}") from error
-    finally:
-        loader.dispose()
 
 
 def _mapping(

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import Ids
 from data_pipeline.vocabulary import PADDING, count_bytes
+from pretrain.models import ByteModel
 
 
 class ValidationConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -94,6 +96,17 @@ def evaluate(
             evaluation.groups.setdefault(group_of(window.key), Score()).add(score)
         progress(count_bytes(ids, targets))
     return evaluation
+
+
+def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
+    """A model's forward pass in the form `evaluate` asks for."""
+    device = next(model.parameters()).device
+
+    def nats_of(ids: Ids) -> Tensor:
+        with torch.no_grad():
+            return model(torch.from_numpy(ids).to(device)).cpu()
+
+    return nats_of
 
 
 def document_windows(corpus: Corpus, length: int) -> Iterator[Window]:

@@ -18,8 +18,8 @@ class Meter:
         peak: FLOP/s that the device could do.
     """
 
-    def __init__(self, flops_a_step: float, peak: float) -> None:
-        self._flops_a_step, self._peak = flops_a_step, peak
+    def __init__(self, flops_a_step: float, peak: float, device: torch.device) -> None:
+        self._flops_a_step, self._peak, self._device = flops_a_step, peak, device
         self._begin = self._data = 0.0
         self.seconds_a_step = 0.0
         """Moving average over about ten steps."""
@@ -41,13 +41,13 @@ class Meter:
             "step_seconds": seconds,
             "data_wait_share": (self._data - self._begin) / seconds,
             "mfu": self._flops_a_step / seconds / self._peak,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(self._device),
         }
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: on the CUDA device where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on a CUDA device, or else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024

@@ -58,7 +58,7 @@ def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
     elif schedule.shape == "cosine":
         height = (1 + math.cos(math.pi * progress)) / 2
     else:
-        height = min((1 - progress) / schedule.decay_fraction, 1.0)
+        height = min((steps - step) / (schedule.decay_fraction * steps), 1.0)
     return config.learning_rate * (schedule.final_fraction + (1 - schedule.final_fraction) * height)
 
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -62,9 +63,15 @@ class RunFolder:
                 raise RunFolderError(f"another process is training in {self.path}; choose another run.name") from error
             yield
 
-    def identity(self) -> str:
-        """The run's own id, made at the first start; the tracker finds its run again by it."""
+    def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
+        """What the run was when its first number was written, with an id that the tracker finds its run again by.
+
+        Args:
+            made_of: model, data and fingerprint of this start; kept if nothing has come of an earlier one.
+        """
         path = self.path / "run.json"
-        if not path.exists():
-            replace_file(path, json.dumps({"id": uuid.uuid4().hex}))
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        begun = self.metrics.exists() and self.metrics.stat().st_size
+        if not begun or not path.exists():
+            replace_file(path, json.dumps({"id": uuid.uuid4().hex, **made_of}, indent=1))
+        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return identity

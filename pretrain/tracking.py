@@ -4,7 +4,8 @@
 
 The loop writes a line and goes on; nothing it calls raises or waits because of MLflow. The shipper reads the journal
 itself and keeps how far it has got (mlflow.json), so a dead server, a killed process or a finished run loses no number:
-they are delivered when the run is next started, or by `byteloom track`. Every step is delivered once.
+they are delivered when the run is next started, or by `byteloom track`. A step that a killed run computes again is not
+sent again: its numbers are the same. After a change of the recipe they are not, and then they are sent anew.
 """
 
 import fcntl
@@ -12,7 +13,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -98,9 +98,11 @@ class RunDescription:
     name: str
     identity: str
     params: Mapping[str, Any]
-    """Dotted config fields; MLflow holds the values of the first start."""
+    """Dotted config fields; MLflow keeps the values of the first start."""
     tags: Mapping[str, str]
     """Of this start; they replace those of an earlier one."""
+    begins_after: int
+    """The step whose checkpoint this start goes on from; -1 for a start from nothing."""
 
 
 @dataclass
@@ -110,12 +112,15 @@ class Delivery:
     uri: str
     run_id: str | None = None
     delivered_step: int = -1
+    sending_step: int = -1
+    """The last step of a delivery that was begun; beyond delivered_step only if its end is not known."""
     status: str = "RUNNING"
     """What the run's state in MLflow should be."""
     experiment: str = "byteloom"
     name: str = ""
     identity: str = ""
     params: dict[str, str] = field(default_factory=dict)
+    """Of the last start."""
     tags: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -140,6 +145,7 @@ class MlflowShipper:
             raise FileNotFoundError(f"{state} does not exist: the run was started without tracking")
         self.delivery = loaded
         self._client: Any = None
+        self._saving = threading.Lock()
         self._offset = 0
         """Where in the journal undelivered lines begin, as far as this process knows."""
 
@@ -175,7 +181,11 @@ class MlflowShipper:
 
     def set_status(self, status: str) -> None:
         self.delivery.status = status
-        self.delivery.save(self._state)
+        self._save()
+
+    def _save(self) -> None:
+        with self._saving:  # the loop's thread and the shipper's both write the file
+            self.delivery.save(self._state)
 
     def undelivered(self) -> int:
         """Steps that MLflow has not received."""
@@ -187,9 +197,11 @@ class MlflowShipper:
                 yield line
 
     def _send(self, client: Any, metrics: list[Any], last: _Line) -> None:
+        self.delivery.sending_step = last.record["step"]
+        self._save()
         client.log_batch(self.delivery.run_id, metrics=metrics)
         self.delivery.delivered_step = last.record["step"]
-        self.delivery.save(self._state)
+        self._save()
         self._offset = last.end
 
     def _connected(self) -> Any:
@@ -210,22 +222,35 @@ class MlflowShipper:
                 experiment.experiment_id if experiment else client.create_experiment(self.delivery.experiment)
             )
         if self.delivery.run_id is None:
-            tag = f"tags.`byteloom.run` = '{self.delivery.identity}'"
-            known = client.search_runs([experiment_id], tag, max_results=1)
-            if known:
-                self.delivery.run_id = known[0].info.run_id
-            else:
-                tags = {"byteloom.run": self.delivery.identity}
-                run = client.create_run(experiment_id, tags=tags, run_name=self.delivery.name)
-                self.delivery.run_id = run.info.run_id
-            params = [Param(key, value) for key, value in self.delivery.params.items()]
-            for first in range(0, len(params), PARAMS_PER_CALL):
-                client.log_batch(self.delivery.run_id, params=params[first : first + PARAMS_PER_CALL])
-            self.delivery.save(self._state)
+            self.delivery.run_id = self._find_or_create_run(client, experiment_id)
+            self._save()
+        run = client.get_run(self.delivery.run_id)
+        unknown = [Param(key, value) for key, value in self.delivery.params.items() if key not in run.data.params]
+        for first in range(0, len(unknown), PARAMS_PER_CALL):
+            client.log_batch(self.delivery.run_id, params=unknown[first : first + PARAMS_PER_CALL])
+        if self.delivery.sending_step > self.delivery.delivered_step:
+            self.delivery.delivered_step = self._last_step_known_to(client)
         client.update_run(self.delivery.run_id, status="RUNNING")
         client.log_batch(self.delivery.run_id, tags=[RunTag(key, value) for key, value in self.delivery.tags.items()])
         self._client = client
         return client
+
+    def _find_or_create_run(self, client: Any, experiment_id: str) -> str:
+        tag = f"tags.`byteloom.run` = '{self.delivery.identity}'"
+        known = client.search_runs([experiment_id], tag, max_results=1)
+        if known:
+            return str(known[0].info.run_id)
+        tags = {"byteloom.run": self.delivery.identity}
+        return str(client.create_run(experiment_id, tags=tags, run_name=self.delivery.name).info.run_id)
+
+    def _last_step_known_to(self, client: Any) -> int:
+        """Asked when a process was killed between sending steps and noting that they had arrived."""
+        steps = (
+            metric.step
+            for name in ("train/bits_per_byte", "validation/bits_per_byte")
+            for metric in client.get_metric_history(self.delivery.run_id, name)
+        )
+        return max(steps, default=-1)
 
 
 class Tracker:
@@ -249,11 +274,13 @@ class Tracker:
         Args:
             status: MLflow's word for how it ended: FINISHED, KILLED or FAILED.
         """
-        self.journal.sync()
         self.journal.close()
         if self._shipper is None or self._thread is None:
             return
-        self._shipper.set_status(status)
+        try:
+            self._shipper.set_status(status)
+        except OSError as error:  # a full disk: the run's own fate must not change for it
+            log.warning("how the run ended could not be noted for MLflow: %s", error)
         self._end.set()
         self._thread.join(FINAL_DELIVERY_SECONDS)
         if missing := self._shipper.undelivered():
@@ -309,27 +336,14 @@ def open_tracker(
     if delivery is None or delivery.uri != uri or delivery.experiment != config.experiment:
         delivery = Delivery(uri, experiment=config.experiment)
     delivery.name, delivery.identity, delivery.status = description.name, description.identity, "RUNNING"
-    if delivery.run_id is None:
-        delivery.params = {key: str(value) for key, value in description.params.items()}
+    params = {key: str(value) for key, value in description.params.items()}
+    if delivery.params != params and max(delivery.delivered_step, delivery.sending_step) > description.begins_after:
+        log.info("steps after %d are told to MLflow anew: the recipe has changed", description.begins_after)
+        delivery.delivered_step = delivery.sending_step = description.begins_after
+    delivery.params = params
     delivery.tags = dict(description.tags)
     delivery.save(state)
     return Tracker(journal, MlflowShipper(journal.path, state))
-
-
-def git_state(folder: Path) -> dict[str, str]:
-    """Commit and cleanliness of the working tree that holds `folder`; empty where there is none."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None  # no git, or no repository: then there is no state to tell
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return {}
-    return {"git.commit": commit, "git.clean": str(git("status", "--porcelain") == "")}
 
 
 @contextmanager

@@ -11,15 +11,13 @@ and so its losses are those of the uninterrupted run.
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from pydantic import BaseModel, Field
 from rich.console import Console
 
@@ -27,17 +25,18 @@ from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream, StreamConfig
-from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read
-from pretrain.engines import EngineConfig, NonFiniteError, SingleProcessEngine, StepResult, choose_device
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
+from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
-from pretrain.models import ModelConfig, build_model
+from pretrain.models import FREE_FIELDS, ModelConfig, build_model
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
+from pretrain.provenance import changes, environment, flatten, git_state
 from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.stop import StopRequest
-from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, git_state, open_tracker
+from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     micro_batch: int = Field(ge=1)
     """Sequences of one forward and backward pass; gradients add up over the micro-batches of a global batch. Lower it
     when memory is short: the order of bytes does not depend on it."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the initial weights and of dropout."""
 
 
@@ -81,6 +80,9 @@ class Recipe(Protocol):
     def tracking(self) -> TrackingConfig: ...
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
+
+    def as_yaml(self) -> str:
+        """The whole tree as a recipe."""
 
 
 class TrainingError(Exception):
@@ -131,19 +133,25 @@ class Run:
             validation,
             stop,
         )
+        self.identity = folder.identity(
+            {"model": recipe.as_tree()["model"], "data": recipe.as_tree()["data"], "fingerprint": stream.fingerprint}
+        )
+        self._refuse_another_run()
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
+        self.store.sweep()
         self.checkpoint = self.store.newest_valid(set_aside=True)
-        if self.checkpoint is not None:
-            self._refuse_other_run(self.checkpoint)
         torch.manual_seed(recipe.train.seed)
         self.model = build_model(recipe.model)
-        self.engine = SingleProcessEngine(recipe.engine, self.model, recipe.optimizer, recipe.train.seed)
+        self.engine = build_engine(recipe.engine, self.model, recipe.optimizer, recipe.train.seed)
         self.position = Position()
         if self.checkpoint is not None:
             read(self.checkpoint, self.engine.fragments())
-            self.engine.restore(self.checkpoint.state["counters"])
-            self.position = Position(**self.checkpoint.state["position"])
-        replace_file(folder.config, yaml.safe_dump(recipe.as_tree(), sort_keys=False))
+            state = self.checkpoint.state
+            self.engine.restore(state["counters"])
+            self.position = Position(**state["position"])
+            stream.holes.update(state["bad_blocks"])
+        self.saved_step = self.position.step
+        replace_file(folder.config, recipe.as_yaml())
 
     @property
     def finished(self) -> bool:
@@ -168,6 +176,8 @@ class Run:
                 if self.checkpoint is None and self.validation is not None:
                     tracker.log(0, self._validate(self.validation))
                 self._loop(iter(loader), meter, tracker, progress)
+                if self.position.step != self.saved_step:
+                    self._save(tracker)
             status = "FINISHED" if self.finished else "KILLED"
         finally:
             tracker.close(status)
@@ -187,7 +197,7 @@ class Run:
             metrics |= {
                 "learning_rate": rate,
                 "epoch": position.next_sequence / self.stream.sequences_per_epoch,
-                "bad_blocks": len(self.stream.holes),
+                "masked_bytes": batch.masked,
             }
             seconds_left = meter.seconds_a_step * (recipe.train.steps - position.step)
             if line := progress.update(position.step, metrics, seconds_left):
@@ -195,9 +205,8 @@ class Run:
             if self.validation is not None and (self.finished or position.step % recipe.validation.every == 0):
                 metrics |= self._validate(self.validation)
             tracker.log(position.step, metrics)
-            if self.finished or self.stop.signal or position.step % recipe.checkpoint.every == 0:
-                tracker.journal.sync()
-                self._save()
+            if position.step % recipe.checkpoint.every == 0:
+                self._save(tracker)
 
     def _step(self, batch: Batch, learning_rate: float) -> StepResult:
         position = self.position
@@ -222,28 +231,38 @@ class Run:
         )
         return {"validation/bits_per_byte": total.bits_per_byte}
 
-    def _save(self) -> None:
+    def _save(self, tracker: Tracker) -> None:
+        tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
             "position": asdict(self.position),
             "fingerprint": self.stream.fingerprint,
             "counters": self.engine.counters(),
             "config": self.recipe.as_tree(),
-            "versions": versions(),
+            "bad_blocks": sorted(self.stream.holes),
+            "environment": environment(),
         }
         path = self.store.save(self.position.step, self.engine.fragments(), state)
+        self.saved_step = self.position.step
         log.info("checkpoint %s", path)
 
-    def _refuse_other_run(self, checkpoint: Metadata) -> None:
-        then, now = checkpoint.state["config"], self.recipe.as_tree()
-        if then["model"] != now["model"]:
+    def _refuse_another_run(self) -> None:
+        """A folder goes on with the model and the stream of bytes that it began with.
+
+        Raises:
+            CheckpointError: this start has others.
+        """
+        began, now = self.identity, self.recipe.as_tree()
+        model = ModelConfig.model_validate(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
+        if differences := changes({"model": model}, {"model": self.recipe.model.model_dump(exclude=FREE_FIELDS)}):
             raise CheckpointError(
-                f"{checkpoint.folder} is of another model ({'; '.join(changes(then, now, 'model'))}); "
+                f"{self.folder.path} is of another model ({'; '.join(differences)}); "
                 "choose another run.name for a new run"
             )
-        if checkpoint.state["fingerprint"] != self.stream.fingerprint:
-            why = "; ".join(changes(then, now, "data")) or f"the content of {self.stream.corpus.folder} changed"
+        if began["fingerprint"] != self.stream.fingerprint:
+            why = "; ".join(changes({"data": began["data"]}, {"data": now["data"]}))
             raise CheckpointError(
-                f"{checkpoint.folder} belongs to another stream of bytes ({why}); "
+                f"{self.folder.path} reads another stream of bytes "
+                f"({why or f'the content of {self.stream.corpus.folder} changed'}); "
                 "restore what was, or choose another run.name for a new run"
             )
 
@@ -274,23 +293,25 @@ class Run:
         )
         if self.checkpoint is not None:
             log.info("goes on after step %d, from %s", self.position.step, self.checkpoint.folder)
-            for change in changes(self.checkpoint.state["config"], recipe.as_tree()):
-                log.info("changed since then: %s", change)
-        return Meter(3 * self.model.flops(stream.sequence_length) * recipe.train.global_batch, peak)
+            for name, now in (("config", recipe.as_tree()), ("environment", environment())):
+                for change in changes(self.checkpoint.state[name], now):
+                    log.info("changed since then: %s", change)
+        flops_a_step = 3 * self.model.flops(stream.sequence_length) * recipe.train.global_batch
+        return Meter(flops_a_step, peak, self.engine.device)
 
     def _open_tracker(self, journal: Journal) -> Tracker:
         description = RunDescription(
             name=self.recipe.run.name,
-            identity=self.folder.identity(),
+            identity=self.identity["id"],
             params=flatten(self.recipe.as_tree()) | {"parameters": self.model.parameter_count()},
             tags={
                 "corpus.fingerprint": self.stream.fingerprint,
                 "corpus.content_sha256": self.stream.corpus.content_sha256,
                 "host": platform.node(),
-                "platform": platform.platform(),
-                **{f"version.{name}": number for name, number in versions().items()},
+                **environment(),
                 **git_state(Path.cwd()),
             },
+            begins_after=self.position.step if self.checkpoint else -1,
         )
         return open_tracker(self.recipe.tracking, journal, self.folder.mlflow, Path(self.recipe.run.root), description)
 
@@ -307,28 +328,6 @@ class Run:
             "a" if self.position.step else "no",
         )
         return 128 + self.stop.signal
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("byteloom", "torch")} | {"python": platform.python_version()}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as {dotted name: leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def changes(then: Mapping[str, Any], now: Mapping[str, Any], section: str | None = None) -> list[str]:
-    """What differs between two config trees, or between one section of them, a line each."""
-    old, new = flatten(then), flatten(now)
-    names = [name for name in old | new if section is None or name.startswith(f"{section}.")]
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The project's own rules."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from pretrain.config import Config, _all_fields, load
@@ -27,6 +29,14 @@ def test_debug_recipe_names_every_field_and_explains_every_line():
     assert not silent
     named = {line.split(":")[0].strip() for line in path.read_text().splitlines() if ":" in line}
     assert {field[-1] for field, _ in _all_fields(Config, ())} <= named
+
+
+def test_the_lock_pins_everything_that_is_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    assert {re.split("[<>=]", name)[0].lower().replace("_", "-") for name in asked} <= pinned
 
 
 def test_every_recipe_loads():

@@ -110,8 +110,10 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / "metadata.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidCheckpointError(f"{path} cannot be read: {error}") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise InvalidCheckpointError(f"{path} is missing or damaged: {error}") from error
+    except OSError as error:  # a file system that is away for a while has damaged nothing
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(metadata, dict) or metadata.get("sha256") != _digest(metadata):
         raise InvalidCheckpointError(f"{path} is damaged: it does not have the digest it was written with")
     if metadata["format"] != FORMAT:
@@ -164,8 +166,10 @@ def _bytes_of(folder: Path, chunk: Chunk) -> bytes:
         with (folder / chunk.file).open("rb") as file:
             file.seek(chunk.offset)
             data = file.read(length)
+    except FileNotFoundError as error:
+        raise InvalidCheckpointError(f"{folder / chunk.file} is missing") from error
     except OSError as error:
-        raise InvalidCheckpointError(f"{folder / chunk.file} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{folder / chunk.file} cannot be read: {error.strerror}") from error
     if len(data) != length:
         raise InvalidCheckpointError(f"{folder / chunk.file} is shorter than what was written")
     return data

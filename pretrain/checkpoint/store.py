@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from data_pipeline.atomic import atomic_folder
-from pretrain.checkpoint.format import InvalidCheckpointError, Metadata, verify, write
+from pretrain.checkpoint.format import CheckpointError, InvalidCheckpointError, Metadata, verify, write
 from pretrain.fragments import Fragment
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,14 @@ class CheckpointStore:
         with atomic_folder(self.path(step)) as staging:
             write(staging, fragments, state)
         for old in self.committed()[: -self._keep]:
-            (old / "metadata.json").unlink()  # first, so that half a checkpoint never looks valid
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.deleting")))  # half a checkpoint never looks whole
         return self.path(step)
+
+    def sweep(self) -> None:
+        """Removes what a killed process was writing or deleting. For the run's own process, before it saves."""
+        for suffix in ("partial", "deleting"):
+            for left in self.folder.glob(f"step-*.{suffix}"):
+                shutil.rmtree(left)
 
     def committed(self) -> list[Path]:
         """The checkpoints there are, oldest first; their content has not been verified."""
@@ -55,6 +60,9 @@ class CheckpointStore:
 
         Args:
             set_aside: whether invalid ones on the way are renamed, which is for the run's own process to do.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is valid, or one cannot be read.
         """
         for path in reversed(self.committed()):
             try:
@@ -67,4 +75,6 @@ class CheckpointStore:
                         shutil.rmtree(aside)
                     path.rename(aside)
                     log.warning("it is set aside as %s", aside.name)
+        if any(self.folder.glob("step-*")):
+            raise CheckpointError(f"no checkpoint in {self.folder} is valid; remove the folder to begin anew")
         return None

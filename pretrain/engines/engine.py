@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -43,10 +44,17 @@ class StepResult:
 
 
 class Engine(Protocol):
+    device: torch.device
+    dtype: torch.dtype
+    """Of parameters and activations in forward and backward passes."""
+
     def rehearse(self, rows: int) -> None:
         """Forward and backward of one micro-batch of `rows` made-up rows; changes nothing that training depends on.
 
-        Finds in seconds what would otherwise fail at the first step, such as too little memory.
+        Finds in seconds what would otherwise fail at the first step.
+
+        Raises:
+            EngineError: there is too little memory.
         """
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:

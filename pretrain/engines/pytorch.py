@@ -32,7 +32,15 @@ class SingleProcessEngine:
 
     def rehearse(self, rows: int) -> None:
         ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
-        self._forward(ids).mean().backward()
+        try:
+            self._forward(ids).mean().backward()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+                raise EngineError(
+                    f"a micro-batch of {rows} rows of {self.model.sequence_length:,} bytes does not fit into the "
+                    f"memory of {self.device}; lower train.micro_batch"
+                ) from error
+            raise
         self.optimizer.zero_grad()
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
@@ -41,15 +49,17 @@ class SingleProcessEngine:
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches:
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
-            ids = torch.from_numpy(micro_batch.ids).to(self.device, non_blocking=True)
-            targets = torch.from_numpy(micro_batch.targets).to(self.device, non_blocking=True)
+            ids = torch.from_numpy(micro_batch.ids).to(self.device)
+            targets = torch.from_numpy(micro_batch.targets).to(self.device)
             counted = torch.where(targets, self._forward(ids), 0.0)[:, scored]
             batch_nats = counted.sum()
             (batch_nats / max(target_bytes, 1)).backward()
             nats += batch_nats.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         if not torch.isfinite(norm):
-            raise NonFiniteError(self._describe_non_finite(nats.item()))
+            fault = self._describe_non_finite(nats.item())
+            self.optimizer.zero_grad()
+            raise NonFiniteError(fault)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

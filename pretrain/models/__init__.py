@@ -3,9 +3,13 @@
 from pretrain.models.byte_model import ByteModel, Decoder
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
 
-__all__ = ["ByteModel", "Decoder", "ModelConfig", "build_model"]
+__all__ = ["FREE_FIELDS", "ByteModel", "Decoder", "ModelConfig", "build_model"]
 
 ModelConfig = MegabyteConfig
+
+
+FREE_FIELDS = {"dropout", "initial_std"}
+"""Fields of a model that a run may change when it goes on: its weights mean the same without them."""
 
 
 def build_model(config: ModelConfig) -> ByteModel:

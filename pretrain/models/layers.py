@@ -14,6 +14,10 @@ EXPLICIT_ATTENTION_LENGTH = 256
 pass took 2.3 times as long at length 8 and 1.5 times at 256, and a third of it at 1,024 (torch 2.13, 2 cores, AMX)."""
 
 
+LARGEST_FUSED_BATCH = 65_536
+"""CUDA's fused kernels refuse a first dimension this large (pytorch issue 142228); the patches of all rows can be."""
+
+
 class StackConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Size of one stack of Transformer blocks."""
 
@@ -152,7 +156,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if queries not in (1, keys):
         raise ValueError(f"{queries} queries over {keys} keys: neither one query nor as many as keys")
     causal = queries > 1
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= EXPLICIT_ATTENTION_LENGTH:
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= EXPLICIT_ATTENTION_LENGTH
+    refused = q.device.type == "cuda" and q.shape[0] >= LARGEST_FUSED_BATCH
+    if slow or refused:
         return _explicit_attention(q, k, v, causal, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
 

@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.atomic import atomic_folder
 from data_pipeline.blocks import pack_documents
 from data_pipeline.documents import Document
 from data_pipeline.errors import CorpusError, CorruptBlockError
@@ -181,7 +182,8 @@ def test_every_flipped_bit_of_a_block_is_found(tree: Path, tmp_path: Path):
     shard = corpus.folder / "shard-000000.tar"
     whole = shard.read_bytes()
     frame = range(int(record["frame_offset"]), int(record["frame_offset"] + record["frame_bytes"]))
-    for place in frame[:: max(1, len(frame) // 100)]:
+    table = range(int(record["table_offset"]), int(record["table_offset"] + record["table_bytes"]))
+    for place in (*frame[:: max(1, len(frame) // 100)], *table[:: max(1, len(table) // 100)]):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << (place % 8)
         shard.write_bytes(damaged)
@@ -208,12 +210,24 @@ def test_a_damaged_manifest_or_index_is_found(tree: Path, tmp_path: Path, name: 
         Corpus(corpus.folder)
 
 
-def test_a_truncated_shard_is_found(tree: Path, tmp_path: Path):
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_missing_or_truncated_shard_is_found_when_the_corpus_is_opened(tree: Path, tmp_path: Path, damage: str):
     corpus = prepare_corpus([tree], tmp_path / "out")
     shard = corpus.folder / "shard-000000.tar"
-    shard.write_bytes(shard.read_bytes()[:700])
-    with Corpus(corpus.folder) as reopened, pytest.raises(CorruptBlockError):
-        reopened.read(0)
+    if damage == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(CorpusError, match=r"shard-000000.tar"):
+        Corpus(corpus.folder)
+
+
+def test_two_writers_of_one_folder_do_not_mix(tree: Path, tmp_path: Path):
+    with atomic_folder(tmp_path / "out") as staging:
+        (staging / "mine").touch()
+        with pytest.raises(CorpusError, match="another process is writing"):
+            prepare_corpus([tree], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_a_tar_member_extracts_to_a_frame_that_zstd_opens(corpus: Corpus):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data_pipeline.stream as stream_module
 from data_pipeline.errors import CorpusError
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.shards import Corpus
@@ -186,10 +187,30 @@ def test_the_fingerprint_tells_apart_all_that_the_order_depends_on(corpus):
     assert len(set(fingerprints(corpus.folder))) == 5
 
 
-def test_the_fingerprint_does_not_depend_on_where_the_corpus_lies_or_how_it_is_compressed(sources, tmp_path: Path):
-    a = prepare_corpus(sources, tmp_path / "a", include=["*.py"], level=1)
-    b = prepare_corpus(sources, tmp_path / "b", include=["*.py"], level=9)
-    assert stream_of(a, 64).fingerprint == stream_of(b, 64).fingerprint
+def test_where_a_corpus_lies_and_how_it_is_cut_and_compressed_change_nothing(sources, tmp_path: Path):
+    options = {"include": ["*.py"], "block_bytes": 10_000}
+    a = prepare_corpus(sources, tmp_path / "a", level=1, **options)
+    b = prepare_corpus(sources, tmp_path / "b", level=9, shard_bytes=20_000, **options)
+    assert len(a.manifest["shards"]) < len(b.manifest["shards"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "EXTENT_BYTES", 30_000)
+        ours, theirs = stream_of(a, 64, lanes=3), stream_of(b, 64, lanes=3)
+        assert ours.fingerprint == theirs.fingerprint
+        for g in range(0, ours.sequences_per_epoch, 7):
+            np.testing.assert_array_equal(ours[g], theirs[g])
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 11])
+def test_an_epoch_reads_each_block_about_once(corpus, lanes: int, monkeypatch: pytest.MonkeyPatch):
+    """Once, and once more where two lanes share a block: far more blocks than are kept."""
+    stream = stream_of(corpus, 50, lanes=lanes)
+    assert len(corpus) > 3 * lanes
+    reads = []
+    read = Corpus.read
+    monkeypatch.setattr(Corpus, "read", lambda self, block: reads.append(block) or read(self, block))
+    for g in range(stream.sequences_per_epoch):
+        stream[g]
+    assert len(reads) <= len(corpus) + lanes
 
 
 GOLDEN = [

@@ -119,7 +119,7 @@ def test_a_recipe_that_cannot_run_leaves_no_run(byteloom: Run, recipe: Path, ove
 def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "train.log"}
     message = refused(byteloom, "train", recipe, "model.local_model.width=32")
-    assert "is of another model (model.local_model.width: 16 -> 32); choose another run.name" in message
+    assert "runs/run is of another model (model.local_model.width: 16 -> 32); choose another run.name" in message
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -127,9 +127,9 @@ def test_a_changed_corpus_under_a_resumed_run(byteloom: Run, recipe: Path, train
     config = (trained / "config.yaml").read_text()
     byteloom("prepare", "files", "--out", "out")
     message = refused(byteloom, "train", recipe, "data.shards=out")
-    assert "belongs to another stream of bytes (data.shards: " in message
+    assert "reads another stream of bytes (data.shards: " in message
     message = refused(byteloom, "train", recipe, "data.seed=5")
-    assert "belongs to another stream of bytes (data.seed: 0 -> 5)" in message
+    assert "reads another stream of bytes (data.seed: 0 -> 5)" in message
     assert (trained / "config.yaml").read_text() == config
 
 

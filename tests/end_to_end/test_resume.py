@@ -30,9 +30,11 @@ class RunUnderTest:
         ]  # fmt: skip
         self.cwd = cwd
         self.folder = cwd / "runs" / name
+        self.threads = "1"
 
     def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command, cwd=self.cwd, env=environment(), stderr=subprocess.PIPE, text=True)
+        env = {**environment(), "OMP_NUM_THREADS": self.threads}
+        return subprocess.Popen(self.command, cwd=self.cwd, env=env, stderr=subprocess.PIPE, text=True)
 
     def finish(self) -> str:
         process = self.start()
@@ -97,8 +99,9 @@ def test_killed_at_random_steps_it_goes_on_bit_for_bit(recipe: Path, tmp_path: P
     assert_same(run, reference)
 
 
-def test_in_bf16_too(recipe: Path, tmp_path: Path):
+def test_in_bf16_with_two_threads_too(recipe: Path, tmp_path: Path):
     whole, killed = (RunUnderTest(recipe, tmp_path, name, "engine.precision=bf16") for name in ("whole", "killed"))
+    whole.threads = killed.threads = "2"
     whole.finish()
     killed.start_and_signal(signal.SIGKILL, random.randrange(1, 30))
     killed.finish()

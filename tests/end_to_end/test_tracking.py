@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,24 @@ def test_the_embedded_store_holds_the_run_and_goes_on_with_it(byteloom: Run, rec
     assert again.info.run_id == run.info.run_id
     assert metrics == journal(folder)
     assert [step for step, _ in metrics["train/bits_per_byte"]] == list(range(1, 17))
+
+    # As if killed after steps 9 to 16 had arrived and before that was noted.
+    state = json.loads((folder / "mlflow.json").read_text())
+    assert state["delivered_step"] == state["sending_step"] == 16
+    (folder / "mlflow.json").write_text(json.dumps(state | {"delivered_step": 8}))
+    byteloom("track", folder)
+    assert delivered(uri)[1] == metrics
+
+    # A resume from an earlier checkpoint with another recipe computes other numbers, which are told anew.
+    for step in (12, 16):
+        shutil.rmtree(folder / f"checkpoints/step-{step:08d}")
+    byteloom("train", recipe, "tracking.enabled=true", "optimizer.learning_rate=1e-3")
+    _, metrics = delivered(uri)
+    losses = metrics["train/bits_per_byte"]
+    assert {step: value for step, value in losses if step <= 8}.items() <= dict(
+        journal(folder)["train/bits_per_byte"]
+    ).items()
+    assert set(journal(folder)["train/bits_per_byte"]) <= set(losses)
 
 
 class Server:

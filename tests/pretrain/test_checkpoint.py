@@ -130,6 +130,25 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint(store: CheckpointStore):
     assert store.newest_valid(set_aside=True).folder == store.path(2)
 
 
+def test_what_killed_processes_left_is_swept(store: CheckpointStore):
+    """A kill while one checkpoint was written and another deleted."""
+    for step in (1, 2, 3):
+        store.save(step, fragments(tensors()), {})
+    shutil.copytree(store.path(1), store.folder / "step-00000000.deleting")
+    (store.folder / "step-00000000.deleting/metadata.json").unlink()
+    shutil.copytree(store.path(1), store.folder / "step-00000137.partial")
+    store.sweep()
+    assert sorted(store.folder.iterdir()) == store.committed() == [store.path(step) for step in (1, 2, 3)]
+
+
+def test_where_no_checkpoint_is_valid_the_run_is_not_begun_anew(store: CheckpointStore):
+    store.save(1, fragments(tensors()), {})
+    (store.path(1) / "rank-00000.bin").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid"):
+            store.newest_valid(set_aside=True)
+
+
 def test_the_newest_are_kept(store: CheckpointStore):
     for step in range(1, 6):
         store.save(step, fragments(tensors()), {})

@@ -46,10 +46,12 @@ def test_the_tree_is_immutable(file: Path):
         load(file).train.steps = 3
 
 
-def test_what_is_shown_loads_to_the_same_config(file: Path, tmp_path: Path):
-    config = load(file)
+@pytest.mark.parametrize("name", ["a", "3e-4", "007", "1.5", "null", "true", "on", "2026-01-01"])
+def test_what_is_shown_loads_to_the_same_config(file: Path, tmp_path: Path, name: str):
+    config = load(file, [f"run.name='{name}'", "optimizer.learning_rate=1e-8"])
+    assert config.run.name == name
     again = tmp_path / "again.yaml"
-    again.write_text(yaml.safe_dump(config.as_tree()))
+    again.write_text(config.as_yaml())
     assert load(again) == config
 
 
@@ -109,6 +111,12 @@ def test_a_file_that_is_no_recipe_is_refused(file: Path, text: str):
     assert refusal(file).startswith(str(file))
 
 
+@pytest.mark.parametrize("content", [b"run: \xff", b"run: \x00", b"run: \x07"])
+def test_a_file_that_is_no_text_is_refused(file: Path, content: bytes):
+    file.write_bytes(content)
+    assert refusal(file).startswith(str(file))
+
+
 def test_a_missing_recipe_is_refused(tmp_path: Path):
     assert "No such file" in refusal(tmp_path / "nowhere.yaml")
 
@@ -120,6 +128,7 @@ def test_a_missing_recipe_is_refused(tmp_path: Path):
         ("1E3", 1000.0),
         (".5", 0.5),
         ("2", 2),
+        ("010", 10),
         ("on", "on"),
         ("no", "no"),
         ("2026-01-01", "2026-01-01"),

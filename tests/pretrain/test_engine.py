@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from data_pipeline.loader import MicroBatch
-from pretrain.engines import EngineConfig, NonFiniteError, SingleProcessEngine
+from pretrain.engines import EngineConfig, NonFiniteError
+from pretrain.engines.pytorch import SingleProcessEngine
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
 from pretrain.optimizers import OptimizerConfig
 

@@ -43,8 +43,8 @@ def test_shapes_are_what_their_names_say():
     third = WARMUP + (STEPS - WARMUP) // 3
     assert rates(shape="cosine")[third] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
     stable = rates(shape="wsd", decay_fraction=0.5)
-    assert stable[half] == 1.0
-    assert stable[half + 9] == pytest.approx(0.8)
+    assert stable[STEPS // 2] == 1.0
+    assert stable[STEPS // 2 + 10] == pytest.approx(0.8)
 
 
 def test_only_matrices_and_tables_decay():
