@@ -6,9 +6,10 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 PLAIN_LINE_SECONDS = 10.0
+BAR_CONSOLE_WIDTH = 110
 
 
 class TrainingProgress:
@@ -25,11 +26,9 @@ class TrainingProgress:
         self._steps = steps
         self._last_line = float("-inf")
         self._live = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            *([BarColumn(bar_width=20)] if console.width >= BAR_CONSOLE_WIDTH else []),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -37,14 +36,14 @@ class TrainingProgress:
 
     def update(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> str | None:
         """Shows the state after `step`; returns the line to log when one is due."""
-        text = describe(metrics) + f"  {duration(seconds_left)} left"
-        self._live.update(self._task, completed=step, description=text)
+        parts = [*describe(metrics), f"{duration(seconds_left)} left"]
+        self._live.update(self._task, completed=step, description=" ".join(parts))
         now = time.monotonic()
         due = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
         if not due:
             return None
         self._last_line = now
-        line = f"step {step}/{self._steps}  {text}"
+        line = "  ".join([f"step {step}/{self._steps}", *parts])
         if not self._console.is_terminal:
             self._console.print(line, highlight=False, soft_wrap=True)
         return line
@@ -59,17 +58,15 @@ class TrainingProgress:
         self._live.stop()
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """One step's numbers in words."""
-    return "  ".join(
-        (
-            f"{metrics['train/bits_per_byte']:.4f} bits/byte",
-            f"{size(metrics['bytes_per_second'])}/s",
-            f"data-wait {metrics['data_wait_share']:.1%}",
-            f"MFU {metrics['mfu']:.2f}",
-            f"mem {size(metrics['peak_memory_bytes'])}",
-        )
-    )
+def describe(metrics: Mapping[str, float]) -> list[str]:
+    """One step's numbers in words; with step and time left they fit a terminal of 80 columns."""
+    return [
+        f"{metrics['train/bits_per_byte']:.4f} bits/byte",
+        f"{size(metrics['bytes_per_second'])}/s",
+        f"wait {metrics['data_wait_share']:.1%}",
+        f"MFU {metrics['mfu']:.2f}",
+        f"mem {size(metrics['peak_memory_bytes'])}",
+    ]
 
 
 def size(count: float) -> str:

@@ -70,8 +70,11 @@ class RunFolder:
             made_of: model, data and fingerprint of this start; kept if nothing has come of an earlier one.
         """
         path = self.path / "run.json"
-        begun = self.metrics.exists() and self.metrics.stat().st_size
-        if not begun or not path.exists():
-            replace_file(path, json.dumps({"id": uuid.uuid4().hex, **made_of}, indent=1))
-        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists():
+            identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            begun = self.metrics.exists() and self.metrics.stat().st_size
+            if begun or identity == {"id": identity["id"], **made_of}:
+                return identity
+        identity = {"id": uuid.uuid4().hex, **made_of}
+        replace_file(path, json.dumps(identity, indent=1))
         return identity

@@ -305,9 +305,8 @@ class Tracker:
                 if failing:
                     log.info("MLflow at %s answers again", shipper.delivery.uri)
                 pause, failing = POLL_SECONDS, False
-            except (
-                Exception
-            ) as error:  # whatever a tracker does wrong, training goes on and the journal has the numbers
+            except Exception as error:
+                # Whatever MLflow does wrong, training goes on, and the journal has the numbers.
                 if not failing:
                     log.warning(
                         "MLflow at %s cannot be told (%s); the numbers stay in %s and are delivered when it answers",
@@ -333,9 +332,10 @@ def open_tracker(
         return Tracker(journal, None)
     delivery = Delivery.load(state)
     uri = config.uri or f"sqlite:///{(store_folder / 'mlflow.db').resolve()}"
-    if delivery is None or delivery.uri != uri or delivery.experiment != config.experiment:
-        delivery = Delivery(uri, experiment=config.experiment)
-    delivery.name, delivery.identity, delivery.status = description.name, description.identity, "RUNNING"
+    place = (uri, config.experiment, description.identity)
+    if delivery is None or (delivery.uri, delivery.experiment, delivery.identity) != place:
+        delivery = Delivery(uri, experiment=config.experiment, identity=description.identity)
+    delivery.name, delivery.status = description.name, "RUNNING"
     params = {key: str(value) for key, value in description.params.items()}
     if delivery.params != params and max(delivery.delivered_step, delivery.sending_step) > description.begins_after:
         log.info("steps after %d are told to MLflow anew: the recipe has changed", description.begins_after)

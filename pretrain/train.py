@@ -126,16 +126,14 @@ class Run:
         validation: Corpus | None,
         stop: StopRequest,
     ) -> None:
-        self.recipe, self.folder, self.stream, self.validation, self.stop = (
-            recipe,
-            folder,
-            stream,
-            validation,
-            stop,
-        )
-        self.identity = folder.identity(
-            {"model": recipe.as_tree()["model"], "data": recipe.as_tree()["data"], "fingerprint": stream.fingerprint}
-        )
+        self.recipe = recipe
+        self.folder = folder
+        self.stream = stream
+        self.validation = validation
+        self.stop = stop
+        tree = recipe.as_tree()
+        made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": stream.fingerprint}
+        self.identity = folder.identity(made_of)
         self._refuse_another_run()
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
         self.store.sweep()
