@@ -216,7 +216,6 @@ def eval_command(
     chosen = shards or Path(own)
     with Corpus(chosen) as corpus, _byte_progress("scoring") as bar:
         task = bar.add_task("", total=corpus.raw_bytes)
-
         result = evaluate(
             scorer(loaded), corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
         )

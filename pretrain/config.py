@@ -98,12 +98,12 @@ def explain(name: str) -> str:
     path = tuple(name.split("."))
     parent = _node_at(path[:-1])
     if parent is None or path[-1] not in parent.model_fields:
-        nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in _all_fields(Config, ())], 1)
+        nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in all_fields(Config, ())], 1)
         raise ConfigError(f"{name} is not a field" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
     node = _node_at(path)
     if node is None:
         return _explain_field(name, parent.model_fields[path[-1]])
-    own = [_explain_field(".".join(p), field) for p, field in _all_fields(node, path)]
+    own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
     return f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own)
 
 
@@ -132,11 +132,11 @@ def _type_name(annotation: Any) -> str:
     return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
 
 
-def _all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
+def all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
     """Every leaf field under a node, with its path."""
     for name, field in node.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_fields(field.annotation, (*path, name))
+            yield from all_fields(field.annotation, (*path, name))
         else:
             yield (*path, name), field
 

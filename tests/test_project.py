@@ -6,7 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from pretrain.config import Config, _all_fields, load
+from pretrain.config import Config, all_fields, load
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_debug_recipe_names_every_field_and_explains_every_line():
     silent = [line for line in path.read_text().splitlines() if line and "#" not in line]
     assert not silent
     named = {line.split(":")[0].strip() for line in path.read_text().splitlines() if ":" in line}
-    assert {field[-1] for field, _ in _all_fields(Config, ())} <= named
+    assert {field[-1] for field, _ in all_fields(Config, ())} <= named
 
 
 def test_the_lock_pins_everything_that_is_asked_for():
@@ -47,5 +47,5 @@ def test_every_recipe_loads():
 
 
 def test_every_config_field_has_a_meaning():
-    silent = [".".join(path) for path, field in _all_fields(Config, ()) if not field.description]
+    silent = [".".join(path) for path, field in all_fields(Config, ()) if not field.description]
     assert not silent
