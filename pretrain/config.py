@@ -5,6 +5,7 @@
 What is wrong is told in a line: the field, what it should be, and the file and line or the override it came from.
 """
 
+import copy
 import difflib
 import json
 import re
@@ -20,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_pipeline.loader import LoaderConfig
-from data_pipeline.stream import StreamConfig
+from data_pipeline.reading import DataConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
@@ -35,7 +36,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     """A Byteloom run."""
 
     run: RunConfig
-    data: StreamConfig
+    data: DataConfig
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig
     train: TrainConfig
@@ -68,10 +69,25 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or a field or override is wrong.
     """
     origins: dict[FieldPath, str] = {}
-    tree = _read_yaml(recipe, origins)
+    return _overridden(_read_yaml(recipe, origins), overrides, origins, str(recipe))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """The config of `Config.as_tree`, with overrides laid over it.
+
+    Args:
+        source: where the tree is kept, for errors.
+
+    Raises:
+        ConfigError: an override is wrong, or the tree is of another version.
+    """
+    return _overridden(copy.deepcopy(tree), overrides, {}, source)
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], origins: dict[FieldPath, str], source: str) -> Config:
     for override in overrides:
         _apply(override, tree, origins)
-    return parse(tree, origins, str(recipe))
+    return parse(tree, origins, source)
 
 
 def parse(tree: dict[str, Any], origins: dict[FieldPath, str], source: str) -> Config:
@@ -101,8 +117,11 @@ def explain(name: str) -> str:
         nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in all_fields(Config, ())], 1)
         raise ConfigError(f"{name} is not a field" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
     node = _node_at(path)
+    field = parent.model_fields[path[-1]]
     if node is None:
-        return _explain_field(name, parent.model_fields[path[-1]])
+        entries = _entries_of(field.annotation)
+        each = all_fields(entries, (*path, "EACH")) if entries else ()
+        return "\n".join([_explain_field(name, field), *(_explain_field(".".join(p), f) for p, f in each)])
     own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
     return f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own)
 
@@ -129,7 +148,15 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, typing.get_args(annotation)))
     if isinstance(annotation, types.UnionType):
         return " | ".join(map(_type_name, typing.get_args(annotation)))
+    if entries := _entries_of(annotation):
+        return f"{'mapping' if typing.get_origin(annotation) is dict else 'list'} of {entries.__name__}"
     return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
+
+
+def _entries_of(annotation: Any) -> type[BaseModel] | None:
+    """The config class of the entries of a mapping by name, or of a list; None for anything else."""
+    kinds = [kind for kind in typing.get_args(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return kinds[0] if typing.get_origin(annotation) in (dict, tuple) and kinds else None
 
 
 def all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
@@ -144,11 +171,15 @@ def all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPa
 def _node_at(path: FieldPath) -> type[BaseModel] | None:
     """The config class at a path, or None where there is a plain value or nothing."""
     node: type[BaseModel] = Config
-    for name in path:
+    names = iter(path)
+    for name in names:
         field = node.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        annotation = field.annotation if field else None
+        if (entries := _entries_of(annotation)) and next(names, None) is not None:  # the entry's own name, or number
+            annotation = entries
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return None
-        node = field.annotation
+        node = annotation
     return node
 
 

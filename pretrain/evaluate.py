@@ -19,12 +19,15 @@ from data_pipeline.stream import Ids
 from data_pipeline.vocabulary import PADDING, count_bytes
 from pretrain.models import ByteModel
 
+BLOCKS_AHEAD = 7
+"""Of a corpus at a URL: blocks that one request brings, beside the one that is read."""
+
 
 class ValidationConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """What is measured during a run beside the training loss."""
 
     shards: str | None = None
-    """Corpus folder that training does not read; every byte of it is scored each time. None: no validation."""
+    """Corpus (folder or URL) that training does not read; every byte of it is scored each time. None: no validation."""
     every: int = Field(default=500, ge=1)
     """Steps between validations; there is one before the first step and one after the last as well."""
 
@@ -110,11 +113,17 @@ def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
 
 
 def document_windows(corpus: Corpus, length: int) -> Iterator[Window]:
-    """Each document's bytes in windows of `length`, the last of a document as short as it comes out."""
+    """Each document's bytes in windows of `length`, the last of a document as short as it comes out.
+
+    Withdrawn documents are left out.
+    """
+    withdrawn = {entry.key for entry in corpus.withdrawn}
     left = b""
     for number in range(len(corpus)):
-        block = corpus.read(number)
+        block = corpus.read(number, through=number + BLOCKS_AHEAD)
         for part in block.slices:
+            if part.key in withdrawn:
+                continue
             data = left + block.raw[part.start : part.start + part.length]
             offset = part.document_offset - len(left)
             whole = len(data) if part.ends else len(data) // length * length
