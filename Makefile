@@ -49,7 +49,9 @@ check: setup ## lint, formatting, types, and the walls between packages
 
 bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
 	$(BIN)/python benchmarks/training.py --quick
+	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/loader.py --quick
+	$(BIN)/python benchmarks/scale.py --quick
 
 lock: ## pin what pyproject.toml allows today into requirements.lock
 	$(PYTHON) -m venv .lock-venv
