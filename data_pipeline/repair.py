@@ -251,7 +251,7 @@ def _repair_withdrawn(corpus: Corpus, mirror: Corpus | None) -> str | CorpusErro
         return error
     if not entries:
         return CorpusError(f"{faults[0]}; {mirror.location} has no list either")
-    write_withdrawn(corpus, entries)
+    write_withdrawn(Path(corpus.location), corpus.content_sha256, entries)
     return (
         f"{corpus.location}/{WITHDRAWN_FILE} is that of {mirror.location} now, with "
         f"{len({entry.key for entry in entries}):,} documents; withdraw again what was withdrawn here alone"

@@ -20,8 +20,8 @@ from data_pipeline.repair import repair as repair_corpus
 from data_pipeline.shards import Corpus
 from data_pipeline.sources import Selection
 from data_pipeline.verify import verify
+from data_pipeline.withdraw import withdraw
 from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
-from data_pipeline.withdrawn import withdraw
 from pretrain.console import PlainProgress, byte_progress, printable, said, say
 from pretrain.progress import duration, size
 

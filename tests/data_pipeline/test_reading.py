@@ -15,7 +15,7 @@ from data_pipeline.loader import Loader, LoaderConfig, row_digest
 from data_pipeline.reading import DataConfig, Reading, Record, open_streams, replay
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR
-from data_pipeline.withdrawn import withdraw
+from data_pipeline.withdraw import withdraw
 from tests.conftest import prepare_corpus
 
 LENGTH = 700

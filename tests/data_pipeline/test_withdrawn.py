@@ -15,7 +15,8 @@ from data_pipeline.repair import repair
 from data_pipeline.shards import Corpus, shard_name, write_index, write_shard
 from data_pipeline.storage import RemoteConfig
 from data_pipeline.verify import verify
-from data_pipeline.withdrawn import FILE, Withdrawal, prefix_digest, withdraw, write_withdrawn
+from data_pipeline.withdraw import withdraw
+from data_pipeline.withdrawn import FILE, Withdrawal, prefix_digest, write_withdrawn
 from tests.conftest import Run
 from tests.data_pipeline.corpora import damage_block, flip, write_corpus
 from tests.data_pipeline.faulty_server import FaultyServer
@@ -100,7 +101,7 @@ def test_a_list_of_another_corpus_and_one_of_places_outside_the_blocks_are_refus
     with Corpus(folder) as corpus:
         size, blocks = int(corpus.lengths[0]["raw_bytes"]), len(corpus)
         for block, start, stop in [(0, 0, size + 1), (0, 5, 5), (0, -1, 5), (blocks, 0, 1), (-1, 0, 1)]:
-            write_withdrawn(corpus, [Withdrawal("key", block, start, stop)])
+            write_withdrawn(Path(corpus.location), corpus.content_sha256, [Withdrawal("key", block, start, stop)])
             with pytest.raises(CorpusError, match="is no part of a block"):
                 listed(folder)
 
@@ -167,7 +168,7 @@ def test_where_a_server_does_not_tell_whether_there_is_a_list_nothing_is_read(fo
 WITHDRAW = """
 import sys
 from data_pipeline.shards import Corpus
-from data_pipeline.withdrawn import withdraw
+from data_pipeline.withdraw import withdraw
 print(flush=True)
 input()
 for key in sys.argv[2:]:
