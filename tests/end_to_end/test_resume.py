@@ -38,7 +38,7 @@ class RunUnderTest:
 
     def finish(self) -> str:
         process = self.start()
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=250)
         assert process.returncode == 0, said
         return said
 
