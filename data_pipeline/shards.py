@@ -10,7 +10,8 @@
                                               Corpus ◀─────┘
 
 Any tar program and any WebDataset reader opens a shard; `zstd -d` opens a block. The raw content decides identity:
-`content_sha256` is the digest of the digests of the blocks' raw bytes and tables, so another zstd changes nothing.
+`content_sha256` is the digest of the digests of the blocks' tables, which have those of the raw bytes, so another zstd
+changes nothing.
 """
 
 import hashlib

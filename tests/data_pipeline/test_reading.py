@@ -17,6 +17,7 @@ from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from data_pipeline.withdraw import withdraw
 from tests.conftest import prepare_corpus
+from tests.data_pipeline.corpora import damage_block
 
 LENGTH = 700
 
@@ -183,7 +184,7 @@ def test_a_hole_that_was_only_read_ahead_is_not_in_the_record(folders, tmp_path:
     folder = shutil.copytree(folders["email"], tmp_path / "email")
     config = DataConfig(shards=str(folder), lanes=1, bad_blocks=1)
     [far] = {piece.block for piece in open_streams(config, LENGTH)["corpus"].order.locate(60)[:1]}
-    damage(folder, far)
+    damage_block(folder, far)
     reading = reading_of(config, 2)
     go(reading, 2, 2)
     reading.mixture.read(np.arange(58, 64))  # as a loader's threads may do, or may not have done yet
@@ -191,15 +192,6 @@ def test_a_hole_that_was_only_read_ahead_is_not_in_the_record(folders, tmp_path:
     assert through_json(reading).holes == {"corpus": []}
     go(reading, 40, 2)
     assert [block for block, _ in through_json(reading).holes["corpus"]] == [far]
-
-
-def damage(folder: Path, block: int) -> None:
-    with Corpus(folder) as corpus:
-        record = corpus.index[block]
-        path = folder / corpus.manifest["shards"][record["shard"]]["name"]
-    content = bytearray(path.read_bytes())
-    content[int(record["frame_offset"]) + int(record["frame_bytes"]) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "document"])
@@ -214,7 +206,7 @@ def test_what_was_read_around_a_hole_and_a_withdrawn_document_is_proved_too(fold
         parts = withdraw(corpus, [key], 2, lambda done, total: None)
         assert {part.key for part in parts} == {key}
     pristine = shutil.copytree(folder, tmp_path / "pristine")
-    damage(folder, 8)
+    damage_block(folder, 8)
     reading = reading_of(config, 8, through_json(reading))
     epoch = reading.mixture.streams["corpus"].sequences_per_epoch
     go(reading, 2 * epoch // 8, 8)
