@@ -170,7 +170,8 @@ def test_whatever_the_server_does_no_wrong_byte_comes(
     """Every answer, of the manifest's and the index files' too, fails in its own way with probability 0.5."""
     draw = random.Random(seed)
     server.fault_of = lambda name: draw.choice(FAULTS) if draw.random() < 0.5 else None
-    remote = PATIENT.model_copy(update={"cache": str(tmp_path) if with_cache else None, "timeout_seconds": 0.1})
+    hardly_any = {"memory_bytes": 0, "cache": str(tmp_path) if with_cache else None, "cache_bytes": 20_000}
+    remote = PATIENT.model_copy(update=hardly_any | {"timeout_seconds": 0.1})
     outcomes = {"right": 0, "refused": 0}
 
     def read(block: int) -> None:
