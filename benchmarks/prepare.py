@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
 def write_raw(corpus: Corpus, path: Path) -> None:
     with path.open("wb") as file:
         for block in range(len(corpus)):
-            file.write(corpus.read_raw(block)[0])
+            file.write(corpus.read_content(block)[0])
 
 
 def write_lines(raw: Path, path: Path) -> int:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from data_pipeline.shards import Corpus
-from data_pipeline.stream import Ids
+from data_pipeline.rows import Ids
 from data_pipeline.vocabulary import PADDING, count_bytes
 from pretrain.models import ByteModel
 
@@ -124,7 +124,7 @@ def document_windows(corpus: Corpus, length: int) -> Iterator[Window]:
         for part in block.slices:
             if part.key in withdrawn:
                 continue
-            data = left + block.raw[part.start : part.start + part.length]
+            data = left + block.content[part.start : part.start + part.length]
             offset = part.document_offset - len(left)
             whole = len(data) if part.ends else len(data) // length * length
             for start in range(0, whole, length):

@@ -70,7 +70,7 @@ def gather_shard(plan: Plan, layout: Layout, job: int, folder: Path, progress: C
         def reported() -> Iterator[Any]:
             for block in blocks:
                 yield block
-                progress(len(block.raw))
+                progress(block.raw_bytes)
 
         index = write_shard(folder, number, reported(), plan.options.level)
     spool.close()

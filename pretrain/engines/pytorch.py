@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.stream import Ids
-from data_pipeline.vocabulary import count_bytes
+from data_pipeline.rows import Ids, Rows
+from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.fragments import Fragment, whole
 from pretrain.models.byte_model import ByteModel
@@ -49,7 +49,7 @@ class SingleProcessEngine:
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches:
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
-            ids = torch.from_numpy(micro_batch.ids).to(self.device)
+            ids = _widened(micro_batch.rows, self.device)
             targets = torch.from_numpy(micro_batch.targets).to(self.device)
             counted = torch.where(targets, self._forward(ids), 0.0)[:, scored]
             batch_nats = counted.sum()
@@ -98,6 +98,15 @@ class SingleProcessEngine:
         ]
         where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
         return f"the gradient is not finite (loss {nats} nats){where}"
+
+
+def _widened(rows: Rows, device: torch.device) -> Tensor:
+    """(rows, T) int16 ids on the device, where they come as bytes."""
+    ids = torch.from_numpy(rows.bytes).to(device).to(torch.int16, memory_format=torch.contiguous_format)
+    ids.view(-1)[torch.from_numpy(rows.separators).to(device)] = SEPARATOR
+    if rows.padding is not None:
+        ids[torch.from_numpy(rows.padding).to(device)] = PADDING
+    return ids
 
 
 def compute_dtype(precision: str) -> torch.dtype:
