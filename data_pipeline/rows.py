@@ -7,6 +7,7 @@ whoever computes with ids widens the bytes and puts it there, on the device if t
 """
 
 import struct
+import weakref
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,6 +23,8 @@ Bytes = NDArray[np.uint8]
 Places = NDArray[np.int64]
 
 DIGEST_MODULUS = 1 << 256
+REUSED_BYTES = 4 << 20
+"""Smaller arrays come from memory that the process has."""
 _TAIL = struct.Struct("<IIQ")
 
 
@@ -72,14 +75,38 @@ def _by_row(places: Places, shape: tuple[int, ...]) -> tuple[bytes, list[int]]:
     return (places % length).astype("<u4").tobytes(), ends.tolist()
 
 
+class Memory:
+    """Arrays whose memory is used again when nothing refers to them any more.
+
+    Fresh memory is cleared by the system first, which costs as much as writing rows to it.
+    """
+
+    def __init__(self) -> None:
+        self._free = list[NDArray[np.uint8]]()  # of one size; a list's append and pop need no lock
+
+    def take(self, size: int) -> Bytes:
+        """An array of that size, with anything in it."""
+        if size < REUSED_BYTES:
+            return np.empty(size, np.uint8)
+        memory = np.empty(0, np.uint8)
+        while self._free and len(memory) != size:
+            memory = self._free.pop()
+        if len(memory) != size:
+            memory = np.empty(size, np.uint8)
+        # Views keep the array that they are of, unless that is itself a view of an array: so it is one of a memoryview.
+        array = np.frombuffer(memoryview(memory), np.uint8)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array
+
+
 class Window:
     """Many rows while they are read, laid out in the order in which they are read: that of their slots.
 
     Slots that follow each other in a lane are one stretch of memory.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
-        self._bytes = np.empty(rows * length, np.uint8)
+    def __init__(self, rows: int, length: int, memory: Memory) -> None:
+        self._bytes = memory.take(rows * length)
         self._length = length
         self._separators = list[Places]()
         self._padding: NDArray[np.bool_] | None = None

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.order import EXTENT_BYTES, ORDER_VERSION, Order, Piece, Run
-from data_pipeline.rows import Ids, Rows, Window
+from data_pipeline.rows import Ids, Memory, Rows, Window
 from data_pipeline.shards import Corpus
 from data_pipeline.withdrawn import Withdrawal
 
@@ -103,6 +103,7 @@ class ByteStream:
         }
         self._contents: OrderedDict[int, Future[_Content]] = OrderedDict()
         self._lock = threading.Lock()
+        self._memory = Memory()
         self._remembered = set[int]()
         self.holes: dict[int, int] = {}
         """Damaged blocks met so far, each with the first sequence that did not read it."""
@@ -151,7 +152,7 @@ class ByteStream:
             CorpusError: a block cannot be read, or is damaged when more have been than the config allows.
         """
         sequences = np.concatenate(groups)
-        window = Window(len(sequences), self.sequence_length)
+        window = Window(len(sequences), self.sequence_length, self._memory)
         slots, done = np.empty_like(sequences), 0
         # In the order of their first rows, so that rows that follow each other are a stride apart.
         for run in sorted(self.order.runs(sequences), key=lambda run: run.rows.start):
