@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from data_pipeline.rows import DIGEST_MODULUS, Ids, Rows
 
-WINDOW = 16 << 20
+WINDOW = 32 << 20
 """Ids of a window, unless one micro-batch has more."""
 PATIENCE = 0.5
 """Seconds between two looks at whether what is waited for is still wanted."""
@@ -31,7 +31,7 @@ PATIENCE = 0.5
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How one process reads ahead. Memory, beside the blocks that lanes are in: for each thread and two more, a window
-    of 16 MiB, and as much again while a mixture's is read; and `prefetch` micro-batches."""
+    of 32 MiB, and as much again while a mixture's is read; and `prefetch` micro-batches."""
 
     threads: int = Field(default=2, ge=1)
     """Threads that read and decompress."""

@@ -111,15 +111,13 @@ class Window:
         self._separators = list[Places]()
         self._padding: NDArray[np.bool_] | None = None
 
-    def put(self, place: int, content: Bytes, separators: Places) -> None:
-        """Writes what is read, from a place on.
-
-        Args:
-            separators: places of the window where SEPARATOR is, unless it is padded.
-        """
+    def put(self, place: int, content: Bytes) -> None:
+        """Writes what is read, from a place on."""
         self._bytes[place : place + len(content)] = content
-        if len(separators):
-            self._separators.append(separators)
+
+    def separate(self, places: Places) -> None:
+        """Tells where SEPARATOR is, unless it is padded."""
+        self._separators.append(places)
 
     def pad(self, start: int, stop: int) -> None:
         """Makes padding of what lies from one place to another."""

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 WHOLE_BLOCK = 1 << 33
 """More than the content of a block."""
-NOWHERE = np.empty(0, np.int64)
 
 
 class PackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -61,8 +60,6 @@ class _Content(NamedTuple):
     """The block's content; only the raw bytes of it where documents are concatenated without separators."""
     ends: NDArray[np.int64]
     """Where documents end in the content."""
-    separators: NDArray[np.int64]
-    """`ends`, where documents are concatenated with separators."""
 
 
 class ByteStream:
@@ -171,11 +168,15 @@ class ByteStream:
             if content is None:
                 window.pad(place, place + piece.length)
             else:
-                ends = content.separators
-                own = ends[ends.searchsorted(piece.start) : ends.searchsorted(stop)]
-                window.put(place, content.units[piece.start : stop], own + (place - piece.start))
-                for mask in self.masks(piece.block):
-                    self._apply(mask, content, piece, sequences, window, place, begin)
+                window.put(place, content.units[piece.start : stop])
+                if self._separate:
+                    ends = content.ends
+                    own = ends[ends.searchsorted(piece.start) : ends.searchsorted(stop)]
+                    if len(own):
+                        window.separate(own + (place - piece.start))
+                if self.holes or self._withdrawn:
+                    for mask in self.masks(piece.block):
+                        self._apply(mask, content, piece, sequences, window, place, begin)
                 if stop == len(content.units):  # its lane is through with this block
                     with self._lock:
                         self._contents.pop(piece.block, None)
@@ -221,15 +222,17 @@ class ByteStream:
         Raises:
             CorruptBlockError: it is damaged, and more have been than the config allows.
         """
-        if self.holes.get(piece.block, sequence + 1) <= sequence:
+        if self.holes and self.holes.get(piece.block, sequence + 1) <= sequence:
             return None
-        with self._lock:
-            future = self._contents.get(piece.block)
-            mine = future is None
-            if future is None:
-                future = self._contents[piece.block] = Future()
-                while len(self._contents) > 2 * self.order.lanes:
-                    self._contents.popitem(last=False)
+        future, mine = self._contents.get(piece.block), False
+        if future is None:
+            with self._lock:
+                future = self._contents.get(piece.block)
+                mine = future is None
+                if future is None:
+                    future = self._contents[piece.block] = Future()
+                    while len(self._contents) > 2 * self.order.lanes:
+                        self._contents.popitem(last=False)
         if mine:
             try:
                 future.set_result(self._read_content(piece))
@@ -246,9 +249,8 @@ class ByteStream:
     def _read_content(self, piece: Piece) -> _Content:
         content, document_ends = self.corpus.read_content(piece.block, through=piece.last_of_extent)
         units, ends = np.frombuffer(content, np.uint8), document_ends.astype(np.int64)
-        if self.packing.packing == "document":
-            return _Content(units, ends, NOWHERE)
-        return _Content(units, ends, ends) if self._separate else _Content(np.delete(units, ends), ends, NOWHERE)
+        steps_over = self.packing.packing == "concatenate" and not self._separate
+        return _Content(np.delete(units, ends) if steps_over else units, ends)
 
     def _read_documents(self, run: Run, sequences: list[int], window: Window, place: int) -> None:
         """Reads a run to a place of a window: a row for each document."""
@@ -275,8 +277,9 @@ class ByteStream:
             stop = int(content.ends[index]) + self._separate if ended else len(content.units)
             length = min(stop - start, end_of_row - place)
             has_separator = ended and self._separate and length == stop - start
-            separators = np.array([place + length - 1]) if has_separator else NOWHERE
-            window.put(place, content.units[start : start + length], separators)
+            window.put(place, content.units[start : start + length])
+            if has_separator:
+                window.separate(np.array([place + length - 1]))
             for mask in self.masks(block):
                 if sequence >= mask.since:
                     covered = max(mask.start, start) - start, min(mask.stop - start, length)

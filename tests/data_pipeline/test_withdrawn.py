@@ -50,7 +50,7 @@ def faults(folder: Path) -> list[str]:
 
 def parts_of(corpus: Corpus, key: str) -> list[Withdrawal]:
     return [
-        Withdrawal(key, number, part.start, part.start + part.length)
+        Withdrawal(key, number, part.start, part.start + part.length + part.ends)
         for number in range(len(corpus))
         for part in corpus.read(number).slices
         if part.key == key
