@@ -1,5 +1,6 @@
-"""Parts that models are made of: a stack of causal pre-norm Transformer blocks, with a cache for decoding."""
+"""Parts that models are made of: causal pre-norm Transformer blocks and cross-attends, with caches for decoding."""
 
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-Activation = Literal["relu", "gelu", "swiglu"]
+Activation = Literal["relu", "squared_relu", "gelu", "swiglu"]
 
 EXPLICIT_ATTENTION_LENGTH = 256
 """In bf16 on a CPU, attention up to this length is computed as two products and a softmax: the fused kernel's backward
@@ -35,6 +36,24 @@ class StackConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
         return self
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021): channels i and i + n/2 of a head's first n channels turn with the position."""
+
+    fraction: float = 1.0
+    """Share of a head's channels that turn; their number is rounded down to an even one."""
+    longest_wavelength: float | None = None
+    """Frequencies fall from 1 to one over this, both ends included, as in Perceiver AR's code. None: they are
+    10,000^(-2i/n), as in the paper."""
+
+    def frequencies(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(count,) radians a position."""
+        steps = torch.arange(count, device=device, dtype=dtype)
+        if self.longest_wavelength is None:
+            return 10_000.0 ** (-steps / count)
+        return self.longest_wavelength ** (-steps / max(count - 1, 1))
+
+
 class LayerCache:
     """Keys and values of one layer for the positions decoded so far: (rows, heads, length, width / heads) each."""
 
@@ -56,13 +75,13 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, with rotary positions (Su et al. 2021) by option."""
+    """Causal multi-head self-attention, with rotary positions by option."""
 
-    def __init__(self, width: int, heads: int, rotary: bool, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, rotary: Rotary | None, dropout: float, bias: bool = False) -> None:
         super().__init__()
         self.heads, self.rotary, self.dropout = heads, rotary, dropout
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.query_key_value = nn.Linear(width, 3 * width, bias)
+        self.output = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(rows, length, width) to the same; with a cache, `x` goes on after what the cache holds.
@@ -74,31 +93,71 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.rotary:
             first = cache.length if cache is not None else 0
-            q, k = rotate(q, first), rotate(k, first)
+            places = torch.arange(first, first + length, device=x.device)
+            q, k = rotate(q, places, self.rotary), rotate(k, places, self.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         mixed = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).reshape(rows, length, width))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of latents to inputs, with rotary positions by option.
+
+    Queries, keys and values have the inputs' width; the output has the latents'.
+    """
+
+    def __init__(self, width: int, input_width: int, heads: int, rotary: Rotary | None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads, self.rotary = heads, rotary
+        self.query = nn.Linear(width, input_width, bias)
+        self.key_value = nn.Linear(input_width, 2 * input_width, bias)
+        self.output = nn.Linear(input_width, width, bias)
+
+    def forward(
+        self, latents: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Of latents to the inputs they may see.
+
+        Args:
+            latents: (rows, N, width)
+            inputs: (rows, M, input_width); with a cache, they go on after what it holds.
+            places: (rows, N) or (N,), each latent's position among the inputs.
+            visible: as `attention` takes it, over the inputs of the cache and these.
+        """
+        rows, length, input_width = inputs.shape
+        q = self.query(latents).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv = self.key_value(inputs).view(rows, length, 2, self.heads, input_width // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            first = cache.length if cache is not None else 0
+            q = rotate(q, places, self.rotary)
+            k = rotate(k, torch.arange(first, first + length, device=inputs.device), self.rotary)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.output(attention(q, k, v, visible).transpose(1, 2).flatten(2))
+
+
 class FeedForward(nn.Module):
     """Two linear maps with an activation between; SwiGLU (Shazeer 2020) with the same number of parameters."""
 
-    def __init__(self, width: int, activation: Activation) -> None:
+    def __init__(self, width: int, activation: Activation, bias: bool = False) -> None:
         super().__init__()
         self.activation = activation
         hidden = 4 * width
         if activation == "swiglu":
             hidden = -(-8 * width // 3 // 8) * 8
-            self.expand = nn.Linear(width, 2 * hidden, bias=False)
+            self.expand = nn.Linear(width, 2 * hidden, bias)
         else:
-            self.expand = nn.Linear(width, hidden, bias=False)
-        self.contract = nn.Linear(hidden, width, bias=False)
+            self.expand = nn.Linear(width, hidden, bias)
+        self.contract = nn.Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.expand(x)
         if self.activation == "relu":
             hidden = F.relu(hidden)
+        elif self.activation == "squared_relu":
+            hidden = F.relu(hidden).square()
         elif self.activation == "gelu":
             hidden = F.gelu(hidden)
         else:
@@ -108,14 +167,30 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm block."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm block.
 
-    def __init__(self, width: int, heads: int, activation: Activation, rotary: bool, dropout: float) -> None:
+    Args:
+        dropout: of what each half adds.
+        attention_dropout: of attention weights; None takes `dropout`.
+        bias: of the linear maps.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        activation: Activation,
+        rotary: Rotary | None,
+        dropout: float,
+        attention_dropout: float | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, rotary, dropout)
+        weights_dropout = dropout if attention_dropout is None else attention_dropout
+        self.attention = Attention(width, heads, rotary, weights_dropout, bias)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, activation)
+        self.feed_forward = FeedForward(width, activation, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -123,10 +198,40 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
+class CrossBlock(nn.Module):
+    """A block whose attention is of latents to inputs, each with a norm of its own."""
+
+    def __init__(
+        self,
+        width: int,
+        input_width: int,
+        heads: int,
+        activation: Activation,
+        rotary: Rotary | None,
+        dropout: float,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.input_norm = nn.LayerNorm(input_width)
+        self.attention = CrossAttention(width, input_width, heads, rotary, bias)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, activation, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, z: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """(rows, N, width) to the same; arguments as `CrossAttention.forward`."""
+        attended = self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache)
+        z = z + self.dropout(attended)
+        return z + self.dropout(self.feed_forward(self.feed_forward_norm(z)))
+
+
 class Stack(nn.Module):
     """Blocks and the final norm that a pre-norm stack ends with."""
 
-    def __init__(self, config: StackConfig, activation: Activation, rotary: bool, dropout: float) -> None:
+    def __init__(self, config: StackConfig, activation: Activation, rotary: Rotary | None, dropout: float) -> None:
         super().__init__()
         self.width = config.width
         self.blocks = nn.ModuleList(
@@ -156,29 +261,45 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if queries not in (1, keys):
         raise ValueError(f"{queries} queries over {keys} keys: neither one query nor as many as keys")
     causal = queries > 1
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys <= EXPLICIT_ATTENTION_LENGTH
+    if _fused_is_right(q, k):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril() if causal else None
+    return _explicit_attention(q, k, v, past, dropout)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention of (rows, heads, queries, d) over any number of keys.
+
+    Args:
+        visible: which keys a query sees, or what is added to their scores; (rows or 1, 1, queries, keys). None: all.
+    """
+    if _fused_is_right(q, k):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return _explicit_attention(q, k, v, visible, 0.0)
+
+
+def _fused_is_right(q: Tensor, k: Tensor) -> bool:
+    """Whether the fused kernel is faster here, and takes this shape."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_ATTENTION_LENGTH
     refused = q.device.type == "cuda" and q.shape[0] >= LARGEST_FUSED_BATCH
-    if slow or refused:
-        return _explicit_attention(q, k, v, causal, dropout)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    return not (slow or refused)
 
 
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if causal:
-        length = q.shape[2]
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+    if visible is not None:
+        seen = visible.dtype == torch.bool
+        scores = scores.masked_fill(~visible, float("-inf")) if seen else scores + visible
     return F.dropout(scores.softmax(-1), dropout) @ v
 
 
-def rotate(x: Tensor, first_position: int) -> Tensor:
-    """Rotary positions on (rows, heads, length, d), pairs of channels (i, i + d/2), base 10,000, angles in fp32."""
-    length, channels = x.shape[-2:]
-    half = channels // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    positions = torch.arange(first_position, first_position + length, device=x.device, dtype=torch.float32)
-    angles = positions[:, None] * frequencies
+def rotate(x: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
+    """(rows, heads, length, d) turned to positions `places`, (length,) or (rows, length); angles in fp32 at least."""
+    half = int(x.shape[-1] * rotary.fraction) // 2
+    precise = torch.promote_types(x.dtype, torch.float32)
+    angles = places[..., None] * rotary.frequencies(half, x.device, precise)
+    if places.dim() > 1:
+        angles = angles[:, None]  # the same for all heads
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half : 2 * half]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
 from pretrain.models.byte_model import ByteModel
-from pretrain.models.layers import Activation, LayerCache, Stack, StackConfig
+from pretrain.models.layers import Activation, LayerCache, Rotary, Stack, StackConfig
 
 
 class MegabyteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -69,7 +69,7 @@ class Megabyte(ByteModel):
         self.patch_size = config.patch_size
         self.initial_std = config.initial_std
         self.byte_width = config.global_model.width // config.patch_size
-        rotary = config.positions == "rotary"
+        rotary = Rotary() if config.positions == "rotary" else None
 
         self.global_embedding = nn.Embedding(VOCABULARY, self.byte_width)
         self.global_pad = nn.Parameter(torch.empty(config.global_model.width))
@@ -80,7 +80,7 @@ class Megabyte(ByteModel):
         self.local_stack = Stack(config.local_model, config.activation, rotary, config.dropout)
         self.global_positions: nn.Parameter | None = None
         self.local_positions: nn.Parameter | None = None
-        if not rotary:
+        if rotary is None:
             self.global_positions = nn.Parameter(torch.empty(config.sequence_length, self.byte_width))
             self.local_positions = nn.Parameter(torch.empty(config.patch_size, config.local_model.width))
         self.initialize()
