@@ -1,8 +1,17 @@
 """Bits per byte of a model on every byte of a corpus.
 
-Windowing: each document is cut into windows of the model's sequence length from its beginning, and each window is
-scored without context from before it. Separators are not read. The figure is the sum of nats over the sum of bytes, in
-float64, so it does not depend on how windows are batched.
+Windowing: a window of at most the model's sequence length moves along each document, by `stride` bytes at a time, and
+the new bytes at its end are scored, so each byte is scored once:
+
+    document    ────────────────────────────────────────────────────────
+    windows     [new]
+                [    |new]
+                [         |new]             until it is full, then
+                     [         |new]        ...
+
+With a stride of the sequence length, windows lie side by side and each is scored without context from before it. A
+model that scores only the last N bytes of a window (Perceiver AR) takes a stride of N at most. Separators are not
+read. The figure is the sum of nats over the sum of bytes, in float64, so it does not depend on how windows are batched.
 """
 
 import math
@@ -64,6 +73,8 @@ class Window:
     key: str
     """Of its document."""
     ids: Ids
+    context: int
+    """How many of them are read only: windows before this one have scored them."""
     begins_document: bool
 
 
@@ -74,28 +85,37 @@ def evaluate(
     rows: int,
     group_of: Callable[[str], str] = lambda key: "all",
     progress: Callable[[int], None] = lambda done: None,
+    stride: int | None = None,
 ) -> Evaluation:
     """Scores every byte of a corpus once.
 
     Args:
-        nats_of: (rows, T) int16 ids to (rows, T) fp32 nats on the CPU.
+        nats_of: (rows, T) int16 ids, padded at the end of rows, to (rows, T) fp32 nats on the CPU.
         rows: windows scored at once.
         group_of: the group that a document's key belongs to.
         progress: called with the number of bytes scored since the last call.
+        stride: bytes scored at the end of a window; all of it if None. `stride_of` gives a model's own.
     """
     evaluation = Evaluation()
-    for windows in _batched(document_windows(corpus, sequence_length), rows):
+    for windows in _batched(document_windows(corpus, sequence_length, stride), rows):
         length = max(len(window.ids) for window in windows)
         ids = np.full((len(windows), length), PADDING, np.int16)
         for row, window in zip(ids, windows, strict=True):
             row[: len(window.ids)] = window.ids
         targets = ids != PADDING
+        for target, window in zip(targets, windows, strict=True):
+            target[: window.context] = False
         nats = nats_of(ids).double().numpy()
         for price, own, target, window in zip(nats, ids, targets, windows, strict=True):
             score = Score(float(price[target].sum()), count_bytes(own, target), int(window.begins_document))
             evaluation.groups.setdefault(group_of(window.key), Score()).add(score)
         progress(count_bytes(ids, targets))
     return evaluation
+
+
+def stride_of(model: ByteModel) -> int:
+    """The largest stride at which a model scores every byte: how many it scores at the end of a full window."""
+    return len(range(model.sequence_length)[model.scored(model.sequence_length)])
 
 
 def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
@@ -109,19 +129,25 @@ def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
     return nats_of
 
 
-def document_windows(corpus: Corpus, length: int) -> Iterator[Window]:
-    """Each document's bytes in windows of `length`, the last of a document as short as it comes out."""
-    left = b""
+def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> Iterator[Window]:
+    """Each document's windows of at most `length` bytes, in order; the last one scores as few as are left."""
+    stride = stride or length
+    data, scored = b"", 0  # of the document under way: bytes held, and how many of them are scored
     for number in range(len(corpus)):
         block = corpus.read(number)
         for part in block.slices:
-            data = left + block.raw[part.start : part.start + part.length]
-            offset = part.document_offset - len(left)
-            whole = len(data) if part.ends else len(data) // length * length
-            for start in range(0, whole, length):
-                ids = np.frombuffer(data[start : start + length], np.uint8).astype(np.int16)
-                yield Window(part.key, ids, begins_document=offset + start == 0)
-            left = data[whole:]
+            offset = part.document_offset - len(data)
+            data += block.raw[part.start : part.start + part.length]
+            while len(data) - scored >= (1 if part.ends else stride):
+                begin, end = max(0, scored + stride - length), min(scored + stride, len(data))
+                ids = np.frombuffer(data[begin:end], np.uint8).astype(np.int16)
+                yield Window(part.key, ids, scored - begin, begins_document=offset + scored == 0)
+                scored = end
+            if part.ends:
+                data, scored = b"", 0
+            else:
+                begin = max(0, scored + stride - length)
+                data, scored = data[begin:], scored - begin
 
 
 def _batched(windows: Iterable[Window], rows: int) -> Iterator[list[Window]]:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,12 +44,23 @@ class ByteModel(nn.Module, ABC):
         Args:
             ids: (rows, T) integers below VOCABULARY, 1 <= T <= sequence_length.
         Returns:
-            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it.
+            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it. Those
+            of positions that are not scored mean nothing.
         """
 
     @abstractmethod
     def scored(self, length: int) -> slice:
-        """The positions of a row of `length` ids that the model scores; the nats of others mean nothing."""
+        """The positions of a row of `length` ids, without padding at its end, that are scored outside training."""
+
+    def draw_scored(self, rows: int, length: int) -> Tensor:
+        """The positions that the next training pass over such rows scores: (rows, length) booleans on the CPU.
+
+        A model that scores a random part draws it from torch's default generator, and a training pass draws the same
+        before anything else if the generator is seeded alike. So targets can be counted before the pass.
+        """
+        scored = torch.zeros(rows, length, dtype=torch.bool)
+        scored[:, self.scored(length)] = True
+        return scored
 
     @abstractmethod
     def decoder(self, rows: int) -> Decoder:

@@ -1,7 +1,6 @@
 """Scoring every byte once, and drawing bytes."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.evaluate import document_windows, evaluate
 from pretrain.generate import Sampling, SamplingError, generate, sample
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
-from tests.conftest import prepare_corpus
 from tests.data_pipeline.test_prepare import documents_of, files_under
 
 
@@ -26,17 +24,6 @@ def tiny_model(**changes: object) -> Megabyte:
         "initial_std": 0.3,
     }
     return Megabyte(MegabyteConfig.model_validate(fields | changes)).eval()
-
-
-@pytest.fixture
-def mixed(tmp_path: Path) -> Corpus:
-    """Documents shorter and longer than a window and than a block, with every byte value."""
-    tree = tmp_path / "tree"
-    (tree / "sub").mkdir(parents=True)
-    for number, length in enumerate((1, 31, 32, 33, 64, 500, 2000)):
-        (tree / "sub" / f"{number}").write_bytes(np.random.default_rng(number).bytes(length))
-    (tree / "all").write_bytes(bytes(range(256)))
-    return prepare_corpus([tree], tmp_path / "corpus", block_bytes=300)
 
 
 @pytest.mark.parametrize("length", [1, 32, 700, 5000])
