@@ -34,10 +34,10 @@ from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
 from pretrain.engines import EngineError, choose_device, compute_dtype
-from pretrain.evaluate import Evaluation, Score, evaluate, scorer
+from pretrain.evaluate import Evaluation, Score, evaluate, scorer, stride_of
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, ModelConfig, build_model
+from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
@@ -95,6 +95,10 @@ class Grouping(StrEnum):
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA where there is one.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="The run's own when left out.")]
+LatentsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a Perceiver AR: more predict better, fewer faster. The run's own when left out."),
+]
 
 
 @app.command("prepare")
@@ -204,12 +208,21 @@ def eval_command(
     ] = None,
     by: Annotated[Grouping, typer.Option(help="How documents are grouped.")] = Grouping.folder,
     rows: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 16,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes scored at the end of each window; fewer give each more context, at more cost."),
+    ] = None,
+    latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
-    loaded, checkpoint = _load_model(model, device, precision)
+    loaded, checkpoint = _load_model(model, device, precision, latents)
+    most = stride_of(loaded)
+    stride = stride or most
+    if stride > most:
+        raise CheckpointError(f"--stride {stride}: the model scores {most} bytes of a window, at most")
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
@@ -217,11 +230,18 @@ def eval_command(
     with Corpus(chosen) as corpus, _byte_progress("scoring") as bar:
         task = bar.add_task("", total=corpus.raw_bytes)
         result = evaluate(
-            scorer(loaded), corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
+            scorer(loaded),
+            corpus,
+            loaded.sequence_length,
+            rows,
+            by.group_of,
+            lambda done: bar.advance(task, done),
+            stride,
         )
     _print_scores(
         result,
-        f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start",
+        f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start, "
+        f"{stride:,} bytes of each scored",
     )
     if json_path is not None:
         scores = {"total": _as_json(result.total), "groups": {n: _as_json(s) for n, s in result.groups.items()}}
@@ -238,6 +258,7 @@ def generate_command(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+    latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
@@ -250,7 +271,7 @@ def generate_command(
         start_bytes = prompt_file.read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
     except OSError as error:
         raise CorpusError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
-    loaded, _ = _load_model(model, device, precision)
+    loaded, _ = _load_model(model, device, precision, latents)
     out = sys.stdout.buffer
     started, written = time.perf_counter(), 0
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
@@ -302,7 +323,9 @@ def config_explain(
     typer.echo(configuration.explain(field))
 
 
-def _load_model(path: Path, device: Device, precision: Precision | None) -> tuple[ByteModel, Metadata]:
+def _load_model(
+    path: Path, device: Device, precision: Precision | None, latents: int | None
+) -> tuple[ByteModel, Metadata]:
     """The model of a run's newest checkpoint, or of one checkpoint, ready to score and generate."""
     if (path / "metadata.json").exists():
         checkpoint: Metadata | None = verify(path)
@@ -311,7 +334,14 @@ def _load_model(path: Path, device: Device, precision: Precision | None) -> tupl
     if checkpoint is None:
         raise CheckpointError(f"no valid checkpoint at {path}: it is neither a checkpoint nor a run that has one")
     config = checkpoint.state["config"]
-    model = build_model(ModelConfig.model_validate(config["model"])).eval()
+    family = model_config(config["model"])
+    if latents is not None:
+        if not isinstance(family, PerceiverARConfig):
+            raise CheckpointError(f"--latents {latents}: {path} is a {family.family}, which has none")
+        if latents > family.sequence_length:
+            raise CheckpointError(f"--latents {latents}: more than the sequence length, {family.sequence_length}")
+        family = family.model_copy(update={"latents": latents})
+    model = build_model(family).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
     dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
     return model.to(choose_device(device.value), dtype), checkpoint

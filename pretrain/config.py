@@ -96,15 +96,18 @@ def explain(name: str) -> str:
         ConfigError: there is no such field.
     """
     path = tuple(name.split("."))
-    parent = _node_at(path[:-1])
-    if parent is None or path[-1] not in parent.model_fields:
+    parents = [node for node in _nodes_at(path[:-1]) if path[-1] in node.model_fields]
+    if not parents:
         nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in all_fields(Config, ())], 1)
         raise ConfigError(f"{name} is not a field" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
-    node = _node_at(path)
-    if node is None:
-        return _explain_field(name, parent.model_fields[path[-1]])
-    own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
-    return f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own)
+    if not _nodes_at(path):
+        said = [(node.__name__, _explain_field(name, node.model_fields[path[-1]])) for node in parents]
+        return said[0][1] if len(said) == 1 else "\n".join(f"In {where}:\n{text}" for where, text in said)
+    sections = []
+    for node in _nodes_at(path):
+        own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
+        sections.append(f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own))
+    return "\n\n".join(sections)
 
 
 def _explain_field(name: str, field: FieldInfo) -> str:
@@ -133,31 +136,66 @@ def _type_name(annotation: Any) -> str:
 
 
 def all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
-    """Every leaf field under a node, with its path."""
+    """Every leaf field under a node, with its path; of a model, the fields of every family."""
     for name, field in node.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from all_fields(field.annotation, (*path, name))
-        else:
+        nodes = _classes(field.annotation)
+        for inner in nodes:
+            yield from all_fields(inner, (*path, name))
+        if not nodes:
             yield (*path, name), field
 
 
-def _node_at(path: FieldPath) -> type[BaseModel] | None:
-    """The config class at a path, or None where there is a plain value or nothing."""
-    node: type[BaseModel] = Config
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes that a field may hold: one, or one for each family; none where it is a plain value."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _classes(arguments[0])
+    return [node for member in arguments for node in _classes(member)] if origin is typing.Union else []
+
+
+def _children(nodes: list[type[BaseModel]], name: str) -> list[type[BaseModel]]:
+    """The classes that a field of any of some classes may hold."""
+    return [
+        child for node in nodes if name in node.model_fields for child in _classes(node.model_fields[name].annotation)
+    ]
+
+
+def _nodes_at(path: FieldPath) -> list[type[BaseModel]]:
+    """The config classes that may stand at a path; none where there is a plain value or nothing."""
+    nodes: list[type[BaseModel]] = [Config]
     for name in path:
-        field = node.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return None
-        node = field.annotation
-    return node
+        nodes = _children(nodes, name)
+    return nodes
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[FieldPath, type[BaseModel]]:
+    """Where a fault lies: its path, without the families that pydantic puts into it, and the class it belongs to."""
+    path: FieldPath = ()
+    parents: list[type[BaseModel]] = []
+    nodes: list[type[BaseModel]] = [Config]
+    for part in map(str, location):
+        if len(nodes) > 1:
+            nodes = [node for node in nodes if node.model_fields["family"].default == part]
+        else:
+            path = (*path, part)
+            parents, nodes = nodes, _children(nodes, part)
+    return path, (parents or nodes)[0]
 
 
 def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -> str:
-    path = tuple(map(str, fault["loc"]))
+    path, parent = _place(fault["loc"])
+    if fault["type"] == "union_tag_invalid":
+        path = (*path, "family")
     name = ".".join(path)
     origin = _origin(path, origins) or source
-    parent = _node_at(path[:-1])
-    if fault["type"] == "extra_forbidden" and parent is not None:
+    if fault["type"] == "union_tag_invalid":
+        known = " or ".join(fault["ctx"]["expected_tags"].split(", "))
+        return f"{origin}: {name} is {json.dumps(fault['input']['family'])}; input should be {known}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{origin}: {name} is {json.dumps(fault['input'])}; input should be a section"
+    if fault["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(path[-1], parent.model_fields, 1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else f" (it has {', '.join(parent.model_fields)})"
         return f"{origin}: {name} is not a field of {parent.__name__}{hint}"

@@ -73,6 +73,9 @@ class LayerCache:
             self.values = torch.cat([self.values, values], 2)
         return self.keys, self.values
 
+    def clear(self) -> None:
+        self.keys = self.values = None
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention, with rotary positions by option."""
