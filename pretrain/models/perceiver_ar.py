@@ -72,7 +72,8 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
     cropping: Literal["none", "full_latents", "equal_position_likelihood"] = "full_latents"
     """Which positions of a training row are scored. full_latents: N in a row, at a random place, so the ends of a row
     are scored less often. equal_position_likelihood: N in a row at a place that may hang over either end, so each
-    position is scored equally often, with fewer targets. none: the last N."""
+    position is scored equally often, with fewer targets. none: the last N. (The authors' full_latents_with_prefix is
+    full_latents where every byte is a target.)"""
     minimum_crop: int | None = Field(default=None, ge=1)
     """Least number of bytes up to the end of a crop, for full_latents. None: N."""
 
@@ -81,6 +82,9 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
         input_width = self.input_width or self.latent_model.width
         if input_width % self.cross_heads:
             raise ValueError(f"cross_heads ({self.cross_heads}) does not divide the inputs' width ({input_width})")
+        narrowest_head = min(input_width // self.cross_heads, self.latent_model.width // self.latent_model.heads)
+        if self.positions == "rotary" and narrowest_head * self.rotary_fraction < 2:
+            raise ValueError(f"rotary_fraction ({self.rotary_fraction}) turns no pair of a head's {narrowest_head}")
         if self.latents > self.sequence_length:
             raise ValueError(f"latents ({self.latents}) are more than sequence_length ({self.sequence_length})")
         layers = self.latent_model.layers
@@ -161,12 +165,12 @@ class PerceiverAR(ByteModel):
         """The positions of a row's latents: the last N before its end, or the first N where there are fewer.
 
         Args:
-            end: (rows,) one after the last position that is scored.
+            end: (rows,) one after the last position that is scored; `length` at most.
         Returns:
             (rows, min(N, length))
         """
         count = min(self.latents, length)
-        first = (end - count).clamp(0, length - count)
+        first = (end - count).clamp(min=0)
         return first[:, None] + torch.arange(count, device=end.device)
 
     def predict(self, ids: Tensor, places: Tensor) -> Tensor:

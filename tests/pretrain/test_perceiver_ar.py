@@ -569,6 +569,13 @@ def test_initial_weights_have_the_variance_of_the_authors_code():
     assert not model.blocks[1].feed_forward.contract.bias.any()
 
 
+def test_the_feed_forward_layer_squares_what_the_relu_lets_through():
+    layer = build().blocks[1].feed_forward
+    x = torch.randn(3, 32, dtype=torch.double)
+    hidden = (x @ layer.expand.weight.T + layer.expand.bias).clamp(min=0) ** 2
+    torch.testing.assert_close(layer(x), hidden @ layer.contract.weight.T + layer.contract.bias)
+
+
 def test_only_residuals_are_dropped_not_attention_weights():
     model = build(dropout=0.5)
     assert Counter(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)) == {0.5: 3}
@@ -579,6 +586,7 @@ def test_only_residuals_are_dropped_not_attention_weights():
     ("changes", "message"),
     [
         ({"cross_heads": 5}, "does not divide the inputs' width"),
+        ({"rotary_fraction": 0.2}, "turns no pair of a head's 8"),
         ({"latents": T + 1}, "more than sequence_length"),
         ({"cross_attend_after": [2]}, "not among 2 layers"),
         ({"cross_attend_after": [1, 0]}, "does not rise"),
