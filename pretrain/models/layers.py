@@ -1,5 +1,6 @@
 """Parts that models are made of: causal pre-norm Transformer blocks and cross-attends, with caches for decoding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -43,15 +44,7 @@ class Rotary:
     fraction: float = 1.0
     """Share of a head's channels that turn; their number is rounded down to an even one."""
     longest_wavelength: float | None = None
-    """Frequencies fall from 1 to one over this, both ends included, as in Perceiver AR's code. None: they are
-    10,000^(-2i/n), as in the paper."""
-
-    def frequencies(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(count,) radians a position."""
-        steps = torch.arange(count, device=device, dtype=dtype)
-        if self.longest_wavelength is None:
-            return 10_000.0 ** (-steps / count)
-        return self.longest_wavelength ** (-steps / max(count - 1, 1))
+    """As of `frequencies`."""
 
 
 class LayerCache:
@@ -77,31 +70,53 @@ class LayerCache:
         self.keys = self.values = None
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention, with rotary positions by option."""
+class MultiHead(nn.Module):
+    """The projections around any multi-head self-attention."""
 
-    def __init__(self, width: int, heads: int, rotary: Rotary | None, dropout: float, bias: bool = False) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, bias: bool = False) -> None:
         super().__init__()
-        self.heads, self.rotary, self.dropout = heads, rotary, dropout
+        self.heads, self.dropout = heads, dropout
         self.query_key_value = nn.Linear(width, 3 * width, bias)
         self.output = nn.Linear(width, width, bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, length, width) to queries, keys and values, each (rows, heads, length, width / heads)."""
+        rows, length, width = x.shape
+        qkv = self.query_key_value(x).view(rows, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """(rows, heads, length, width / heads) to (rows, length, width)."""
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    @property
+    def dropout_now(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class Attention(MultiHead):
+    """Causal multi-head self-attention, with rotary positions by option."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, rotary: Rotary | None = None, bias: bool = False
+    ) -> None:
+        super().__init__(width, heads, dropout, bias)
+        self.rotary = rotary
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(rows, length, width) to the same; with a cache, `x` goes on after what the cache holds.
 
         The cache is empty, or `x` is one position long.
         """
-        rows, length, width = x.shape
-        qkv = self.query_key_value(x).view(rows, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = self.project(x)
         if self.rotary:
             first = cache.length if cache is not None else 0
-            places = torch.arange(first, first + length, device=x.device)
+            places = torch.arange(first, first + x.shape[1], device=x.device)
             q, k = rotate(q, places, self.rotary), rotate(k, places, self.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        mixed = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        return self.output(mixed.transpose(1, 2).reshape(rows, length, width))
+        return self.merge(causal_attention(q, k, v, self.dropout_now))
 
 
 class CrossAttention(nn.Module):
@@ -169,76 +184,73 @@ class FeedForward(nn.Module):
         return self.contract(hidden)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm block.
+class PreNorm(nn.Module):
+    """What all blocks have: attention and a feed-forward layer, each behind a norm, added to the residual stream.
 
     Args:
-        dropout: of what each half adds.
-        attention_dropout: of attention weights; None takes `dropout`.
-        bias: of the linear maps.
+        dropout: of what each of the two adds.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        activation: Activation,
-        rotary: Rotary | None,
-        dropout: float,
-        attention_dropout: float | None = None,
-        bias: bool = False,
-    ) -> None:
+    def __init__(self, width: int, attention: nn.Module, feed_forward: FeedForward, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        weights_dropout = dropout if attention_dropout is None else attention_dropout
-        self.attention = Attention(width, heads, rotary, weights_dropout, bias)
+        self.attention = attention
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, activation, bias)
+        self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream after both, of what attention made of it."""
+        x = x + self.dropout(attended)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class CrossBlock(nn.Module):
+class Block(PreNorm):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm block."""
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(rows, length, width) to the same; the cache as `Attention.forward`."""
+        return self.add(x, self.attention(self.attention_norm(x), cache))
+
+
+class CrossBlock(PreNorm):
     """A block whose attention is of latents to inputs, each with a norm of its own."""
 
+    attention: CrossAttention
+
     def __init__(
-        self,
-        width: int,
-        input_width: int,
-        heads: int,
-        activation: Activation,
-        rotary: Rotary | None,
-        dropout: float,
-        bias: bool = False,
+        self, width: int, input_width: int, attention: CrossAttention, feed_forward: FeedForward, dropout: float
     ) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        super().__init__(width, attention, feed_forward, dropout)
         self.input_norm = nn.LayerNorm(input_width)
-        self.attention = CrossAttention(width, input_width, heads, rotary, bias)
-        self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, activation, bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, z: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, cache: LayerCache | None = None
     ) -> Tensor:
         """(rows, N, width) to the same; arguments as `CrossAttention.forward`."""
-        attended = self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache)
-        z = z + self.dropout(attended)
-        return z + self.dropout(self.feed_forward(self.feed_forward_norm(z)))
+        return self.add(z, self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache))
+
+
+AttentionMaker = Callable[[int, int, float], MultiHead]
+"""Width, heads and dropout to one layer's attention."""
 
 
 class Stack(nn.Module):
     """Blocks and the final norm that a pre-norm stack ends with."""
 
-    def __init__(self, config: StackConfig, activation: Activation, rotary: Rotary | None, dropout: float) -> None:
+    def __init__(
+        self, config: StackConfig, activation: Activation, dropout: float, attention: AttentionMaker = Attention
+    ) -> None:
         super().__init__()
         self.width = config.width
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, activation, rotary, dropout) for _ in range(config.layers)
+            Block(
+                config.width,
+                attention(config.width, config.heads, dropout),
+                FeedForward(config.width, activation),
+                dropout,
+            )
+            for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
 
@@ -253,9 +265,13 @@ class Stack(nn.Module):
 
     def flops(self, length: int) -> int:
         """Of the matrix products over one row of `length` positions: 2 a weight and position, and attention."""
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         attention = len(self.blocks) * 4 * length * length * self.width
-        return 2 * length * weights + attention
+        return 2 * length * linear_weights(self) + attention
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of every linear map in a module; a position costs two operations with each."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -263,22 +279,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if queries not in (1, keys):
         raise ValueError(f"{queries} queries over {keys} keys: neither one query nor as many as keys")
-    causal = queries > 1
+    if queries == 1:
+        return attention(q, k, v, None, dropout)
     if _fused_is_right(q, k):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril() if causal else None
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
     return _explicit_attention(q, k, v, past, dropout)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Attention of (rows, heads, queries, d) over any number of keys.
 
     Args:
-        visible: which keys a query sees, or what is added to their scores; (rows or 1, 1, queries, keys). None: all.
+        visible: expands to (rows, heads, queries, keys): booleans, true where a query sees a key, or numbers that are
+            added to the scores. Every query sees a key. None: all keys.
     """
     if _fused_is_right(q, k):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return _explicit_attention(q, k, v, visible, 0.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+    return _explicit_attention(q, k, v, visible, dropout)
 
 
 def _fused_is_right(q: Tensor, k: Tensor) -> bool:
@@ -300,9 +318,28 @@ def rotate(x: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
     """(rows, heads, length, d) turned to positions `places`, (length,) or (rows, length); angles in fp32 at least."""
     half = int(x.shape[-1] * rotary.fraction) // 2
     precise = torch.promote_types(x.dtype, torch.float32)
-    angles = places[..., None] * rotary.frequencies(half, x.device, precise)
+    angles = places[..., None] * frequencies(half, rotary.longest_wavelength, x.device, precise)
     if places.dim() > 1:
         angles = angles[:, None]  # the same for all heads
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half : 2 * half]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
+
+
+def sinusoids(places: Tensor, width: int, longest_wavelength: float | None = None) -> Tensor:
+    """(n,) positions to (n, width) fp32 sines, then cosines, of angles with `frequencies`; an odd last channel is 0."""
+    angles = places[:, None] * frequencies(width // 2, longest_wavelength, places.device, torch.float32)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
+
+
+def frequencies(count: int, longest_wavelength: float | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(count,) radians a position.
+
+    Args:
+        longest_wavelength: they fall from 1 to one over this, both ends included, as in Perceiver AR's code. None: they
+            are 10,000^(-i / count), as in the papers of the Transformer and of rotary positions.
+    """
+    steps = torch.arange(count, device=device, dtype=dtype)
+    if longest_wavelength is None:
+        return 10_000.0 ** (-steps / count)
+    return longest_wavelength ** (-steps / max(count - 1, 1))

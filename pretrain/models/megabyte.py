@@ -13,6 +13,7 @@ Row t of the output depends on x_<t alone: the global model on whole patches bef
 bytes before t in its patch. Linear maps have no bias.
 """
 
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
 from pretrain.models.byte_model import ByteModel
-from pretrain.models.layers import Activation, LayerCache, Rotary, Stack, StackConfig
+from pretrain.models.layers import Activation, Attention, LayerCache, Rotary, Stack, StackConfig
 
 
 class MegabyteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -70,14 +71,15 @@ class Megabyte(ByteModel):
         self.initial_std = config.initial_std
         self.byte_width = config.global_model.width // config.patch_size
         rotary = Rotary() if config.positions == "rotary" else None
+        attention = partial(Attention, rotary=rotary)
 
         self.global_embedding = nn.Embedding(VOCABULARY, self.byte_width)
         self.global_pad = nn.Parameter(torch.empty(config.global_model.width))
-        self.global_stack = Stack(config.global_model, config.activation, rotary, config.dropout)
+        self.global_stack = Stack(config.global_model, config.activation, config.dropout, attention)
         self.global_to_local = nn.Linear(self.byte_width, config.local_model.width, bias=False)
         self.local_embedding = nn.Embedding(VOCABULARY, config.local_model.width)
         self.local_pad = nn.Parameter(torch.empty(config.local_model.width))
-        self.local_stack = Stack(config.local_model, config.activation, rotary, config.dropout)
+        self.local_stack = Stack(config.local_model, config.activation, config.dropout, attention)
         self.global_positions: nn.Parameter | None = None
         self.local_positions: nn.Parameter | None = None
         if rotary is None:

@@ -16,7 +16,6 @@ at most N nats, so training draws which of the T positions they are: a crop. Lin
 """
 
 import math
-from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -26,7 +25,19 @@ from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
 from pretrain.models.byte_model import ByteModel
-from pretrain.models.layers import Activation, Block, CrossBlock, LayerCache, Rotary, StackConfig
+from pretrain.models.layers import (
+    Activation,
+    Attention,
+    Block,
+    CrossAttention,
+    CrossBlock,
+    FeedForward,
+    LayerCache,
+    Rotary,
+    StackConfig,
+    linear_weights,
+    sinusoids,
+)
 
 START = VOCABULARY
 """The input before the first byte. It has a row in the embedding and one in the head, as in the authors' code, and is
@@ -123,9 +134,16 @@ class PerceiverAR(ByteModel):
             tables = [image_width + 2, height + 2, channels + 2]  # what image_axes points into
         self.position_tables = nn.ParameterList(torch.empty(length, self.input_width) for length in tables)
         self.to_latents = nn.Linear(self.input_width, width)
-        what_both_have = (config.activation, rotary, config.dropout)
-        cross_block = partial(CrossBlock, width, self.input_width, config.cross_heads, *what_both_have, bias=True)
-        block = partial(Block, width, config.latent_model.heads, *what_both_have, attention_dropout=0.0, bias=True)
+
+        def cross_block() -> CrossBlock:
+            attention = CrossAttention(width, self.input_width, config.cross_heads, rotary, bias=True)
+            feed_forward = FeedForward(width, config.activation, bias=True)
+            return CrossBlock(width, self.input_width, attention, feed_forward, config.dropout)
+
+        def block() -> Block:
+            attention = Attention(width, config.latent_model.heads, 0.0, rotary, bias=True)
+            return Block(width, attention, FeedForward(width, config.activation, bias=True), config.dropout)
+
         self.blocks = nn.ModuleList([cross_block()])
         for layer in range(config.latent_model.layers):
             self.blocks.append(block())
@@ -191,7 +209,7 @@ class PerceiverAR(ByteModel):
         embedded = self.embedding(inputs)
         places = torch.arange(first_position, first_position + inputs.shape[1], device=inputs.device)
         if self.config.positions == "sinusoidal":
-            return embedded + sinusoids(places, self.input_width).to(embedded.dtype)
+            return embedded + sinusoids(places, self.input_width, longest_wavelength=10_000).to(embedded.dtype)
         axes = [places] if self.config.positions == "learned" else []
         if self.config.image is not None:
             axes = image_axes(places, self.config.image)
@@ -249,7 +267,7 @@ class PerceiverAR(ByteModel):
     def flops(self, length: int) -> int:
         count = min(self.latents, length)
         cross = [block for block in self.blocks if isinstance(block, CrossBlock)]
-        weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        weights = linear_weights(self)
         of_inputs = sum(block.attention.key_value.weight.numel() for block in cross)
         attention = len(cross) * length * self.input_width
         attention += (len(self.blocks) - len(cross)) * count * self.to_latents.out_features
@@ -323,14 +341,6 @@ def ends(ids: Tensor) -> Tensor:
     """(rows, T) ids to (rows,): where the padding at a row's end begins."""
     places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     return torch.where(ids == PADDING, 0, places).amax(1)
-
-
-def sinusoids(places: Tensor, width: int) -> Tensor:
-    """(n,) positions to (n, width) sines, then cosines, of wavelengths from 2π to 20,000π."""
-    half = width // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, device=places.device) / max(half - 1, 1))
-    angles = places[:, None] * frequencies
-    return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
 def image_axes(places: Tensor, image: tuple[int, int, int]) -> list[Tensor]:

@@ -180,7 +180,7 @@ def test_a9_the_head_is_the_local_embedding_and_gradients_of_both_uses_add_up():
 @pytest.mark.parametrize(("width", "layers"), [(256, 3), (512, 2)])
 @activations
 def test_a12_a_stack_has_12_layers_times_width_squared_weights(width: int, layers: int, activation: str):
-    stack = Stack(StackConfig(width=width, layers=layers, heads=4), activation, rotary=None, dropout=0.0)
+    stack = Stack(StackConfig(width=width, layers=layers, heads=4), activation, dropout=0.0)
     weights = sum(m.weight.numel() for m in stack.modules() if isinstance(m, nn.Linear))
     assert weights == pytest.approx(12 * layers * width**2, rel=8e-3 if activation == "swiglu" else 0)
     norms = (2 * layers + 1) * 2 * width

@@ -19,7 +19,17 @@ from pretrain.engines.pytorch import SingleProcessEngine, _micro_batch_seed
 from pretrain.evaluate import document_windows, evaluate, stride_of
 from pretrain.generate import Sampling, generate, sample
 from pretrain.models import build_model
-from pretrain.models.layers import Block, CrossAttention, LayerCache, Rotary, attention, rotate
+from pretrain.models.layers import (
+    Attention,
+    Block,
+    CrossAttention,
+    FeedForward,
+    LayerCache,
+    Rotary,
+    attention,
+    frequencies,
+    rotate,
+)
 from pretrain.models.perceiver_ar import START, PerceiverAR, PerceiverARConfig, image_axes, late
 from pretrain.optimizers import OptimizerConfig
 from tests.test_project import ROOT
@@ -120,7 +130,8 @@ def test_b3_with_a_latent_for_every_position_it_is_a_transformer_of_one_layer_mo
         for norm in (cross.attention_norm, cross.input_norm):
             norm.weight.copy_(torch.linspace(0.5, 2.0, 32))
     rotary = Rotary(longest_wavelength=T) if positions == "rotary" else None
-    first = Block(32, 4, "squared_relu", rotary, 0.0, bias=True).double()
+    attention = Attention(32, 4, 0.0, rotary, bias=True)
+    first = Block(32, attention, FeedForward(32, "squared_relu", bias=True), 0.0).double()
     own = cross.state_dict()
     query_key_value = {
         f"attention.query_key_value.{what}": torch.cat(
@@ -259,9 +270,9 @@ def test_b7_a_fraction_of_the_channels_turns_an_even_number_of_them(fraction: fl
 
 def test_b7_rotary_frequencies_are_those_of_the_authors_code():
     """max_wavelength^((2/d) linspace(0, d/2, d/2)) and its inverse: both ends are there."""
-    frequencies = Rotary(longest_wavelength=8192).frequencies(8, torch.device("cpu"), torch.double)
+    got = frequencies(8, 8192, torch.device("cpu"), torch.double)
     expected = 1 / 8192 ** ((2 / 16) * torch.linspace(0, 8, 8, dtype=torch.double))
-    torch.testing.assert_close(frequencies, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.bfloat16])
