@@ -48,25 +48,30 @@ class Rotary:
 
 
 class LayerCache:
-    """Keys and values of one layer for the positions decoded so far: (rows, heads, length, width / heads) each."""
+    """Keys and values of one layer for the positions decoded so far: (rows, heads, kept, width / heads) each."""
 
     def __init__(self) -> None:
+        self.length = 0
+        """Positions appended so far, kept or not."""
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    @property
-    def length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
-
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-        else:
-            self.keys = torch.cat([self.keys, keys], 2)
-            self.values = torch.cat([self.values, values], 2)
-        return self.keys, self.values
+        """The kept positions and these after them."""
+        self.length += keys.shape[2]
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keep_last(self, count: int) -> None:
+        if self.keys is not None and self.values is not None:
+            first = max(self.keys.shape[2] - count, 0)
+            self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
 
     def clear(self) -> None:
+        """As new."""
+        self.length = 0
         self.keys = self.values = None
 
 
@@ -208,9 +213,9 @@ class PreNorm(nn.Module):
 class Block(PreNorm):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm block."""
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """(rows, length, width) to the same; the cache as `Attention.forward`."""
-        return self.add(x, self.attention(self.attention_norm(x), cache))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *shared: Tensor) -> Tensor:
+        """(rows, length, width) to the same; the rest goes to the attention."""
+        return self.add(x, self.attention(self.attention_norm(x), cache, *shared))
 
 
 class CrossBlock(PreNorm):
@@ -254,24 +259,41 @@ class Stack(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """(rows, length, width) to the same; with caches (one a block), as `Attention.forward`."""
+    def forward(self, x: Tensor, caches: list[LayerCache] | None = None, *shared: Tensor) -> Tensor:
+        """(rows, length, width) to the same; with caches (one a block), as `Attention.forward`.
+
+        What is `shared` goes to the attention of every block.
+        """
         for index, block in enumerate(self.blocks):
-            x = block(x, caches[index] if caches is not None else None)
+            x = block(x, caches[index] if caches is not None else None, *shared)
         return self.norm(x)
 
     def empty_caches(self) -> list[LayerCache]:
         return [LayerCache() for _ in self.blocks]
 
-    def flops(self, length: int) -> int:
-        """Of the matrix products over one row of `length` positions: 2 a weight and position, and attention."""
-        attention = len(self.blocks) * 4 * length * length * self.width
+    def flops(self, length: int, pairs: int | None = None) -> int:
+        """Of the matrix products over one row of `length` positions: 2 a weight and position, and attention.
+
+        Args:
+            pairs: of a query and a key that attention multiplies, masked or not; None is all length².
+        """
+        attention = len(self.blocks) * 4 * (length * length if pairs is None else pairs) * self.width
         return 2 * length * linear_weights(self) + attention
 
 
 def linear_weights(module: nn.Module) -> int:
     """Weights of every linear map in a module; a position costs two operations with each."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def draw_parameters(model: nn.Module, std: float) -> None:
+    """Norms as they begin; all else from a normal distribution cut at two deviations, by torch's default generator."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
