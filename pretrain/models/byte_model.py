@@ -77,5 +77,15 @@ class ByteModel(nn.Module, ABC):
     def initialize(self) -> None:
         """Draws every parameter anew from torch's default generator."""
 
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a row of `length` bytes is more than the model can read."""
+        if length > self.sequence_length:
+            raise ValueError(f"a row of {length} bytes is longer than the model's {self.sequence_length}")
+
+    def check_room(self, length: int) -> None:
+        """Raises ValueError if a context of `length` bytes leaves none to predict."""
+        if length >= self.sequence_length:
+            raise ValueError(f"the context is full: {length} bytes leave none to predict of {self.sequence_length}")
+
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -124,8 +124,7 @@ class Megabyte(ByteModel):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, length = ids.shape
-        if length > self.sequence_length:
-            raise ValueError(f"a row of {length} bytes is longer than the model's {self.sequence_length}")
+        self.check_length(length)
         ids = F.pad(ids.long(), (0, -length % self.patch_size), value=PADDING)
         patches = self.embed_patches(ids[:, : -self.patch_size], first_position=0)
         global_in = torch.cat([self.global_pad.expand(rows, 1, -1), patches], 1)
@@ -309,7 +308,7 @@ class MegabyteDecoder:
         model, P = self._model, self._model.patch_size
         if self.length:
             raise ValueError("only a fresh decoder can be primed")
-        self._check_room(ids.shape[1])
+        model.check_room(ids.shape[1])
         rows, self.length = ids.shape
         patches = self.length // P
         whole, rest = ids[:, : patches * P].long(), ids[:, patches * P :].long()
@@ -328,7 +327,7 @@ class MegabyteDecoder:
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         model, P = self._model, self._model.patch_size
-        self._check_room(self.length + 1)
+        model.check_room(self.length + 1)
         self.length += 1
         byte = ids.long()[:, None]
         if self._patch.shape[1] + 1 < P:
@@ -339,12 +338,6 @@ class MegabyteDecoder:
         self._remember(context)
         self._begin_patch(model.global_stack(embedded[:, -1:], self._global_caches)[:, 0])
         return self._read(byte[:, :0])
-
-    def _check_room(self, length: int) -> None:
-        if length >= self._model.sequence_length:
-            raise ValueError(
-                f"the context is full: {length} bytes leave none to predict of {self._model.sequence_length}"
-            )
 
     def _remember(self, patches: Tensor) -> None:
         """Of (rows, n) bytes of whole patches, those that the next patch's encoding depends on."""

@@ -170,8 +170,7 @@ class PerceiverAR(ByteModel):
     def forward(self, ids: Tensor) -> Tensor:
         """As `ByteModel.forward`; a row padded at its end is scored at the end of its own ids."""
         rows, length = ids.shape
-        if length > self.sequence_length:
-            raise ValueError(f"a row of {length} bytes is longer than the model's {self.sequence_length}")
+        self.check_length(length)
         ids = ids.long()
         end = self.draw_crop(rows, length)[1] if self.training else ends(ids)
         places = self.place_latents(end.to(ids.device, non_blocking=True), length)
@@ -298,13 +297,13 @@ class PerceiverARDecoder:
     def prime(self, ids: Tensor) -> Tensor:
         if self._inputs.shape[1]:
             raise ValueError("only a fresh decoder can be primed")
-        self._check_room(ids.shape[1])
+        self._model.check_room(ids.shape[1])
         inputs = F.pad(ids.long(), (1, 0), value=START)
         return self._feed(inputs, min(self._model.latents, inputs.shape[1]))
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        self._check_room(self.length + 1)
+        self._model.check_room(self.length + 1)
         if self.latents < self._model.latents:
             return self._feed(ids.long()[:, None], 1)
         for block, cache in zip(self._model.blocks, self._caches, strict=True):
@@ -324,12 +323,6 @@ class PerceiverARDecoder:
         logits = model.process(z, model.embed(inputs, before), places, visible, self._caches)
         self.latents += count
         return logits[:, -1]
-
-    def _check_room(self, length: int) -> None:
-        if length >= self._model.sequence_length:
-            raise ValueError(
-                f"the context is full: {length} bytes leave none to predict of {self._model.sequence_length}"
-            )
 
 
 def late(ids: Tensor) -> Tensor:
