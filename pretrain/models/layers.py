@@ -50,7 +50,9 @@ class Rotary:
 class LayerCache:
     """Keys and values of one layer for the positions decoded so far: (rows, heads, kept, width / heads) each."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        """Keeps the last `limit` positions between two calls of `append`; None keeps all."""
+        self.limit = limit
         self.length = 0
         """Positions appended so far, kept or not."""
         self.keys: Tensor | None = None
@@ -62,6 +64,8 @@ class LayerCache:
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         self.keys, self.values = keys, values
+        if self.limit is not None:
+            self.keep_last(self.limit)
         return keys, values
 
     def keep_last(self, count: int) -> None:
@@ -101,18 +105,27 @@ class MultiHead(nn.Module):
 
 
 class Attention(MultiHead):
-    """Causal multi-head self-attention, with rotary positions by option."""
+    """Causal multi-head self-attention, with rotary positions and a sliding window by option.
+
+    With a window of w, a position sees itself and the w - 1 before it.
+    """
 
     def __init__(
-        self, width: int, heads: int, dropout: float, rotary: Rotary | None = None, bias: bool = False
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__(width, heads, dropout, bias)
-        self.rotary = rotary
+        self.rotary, self.window = rotary, window
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(rows, length, width) to the same; with a cache, `x` goes on after what the cache holds.
 
-        The cache is empty, or `x` is one position long.
+        The cache is empty, or `x` is one position long. With a window of w, its limit is w - 1.
         """
         q, k, v = self.project(x)
         if self.rotary:
@@ -121,7 +134,9 @@ class Attention(MultiHead):
             q, k = rotate(q, places, self.rotary), rotate(k, places, self.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.merge(causal_attention(q, k, v, self.dropout_now))
+        if self.window is None:
+            return self.merge(causal_attention(q, k, v, self.dropout_now))
+        return self.merge(window_attention(q, k, v, self.window, self.dropout_now))
 
 
 class CrossAttention(nn.Module):
@@ -268,8 +283,8 @@ class Stack(nn.Module):
             x = block(x, caches[index] if caches is not None else None, *shared)
         return self.norm(x)
 
-    def empty_caches(self) -> list[LayerCache]:
-        return [LayerCache() for _ in self.blocks]
+    def empty_caches(self, limit: int | None = None) -> list[LayerCache]:
+        return [LayerCache(limit) for _ in self.blocks]
 
     def flops(self, length: int, pairs: int | None = None) -> int:
         """Of the matrix products over one row of `length` positions: 2 a weight and position, and attention.
@@ -319,6 +334,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: 
     if _fused_is_right(q, k):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
     return _explicit_attention(q, k, v, visible, dropout)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
+    """As `causal_attention`, but a position sees itself and the window - 1 before it.
+
+    The sequence is cut into blocks of one window, and each block attends to itself and to the block before it: cost
+    grows with length x window, and no kernel of its own is needed.
+    """
+    rows, length = q.shape[0], q.shape[2]
+    if length <= window:
+        return causal_attention(q, k, v, dropout)
+    blocks = -(-length // window)
+
+    def cut(x: Tensor) -> Tensor:
+        """To (rows, blocks, heads, window, d); what fills the last block comes after all and is seen by none."""
+        return F.pad(x, (0, 0, 0, blocks * window - length)).unflatten(2, (blocks, window)).transpose(1, 2)
+
+    q, k, v = cut(q), cut(k), cut(v)
+    first = causal_attention(q[:, 0], k[:, 0], v[:, 0], dropout)
+    k, v = (torch.cat([x[:, :-1], x[:, 1:]], 3).flatten(0, 1) for x in (k, v))
+    later = attention(q[:, 1:].flatten(0, 1), k, v, _band(window, q.device), dropout)
+    mixed = torch.cat([first[:, None], later.unflatten(0, (rows, blocks - 1))], 1)
+    return mixed.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def window_pairs(length: int, window: int | None) -> int:
+    """Pairs of a query and a key that `window_attention` multiplies over one row; without a window, all."""
+    if window is None or length <= window:
+        return length * length
+    return window * window * (2 * -(-length // window) - 1)
+
+
+def _band(window: int, device: torch.device) -> Tensor:
+    """(window, 2 window): what a block's positions see of the block before it and of itself."""
+    age = torch.arange(window, 2 * window, device=device)[:, None] - torch.arange(2 * window, device=device)
+    return (age >= 0) & (age < window)
 
 
 def _fused_is_right(q: Tensor, k: Tensor) -> bool:
