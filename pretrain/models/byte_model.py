@@ -1,7 +1,7 @@
 """The contract of every model: bytes in, nats of every byte out."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class ByteModel(nn.Module, ABC):
 
     sequence_length: int
     """The longest context, in bytes, that the model can read."""
+    decodes_without_end: ClassVar[bool] = False
+    """Whether a decoder goes on past sequence_length bytes, with a memory of what it read."""
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:

@@ -179,12 +179,13 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear maps with an activation between; SwiGLU (Shazeer 2020) with the same number of parameters."""
 
-    def __init__(self, width: int, activation: Activation, bias: bool = False) -> None:
+    def __init__(self, width: int, activation: Activation, hidden: int | None = None, bias: bool = False) -> None:
+        """`hidden` channels between the maps; None is 4 times the width."""
         super().__init__()
         self.activation = activation
-        hidden = 4 * width
+        hidden = 4 * width if hidden is None else hidden
         if activation == "swiglu":
-            hidden = -(-8 * width // 3 // 8) * 8
+            hidden = -(-2 * hidden // 3 // 8) * 8
             self.expand = nn.Linear(width, 2 * hidden, bias)
         else:
             self.expand = nn.Linear(width, hidden, bias)
