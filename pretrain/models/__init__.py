@@ -8,6 +8,8 @@ from pydantic import Discriminator, Tag, TypeAdapter
 from pretrain.models.byte_model import ByteModel, Decoder
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
 from pretrain.models.perceiver_ar import PerceiverAR, PerceiverARConfig
+from pretrain.models.transformer import Transformer, TransformerConfig
+from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = ["FREE_FIELDS", "ByteModel", "Decoder", "ModelConfig", "PerceiverARConfig", "build_model", "model_config"]
 
@@ -18,7 +20,10 @@ def _family_of(tree: Any) -> Any:
 
 
 ModelConfig = Annotated[
-    Annotated[MegabyteConfig, Tag("megabyte")] | Annotated[PerceiverARConfig, Tag("perceiver_ar")],
+    Annotated[MegabyteConfig, Tag("megabyte")]
+    | Annotated[PerceiverARConfig, Tag("perceiver_ar")]
+    | Annotated[TransformerConfig, Tag("transformer")]
+    | Annotated[TransformerXLConfig, Tag("transformer_xl")],
     Discriminator(_family_of),
 ]
 """The config of one family, told apart by `family`."""
@@ -46,4 +51,12 @@ def model_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 def build_model(config: ModelConfig) -> ByteModel:
     """The model of a config, its parameters drawn from torch's default generator."""
-    return Megabyte(config) if isinstance(config, MegabyteConfig) else PerceiverAR(config)
+    match config:
+        case MegabyteConfig():
+            return Megabyte(config)
+        case PerceiverARConfig():
+            return PerceiverAR(config)
+        case TransformerConfig():
+            return Transformer(config)
+        case TransformerXLConfig():
+            return TransformerXL(config)

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from pretrain.config import Config, ConfigError, explain, load
+from pretrain.models.transformer import TransformerConfig
 from tests.conftest import Run, recipe_tree
+
+FAMILIES = "'megabyte' or 'perceiver_ar' or 'transformer' or 'transformer_xl'"
 
 
 @pytest.fixture
@@ -74,8 +77,8 @@ def test_an_unknown_key_of_an_override_names_the_override(file: Path):
         ("train.steps=1.5", "train.steps is 1.5; input should be a valid integer"),
         ("train.steps=true", "train.steps is true; input should be a valid integer"),
         ("train.steps=0", "train.steps is 0; input should be greater than or equal to 1"),
-        ("model.family=lstm", "model.family is \"lstm\"; input should be 'megabyte' or 'perceiver_ar'"),
-        ("model.family=3", "model.family is 3; input should be 'megabyte' or 'perceiver_ar'"),
+        ("model.family=lstm", f'model.family is "lstm"; input should be {FAMILIES}'),
+        ("model.family=3", f"model.family is 3; input should be {FAMILIES}"),
         ("model=3", "model is 3; input should be a section"),
         ("model.global_model.heads=5", "heads (5) does not divide width (32)"),
         ("model.patch_size=5", "sequence_length (64) is not a multiple of patch_size (5)"),
@@ -90,6 +93,20 @@ def test_a_wrong_value_is_refused_with_the_override(file: Path, override: str, s
     assert said in message
     assert override in message
     assert "\n" not in message
+
+
+def test_each_family_has_its_own_fields(file: Path):
+    lines = [line for line in file.read_text().splitlines() if "patch_size" not in line and "_model" not in line]
+    lines[4:4] = ["  family: transformer", "  width: 32", "  layers: 2", "  heads: 2"]
+    file.write_text("\n".join(lines))
+    assert load(file, ["model.window=16"]).model == TransformerConfig(
+        width=32, layers=2, heads=2, sequence_length=64, window=16
+    )
+    assert refusal(file, "model.windw=3") == (
+        "override model.windw=3: model.windw is not a field of TransformerConfig (did you mean window?)"
+    )
+    assert "model.heads=5: model: heads (5) does not divide width (32)" in refusal(file, "model.heads=5")
+    assert refusal(file, "model.family=transformer_xl").endswith("model.memory_length is missing")
 
 
 def test_a_wrong_type_in_the_file_names_its_line(file: Path):
@@ -156,6 +173,7 @@ def test_explain_tells_of_every_family():
     assert explain("model.latents").startswith("model.latents: int, default 1024, at least 1\n")
     assert "In MegabyteConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
     assert "In PerceiverARConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
+    assert explain("model.sequence_length").count("model.sequence_length: int, required") == 4
     assert "model.latent_model.width: int, required, at least 1" in explain("model")
 
 
