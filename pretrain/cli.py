@@ -34,7 +34,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
 from pretrain.engines import EngineError, choose_device, compute_dtype
-from pretrain.evaluate import Evaluation, Score, evaluate, scorer, stride_of
+from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
@@ -206,11 +206,18 @@ def eval_command(
     shards: Annotated[
         Path | None, typer.Argument(help="A corpus folder; the run's own validation corpus when left out.")
     ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
+    ] = Mode.windows,
     by: Annotated[Grouping, typer.Option(help="How documents are grouped.")] = Grouping.folder,
     rows: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 16,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Bytes scored at the end of each window; fewer give each more context, at more cost."),
+        typer.Option(
+            min=1,
+            help="Bytes scored at the end of each window; fewer give each more context, at more cost. The mode's own "
+            "when left out.",
+        ),
     ] = None,
     latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
@@ -219,32 +226,27 @@ def eval_command(
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
     loaded, checkpoint = _load_model(model, device, precision, latents)
-    most = stride_of(loaded)
-    stride = stride or most
-    if stride > most:
-        raise CheckpointError(f"--stride {stride}: the model scores {most} bytes of a window, at most")
+    stride = stride or stride_of(loaded, mode)
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
     chosen = shards or Path(own)
     with Corpus(chosen) as corpus, _byte_progress("scoring") as bar:
         task = bar.add_task("", total=corpus.raw_bytes)
-        result = evaluate(
-            scorer(loaded),
-            corpus,
-            loaded.sequence_length,
-            rows,
-            by.group_of,
-            lambda done: bar.advance(task, done),
-            stride,
-        )
+        result = evaluate_model(loaded, corpus, mode, rows, by.group_of, lambda done: bar.advance(task, done), stride)
     _print_scores(
         result,
-        f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start, "
-        f"{stride:,} bytes of each scored",
+        f"{checkpoint.folder} on {chosen}, mode {mode}: windows of {loaded.sequence_length:,} from each document's "
+        f"start, {stride:,} bytes of each scored",
     )
     if json_path is not None:
-        scores = {"total": _as_json(result.total), "groups": {n: _as_json(s) for n, s in result.groups.items()}}
+        scores = {
+            "mode": mode.value,
+            "sequence_length": loaded.sequence_length,
+            "stride": stride,
+            "total": _as_json(result.total),
+            "groups": {n: _as_json(s) for n, s in result.groups.items()},
+        }
         json_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
 
 
@@ -412,6 +414,7 @@ def main() -> None:
         ConfigError,
         CheckpointError,
         EngineError,
+        EvaluationError,
         RunFolderError,
         SamplingError,
         TrainingError,

@@ -77,6 +77,21 @@ def test_eval_of_one_checkpoint_by_suffix(byteloom: Run, trained: Path, corpus_f
     assert ".py" in byteloom("eval", checkpoint, corpus_folder / "validation", "--by", "suffix").stdout
 
 
+def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
+    figures = {}
+    for mode in ("windows", "sliding", "strided", "sliding-strided"):
+        table = byteloom("eval", trained, "--mode", mode, "--json", "scores.json").stdout
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["mode"] == mode
+        assert scores["stride"] == (64 if "sliding" in mode else 128)
+        assert f"mode {mode}:" in table.replace("\n", " ")
+        figures[mode] = scores["total"]
+    assert len({figure["bits_per_byte"] for figure in figures.values()}) == 4
+    assert len({figure["bytes"] for figure in figures.values()}) == 1
+    refused = byteloom("eval", trained, "--mode", "memory", check=False)
+    assert (refused.returncode, "Transformer-XL" in refused.stderr) == (1, True)
+
+
 def generate(trained: Path, *arguments: str) -> bytes:
     command = [BYTELOOM, "generate", trained, *arguments]
     return subprocess.run(command, capture_output=True, check=True, env=environment()).stdout
