@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.shards import Corpus
 from pretrain.cli import app
-from tests.conftest import BYTELOOM, Run, environment, train_once
+from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,35 @@ def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
     assert len({figure["bytes"] for figure in figures.values()}) == 1
     refused = byteloom("eval", trained, "--mode", "memory", check=False)
     assert (refused.returncode, "Transformer-XL" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "mode"),
+    [
+        ("transformer", {"positions": "learned", "window": 32}, "sliding"),
+        ("transformer_xl", {"memory_length": 128}, "memory"),
+    ],
+)
+def test_every_family_trains_goes_on_scores_and_writes(
+    byteloom: Run, tmp_path: Path, corpus_folder: Path, family: str, fields: dict[str, object], mode: str
+):
+    tree = recipe_tree(corpus_folder)
+    tree["model"] = {"family": family, "sequence_length": 128, "width": 32, "layers": 2, "heads": 2, **fields}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    byteloom("train", recipe, "train.steps=4")
+    byteloom("train", recipe, "train.steps=6")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(7))
+    byteloom("eval", "runs/run", "--mode", mode, "--json", "scores.json")
+    assert 5 < json.loads((tmp_path / "scores.json").read_text())["total"]["bits_per_byte"] < 9
+    drawn = subprocess.run(
+        [BYTELOOM, "generate", tmp_path / "runs/run", "--bytes", "200"],
+        capture_output=True,
+        check=True,
+        env=environment(),
+    ).stdout
+    assert 0 < len(drawn) <= 200
 
 
 def generate(trained: Path, *arguments: str) -> bytes:

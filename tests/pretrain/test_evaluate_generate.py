@@ -1,6 +1,7 @@
 """Scoring every byte once, and drawing bytes."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -156,9 +157,20 @@ def generated(model: ByteModel, prompt: bytes = b"", count: int = 20, **sampling
     return bytes(generate(model, prompt, count, Sampling(**sampling)))
 
 
+def windowed_transformer() -> Transformer:
+    torch.manual_seed(0)
+    config = TransformerConfig(width=16, layers=2, heads=2, sequence_length=32, window=8, initial_std=0.3)
+    return Transformer(config).eval()
+
+
+def extended_megabyte() -> Megabyte:
+    return tiny_model(patch_encoder="convolution", cross_patch_bytes=3)
+
+
+@pytest.mark.parametrize("build", [tiny_model, extended_megabyte, windowed_transformer, tiny_xl])
 @pytest.mark.parametrize("prompt", [b"", b"a", b"abcd", bytes(range(200, 231))])
-def test_temperature_zero_takes_the_likeliest_byte_of_the_full_forward(prompt: bytes):
-    model = tiny_model()
+def test_temperature_zero_takes_the_likeliest_byte_of_the_full_forward(build: Callable[[], ByteModel], prompt: bytes):
+    model = build()
     expected = list(prompt)
     while len(expected) < 31:
         candidates = torch.tensor([[*expected, byte] for byte in range(PADDING)])

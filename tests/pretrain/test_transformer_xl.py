@@ -12,6 +12,7 @@ from pretrain.models.layers import Rotary, rotate, sinusoids
 from pretrain.models.transformer_xl import (
     Context,
     Memory,
+    Relative,
     SegmentAttention,
     TransformerXL,
     TransformerXLConfig,
@@ -103,6 +104,20 @@ def test_c6_attention_is_the_papers_formula_term_by_term(kept: int):
             weights = torch.stack(scores).softmax(0)
             expected[i, h * d : (h + 1) * d] = weights @ torch.stack(values)
     assert_same(got, expected @ attention.output.weight.T)
+
+
+def test_gradients_of_relative_attention_are_right():
+    """The bias that carries u, v and the distances goes through a fused kernel's mask."""
+    torch.manual_seed(0)
+    attention = SegmentAttention(8, 2, dropout=0.0).double()
+    visible = visible_keys(torch.tensor([[0, 0, 0, 0, 1, 1]]), queries=4)
+    distances = sinusoids(torch.arange(5, -1, -1), 8).double()
+
+    def attend(x: Tensor, memory: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return attention(x, memory, Context(visible, Relative(distances, u, v)))
+
+    shapes = [(1, 4, 8), (1, 2, 8), (2, 4), (2, 4)]
+    assert torch.autograd.gradcheck(attend, [torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes])
 
 
 def test_sinusoids_are_the_papers():
