@@ -38,8 +38,8 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000"
 	@echo "Go on:        $(BIN)/byteloom train configs/demo.yaml train.steps=5000"
 
-test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+test: setup ## run the tests; PYTEST='-m ""' runs the long ones too
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST)
 
 check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/ruff check .

@@ -92,18 +92,22 @@ def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
     assert (refused.returncode, "Transformer-XL" in refused.stderr) == (1, True)
 
 
+SIZE = {"width": 32, "layers": 2, "heads": 2}
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "mode"),
     [
-        ("transformer", {"positions": "learned", "window": 32}, "sliding"),
-        ("transformer_xl", {"memory_length": 128}, "memory"),
+        ("perceiver_ar", {"latents": 32, "latent_model": SIZE, "cross_heads": 2}, "windows"),
+        ("transformer", {**SIZE, "positions": "learned", "window": 32}, "sliding"),
+        ("transformer_xl", {**SIZE, "memory_length": 128}, "memory"),
     ],
 )
 def test_every_family_trains_goes_on_scores_and_writes(
     byteloom: Run, tmp_path: Path, corpus_folder: Path, family: str, fields: dict[str, object], mode: str
 ):
     tree = recipe_tree(corpus_folder)
-    tree["model"] = {"family": family, "sequence_length": 128, "width": 32, "layers": 2, "heads": 2, **fields}
+    tree["model"] = {"family": family, "sequence_length": 128, **fields}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     byteloom("train", recipe, "train.steps=4")

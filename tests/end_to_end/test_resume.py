@@ -99,6 +99,7 @@ def test_killed_at_random_steps_it_goes_on_bit_for_bit(recipe: Path, tmp_path: P
     assert_same(run, reference)
 
 
+@pytest.mark.long
 def test_in_bf16_with_two_threads_too(recipe: Path, tmp_path: Path):
     whole, killed = (RunUnderTest(recipe, tmp_path, name, "engine.precision=bf16") for name in ("whole", "killed"))
     whole.threads = killed.threads = "2"
