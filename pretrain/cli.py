@@ -37,8 +37,9 @@ from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
+from pretrain.models import ByteModel, PerceiverARConfig, build_model, families, model_config
 from pretrain.progress import duration, size
+from pretrain.recipes import recipe_sizes
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
@@ -303,6 +304,25 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
             reason = str(error).partition("\n")[0]
             raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
     _say(f"{missing} steps delivered to {shipper.delivery.uri}")
+
+
+@app.command("models")
+def models_command(
+    folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs"),
+) -> None:
+    """List every model family, with what its recipes build: parameters, the paper's count, forward FLOPs."""
+    sizes = recipe_sizes(folder)
+    table = Table(caption="FLOPs/byte: of the forward pass over a full row, by the bytes that it reads")
+    table.add_column("recipe", overflow="fold")
+    for name in ("parameters", "printed", "FLOPs/byte"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for family, config in families().items():
+        table.add_section()
+        table.add_row(f"[bold]{family}[/bold]: {config.__doc__}")
+        for row in (row for row in sizes if row.family == family):
+            name = escape(_printable(str(row.path.relative_to(folder))))
+            table.add_row(name, f"{row.parameters:,}", row.printed or "", f"{row.flops_per_byte / 1e6:,.1f} M")
+    Console().print(table)
 
 
 @config_app.command("show")

@@ -1,9 +1,9 @@
 """Model families, each in a file of its own, behind one interface (byte_model.py)."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import Discriminator, Tag, TypeAdapter
+from pydantic import BaseModel, Discriminator, Tag, TypeAdapter
 
 from pretrain.models.byte_model import ByteModel, Decoder
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
@@ -11,7 +11,16 @@ from pretrain.models.perceiver_ar import PerceiverAR, PerceiverARConfig
 from pretrain.models.transformer import Transformer, TransformerConfig
 from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
 
-__all__ = ["FREE_FIELDS", "ByteModel", "Decoder", "ModelConfig", "PerceiverARConfig", "build_model", "model_config"]
+__all__ = [
+    "FREE_FIELDS",
+    "ByteModel",
+    "Decoder",
+    "ModelConfig",
+    "PerceiverARConfig",
+    "build_model",
+    "families",
+    "model_config",
+]
 
 
 def _family_of(tree: Any) -> Any:
@@ -38,6 +47,12 @@ FREE_FIELDS = {
     "minimum_crop",
 }
 """Fields of a model that a run may change when it goes on: its weights mean the same without them."""
+
+
+def families() -> dict[str, type[BaseModel]]:
+    """The name of every family, with its config."""
+    union, _ = get_args(ModelConfig)
+    return {tag.tag: config for config, tag in map(get_args, get_args(union))}
 
 
 def model_config(tree: Mapping[str, Any]) -> ModelConfig:

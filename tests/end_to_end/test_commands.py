@@ -153,7 +153,7 @@ def test_debug_recipe_runs_on_the_demo_corpus(byteloom: Run, corpus_folder: Path
 
 
 def test_help_of_every_command():
-    for command in ("prepare", "inspect", "train", "eval", "generate", "track", "config"):
+    for command in ("prepare", "inspect", "train", "eval", "generate", "track", "models", "config"):
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Usage: byteloom {command}" in shown.output
