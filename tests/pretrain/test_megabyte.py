@@ -166,6 +166,32 @@ def test_a6_cross_patch_attention_is_dense_attention_under_the_papers_mask(reach
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
+def test_parameters_have_the_names_that_checkpoints_know_them_by():
+    stacks = ("global_stack", "local_stack")
+    of_a_block = [
+        "attention_norm.weight",
+        "attention_norm.bias",
+        "attention.query_key_value.weight",
+        "attention.output.weight",
+        "feed_forward_norm.weight",
+        "feed_forward_norm.bias",
+        "feed_forward.expand.weight",
+        "feed_forward.contract.weight",
+    ]
+    names = {f"{stack}.blocks.{n}.{part}" for stack in stacks for n in range(2) for part in of_a_block}
+    names |= {f"{stack}.norm.{part}" for stack in stacks for part in ("weight", "bias")}
+    names |= {f"{side}_{part}" for side in ("global", "local") for part in ("embedding.weight", "pad", "positions")}
+    model = Megabyte(
+        MegabyteConfig(
+            sequence_length=T,
+            patch_size=P,
+            global_model=StackConfig(width=16, layers=2, heads=2),
+            local_model=StackConfig(width=8, layers=2, heads=2),
+        )
+    )
+    assert {name for name, _ in model.named_parameters()} == names | {"global_to_local.weight"}
+
+
 def test_a6_gradients_flow_into_the_patch_before():
     """Unlike a Transformer-XL's memory (section 2.3.2)."""
     model = cross_patch_model(2)
