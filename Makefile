@@ -38,8 +38,8 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000"
 	@echo "Go on:        $(BIN)/byteloom train configs/demo.yaml train.steps=5000"
 
-test: setup ## run the tests; PYTEST='-m ""' runs the long ones too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST)
+test: setup ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/ruff check .
@@ -49,7 +49,9 @@ check: setup ## lint, formatting, types, and the walls between packages
 
 bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
 	$(BIN)/python benchmarks/training.py --quick
+	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/loader.py --quick
+	$(BIN)/python benchmarks/scale.py --quick
 
 lock: ## pin what pyproject.toml allows today into requirements.lock
 	$(PYTHON) -m venv .lock-venv

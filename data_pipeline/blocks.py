@@ -1,7 +1,7 @@
 """Blocks: many documents in one zstd frame, with the table that says where each begins.
 
-    Document, Document, … ─▶ pack_documents ─▶ Block ─▶ encode ─▶ frame, table
-                                               Block ◀─ decode ◀─ frame, table
+    Document, Document, … ─▶ pack_documents ─▶ Block ─▶ encode ─▶ StoredBlock
+                                               Block ◀─ decode ◀─ StoredBlock
 
 The raw bytes are the documents back to back with nothing between them. A document that fits into one block is never
 cut; a longer one continues in the next block, and its slices say so.
@@ -9,14 +9,21 @@ cut; a longer one continues in the next block, and its slices say so.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+import blake3
+import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
-from data_pipeline.documents import Document
-from data_pipeline.errors import CorruptBlockError
+from data_pipeline.documents import MODALITIES, Document
+from data_pipeline.errors import BadDocumentError, CorruptBlockError
+
+ENDS = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,10 @@ class DocumentSlice:
     """Offset of this slice in its document; 0 where the document begins."""
     ends: bool
     """Whether the document ends with this slice."""
-    sha256: str | None
-    """Digest of the whole document, told where it ends."""
+    sha256: str
+    """Digest of the slice's bytes."""
+    document_sha256: str | None
+    """Digest of the whole document, told where one ends that began in another block."""
 
 
 @dataclass(frozen=True)
@@ -41,86 +50,172 @@ class Block:
     raw: bytes
     slices: tuple[DocumentSlice, ...]
 
+    @property
+    def documents(self) -> int:
+        """Documents that begin here."""
+        return sum(s.document_offset == 0 for s in self.slices)
+
+    @property
+    def modalities(self) -> int:
+        """A bit for each of MODALITIES that is here."""
+        return sum({1 << MODALITIES.index(s.modality) for s in self.slices})
+
     @cached_property
-    def document_ends(self) -> list[int]:
+    def ends(self) -> NDArray[np.uint32]:
         """Offsets in the raw bytes just after the last byte of each document that ends here."""
-        return [s.start + s.length for s in self.slices if s.ends]
+        return np.array([s.start + s.length for s in self.slices if s.ends], ENDS)
+
+    @cached_property
+    def table(self) -> bytes:
+        """The slices, as JSON."""
+        entries = [s.__dict__ for s in self.slices]
+        return json.dumps({"bytes": len(self.raw), "documents": entries}, separators=(",", ":")).encode()
 
     @cached_property
     def digest(self) -> bytes:
-        """sha256 of the raw bytes, whatever compresses them."""
-        return hashlib.sha256(self.raw).digest()
+        """Identity of the content, whatever compresses it: sha256 of the table, which has those of the raw bytes."""
+        return hashlib.sha256(self.table).digest()
 
 
-def pack_documents(documents: Iterable[Document], block_bytes: int) -> Iterator[Block]:
+class StoredBlock(NamedTuple):
+    """A block as it lies in a shard, each part a member of the tar."""
+
+    frame: bytes
+    """The raw bytes: one zstd frame with content size and checksum."""
+    ends: bytes
+    """`Block.ends`, little-endian uint32."""
+    table: bytes
+    """`Block.table`: one zstd frame."""
+
+
+def pack_documents(
+    documents: Iterable[Document], block_bytes: int, leave_out: Callable[[Document, BadDocumentError], None]
+) -> Iterator[Block]:
     """Documents in the order given, packed into blocks of at most `block_bytes` raw bytes.
 
-    Holds one block in memory, whatever the size of a document.
+    Holds two blocks in memory, whatever the size of a document. One that is longer than a block is read twice, so that
+    a document that cannot be read to its end leaves nothing of itself behind.
+
+    Args:
+        leave_out: told of each document that cannot be read; what it raises ends the packing. A document without a
+            byte is left out without a word.
     """
     raw, slices = bytearray(), list[DocumentSlice]()
     for document in documents:
-        if raw and len(raw) + document.size > block_bytes:
+        try:
+            pieces, fits = _probed(document, block_bytes)
+        except BadDocumentError as error:
+            leave_out(document, error)
+            continue
+        if raw and not (fits and len(raw) + sum(map(len, pieces)) <= block_bytes):
             yield Block(bytes(raw), tuple(slices))
             raw, slices = bytearray(), []
-        sha = hashlib.sha256()
-        start, offset = len(raw), 0  # of the slice under way, in the block and in the document
-        for piece in document.read():
-            sha.update(piece)
-            rest = piece
-            while len(raw) + len(rest) > block_bytes:
-                room = block_bytes - len(raw)
-                raw += rest[:room]
-                rest = rest[room:]
-                slices.append(_slice(document, start, len(raw) - start, offset))
+        if fits:
+            _append(document, pieces, raw, slices)
+            continue
+        for block in _blocks_of(document, block_bytes):
+            if raw:
                 yield Block(bytes(raw), tuple(slices))
-                start, offset = 0, offset + len(raw) - start
-                raw, slices = bytearray(), []
-            raw += rest
-        slices.append(_slice(document, start, len(raw) - start, offset, sha.hexdigest()))
+            raw, slices = bytearray(block.raw), [*block.slices]
     if raw:
         yield Block(bytes(raw), tuple(slices))
 
 
-def _slice(document: Document, start: int, length: int, offset: int, sha256: str | None = None) -> DocumentSlice:
-    """A slice of a document, the last one when the document's digest is given."""
-    return DocumentSlice(document.key, document.modality, start, length, offset, sha256 is not None, sha256)
+def _probed(document: Document, block_bytes: int) -> tuple[list[bytes], bool]:
+    """The document's pieces if it fits into a block; else that it does not, and that it can be read to its end."""
+    pieces, size = list[bytes](), 0
+    for piece in document.read():
+        size += len(piece)
+        if size <= block_bytes:
+            pieces.append(piece)
+        else:
+            pieces.clear()
+    return pieces, size <= block_bytes
 
 
-def encode(block: Block, compressor: zstandard.ZstdCompressor) -> tuple[bytes, bytes]:
-    """A block as (zstd frame, JSON table). The compressor must write checksum and content size."""
-    table = {
-        "bytes": len(block.raw),
-        "sha256": block.digest.hex(),
-        "documents": [asdict(s) for s in block.slices],
-    }
-    return compressor.compress(block.raw), json.dumps(table, separators=(",", ":")).encode()
+def _append(document: Document, pieces: Iterable[bytes], raw: bytearray, slices: list[DocumentSlice]) -> None:
+    start, sha = len(raw), hashlib.sha256()
+    for piece in pieces:
+        sha.update(piece)
+        raw += piece
+    if length := len(raw) - start:
+        slices.append(DocumentSlice(document.key, document.modality, start, length, 0, True, sha.hexdigest(), None))
 
 
-@dataclass(frozen=True)
-class Seal:
-    """What an index knows of a block, against which its bytes are checked."""
+def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
+    """A document longer than a block, cut into blocks; the last may have room for others."""
+    part, offset, whole = bytearray(), 0, hashlib.sha256()
 
-    raw_bytes: int
-    sha256: bytes
-    """Of the raw bytes."""
-    table_sha256: bytes
+    def block(sha256: str | None) -> Block:
+        own = hashlib.sha256(part).hexdigest()
+        ends = sha256 is not None
+        piece = DocumentSlice(document.key, document.modality, 0, len(part), offset, ends, own, sha256)
+        return Block(bytes(part), (piece,))
+
+    for piece in document.read():
+        whole.update(piece)
+        rest = memoryview(piece)
+        while len(part) + len(rest) > block_bytes:
+            room = block_bytes - len(part)
+            part += rest[:room]
+            rest = rest[room:]
+            yield block(None)
+            offset += len(part)
+            part.clear()
+        part += rest
+    yield block(whole.hexdigest())
 
 
-def decode(frame: bytes, table: bytes, seal: Seal) -> Block:
-    """The block that `encode` was given.
+def encode(block: Block, compressor: zstandard.ZstdCompressor) -> StoredBlock:
+    """A block as it is stored. The compressor must write checksum and content size."""
+    return StoredBlock(compressor.compress(block.raw), block.ends.tobytes(), compressor.compress(block.table))
+
+
+def seal(frame: bytes | memoryview, ends: bytes | memoryview) -> bytes:
+    """BLAKE3 of what a training run reads of a stored block: cryptographic, and little beside decompression."""
+    return blake3.blake3(frame).update(ends).digest()
+
+
+_own = threading.local()
+
+
+def decompress(frame: bytes | memoryview) -> bytes:
+    """The content of one zstd frame with content size.
 
     Raises:
-        CorruptBlockError: frame or table is not what was written.
+        CorruptBlockError: it is damaged, or there is more than the frame.
     """
-    if hashlib.sha256(table).digest() != seal.table_sha256:
-        raise CorruptBlockError("its table does not have the digest of the index")
+    if not hasattr(_own, "decompressor"):
+        _own.decompressor = zstandard.ZstdDecompressor()
     try:
-        if zstandard.frame_content_size(frame) != seal.raw_bytes:
-            raise CorruptBlockError("its length is not that of the index")
-        raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        raw: bytes = _own.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptBlockError(str(error)) from error
-    block = Block(raw, tuple(DocumentSlice(**entry) for entry in json.loads(table)["documents"]))
-    if block.digest != seal.sha256:
-        raise CorruptBlockError("its bytes do not have the digest of the index")
+    return raw
+
+
+def decode(stored: StoredBlock, digest: bytes | None = None) -> Block:
+    """The block that `encode` was given.
+
+    Args:
+        digest: that it must have; None where nobody knows it.
+
+    Raises:
+        CorruptBlockError: it is damaged, or not the block of that digest.
+    """
+    raw, table = decompress(stored.frame), decompress(stored.table)
+    try:
+        block = Block(raw, tuple(DocumentSlice(**entry) for entry in json.loads(table)["documents"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptBlockError(f"its table cannot be read: {error}") from error
+    if block.table != table or (digest is not None and block.digest != digest):
+        raise CorruptBlockError("its table does not have the digest of the index")
+    for part in block.slices:
+        content = memoryview(raw)[part.start : part.start + part.length]
+        if len(content) != part.length or hashlib.sha256(content).hexdigest() != part.sha256:
+            raise CorruptBlockError(f"document {part.key} does not have the digest of its table")
+    if sum(part.length for part in block.slices) != len(raw):
+        raise CorruptBlockError("its documents are not all that is in it")
+    if block.ends.tobytes() != stored.ends:
+        raise CorruptBlockError("its document ends are not those of its table")
     return block

@@ -3,32 +3,51 @@
     global batch      sequences g … g + global_batch - 1
     micro-batch i     the i-th group of `micro_batch` of them (the last may be shorter)
     rank r of W       micro-batches r, r + W, r + 2W, …
+    window            several micro-batches of a rank, read at once by one thread
 
-Threads, not processes: decompression and slicing release the interpreter lock, and nothing is left behind when the run
-is killed.
+A lane is read in stretches, since a window asks for several of its sequences. Windows begin small, so the first batch
+comes soon, and grow. Threads, not processes: decompression and copying release the interpreter lock, and nothing is
+left behind when the run is killed.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Self
+from itertools import islice
+from typing import Protocol, Self
 
+import blake3
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from data_pipeline.stream import ByteStream, Ids
+from data_pipeline.stream import Ids, Rows
 from data_pipeline.vocabulary import PADDING
+
+WINDOW = 8 << 20
+"""Ids of a window, unless one micro-batch has more."""
+PATIENCE = 0.5
+"""Seconds between two looks at whether what is waited for is still wanted."""
+DIGEST_MODULUS = 1 << 256
 
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How one process reads ahead."""
+    """How one process reads ahead. Memory, beside the blocks that lanes are in: for each thread and two more, a window
+    of 16 MiB and half as much again while it is read; and `prefetch` micro-batches."""
 
     threads: int = Field(default=2, ge=1)
     """Threads that read and decompress."""
     prefetch: int = Field(default=8, ge=1)
-    """Micro-batches read ahead of the training step."""
+    """Micro-batches read ahead of the training step, at least."""
+
+
+class Stream(Protocol):
+    """What a loader reads from: a ByteStream or a Mixture."""
+
+    sequence_length: int
+
+    def read(self, sequences: NDArray[np.int64]) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,9 @@ class MicroBatch:
     ids: Ids
     """(rows, T) int16: bytes 0..255, 256 between documents, 257 padding."""
     targets: NDArray[np.bool_]
-    """(rows, T): which positions count in the loss."""
+    """(rows, T): which positions count in the loss. Not to be written to: micro-batches share it."""
+    digest: int = 0
+    """The sum of its rows' digests; see row_digest. 0 unless the loader was asked for it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,21 @@ class Batch:
     @property
     def masked(self) -> int:
         """Positions that are no targets: holes, and padding."""
-        return sum(int(np.count_nonzero(~m.targets)) for m in self.micro_batches)
+        return sum(m.targets.size - int(np.count_nonzero(m.targets)) for m in self.micro_batches)
+
+    @property
+    def digest(self) -> int:
+        return sum(m.digest for m in self.micro_batches) % DIGEST_MODULUS
+
+
+def row_digest(sequence: int, row: Ids) -> int:
+    """BLAKE3 of a sequence number (8 bytes) and its ids (16 bits each), little-endian.
+
+    The digest of what a run has read is the sum over its sequences, modulo 2**256: the same in any order, on any number
+    of ranks.
+    """
+    ids = row.astype("<i2", copy=False).tobytes()
+    return int.from_bytes(blake3.blake3(sequence.to_bytes(8, "little") + ids).digest(), "little")
 
 
 class Loader:
@@ -61,11 +96,13 @@ class Loader:
     Args:
         global_batch: sequences of one optimizer step, over all ranks.
         micro_batch: sequences of one forward pass.
+        digest: have each micro-batch carry the digest of its rows.
+        give_up: asked while a window is waited for; True ends the iteration.
     """
 
     def __init__(
         self,
-        stream: ByteStream,
+        stream: Stream,
         config: LoaderConfig,
         *,
         global_batch: int,
@@ -73,27 +110,28 @@ class Loader:
         first_sequence: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        digest: bool = False,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stream = stream
+        self._config = config
         self._global_batch = global_batch
         self._micro_batch = micro_batch
-        self._prefetch = config.prefetch
         self._first_sequence = first_sequence
+        self._digest = digest
+        self._give_up = give_up
         self._my_micro_batches = range(rank, -(-global_batch // micro_batch), world_size)
+        self._largest_window = max(1, WINDOW // stream.sequence_length // micro_batch)
+        self._every_position = np.ones((micro_batch, stream.sequence_length), np.bool_)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="loader")
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._my_micro_batches:
-            yield from (Batch([], g + self._global_batch) for g in self._batch_starts())
-        ahead: deque[Future[MicroBatch]] = deque()
-        reads = ((g, index) for g in self._batch_starts() for index in self._my_micro_batches)
+        micro_batches = self._read_ahead()
         for g in self._batch_starts():
-            micro_batches = []
-            for _ in self._my_micro_batches:
-                while len(ahead) <= self._prefetch:
-                    ahead.append(self._pool.submit(self._read, *next(reads)))
-                micro_batches.append(ahead.popleft().result())
-            yield Batch(micro_batches, g + self._global_batch)
+            mine = list(islice(micro_batches, len(self._my_micro_batches)))
+            if len(mine) < len(self._my_micro_batches):
+                return
+            yield Batch(mine, g + self._global_batch)
 
     def _batch_starts(self) -> Iterator[int]:
         g = self._first_sequence
@@ -101,11 +139,40 @@ class Loader:
             yield g
             g += self._global_batch
 
-    def _read(self, g: int, index: int) -> MicroBatch:
+    def _read_ahead(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches for ever."""
+        wanted = ((g, index) for g in self._batch_starts() for index in self._my_micro_batches)
+        ahead: deque[Future[list[MicroBatch]]] = deque()
+        unread, size = 0, 1  # micro-batches read ahead; of the next window
+        while True:
+            while len(ahead) <= self._config.threads or unread <= self._config.prefetch:
+                ahead.append(self._pool.submit(self._read_window, list(islice(wanted, size))))
+                unread += size
+                size = min(2 * size, self._largest_window)
+            window = ahead.popleft()
+            while not window.done():
+                if self._give_up():
+                    return
+                wait([window], timeout=PATIENCE)
+            unread -= len(window.result())
+            yield from window.result()
+
+    def _read_window(self, wanted: list[tuple[int, int]]) -> list[MicroBatch]:
+        rows = [self._rows(g, index) for g, index in wanted]
+        sequences = np.concatenate(rows)
+        ids, padded = self._stream.read(sequences)
+        micro_batches, begin = [], 0
+        for (_, index), own in zip(wanted, rows, strict=True):
+            end = begin + len(own)
+            digest = sum(map(row_digest, own.tolist(), ids[begin:end])) % DIGEST_MODULUS if self._digest else 0
+            targets = ids[begin:end] != PADDING if padded else self._every_position[: len(own)]
+            micro_batches.append(MicroBatch(index, ids[begin:end], targets, digest))
+            begin = end
+        return micro_batches
+
+    def _rows(self, g: int, index: int) -> NDArray[np.int64]:
         first = index * self._micro_batch
-        rows = range(first, min(first + self._micro_batch, self._global_batch))
-        ids = np.stack([self._stream[g + row] for row in rows])
-        return MicroBatch(index, ids, ids != PADDING)
+        return np.arange(g + first, g + min(first + self._micro_batch, self._global_batch), dtype=np.int64)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -1,121 +1,305 @@
-"""A corpus of files becomes shards.
+"""Preparation: files of any kind become a corpus. Parallel, restartable at any moment, exactly once.
 
-    sources ─▶ find_documents ─▶ shuffle by hash ─▶ pack_documents ─▶ CorpusWriter ─▶ OUT
+    sources ─▶ plan ─▶ units ─▶ scatter ─▶ runs sorted by hash ─▶ layout ─▶ gather ─▶ shards ─▶ finish ─▶ OUT
+               once             a job each                        once      a job each          once
 
-Documents are put in the order of a hash of their key, so neighbours in a block are strangers and the order depends on
-nothing but the keys and the seed. Memory: the list of documents and one block.
+Everything is written in OUT.partial, from which the corpus is renamed to OUT at the end. What a step wrote is there
+whole or not at all, so whatever is killed, the same command goes on with the steps and jobs that are not done. Workers
+and tasks of a scheduler's array share the jobs through that folder and may change in number: the corpus is a function
+of the sources and the options alone.
+
+Memory of a process, whatever the size of the corpus and of a document: about 50 MB of libraries, and the larger of
+spill.BUFFER_BYTES (scattering), and 40 bytes a document of one shard and some four blocks (gathering); one folder's
+entries while it is listed. Media are as their readers say. Disk, besides OUT: the raw bytes of documents that come out
+of containers, and once more those of the shards being gathered.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO, Self
 
-from data_pipeline.atomic import atomic_folder
-from data_pipeline.blocks import pack_documents
-from data_pipeline.documents import Document, find_documents
+from data_pipeline.atomic import replace_file, sync
 from data_pipeline.errors import CorpusError
-from data_pipeline.shards import CorpusWriter
+from data_pipeline.preparation.gather import Gather, part_folder, read_shard
+from data_pipeline.preparation.layout import EmptyCorpusError, Layout, make_layout
+from data_pipeline.preparation.plan import Plan, PrepareOptions, difference, identity, make_plan, remove
+from data_pipeline.preparation.scatter import Scatter
+from data_pipeline.preparation.spill import unit_folder
+from data_pipeline.preparation.work import Pool
+from data_pipeline.progress import Progress
+from data_pipeline.shards import ShardIndex, write_index
 
-MAX_BLOCK_BYTES = 1 << 30
+__all__ = ["PrepareOptions", "PrepareReport", "SourceReport", "Task", "prepare"]
+
+SMALL_BYTES = 32 << 20
+"""Sources of fewer bytes are prepared by one process: starting others takes longer."""
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
-    include: Sequence[str] = ()
-    """Glob patterns of the files to take; all when empty."""
-    exclude: Sequence[str] = ()
-    """Glob patterns of files and folders to leave out."""
-    holdout: float = 0.0
-    """Share of the documents, chosen by hash, that goes into OUT/validation; the rest goes into OUT/train.
-    With 0 the whole corpus is written to OUT itself."""
-    seed: int = 0
-    """Changes the order of documents and the choice of the held-out ones."""
-    block_bytes: int = 1 << 20
-    """Raw bytes of a block, at most."""
-    shard_bytes: int = 256 << 20
-    """Bytes of a shard's tar, about."""
-    level: int = 3
-    """zstd compression level."""
-    skip_unreadable: bool = False
-    """Leave out files that cannot be read, and report them, instead of stopping."""
+class Task:
+    """Which of the tasks of an array this is. It says where to begin; any of the tasks can finish the whole."""
+
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise CorpusError(f"--task {self.number} --of {self.of}: tasks are counted from 0 to {self.of - 1}")
+
+
+@dataclass
+class SourceReport:
+    """What became of one source."""
+
+    name: str
+    files: int
+    bytes: int
+    """Of the files, as listed."""
+    documents: int = 0
+    """In the corpus, and their raw bytes."""
+    raw_bytes: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many documents were left out, by reason (sources.REASONS); over the limit, how many files were not begun."""
 
 
 @dataclass
 class PrepareReport:
-    folders: list[Path] = field(default_factory=list)
-    """The corpora written."""
-    documents: int = 0
-    empty: int = 0
-    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    """OUT/report.json."""
+
+    identity: dict[str, Any]
+    """Sources and options."""
+    parts: list[str]
+    """Folders of OUT that are a corpus each; '' is OUT itself."""
+    sources: list[SourceReport]
+    was_finished: bool = False
+    """Whether there was nothing to do any more."""
+
+    @property
+    def documents(self) -> int:
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def left_out(self) -> int:
+        return sum(source.left_out.total() for source in self.sources)
+
+    def save(self, path: Path) -> None:
+        totals = {"documents": self.documents, "raw_bytes": sum(source.raw_bytes for source in self.sources)}
+        tree = {**self.identity, "parts": self.parts, **totals, "per_source": [vars(source) for source in self.sources]}
+        replace_file(path, json.dumps(tree, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{**row, "left_out": Counter(row["left_out"])} for row in tree["per_source"]]
+        same = {name: tree[name] for name in ("sources", "folder", "options")}
+        return cls(same, tree["parts"], [SourceReport(**row) for row in rows])
 
 
-Progress = Callable[[int, int], None]
-"""Called with (raw bytes done, raw bytes in all)."""
+def prepare(
+    sources: Sequence[str | Path],
+    out: Path,
+    options: PrepareOptions,
+    progress: Progress,
+    workers: int = 1,
+    task: Task = Task(),
+) -> PrepareReport:
+    """Writes the documents of the sources as a corpus at `out`, which appears when it is complete.
 
+    Begun work with the same sources and options is gone on with, be it of a process that was killed or of others that
+    are at it now.
 
-def prepare(sources: Sequence[Path], out: Path, options: PrepareOptions, progress: Progress) -> PrepareReport:
-    """Writes the documents under `sources` as a corpus at `out`, which appears when it is complete.
+    Args:
+        workers: processes to share the work among.
+        task: which task of an array of such calls this is.
 
     Raises:
-        CorpusError: a source is missing or unreadable, there is no byte to write, or `out` exists.
+        CorpusError: a source is missing, a document cannot be read, there is no byte to write, `out` exists and is not
+            this corpus, or `out`.partial holds work of other sources or options.
     """
-    _check(options)
-    if out.exists():  # before a long listing
-        raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
-    listing = find_documents(sources, options.include, options.exclude)
-    if listing.unreadable and not options.skip_unreadable:
-        path, reason = listing.unreadable[0]
-        more = f" (and {len(listing.unreadable) - 1} more)" if len(listing.unreadable) > 1 else ""
-        raise CorpusError(f"cannot read {path}: {reason}{more}; --skip-unreadable leaves such files out")
-    if not listing.documents:
-        searched = ", ".join(map(str, sources))
-        raise CorpusError(f"the corpus is empty: no file with a byte in it under {searched}")
+    names = [str(source) for source in sources]
+    asked = identity(names, options)
+    folder = out.with_name(f"{out.name}.partial")
+    with _held(folder, out) as is_open:
+        if not is_open:
+            return _finished(out, folder, asked)
+        plan = _planned(folder, names, options)
+    small = sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
+    with Pool(plan, 1 if small else workers, task.number / task.of, (task.number + 1) / task.of) as pool:
+        scatter = Scatter(plan)
+        total = sum(scatter.sizes) + sum(source["bytes"] for source in plan.sources)
+        if not (folder / "layout.json").exists():  # units are not kept until the end
+            pool.run(scatter, lambda done: progress(done, total))
+        with _held(folder, out) as is_open:
+            if not is_open:
+                return _finished(out, folder, asked)
+            layout = _laid_out(plan)
+        gather = Gather(plan, layout)
+        total = sum(scatter.sizes) + sum(gather.sizes)
+        pool.run(gather, lambda done: progress(sum(scatter.sizes) + done, total))
+    with _held(folder, out) as is_open:
+        if not is_open:
+            return _finished(out, folder, asked)
+        report = _finish(plan, layout, out)
+    progress(total, total)
+    return report
 
-    documents = sorted(listing.documents, key=lambda document: _hash("order", options.seed, document.key))
-    parts = _split(documents, options)
-    total = sum(document.size for document in documents)
-    done = 0
+
+@contextmanager
+def _held(folder: Path, out: Path) -> Iterator[bool]:
+    """Keeps OUT.partial for this process alone, making it if need be; says whether OUT is still to be made."""
+    if out.exists():
+        yield False
+        return
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / "lock").open("wb")
+        except FileNotFoundError:
+            continue
+        with lock:
+            _wait_for(lock)
+            try:
+                # Whoever had it may have removed it, because all is finished or nothing can be begun.
+                if os.fstat(lock.fileno()).st_ino != (folder / "lock").stat().st_ino:
+                    continue
+            except FileNotFoundError:
+                continue
+            yield not out.exists()
+            return
+
+
+def _wait_for(lock: BinaryIO) -> None:
     try:
-        with atomic_folder(out) as staging:
-            for name, part in parts.items():
-                writer = CorpusWriter(staging / name, options.shard_bytes, options.level)
-                for block in pack_documents(part, options.block_bytes):
-                    writer.add(block)
-                    done += len(block.raw)
-                    progress(done, total)
-                writer.close()
-    except FileExistsError as error:
-        raise CorpusError(f"{error}; choose another --out, or remove it first") from error
-    return PrepareReport([out / name for name in parts], len(documents), listing.empty, listing.unreadable)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise CorpusError(
+            f"{lock.name} cannot be locked ({error.strerror}): processes cannot share work on this file system"
+        ) from error
 
 
-def _check(options: PrepareOptions) -> None:
-    if not 0 <= options.holdout < 1:
-        raise CorpusError(f"--holdout is {options.holdout}; it is a share, at least 0 and less than 1")
-    if not 1 <= options.block_bytes <= MAX_BLOCK_BYTES:
-        raise CorpusError(f"--block-bytes is {options.block_bytes:,}; it lies between 1 and {MAX_BLOCK_BYTES:,}")
-    if options.shard_bytes < 1:
-        raise CorpusError(f"--shard-bytes is {options.shard_bytes:,}; it is at least 1")
+def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
+    """The report of a corpus that is there, if it is the one asked for."""
+    try:
+        report = PrepareReport.load(out / "report.json")
+    except (OSError, ValueError, KeyError):
+        report = None
+    if report is None or report.identity != asked:
+        raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
+    if folder.exists():
+        remove(folder)
+    report.was_finished = True
+    return report
 
 
-def _split(documents: Sequence[Document], options: PrepareOptions) -> dict[str, list[Document]]:
-    if not options.holdout:
-        return {"": list(documents)}
-    bound = int(options.holdout * 2**64)
-    held_out = [_hash("split", options.seed, document.key) < bound for document in documents]
-    parts = {
-        "train": [d for d, held in zip(documents, held_out, strict=True) if not held],
-        "validation": [d for d, held in zip(documents, held_out, strict=True) if held],
-    }
-    for name, part in parts.items():
-        if not part:
+def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions) -> Plan:
+    """The plan that is there, or a new one. Where none can be made, nothing stays on disk."""
+    if (folder / "plan.json").exists():
+        plan = Plan.load(folder, options.skip_bad)
+        if changed := difference(plan.identity, identity(sources, options)):
             raise CorpusError(
-                f"--holdout {options.holdout} leaves no document for {name}: there are {len(documents)} in all"
+                f"{folder} was begun with other sources or options ({changed}); "
+                "go on with the same, or remove it to begin anew"
             )
-    return parts
+        return plan
+    try:
+        for name in ("units", "shards", *(f"corpus/{part}" for part in options.parts)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        make_plan(folder, sources, options)
+    except BaseException:
+        remove(folder)
+        raise
+    return Plan.load(folder, options.skip_bad)
 
 
-def _hash(purpose: str, seed: int, key: str) -> int:
-    digest = hashlib.sha256(f"{purpose}\0{seed}\0{key}".encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big")
+def _laid_out(plan: Plan) -> Layout:
+    if not (plan.folder / "plan.json").exists():
+        raise CorpusError(f"{plan.folder} was removed while it was worked in")
+    if not (plan.folder / "layout.json").exists():
+        try:
+            make_layout(plan)
+        except EmptyCorpusError:
+            remove(plan.folder)
+            raise
+    return Layout.load(plan.folder)
+
+
+def _finish(plan: Plan, layout: Layout, out: Path) -> PrepareReport:
+    """Makes shards a corpus, and OUT.partial OUT. Killed at any moment, it can be done again."""
+    if not (plan.folder / "layout.json").exists():
+        raise CorpusError(f"{plan.folder} was removed while it was worked in")
+    corpus = plan.folder / "corpus"
+    if not (corpus / "report.json").exists():
+        _write_indexes(plan, layout)
+        _write_skipped(plan, layout, corpus / "skipped.jsonl")
+        _report(plan, layout).save(corpus / "report.json")
+    # The bulk goes before the rename, so that no kill leaves it beside a finished corpus.
+    for name in ("units", "work"):
+        shutil.rmtree(plan.folder / name, ignore_errors=True)
+    corpus.rename(out)
+    sync(out.parent)
+    remove(plan.folder)
+    return PrepareReport.load(out / "report.json")
+
+
+def _write_indexes(plan: Plan, layout: Layout) -> None:
+    for part, count in enumerate(layout.shards):
+        before = sum(layout.shards[:part])
+
+        def indexes(jobs: range) -> Iterator[ShardIndex]:
+            for job in jobs:
+                _, index = read_shard(plan.folder, job)
+                if index is not None:
+                    yield index
+
+        try:
+            write_index(part_folder(plan, part), indexes(range(before, before + count)))
+        except CorpusError:
+            remove(plan.folder)
+            raise
+
+
+def _write_skipped(plan: Plan, layout: Layout, path: Path) -> None:
+    """Everything that was left out, by name; what lies beyond a limit is only counted."""
+    with path.open("wb") as out:
+        _append(plan.folder / "listed.jsonl", out)
+        for unit, cut in enumerate(layout.cuts.tolist()):
+            own = unit_folder(plan.folder, unit) / "skipped.jsonl"
+            if not plan.options.limited:
+                _append(own, out)
+            elif own.exists():
+                with own.open("rb") as lines:
+                    for line in map(json.loads, lines):
+                        if line.pop("ordinal") < cut:
+                            out.write(json.dumps(line).encode() + b"\n")
+        for job in range(sum(layout.shards)):
+            _append(plan.folder / "shards" / f"{job:06d}.skipped.jsonl", out)
+    sync(path)
+
+
+def _append(path: Path, out: BinaryIO) -> None:
+    if path.exists():
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, out)
+
+
+def _report(plan: Plan, layout: Layout) -> PrepareReport:
+    sources = [
+        SourceReport(planned["name"], planned["files"], planned["bytes"], left_out=Counter(left_out))
+        for planned, left_out in zip(plan.sources, layout.left_out, strict=True)
+    ]
+    for job in range(sum(layout.shards)):
+        counts, _ = read_shard(plan.folder, job)
+        for number, source in enumerate(sources):
+            source.documents += counts["documents"][number]
+            source.raw_bytes += counts["bytes"][number]
+            source.left_out.update(counts["left_out"][number])
+    for source in sources:
+        source.left_out = +source.left_out
+    return PrepareReport(plan.identity, list(plan.options.parts), sources)

@@ -3,11 +3,9 @@
 import contextlib
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,30 +13,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from data_pipeline.errors import CorpusError
-from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.shards import Corpus
-from data_pipeline.verify import verify as verify_corpus
+from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process
 from pretrain import config as configuration
+from pretrain import corpus_commands, inspect_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
+from pretrain.console import byte_progress, printable, said, say
 from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, families, model_config
-from pretrain.progress import duration, size
 from pretrain.recipes import recipe_sizes
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
@@ -51,11 +41,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(corpus_commands.app)
+app.add_typer(inspect_commands.app)
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-said = Console(stderr=True)
-"""Everything for people; results go to standard output."""
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
 Overrides = Annotated[
@@ -102,90 +91,6 @@ LatentsOption = Annotated[
 ]
 
 
-@app.command("prepare")
-def prepare_command(
-    paths: Annotated[list[Path], typer.Argument(help="Files, and folders to search.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The corpus folder to make.", show_default=False)],
-    include: Annotated[list[str] | None, typer.Option(help="Take only files matching this glob (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out files and folders matching this glob.")] = None,
-    holdout: Annotated[
-        float,
-        typer.Option(help="Share of documents, by hash, for OUT/validation; the rest goes to OUT/train."),
-    ] = PrepareOptions.holdout,
-    seed: Annotated[int, typer.Option(help="Changes the shuffle and the held-out documents.")] = PrepareOptions.seed,
-    block_bytes: Annotated[int, typer.Option(help="Raw bytes of a block, at most.")] = PrepareOptions.block_bytes,
-    shard_bytes: Annotated[int, typer.Option(help="Bytes of a shard, about.")] = PrepareOptions.shard_bytes,
-    level: Annotated[int, typer.Option(min=1, max=22, help="zstd compression level.")] = PrepareOptions.level,
-    skip_unreadable: Annotated[bool, typer.Option(help="Leave out files that cannot be read, and list them.")] = False,
-) -> None:
-    """Turn files into a corpus: tar shards of compressed blocks, with manifest and index."""
-    options = PrepareOptions(
-        include=include or (),
-        exclude=exclude or (),
-        holdout=holdout,
-        seed=seed,
-        block_bytes=block_bytes,
-        shard_bytes=shard_bytes,
-        level=level,
-        skip_unreadable=skip_unreadable,
-    )
-    started = time.perf_counter()
-    with _byte_progress("preparing") as bar:
-        task = bar.add_task("", total=None)
-        report = prepare(paths, out, options, lambda done, total: bar.update(task, completed=done, total=total))
-    for path, reason in report.unreadable:
-        _say(f"left out: {path}: {reason}")
-    if report.empty:
-        _say(f"left out: {report.empty} empty files")
-    for folder in report.folders:
-        _say(f"{folder}: {_in_a_line(Corpus(folder))}")
-    _say(f"{report.documents:,} documents in {duration(time.perf_counter() - started)}")
-
-
-@app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="A corpus folder.", show_default=False)],
-    sample: Annotated[int, typer.Option(min=0, help="Bytes of a document to show.")] = 400,
-) -> None:
-    """Show what is in a corpus: documents, bytes, blocks, compression, and the beginning of a document."""
-    with Corpus(folder) as corpus:
-        manifest, index = corpus.manifest, corpus.index
-        stored = int(index["frame_bytes"].sum())
-        table = Table(title=escape(_printable(str(folder))), show_header=False, title_justify="left")
-        for name, value in (
-            ("documents", f"{manifest['documents']:,}"),
-            ("raw bytes", f"{corpus.raw_bytes:,}"),
-            ("bytes a document", f"{corpus.raw_bytes / manifest['documents']:,.0f} (mean)"),
-            ("blocks", f"{len(corpus):,} of {int(index['raw_bytes'].max()):,} bytes at most"),
-            ("shards", f"{len(manifest['shards']):,}"),
-            ("compressed", f"{stored:,} bytes, {corpus.raw_bytes / stored:.2f} to 1"),
-            ("content sha256", corpus.content_sha256),
-        ):
-            table.add_row(name, value)
-        out = Console()
-        out.print(table)
-        if sample:
-            block = corpus.read(0)
-            first = block.slices[0]
-            shown = block.raw[first.start : first.start + min(sample, first.length)]
-            out.print(_printable(f"\n{first.key} ({first.modality}) begins:"), markup=False, highlight=False)
-            out.print(shown.decode("utf-8", "backslashreplace"), markup=False, highlight=False)
-
-
-@app.command("verify")
-def verify_command(
-    folder: Annotated[Path, typer.Argument(help="A corpus folder.", show_default=False)],
-    threads: Annotated[int, typer.Option(min=1, help="Shards read at once.")] = os.cpu_count() or 1,
-) -> None:
-    """Check every byte of a corpus: manifest, index and shards; name each damaged block."""
-    with _byte_progress("verifying") as bar:
-        task = bar.add_task("", total=sum(path.stat().st_size for path in folder.glob("*.tar")))
-        faults = verify_corpus(folder, threads, lambda done: bar.advance(task, done))
-    if faults:
-        raise CorpusError("\n".join(faults))
-    _say(f"{folder}: every byte is as it was written")
-
-
 @app.command("train")
 def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train a run, or go on with it where its newest checkpoint is."""
@@ -205,7 +110,7 @@ def start(recipe: Path) -> int:
 def eval_command(
     model: ModelPath,
     shards: Annotated[
-        Path | None, typer.Argument(help="A corpus folder; the run's own validation corpus when left out.")
+        str | None, typer.Argument(help="A corpus, folder or URL; the run's own validation corpus when left out.")
     ] = None,
     mode: Annotated[
         Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
@@ -231,8 +136,9 @@ def eval_command(
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
-    chosen = shards or Path(own)
-    with Corpus(chosen) as corpus, _byte_progress("scoring") as bar:
+    chosen = shards or own
+    remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
+    with Corpus(chosen, remote=remote) as corpus, byte_progress("scoring") as bar:
         task = bar.add_task("", total=corpus.raw_bytes)
         result = evaluate_model(loaded, corpus, mode, rows, by.group_of, lambda done: bar.advance(task, done), stride)
     _print_scores(
@@ -284,7 +190,7 @@ def generate_command(
             written += 1
     seconds = time.perf_counter() - started
     ending = "" if written == count else ", where the model ended the document"
-    _say(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}")
+    say(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}")
 
 
 @app.command()
@@ -303,7 +209,7 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
         except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
             reason = str(error).partition("\n")[0]
             raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
-    _say(f"{missing} steps delivered to {shipper.delivery.uri}")
+    say(f"{missing} steps delivered to {shipper.delivery.uri}")
 
 
 @app.command("models")
@@ -320,7 +226,7 @@ def models_command(
         table.add_section()
         table.add_row(f"[bold]{family}[/bold]: {config.__doc__}")
         for row in (row for row in sizes if row.family == family):
-            name = escape(_printable(str(row.path.relative_to(folder))))
+            name = escape(printable(str(row.path.relative_to(folder))))
             table.add_row(name, f"{row.parameters:,}", row.printed or "", f"{row.flops_per_byte / 1e6:,.1f} M")
     Console().print(table)
 
@@ -369,25 +275,13 @@ def _load_model(
     return model.to(choose_device(device.value), dtype), checkpoint
 
 
-def _say(text: str) -> None:
-    """A line for people, as it is: file names are no markup."""
-    said.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """Text in which the bytes of a file name that are no UTF-8 are shown as escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def _print_scores(result: Evaluation, title: str) -> None:
-    table = Table(title=escape(_printable(title)), title_justify="left")
+    table = Table(title=escape(printable(title)), title_justify="left")
     table.add_column("documents of")
     for name in ("bits/byte", "bytes", "documents"):
         table.add_column(name, justify="right")
     for name, score in sorted(result.groups.items()):
-        table.add_row(
-            escape(_printable(name)), f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}"
-        )
+        table.add_row(escape(printable(name)), f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}")
     total = result.total
     table.add_section()
     table.add_row("all", f"{total.bits_per_byte:.4f}", f"{total.bytes:,}", f"{total.documents:,}")
@@ -398,27 +292,12 @@ def _as_json(score: Score) -> dict[str, float]:
     return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "documents": score.documents}
 
 
-def _in_a_line(corpus: Corpus) -> str:
-    stored = sum(shard["bytes"] for shard in corpus.manifest["shards"])
-    return (
-        f"{corpus.manifest['documents']:,} documents, {size(corpus.raw_bytes)} in {len(corpus):,} blocks, "
-        f"{len(corpus.manifest['shards'])} shards of {size(stored)} in all"
-    )
-
-
-@contextlib.contextmanager
-def _byte_progress(what: str) -> Iterator[Progress]:
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=said, disable=not said.is_terminal) as bar:
-        yield bar
-
-
 class _ConsoleHandler(logging.Handler):
     """Log lines for people, above a live progress line where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        _say(f"{mark}{record.getMessage()}")
+        say(f"{mark}{record.getMessage()}")
 
 
 def main() -> None:
@@ -440,10 +319,10 @@ def main() -> None:
         TrainingError,
     ) as error:
         for line in str(error).splitlines():
-            _say(f"error: {line}")
+            say(f"error: {line}")
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(1)
 
 

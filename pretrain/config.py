@@ -5,6 +5,7 @@
 What is wrong is told in a line: the field, what it should be, and the file and line or the override it came from.
 """
 
+import copy
 import difflib
 import json
 import re
@@ -20,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_pipeline.loader import LoaderConfig
-from data_pipeline.stream import StreamConfig
+from data_pipeline.reading import DataConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
@@ -35,7 +36,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     """A Byteloom run."""
 
     run: RunConfig
-    data: StreamConfig
+    data: DataConfig
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig
     train: TrainConfig
@@ -68,10 +69,25 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or a field or override is wrong.
     """
     origins: dict[FieldPath, str] = {}
-    tree = _read_yaml(recipe, origins)
+    return _overridden(_read_yaml(recipe, origins), overrides, origins, str(recipe))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """The config of `Config.as_tree`, with overrides laid over it.
+
+    Args:
+        source: where the tree is kept, for errors.
+
+    Raises:
+        ConfigError: an override is wrong, or the tree is of another version.
+    """
+    return _overridden(copy.deepcopy(tree), overrides, {}, source)
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], origins: dict[FieldPath, str], source: str) -> Config:
     for override in overrides:
         _apply(override, tree, origins)
-    return parse(tree, origins, str(recipe))
+    return parse(tree, origins, source)
 
 
 def parse(tree: dict[str, Any], origins: dict[FieldPath, str], source: str) -> Config:
@@ -100,14 +116,22 @@ def explain(name: str) -> str:
     if not parents:
         nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in all_fields(Config, ())], 1)
         raise ConfigError(f"{name} is not a field" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
-    if not _nodes_at(path):
-        said = [(node.__name__, _explain_field(name, node.model_fields[path[-1]])) for node in parents]
-        return said[0][1] if len(said) == 1 else "\n".join(f"In {where}:\n{text}" for where, text in said)
+    nodes = _nodes_at(path)
+    if not nodes:
+        told = [(node.__name__, _explain_value(path, node.model_fields[path[-1]])) for node in parents]
+        return told[0][1] if len(told) == 1 else "\n".join(f"In {where}:\n{text}" for where, text in told)
     sections = []
-    for node in _nodes_at(path):
+    for node in nodes:
         own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
         sections.append(f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own))
     return "\n\n".join(sections)
+
+
+def _explain_value(path: FieldPath, field: FieldInfo) -> str:
+    """A field, and the fields of each of its entries where it has such."""
+    entries = _entries_of(field.annotation)
+    each = all_fields(entries, (*path, "EACH")) if entries else ()
+    return "\n".join(_explain_field(".".join(p), f) for p, f in [(path, field), *each])
 
 
 def _explain_field(name: str, field: FieldInfo) -> str:
@@ -132,7 +156,15 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, typing.get_args(annotation)))
     if isinstance(annotation, types.UnionType):
         return " | ".join(map(_type_name, typing.get_args(annotation)))
+    if entries := _entries_of(annotation):
+        return f"{'mapping' if typing.get_origin(annotation) is dict else 'list'} of {entries.__name__}"
     return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))
+
+
+def _entries_of(annotation: Any) -> type[BaseModel] | None:
+    """The config class of the entries of a mapping by name, or of a list; None for anything else."""
+    kinds = [kind for kind in typing.get_args(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return kinds[0] if typing.get_origin(annotation) in (dict, tuple) and kinds else None
 
 
 def all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
@@ -155,33 +187,41 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
     return [node for member in arguments for node in _classes(member)] if origin is typing.Union else []
 
 
-def _children(nodes: list[type[BaseModel]], name: str) -> list[type[BaseModel]]:
-    """The classes that a field of any of some classes may hold."""
-    return [
-        child for node in nodes if name in node.model_fields for child in _classes(node.model_fields[name].annotation)
-    ]
+class _Walk:
+    """Down a path from the root of the config: what may stand where it has come to."""
+
+    def __init__(self) -> None:
+        self.nodes: list[type[BaseModel]] = [Config]
+        """Config classes; none where there is a plain value, a collection of nodes, or nothing."""
+        self._entries: list[type[BaseModel]] = []
+
+    def step(self, name: str) -> None:
+        """Into a field, or an entry of a field that is a mapping by name or a list."""
+        fields = [node.model_fields[name] for node in self.nodes if name in node.model_fields]
+        self.nodes = self._entries or [node for field in fields for node in _classes(field.annotation)]
+        self._entries = [entries for field in fields if (entries := _entries_of(field.annotation))]
 
 
 def _nodes_at(path: FieldPath) -> list[type[BaseModel]]:
     """The config classes that may stand at a path; none where there is a plain value or nothing."""
-    nodes: list[type[BaseModel]] = [Config]
+    walk = _Walk()
     for name in path:
-        nodes = _children(nodes, name)
-    return nodes
+        walk.step(name)
+    return walk.nodes
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[FieldPath, type[BaseModel]]:
     """Where a fault lies: its path, without the families that pydantic puts into it, and the class it belongs to."""
     path: FieldPath = ()
     parents: list[type[BaseModel]] = []
-    nodes: list[type[BaseModel]] = [Config]
+    walk = _Walk()
     for part in map(str, location):
-        if len(nodes) > 1:
-            nodes = [node for node in nodes if node.model_fields["family"].default == part]
+        if len(walk.nodes) > 1:
+            walk.nodes = [node for node in walk.nodes if node.model_fields["family"].default == part]
         else:
-            path = (*path, part)
-            parents, nodes = nodes, _children(nodes, part)
-    return path, (parents or nodes)[0]
+            path, parents = (*path, part), walk.nodes
+            walk.step(part)
+    return path, (parents or [Config])[0]
 
 
 def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -> str:

@@ -33,12 +33,15 @@ from pretrain.models import ByteModel
 from pretrain.models.megabyte import Megabyte
 from pretrain.models.transformer_xl import Memory, TransformerXL
 
+BLOCKS_AHEAD = 7
+"""Of a corpus at a URL: blocks that one request brings, beside the one that is read."""
+
 
 class ValidationConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """What is measured during a run beside the training loss."""
 
     shards: str | None = None
-    """Corpus folder that training does not read; every byte of it is scored each time. None: no validation."""
+    """Corpus (folder or URL) that training does not read; every byte of it is scored each time. None: no validation."""
     every: int = Field(default=500, ge=1)
     """Steps between validations; there is one before the first step and one after the last as well."""
 
@@ -257,12 +260,18 @@ def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
 
 
 def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> Iterator[Window]:
-    """Each document's windows of at most `length` bytes, in order; the last one scores as few as are left."""
+    """Each document's windows of at most `length` bytes, in order; the last one scores as few as are left.
+
+    Withdrawn documents are left out.
+    """
     stride = stride or length
+    withdrawn = {entry.key for entry in corpus.withdrawn}
     data, scored = b"", 0  # of the document under way: bytes held, and how many of them are scored
     for number in range(len(corpus)):
-        block = corpus.read(number)
+        block = corpus.read(number, through=number + BLOCKS_AHEAD)
         for part in block.slices:
+            if part.key in withdrawn:
+                continue
             offset = part.document_offset - len(data)
             data += block.raw[part.start : part.start + part.length]
             while len(data) - scored >= (1 if part.ends else stride):

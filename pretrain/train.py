@@ -1,8 +1,8 @@
 """The training loop.
 
-    ByteStream ─▶ Loader ─▶ Engine.train_step ─▶ numbers ─▶ Tracker
-                                   │
-                          CheckpointStore: tensors, step, first unread sequence
+    Reading ─▶ Loader ─▶ Engine.train_step ─▶ numbers ─▶ Tracker
+       │                        │
+       └───────────────▶ CheckpointStore: tensors, and the record of what was read
 
 A start of a run whose folder holds a valid checkpoint goes on from it; the bytes it then reads, the dropout it draws
 and so its losses are those of the uninterrupted run.
@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +22,10 @@ from rich.console import Console
 
 from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
+from data_pipeline.mixture import fingerprint_of
+from data_pipeline.reading import DataConfig, Reading, Record, open_streams
 from data_pipeline.shards import Corpus
-from data_pipeline.stream import ByteStream, StreamConfig
+from data_pipeline.stream import ByteStream
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
@@ -61,7 +62,7 @@ class Recipe(Protocol):
     @property
     def run(self) -> RunConfig: ...
     @property
-    def data(self) -> StreamConfig: ...
+    def data(self) -> DataConfig: ...
     @property
     def loader(self) -> LoaderConfig: ...
     @property
@@ -96,23 +97,13 @@ def train(recipe: Recipe, console: Console) -> int:
         TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError: it cannot start or go on; says why.
     """
     # Everything that can be refused without a run folder is, before one is made.
-    stream = ByteStream(Corpus(Path(recipe.data.shards)), recipe.data, recipe.model.sequence_length)
-    validation = Corpus(Path(recipe.validation.shards)) if recipe.validation.shards else None
+    streams = open_streams(recipe.data, recipe.model.sequence_length)
+    validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     stop = StopRequest()
     with folder.locked(), _log_to(folder.log), stop.listening():
-        return Run(recipe, folder, stream, validation, stop).go(console)
-
-
-@dataclass
-class Position:
-    """How far a run has come: all of its state beside tensors."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    next_sequence: int = 0
-    """The first training sequence not yet read."""
+        return Run(recipe, folder, streams, validation, stop).go(console)
 
 
 class Run:
@@ -122,17 +113,17 @@ class Run:
         self,
         recipe: Recipe,
         folder: RunFolder,
-        stream: ByteStream,
+        streams: dict[str, ByteStream],
         validation: Corpus | None,
         stop: StopRequest,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.stream = stream
+        self.fingerprint = fingerprint_of(streams)
         self.validation = validation
         self.stop = stop
         tree = recipe.as_tree()
-        made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": stream.fingerprint}
+        made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = folder.identity(made_of)
         self._refuse_another_run()
         self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
@@ -141,78 +132,95 @@ class Run:
         torch.manual_seed(recipe.train.seed)
         self.model = build_model(recipe.model)
         self.engine = build_engine(recipe.engine, self.model, recipe.optimizer, recipe.train.seed)
-        self.position = Position()
+        record = Record()
         if self.checkpoint is not None:
             read(self.checkpoint, self.engine.fragments())
             state = self.checkpoint.state
             self.engine.restore(state["counters"])
-            self.position = Position(**state["position"])
-            stream.holes.update(state["bad_blocks"])
-        self.saved_step = self.position.step
+            record = Record.from_state(state["reading"])
+        self.reading = Reading(recipe.data, streams, record, recipe.train.global_batch)
+        self.saved_step = self.step
         replace_file(folder.config, recipe.as_yaml())
 
     @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.reading.record.step
+
+    @property
     def finished(self) -> bool:
-        return self.position.step >= self.recipe.train.steps
+        return self.step >= self.recipe.train.steps
 
     def go(self, console: Console) -> int:
         """From the rehearsal to the last word; returns the exit code."""
-        recipe, position = self.recipe, self.position
+        recipe = self.recipe
         meter = self._rehearse()
-        journal = Journal(self.folder.metrics, position.step if self.checkpoint else None)
+        journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
         tracker = self._open_tracker(journal)
         loader = Loader(
-            self.stream,
+            self.reading.mixture,
             recipe.loader,
             global_batch=recipe.train.global_batch,
             micro_batch=recipe.train.micro_batch,
-            first_sequence=position.next_sequence,
+            first_sequence=self.reading.record.next_sequence,
+            digest=True,
+            give_up=lambda: self.stop.signal is not None,
         )
         status = "FAILED"
         try:
-            with loader, TrainingProgress(console, recipe.train.steps, position.step) as progress:
+            with loader, TrainingProgress(console, recipe.train.steps, self.step) as progress:
                 if self.checkpoint is None and self.validation is not None:
                     tracker.log(0, self._validate(self.validation))
-                self._loop(iter(loader), meter, tracker, progress)
-                if self.position.step != self.saved_step:
-                    self._save(tracker)
+                try:
+                    self._loop(iter(loader), meter, tracker, progress)
+                finally:
+                    self.reading.close()  # so that the loader's threads wait for nothing any more
+                    if self.step != self.saved_step:  # also where data cannot be read on: no step is lost
+                        self._save(tracker)
             status = "FINISHED" if self.finished else "KILLED"
         finally:
             tracker.close(status)
         return self._farewell()
 
     def _loop(self, batches: Iterator[Batch], meter: Meter, tracker: Tracker, progress: TrainingProgress) -> None:
-        recipe, position = self.recipe, self.position
+        recipe = self.recipe
         while not self.finished and not self.stop.signal:
             meter.start()
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:  # asked to stop while it waited
+                return
             meter.data_is_here()
-            rate = learning_rate_at(recipe.optimizer, position.step, recipe.train.steps)
+            rate = learning_rate_at(recipe.optimizer, self.step, recipe.train.steps)
             result = self._step(batch, rate)
-            position.step += 1
-            position.next_sequence = batch.next_sequence
+            self.reading.advance(batch)
             metrics = meter.numbers(result)
-            metrics |= {
-                "learning_rate": rate,
-                "epoch": position.next_sequence / self.stream.sequences_per_epoch,
-                "masked_bytes": batch.masked,
-            }
-            seconds_left = meter.seconds_a_step * (recipe.train.steps - position.step)
-            if line := progress.update(position.step, metrics, seconds_left):
+            metrics |= {"learning_rate": rate, "masked_bytes": batch.masked, "holes": self.reading.holes}
+            metrics |= self._epochs()
+            seconds_left = meter.seconds_a_step * (recipe.train.steps - self.step)
+            if line := progress.update(self.step, metrics, seconds_left):
                 log.debug(line)
-            if self.validation is not None and (self.finished or position.step % recipe.validation.every == 0):
+            if self.validation is not None and (self.finished or self.step % recipe.validation.every == 0):
                 metrics |= self._validate(self.validation)
-            tracker.log(position.step, metrics)
-            if position.step % recipe.checkpoint.every == 0:
+            tracker.log(self.step, metrics)
+            if self.step % recipe.checkpoint.every == 0:
                 self._save(tracker)
 
+    def _epochs(self) -> dict[str, float]:
+        """How often the corpus has been read, or each source of a mixture."""
+        epochs = self.reading.epochs()
+        return (
+            {f"epoch/{name}": epoch for name, epoch in epochs.items()}
+            if self.recipe.data.mixture
+            else {"epoch": next(iter(epochs.values()))}
+        )
+
     def _step(self, batch: Batch, learning_rate: float) -> StepResult:
-        position = self.position
         try:
-            return self.engine.train_step(batch.micro_batches, step=position.step, learning_rate=learning_rate)
+            return self.engine.train_step(batch.micro_batches, step=self.step, learning_rate=learning_rate)
         except NonFiniteError as error:
             raise TrainingError(
-                f"step {position.step + 1}, sequences {position.next_sequence} to {batch.next_sequence - 1}: {error}; "
+                f"step {self.step + 1}, sequences {self.reading.record.next_sequence} to {batch.next_sequence - 1}: "
+                f"{error}; "
                 "no parameter was changed by it. A lower optimizer.learning_rate or a longer warm-up may help"
             ) from error
 
@@ -220,10 +228,10 @@ class Run:
         started = time.perf_counter()
         rows = self.recipe.train.micro_batch
         stride = stride_of(self.model)
-        total = evaluate(self.engine.nats, corpus, self.stream.sequence_length, rows, stride=stride).total
+        total = evaluate(self.engine.nats, corpus, self.recipe.model.sequence_length, rows, stride=stride).total
         log.info(
             "step %d: validation %.4f bits/byte over %s bytes in %s",
-            self.position.step,
+            self.step,
             total.bits_per_byte,
             f"{total.bytes:,}",
             duration(time.perf_counter() - started),
@@ -233,15 +241,14 @@ class Run:
     def _save(self, tracker: Tracker) -> None:
         tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
-            "position": asdict(self.position),
-            "fingerprint": self.stream.fingerprint,
+            "reading": self.reading.state(),
+            "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
             "config": self.recipe.as_tree(),
-            "bad_blocks": sorted(self.stream.holes),
             "environment": environment(),
         }
-        path = self.store.save(self.position.step, self.engine.fragments(), state)
-        self.saved_step = self.position.step
+        path = self.store.save(self.step, self.engine.fragments(), state)
+        self.saved_step = self.step
         log.info("checkpoint %s", path)
 
     def _refuse_another_run(self) -> None:
@@ -258,17 +265,17 @@ class Run:
                 f"{self.folder.path} is of another model ({'; '.join(differences)}); "
                 "choose another run.name for a new run"
             )
-        if began["fingerprint"] != self.stream.fingerprint:
+        if began["fingerprint"] != self.fingerprint:
             why = "; ".join(changes({"data": began["data"]}, {"data": now["data"]}))
             raise CheckpointError(
                 f"{self.folder.path} reads another stream of bytes "
-                f"({why or f'the content of {self.stream.corpus.folder} changed'}); "
+                f"({why or 'the content of a corpus changed'}); "
                 "restore what was, or choose another run.name for a new run"
             )
 
     def _rehearse(self) -> Meter:
         """One made-up micro-batch, before data is touched, and what there is to say at the start."""
-        recipe, stream = self.recipe, self.stream
+        recipe = self.recipe
         started = time.perf_counter()
         self.engine.rehearse(min(recipe.train.micro_batch, recipe.train.global_batch))
         rehearsal = time.perf_counter() - started
@@ -283,20 +290,21 @@ class Run:
             peak / 1e12,
             source,
         )
-        log.info(
-            "%s: %s bytes, %s sequences of %s an epoch; the run reads %.2f epochs",
-            stream.corpus.folder,
-            f"{stream.corpus.raw_bytes:,}",
-            f"{stream.sequences_per_epoch:,}",
-            f"{stream.sequence_length:,}",
-            recipe.train.steps * recipe.train.global_batch / stream.sequences_per_epoch,
-        )
+        for name, stream in self.reading.mixture.streams.items():
+            log.info(
+                "%s: %s bytes, %s sequences of %s an epoch; the run reads %.2f epochs",
+                f"{name}, {stream.corpus.location}" if recipe.data.mixture else stream.corpus.location,
+                f"{stream.corpus.raw_bytes:,}",
+                f"{stream.sequences_per_epoch:,}",
+                f"{stream.sequence_length:,}",
+                self.reading.mixture.epochs(self.reading.sequences_in_all(recipe.train.steps))[name],
+            )
         if self.checkpoint is not None:
-            log.info("goes on after step %d, from %s", self.position.step, self.checkpoint.folder)
+            log.info("goes on after step %d, from %s", self.step, self.checkpoint.folder)
             for name, now in (("config", recipe.as_tree()), ("environment", environment())):
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
-        flops_a_step = 3 * self.model.flops(stream.sequence_length) * recipe.train.global_batch
+        flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
         return Meter(flops_a_step, peak, self.engine.device)
 
     def _open_tracker(self, journal: Journal) -> Tracker:
@@ -305,27 +313,29 @@ class Run:
             identity=self.identity["id"],
             params=flatten(self.recipe.as_tree()) | {"parameters": self.model.parameter_count()},
             tags={
-                "corpus.fingerprint": self.stream.fingerprint,
-                "corpus.content_sha256": self.stream.corpus.content_sha256,
+                "corpus.fingerprint": self.fingerprint,
+                "corpus.content_sha256": " ".join(
+                    stream.corpus.content_sha256 for stream in self.reading.mixture.streams.values()
+                ),
                 "host": platform.node(),
                 **environment(),
                 **git_state(Path.cwd()),
             },
-            begins_after=self.position.step if self.checkpoint else -1,
+            begins_after=self.step if self.checkpoint else -1,
         )
         return open_tracker(self.recipe.tracking, journal, self.folder.mlflow, Path(self.recipe.run.root), description)
 
     def _farewell(self) -> int:
         if self.finished:
-            log.info("finished at step %d; everything is in %s", self.position.step, self.folder.path)
+            log.info("finished at step %d; everything is in %s", self.step, self.folder.path)
             return 0
         assert self.stop.signal is not None
         log.info(
             "%s: stopped after step %d of %d, with %s checkpoint; the same command goes on from there",
             self.stop.signal.name,
-            self.position.step,
+            self.step,
             self.recipe.train.steps,
-            "a" if self.position.step else "no",
+            "a" if self.step else "no",
         )
         return 128 + self.stop.signal
 

@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import yaml
 
 from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.readers import ReadOptions
 from data_pipeline.shards import Corpus
+from data_pipeline.sources import Selection
 
 BYTELOOM = Path(sys.executable).with_name("byteloom")
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -20,9 +23,22 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def prepare_corpus(sources: list[Path], out: Path, **options: object) -> Corpus:
-    prepare(sources, out, PrepareOptions(**options), lambda done, total: None)
+def prepare_corpus(sources: Sequence[Path | str], out: Path, **options: object) -> Corpus:
+    """Prepares a corpus in this process.
+
+    Args:
+        options: fields of PrepareOptions, Selection and ReadOptions.
+    """
+    prepare(sources, out, prepare_options(**options), lambda done, total: None)
     return Corpus(out)
+
+
+def prepare_options(**options: object) -> PrepareOptions:
+    selection, reading = (
+        node(**{field.name: options.pop(field.name) for field in fields(node) if field.name in options})
+        for node in (Selection, ReadOptions)
+    )
+    return PrepareOptions(selection=selection, reading=reading, **options)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +51,7 @@ def sources() -> list[Path]:
 def corpus_folder(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of many small blocks in several shards, with a held-out part."""
     out = tmp_path_factory.mktemp("corpora") / "library"
-    options = PrepareOptions(include=["*.py"], holdout=0.1, block_bytes=10_000, shard_bytes=40_000)
+    options = prepare_options(include=["*.py"], holdout=0.1, block_bytes=10_000, shard_bytes=40_000)
     prepare(sources, out, options, lambda done, total: None)
     return out
 

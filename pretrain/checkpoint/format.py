@@ -76,7 +76,7 @@ def write(folder: Path, fragments: Sequence[Fragment], state: dict[str, Any]) ->
                 stored["chunks"].append(asdict(chunk))
                 file.write(piece)
     metadata = {"format": FORMAT, "tensors": tensors, "state": state}
-    metadata["sha256"] = _digest(metadata)
+    metadata["sha256"] = digest_of(metadata)
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise InvalidCheckpointError(f"{path} is missing or damaged: {error}") from error
     except OSError as error:  # a file system that is away for a while has damaged nothing
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(metadata, dict) or metadata.get("sha256") != _digest(metadata):
+    if not isinstance(metadata, dict) or metadata.get("sha256") != digest_of(metadata):
         raise InvalidCheckpointError(f"{path} is damaged: it does not have the digest it was written with")
     if metadata["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {metadata['format']!r}; this version reads {FORMAT!r}")
@@ -175,6 +175,6 @@ def _bytes_of(folder: Path, chunk: Chunk) -> bytes:
     return data
 
 
-def _digest(metadata: dict[str, Any]) -> str:
+def digest_of(metadata: dict[str, Any]) -> str:
     rest = {key: value for key, value in metadata.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,33 +1,37 @@
-"""Files to shards and back."""
+"""Files to a corpus and back."""
 
 import io
+import json
+import random
 import subprocess
+import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import webdataset
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.atomic import atomic_folder
+from data_pipeline import prepare
 from data_pipeline.blocks import pack_documents
 from data_pipeline.documents import Document
-from data_pipeline.errors import CorpusError, CorruptBlockError
+from data_pipeline.errors import CorpusError
+from data_pipeline.preparation import plan, spill
+from data_pipeline.prepare import PrepareReport
 from data_pipeline.shards import Corpus
-from tests.conftest import prepare_corpus
+from tests.conftest import environment, prepare_corpus, prepare_options
 
 
 def documents_of(corpus: Corpus) -> dict[str, bytes]:
     """Every document, put together from its slices in the order of the corpus."""
-    documents: dict[str, bytes] = {}
+    documents: dict[str, bytearray] = {}
     for number in range(len(corpus)):
         block = corpus.read(number)
         for part in block.slices:
-            assert part.document_offset == len(documents.setdefault(part.key, b""))
+            assert part.document_offset == len(documents.setdefault(part.key, bytearray()))
             documents[part.key] += block.raw[part.start : part.start + part.length]
-    return documents
+    return {key: bytes(content) for key, content in documents.items()}
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -36,6 +40,28 @@ def files_under(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.stat().st_size
     }
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def skipped_of(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+
+
+def report_of(out: Path) -> PrepareReport:
+    return PrepareReport.load(out / "report.json")
 
 
 @pytest.fixture
@@ -53,6 +79,26 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
+@pytest.fixture
+def mixed(tree: Path, tmp_path: Path) -> tuple[list[Path], dict[str, bytes]]:
+    """A folder, JSON lines and a tar, with documents of several blocks in each; and what their documents are."""
+    letters = random.Random(1).choices("abcdefgh \n", k=40_000)
+    texts = ["".join(letters[start : start + 7 * start]) for start in range(1, 300)]
+    members = {f"{n:03d}.txt": bytes([n]) * n * 37 for n in range(1, 120)}
+    sources = [tree, write_jsonl(tmp_path / "lines.jsonl", texts), write_tar(tmp_path / "members.tar", members)]
+    expected = sorted([*files_under(tree).values(), *(text.encode() for text in texts), *members.values()])
+    return sources, expected
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units, runs and pieces so small that a small corpus has many of each."""
+    monkeypatch.setattr(plan, "UNIT_BYTES", 2_000)
+    monkeypatch.setattr(spill, "BUFFER_BYTES", 20_000)
+    monkeypatch.setattr(spill, "LARGE_BYTES", 1_500)
+    monkeypatch.setattr(spill, "COPY_BYTES", 700)
+
+
 def test_every_document_comes_back_byte_for_byte(tree: Path, tmp_path: Path):
     corpus = prepare_corpus([tree], tmp_path / "out", block_bytes=1000, shard_bytes=8_000)
     assert documents_of(corpus) == files_under(tree)
@@ -60,28 +106,31 @@ def test_every_document_comes_back_byte_for_byte(tree: Path, tmp_path: Path):
     assert len(corpus.manifest["shards"]) > 1
 
 
-def test_webdataset_reads_every_document(tree: Path, tmp_path: Path):
-    corpus = prepare_corpus([tree], tmp_path / "out", block_bytes=1000, shard_bytes=8_000)
-    urls = [str(corpus.folder / shard["name"]) for shard in corpus.manifest["shards"]]
-    raw = b"".join(
-        zstandard.decompress(sample["bytes.zst"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)
-    )
-    assert raw == b"".join(corpus.read(number).raw for number in range(len(corpus)))
+def test_folders_lines_and_tars_come_back_byte_for_byte(mixed, tmp_path: Path, small_steps):
+    sources, expected = mixed
+    corpus = prepare_corpus(sources, tmp_path / "out", block_bytes=1000, shard_bytes=20_000)
+    assert sorted(documents_of(corpus).values()) == expected
+    assert len(corpus.manifest["shards"]) > 10
+    assert {path.name for path in tmp_path.iterdir()} == {"tree", "lines.jsonl", "members.tar", "out"}
 
 
-def test_tar_lists_the_members_in_pairs(corpus: Corpus):
-    shard = corpus.folder / corpus.manifest["shards"][0]["name"]
-    names = subprocess.run(["tar", "tf", shard], capture_output=True, text=True, check=True).stdout.split()
-    assert names[:4] == ["000000.bytes.zst", "000000.json", "000001.bytes.zst", "000001.json"]
-    assert len(names) == 2 * corpus.manifest["shards"][0]["blocks"]
+def test_steps_and_shards_of_any_size_give_the_same_documents_in_the_same_order(mixed, tmp_path: Path, monkeypatch):
+    orders = []
+    for name, unit_bytes, buffer_bytes, large_bytes, shard_bytes in (
+        ("whole", 1 << 20, 1 << 20, 1 << 20, 1 << 20),
+        ("small", 1_000, 5_000, 100, 1 << 20),
+        ("many", 30_000, 50_000, 2_000, 50_000),
+    ):
+        monkeypatch.setattr(plan, "UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(spill, "BUFFER_BYTES", buffer_bytes)
+        monkeypatch.setattr(spill, "LARGE_BYTES", large_bytes)
+        orders.append(list(documents_of(prepare_corpus(mixed[0], tmp_path / name, shard_bytes=shard_bytes)).items()))
+    assert orders[0] == orders[1] == orders[2]
 
 
-def test_frames_carry_checksum_and_content_size(corpus: Corpus):
-    with tarfile.open(corpus.folder / corpus.manifest["shards"][0]["name"]) as tar:
-        frame = tar.extractfile("000000.bytes.zst").read()
-    parameters = zstandard.get_frame_parameters(frame)
-    assert parameters.has_checksum
-    assert parameters.content_size == corpus.index[0]["raw_bytes"]
+def test_a_shard_has_about_the_bytes_asked_for(sources: list[Path], tmp_path: Path):
+    corpus = prepare_corpus([*sources, sources[0].with_name("asyncio")], tmp_path / "out", shard_bytes=200_000)
+    assert len(corpus.manifest["shards"]) == round(corpus.raw_bytes / 200_000)
 
 
 def test_same_files_give_same_content_whatever_the_compression(tree: Path, tmp_path: Path):
@@ -111,15 +160,13 @@ def test_holdout_parts_are_disjoint_and_complete(corpus_folder: Path, sources: l
     block_bytes=st.integers(1, 1_500),
 )
 @settings(max_examples=60, deadline=None)
-def test_packing_cuts_only_documents_longer_than_a_block(tmp_path_factory, sizes: list[int], block_bytes: int):
-    folder = tmp_path_factory.mktemp("pack")
-    documents = []
-    for number, size in enumerate(sizes):
-        path = folder / str(number)
-        path.write_bytes(bytes([number]) * size)
-        documents.append(Document(str(number), path, size))
-    blocks = list(pack_documents(documents, block_bytes))
-    assert b"".join(b.raw for b in blocks) == b"".join(bytes([n]) * size for n, size in enumerate(sizes))
+def test_packing_cuts_only_documents_longer_than_a_block(sizes: list[int], block_bytes: int):
+    contents = [bytes([number]) * size for number, size in enumerate(sizes)]
+    documents = [
+        Document(str(n), "binary", lambda content=content: iter([content])) for n, content in enumerate(contents)
+    ]
+    blocks = list(pack_documents(documents, block_bytes, pytest.fail))
+    assert b"".join(b.raw for b in blocks) == b"".join(contents)
     assert all(len(b.raw) <= block_bytes for b in blocks)
     slices = [s for b in blocks for s in b.slices]
     for number, size in enumerate(sizes):
@@ -131,11 +178,89 @@ def test_packing_cuts_only_documents_longer_than_a_block(tmp_path_factory, sizes
         assert [s.start for s in b.slices] == [sum(t.length for t in b.slices[:i]) for i in range(len(b.slices))]
 
 
+class TestCopies:
+    def test_the_first_in_the_order_of_the_sources_is_kept(self, tmp_path: Path, small_steps):
+        for folder, names in {"b": "xyz", "a": "wxv"}.items():
+            (tmp_path / folder).mkdir()
+            for name in names:
+                (tmp_path / folder / f"{name}.txt").write_text(f"{name}\n" * 400)
+        lines = write_jsonl(tmp_path / "lines.jsonl", ["w\n" * 400, "new", "new", "y\n" * 400])
+        corpus = prepare_corpus([tmp_path / "b", tmp_path / "a", lines], tmp_path / "out", deduplicate=True)
+        kept = documents_of(corpus)
+        assert {key for key in kept if "jsonl" not in key} == {"b/x.txt", "b/y.txt", "b/z.txt", "a/v.txt", "a/w.txt"}
+        assert Counter(kept.values()) == Counter({f"{n}\n".encode() * 400: 1 for n in "vwxyz"} | {b"new": 1})
+        left_out = {line["key"]: line["detail"] for line in skipped_of(tmp_path / "out")}
+        assert left_out["a/x.txt"] == "the same bytes as b/x.txt"
+        assert len(left_out) == 4
+        assert [source.left_out["duplicate"] for source in report_of(tmp_path / "out").sources] == [0, 1, 3]
+
+    def test_none_is_on_both_sides_of_the_split(self, tmp_path: Path, small_steps):
+        first = write_jsonl(tmp_path / "first.jsonl", [f"text {n % 150}" for n in range(300)])
+        second = write_jsonl(tmp_path / "second.jsonl", [f"text {n}" for n in range(100, 250)])
+        options = prepare_options(deduplicate=True, holdout=0.3, shard_bytes=500)
+        prepare.prepare([first, second], tmp_path / "out", options, lambda done, total: None)
+        train, held = (list(documents_of(Corpus(tmp_path / "out" / part)).values()) for part in ("train", "validation"))
+        assert Counter(train + held) == Counter(f"text {n}".encode() for n in range(250))
+        assert len(held) > 30
+
+    def test_a_corpus_prepared_later_keeps_each_text_on_its_side(self, tmp_path: Path):
+        sides = []
+        for name, count in (("once", 100), ("more", 200)):
+            lines = write_jsonl(tmp_path / f"{name}.jsonl", [f"text {n}" for n in range(count)])
+            options = prepare_options(deduplicate=True, holdout=0.3)
+            prepare.prepare([lines], tmp_path / name, options, lambda done, total: None)
+            sides.append(set(documents_of(Corpus(tmp_path / name / "validation")).values()))
+        assert sides[0] < sides[1]
+
+
+class TestLimits:
+    @pytest.fixture
+    def sources(self, tmp_path: Path) -> list[Path]:
+        (tmp_path / "files").mkdir()
+        for number in range(50):
+            (tmp_path / f"files/{number:02d}").write_bytes(b"f" * (100 + number))
+        (tmp_path / "files/05").write_bytes(b"")
+        return [tmp_path / "files", write_jsonl(tmp_path / "lines.jsonl", ["l" * (n + 1) for n in range(300)])]
+
+    def test_documents_of_each_source(self, sources, tmp_path: Path, small_steps):
+        kept = documents_of(prepare_corpus(sources, tmp_path / "out", max_documents=20))
+        assert sorted(key for key in kept if key.startswith("files/")) == [
+            f"files/{n:02d}" for n in range(21) if n != 5
+        ]
+        assert sorted(len(c) for key, c in kept.items() if "lines" in key) == list(range(1, 21))
+        files, lines = report_of(tmp_path / "out").sources
+        assert files.left_out == {"empty": 1, "over the limit": 29}
+        assert (files.documents, lines.documents) == (20, 20)
+
+    def test_bytes_of_each_source(self, sources, tmp_path: Path, small_steps):
+        kept = documents_of(prepare_corpus(sources, tmp_path / "out", max_bytes=1000))
+        # 100 + 101 + … + 109 without 105 is 940, and 110 more do not fit; 1 + 2 + … + 44 is 990.
+        assert sorted(key for key in kept if key.startswith("files/")) == [
+            f"files/{n:02d}" for n in range(10) if n != 5
+        ]
+        assert sorted(len(c) for key, c in kept.items() if "lines" in key) == list(range(1, 45))
+
+    def test_more_than_there_is_takes_all(self, sources, tmp_path: Path):
+        limited = prepare_corpus(sources, tmp_path / "limited", max_documents=300, max_bytes=10**6)
+        assert limited.content_sha256 == prepare_corpus(sources, tmp_path / "all").content_sha256
+
+    def test_they_fall_in_one_place_whatever_order_the_units_are_done_in(self, sources, tmp_path: Path, small_steps):
+        reports = []
+        for begin in range(4):
+            out = tmp_path / f"out{begin}"
+            options = prepare_options(max_documents=27, max_bytes=2500, skip_bad=True)
+            task = prepare.Task(begin, 4)
+            prepare.prepare(sources, out, options, lambda done, total: None, task=task)
+            reports.append((Corpus(out).content_sha256, (out / "report.json").read_text(), skipped_of(out)))
+        assert reports.count(reports[0]) == 4
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda tree: tree / "missing", "no such file or folder"),
-        (lambda tree: (tree / "link").symlink_to("nowhere") or tree, "cannot read"),
+        (lambda tree: (tree / "link").symlink_to("nowhere") or tree, "unreadable: .*tree/link: No such file"),
+        (lambda tree: write_jsonl(tree.with_name("blank.jsonl"), ["", ""]), "the corpus is empty"),
     ],
 )
 def test_a_bad_source_is_named_and_leaves_nothing(tree: Path, tmp_path: Path, break_it, message: str):
@@ -145,11 +270,40 @@ def test_a_bad_source_is_named_and_leaves_nothing(tree: Path, tmp_path: Path, br
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
-def test_unreadable_files_can_be_left_out(tree: Path, tmp_path: Path):
+def test_what_is_left_out_is_reported_by_name_and_counted(tree: Path, tmp_path: Path, byteloom):
     (tree / "link").symlink_to("nowhere")
-    corpus = prepare_corpus([tree], tmp_path / "out", skip_unreadable=True)
+    (tree / "lines.jsonl").write_text('{"text": "good"}\n{"text": \n{"other": 1}\n{"text": ""}\n')
+    done = byteloom("prepare", "tree", "--out", "out", "--skip-bad")
+    assert "damaged" in done.stderr
+    assert "unreadable" in done.stderr
+    corpus = Corpus(tmp_path / "out")
     assert "tree/link" not in documents_of(corpus)
-    assert corpus.manifest["documents"] == 6
+    assert corpus.manifest["documents"] == 7
+    [source] = report_of(tmp_path / "out").sources
+    assert source.documents == 7
+    assert source.raw_bytes == corpus.raw_bytes
+    assert source.left_out == Counter(line["reason"] for line in skipped_of(tmp_path / "out"))
+    assert source.left_out["unreadable"] == 1
+    assert source.left_out.total() == 5
+
+
+def test_a_bad_document_stops_the_work_which_then_goes_on_without_it(tree: Path, tmp_path: Path):
+    write_jsonl(tree / "bad.jsonl", ["good", "better"]).open("a").write("{")
+    out = tmp_path / "out"
+    with pytest.raises(
+        CorpusError, match=r"^damaged: .*bad.jsonl.*; --skip-bad .*the same command goes on from there$"
+    ):
+        prepare_corpus([tree], out)
+    corpus = prepare_corpus([tree], out, skip_bad=True)
+    assert corpus.manifest["documents"] == 8
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_changes_after_the_listing_is_found(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = prepare.make_layout
+    monkeypatch.setattr(prepare, "make_layout", lambda plan: (made(plan), (tree / "one").write_text("more")))
+    with pytest.raises(CorpusError, match=r"^damaged: .*one"):
+        prepare_corpus([tree], tmp_path / "out")
 
 
 def test_an_existing_folder_is_not_touched(tree: Path, tmp_path: Path):
@@ -160,78 +314,63 @@ def test_an_existing_folder_is_not_touched(tree: Path, tmp_path: Path):
     assert not list(out.iterdir())
 
 
-def test_a_failure_half_way_leaves_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A file that grows between listing and reading: found while blocks are being written."""
-    grown = Document.read
-
-    def read(self: Document):
-        if self.key.endswith("one"):
-            with self.path.open("ab") as file:
-                file.write(b"more")
-        return grown(self)
-
-    monkeypatch.setattr(Document, "read", read)
-    with pytest.raises(CorpusError, match="changed while it was read"):
-        prepare_corpus([tree], tmp_path / "out")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+def test_a_finished_corpus_is_finished(tree: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    options = prepare_options()
+    once = prepare.prepare([tree], out, options, lambda done, total: None)
+    before = {path: path.stat() for path in out.rglob("*")}
+    again = prepare.prepare([tree], out, options, lambda done, total: None)
+    assert again.was_finished
+    assert again.documents == once.documents
+    assert {path: path.stat() for path in out.rglob("*")} == before
+    with pytest.raises(CorpusError, match="exists already"):
+        prepare.prepare([tree], out, prepare_options(seed=1), lambda done, total: None)
 
 
-def test_every_flipped_bit_of_a_block_is_found(tree: Path, tmp_path: Path):
-    corpus = prepare_corpus([tree], tmp_path / "out")
-    record = corpus.index[0]
-    shard = corpus.folder / "shard-000000.tar"
-    whole = shard.read_bytes()
-    frame = range(int(record["frame_offset"]), int(record["frame_offset"] + record["frame_bytes"]))
-    table = range(int(record["table_offset"]), int(record["table_offset"] + record["table_bytes"]))
-    for place in (*frame[:: max(1, len(frame) // 100)], *table[:: max(1, len(table) // 100)]):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << (place % 8)
-        shard.write_bytes(damaged)
-        with (
-            Corpus(corpus.folder) as reopened,
-            pytest.raises(CorruptBlockError, match=r"block 000000 of .*shard-000000"),
-        ):
-            reopened.read(0)
+def test_begun_work_is_not_gone_on_with_under_other_options(tree: Path, tmp_path: Path):
+    write_jsonl(tree / "bad.jsonl", []).write_text("{")
+    with pytest.raises(CorpusError, match="damaged"):
+        prepare_corpus([tree], tmp_path / "out", seed=3)
+    with pytest.raises(CorpusError, match=r"other sources or options \(seed: 3 -> 4, block_bytes: 1048576 -> 1000\)"):
+        prepare_corpus([tree], tmp_path / "out", seed=4, block_bytes=1000)
+    with pytest.raises(CorpusError, match="other sources or options"):
+        prepare_corpus([tree / "deep"], tmp_path / "out", seed=3)
+    assert prepare_corpus([tree], tmp_path / "out", seed=3, skip_bad=True).manifest["documents"] == 6
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "index.npy"])
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_a_damaged_manifest_or_index_is_found(tree: Path, tmp_path: Path, name: str, damage: str):
-    corpus = prepare_corpus([tree], tmp_path / "out")
-    path = corpus.folder / name
-    content = path.read_bytes()
-    if damage == "truncate":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
-        path.write_bytes(content.replace(b"1", b"2", 1) if name == "manifest.json" else content[:-1] + b"\xff")
-    else:
-        path.unlink()
-    with pytest.raises(CorpusError, match=name):
-        Corpus(corpus.folder)
+PEAK = """
+import re, sys
+from pathlib import Path
+from data_pipeline.preparation import spill
+from data_pipeline.prepare import PrepareOptions, prepare
+spill.BUFFER_BYTES = 8 << 20
+options = PrepareOptions(shard_bytes=16 << 20, level=1)
+prepare(sys.argv[2:], Path(sys.argv[1]), options, lambda done, total: None)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+"""Not ru_maxrss, which a process takes over from the one that started it."""
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_missing_or_truncated_shard_is_found_when_the_corpus_is_opened(tree: Path, tmp_path: Path, damage: str):
-    corpus = prepare_corpus([tree], tmp_path / "out")
-    shard = corpus.folder / "shard-000000.tar"
-    if damage == "remove":
-        shard.unlink()
-    else:
-        shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(CorpusError, match=r"shard-000000.tar"):
-        Corpus(corpus.folder)
+def peak_memory(out: Path, *sources: Path) -> int:
+    """Bytes that a process needs to prepare sources, its libraries and all."""
+    command = [sys.executable, "-c", PEAK, str(out), *map(str, sources)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    return int(done.stdout) << 10
 
 
-def test_two_writers_of_one_folder_do_not_mix(tree: Path, tmp_path: Path):
-    with atomic_folder(tmp_path / "out") as staging:
-        (staging / "mine").touch()
-        with pytest.raises(CorpusError, match="another process is writing"):
-            prepare_corpus([tree], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+def test_a_document_larger_than_memory_streams_through(tmp_path: Path):
+    """Peak memory is far below the 300 MB of either document."""
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(300 << 20)
+    subprocess.run(["tar", "cf", "sparse.tar", "sparse"], cwd=tmp_path, check=True)
+    assert peak_memory(tmp_path / "out", tmp_path / "sparse", tmp_path / "sparse.tar") < 150 << 20
+    assert Corpus(tmp_path / "out").raw_bytes == 600 << 20
 
 
-def test_a_tar_member_extracts_to_a_frame_that_zstd_opens(corpus: Corpus):
-    with tarfile.open(corpus.folder / corpus.manifest["shards"][0]["name"]) as tar:
-        frame = tar.extractfile("000001.bytes.zst").read()
-    raw = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(frame)).read()
-    assert raw == corpus.read(1).raw
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path):
+    peaks = []
+    for count in (8_000, 24_000):  # texts of 2,048 bytes: two buffers and one shard, and three times as many
+        source = write_jsonl(tmp_path / f"{count}.jsonl", [f"{n:08d}" * 256 for n in range(count)])
+        peaks.append(peak_memory(tmp_path / f"out{count}", source))
+    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] < 120 << 20

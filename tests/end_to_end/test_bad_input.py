@@ -59,10 +59,11 @@ def test_prepare_of_an_unreadable_file(byteloom: Run, folder: Path):
     (folder / "files/broken").symlink_to("nowhere")
     before = names(folder)
     message = refused(byteloom, "prepare", "files", "--out", "out")
-    assert "cannot read files/broken: No such file or directory; --skip-unreadable" in message
+    assert "unreadable: files/broken: No such file or directory; --skip-bad" in message
     assert names(folder) == before
-    done = byteloom("prepare", "files", "--out", "out", "--skip-unreadable")
-    assert "left out: files/broken" in done.stderr
+    done = byteloom("prepare", "files", "--out", "out", "--skip-bad")
+    assert "unreadable" in done.stderr
+    assert "files/broken" in (folder / "out/skipped.jsonl").read_text()
 
 
 def test_prepare_into_an_existing_folder(byteloom: Run, folder: Path):
@@ -95,7 +96,7 @@ def test_training_meets_a_corrupt_block(byteloom: Run, folder: Path, recipe: Pat
     done = byteloom("train", recipe, "data.shards=out", "validation.shards=null", check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: block 000000 of out/shard-000000.tar is damaged")
+    assert last.startswith("error: block 000000-000000 of out/shard-000000.tar is damaged")
     assert not (folder / "runs/run/checkpoints").exists()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from data_pipeline.reading import open_streams
 from data_pipeline.shards import Corpus
+from pretrain.checkpoint.format import digest_of
 from pretrain.cli import app
+from pretrain.config import load
 from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
 
@@ -38,7 +43,7 @@ def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path
     assert first.slices[0].key in shown
     assert first.raw[:50].decode() in shown
     with tarfile.open(tmp_path / "out/train/shard-000000.tar") as tar:
-        assert tar.getnames()[0] == "000000.bytes.zst"
+        assert tar.getnames()[0] == "000000-000000.bytes.zst"
 
 
 def test_the_run_folder_explains_the_run(trained: Path):
@@ -57,6 +62,53 @@ def test_the_run_folder_explains_the_run(trained: Path):
     assert records[-1]["validation/bits_per_byte"] < records[0]["validation/bits_per_byte"] - 0.2
     assert {"bytes_per_second", "data_wait_share", "mfu", "peak_memory_bytes", "gradient_norm"} <= records[-1].keys()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (4, 8, 12)]
+
+
+def test_inspect_says_where_a_row_came_from(byteloom: Run, trained: Path, sources: list[Path]):
+    shown = byteloom("inspect", trained, "--step", "7", "--row", "5").stdout
+    assert "step 7, row 5: sequence 41 of the run" in shown
+    key, first, last = re.search(r"│ 0-\d+ +│ (\S+) +│ ([\d,]+)-([\d,]+)", shown).groups()
+    first, last = (int(number.replace(",", "")) for number in (first, last))
+    content = {folder.name: folder for folder in sources}[key.split("/")[0]].parent.joinpath(key).read_bytes()
+    config = load(trained / "config.yaml")
+    stream = open_streams(config.data, config.model.sequence_length)["corpus"]
+    assert stream[41][: last - first + 1].astype("uint8").tobytes() == content[first : last + 1]
+
+
+def test_replay_proves_what_a_run_read(byteloom: Run, trained: Path, tmp_path: Path):
+    said = byteloom("inspect", "--replay", trained).stderr
+    assert "the 72 sequences of 128 that the run read until step 12 are exactly what it should have read" in said
+    checkpoint = shutil.copytree(trained / "checkpoints/step-00000008", tmp_path / "step-00000008")
+    assert "until step 8" in byteloom("inspect", "--replay", checkpoint, "--threads", "1").stderr
+    forge(checkpoint, next_sequence=49)
+    refused = byteloom("inspect", "--replay", checkpoint, check=False)
+    assert refused.returncode == 1
+    assert "what the corpora give is not what the run read until step 8" in refused.stderr
+
+
+def forge(checkpoint: Path, **reading: object) -> None:
+    """Changes the record of what was read, under a right digest."""
+    path = checkpoint / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata["state"]["reading"].update(reading)
+    del metadata["sha256"]
+    metadata["sha256"] = digest_of(metadata)
+    path.write_text(json.dumps(metadata))
+
+
+def test_withdrawn_documents_are_not_read_any_more(byteloom: Run, corpus_folder: Path, recipe: Path, tmp_path: Path):
+    copy = shutil.copytree(corpus_folder, tmp_path / "copy")
+    key = Corpus(copy / "train").read(0).slices[0].key
+    assert "no document 'nobody'" in byteloom("withdraw", copy / "train", "nobody", check=False).stderr
+    assert "1 documents withdrawn" in byteloom("withdraw", copy / "train", key).stderr
+    assert "1 documents" in byteloom("inspect", copy / "train").stdout
+    larger = ("train.steps=50", "train.global_batch=60", "train.micro_batch=60")
+    byteloom("train", recipe, f"data.shards={copy}/train", "validation.shards=null", *larger)
+    masked = [r["masked_bytes"] for r in map(json.loads, (tmp_path / "runs/run/metrics.jsonl").open())]
+    epoch = open_streams(load(tmp_path / "runs/run/config.yaml").data, 128)["corpus"].sequences_per_epoch
+    size = sum(entry.stop - entry.start for entry in Corpus(copy / "train").withdrawn)
+    assert sum(masked[: epoch // 60 + 1]) == pytest.approx(size, abs=8 * 128)
+    byteloom("inspect", "--replay", tmp_path / "runs/run")
 
 
 def test_eval_agrees_with_validation_and_groups_add_up(byteloom: Run, trained: Path, tmp_path: Path):
@@ -153,7 +205,18 @@ def test_debug_recipe_runs_on_the_demo_corpus(byteloom: Run, corpus_folder: Path
 
 
 def test_help_of_every_command():
-    for command in ("prepare", "inspect", "train", "eval", "generate", "track", "models", "config"):
+    for command in (
+        "prepare",
+        "verify",
+        "withdraw",
+        "inspect",
+        "train",
+        "eval",
+        "generate",
+        "track",
+        "models",
+        "config",
+    ):
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Usage: byteloom {command}" in shown.output

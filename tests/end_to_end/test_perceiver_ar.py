@@ -30,7 +30,6 @@ def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
     return path
 
 
-@pytest.mark.long
 def test_it_trains_goes_on_exactly_scores_every_byte_and_writes(byteloom: Run, recipe: Path, tmp_path: Path):
     byteloom("train", recipe, "run.name=whole")
     whole = tmp_path / "runs/whole"

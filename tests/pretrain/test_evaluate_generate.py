@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_windows_hold_every_document_from_its_beginning(mixed: Corpus, length: i
         assert window.begins_document == (window.key not in got)
         assert 1 <= len(window.ids) <= length
         got[window.key] = got.get(window.key, b"") + window.ids.astype(np.uint8).tobytes()
-    assert got == documents_of(mixed) == files_under(mixed.folder.parent / "tree")
+    assert got == documents_of(mixed) == files_under(Path(mixed.location).parent / "tree")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])

@@ -1,0 +1,256 @@
+"""Other people's data loaders over one corpus, each in its natural form; loader.py measures ours beside them.
+
+    loader.py ─▶ python peers.py litdata       one process a library: threads and memory of one meet no other
+              ─▶ {"do": "rows", …}             a request, a line of JSON
+              ◀─ {"seconds": …}                its answer
+
+It needs numpy and the library, nothing of Byteloom, and runs in whatever Python has that library. Each peer has the
+help a competent user would give it: documents in the order in which they are stored, no worker processes, and numpy to
+pack many documents into rows at once.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SEQUENCE_LENGTH = 8192
+ROWS = 32
+"""Of a batch."""
+SEPARATOR = 256
+LEVEL = 3
+"""Of zstd."""
+SHARD_BYTES = 64 << 20
+FRAME_BYTES = 1 << 20
+"""Of what is compressed together, where a library leaves that to its user."""
+
+
+class Peer(Protocol):
+    """One way to read a corpus that its library has stored in a folder.
+
+    One that can begin in the middle of an epoch has `documents_from(folder, position, batch)` too: the documents after
+    the first `position`, of an epoch that was read in batches of `batch` documents.
+    """
+
+    files: str
+    """Glob pattern of what is stored for it."""
+
+    def write(self, documents: list[bytes], folder: Path) -> None:
+        """Stores a corpus for all peers of the library."""
+
+    def forget(self, folder: Path) -> None:
+        """Removes what reading has left behind, so that the next epoch is a first one."""
+
+    def documents(self, folder: Path) -> Iterator[bytes]:
+        """One epoch."""
+
+
+class Webdataset:
+    """A tar with a member for each document, as it is or through a pipe from zstd."""
+
+    def __init__(self, compressed: bool) -> None:
+        self._library = import_module("webdataset")
+        self._compressed = compressed
+        self.files = "*.tar.zst" if compressed else "*.tar"
+
+    def write(self, documents: list[bytes], folder: Path) -> None:
+        folder.mkdir()
+        # Its default, the present time as a float, gives each member an extended header: twice the cost of reading.
+        limits = {"maxcount": 10**9, "maxsize": SHARD_BYTES, "mtime": 0}
+        with self._library.ShardWriter(str(folder / "%06d.tar"), verbose=0, **limits) as out:
+            for number, document in enumerate(documents):
+                out.write({"__key__": f"{number:09d}", "bytes": document})
+        subprocess.run(["zstd", "-q", f"-{LEVEL}", *sorted(map(str, folder.glob("*.tar")))], check=True)
+
+    def forget(self, folder: Path) -> None:
+        pass
+
+    def documents(self, folder: Path) -> Iterator[bytes]:
+        prefix = "pipe:zstd -dcq " if self._compressed else ""
+        urls = [f"{prefix}{path}" for path in sorted(folder.glob(self.files))]
+        for sample in self._library.WebDataset(urls, shardshuffle=False):
+            yield sample["bytes"]
+
+
+class Mds:
+    """MosaicML streaming. Each shard is inflated to a file as a whole, and documents are read from that file."""
+
+    files = "*.mds.zstd"
+
+    def __init__(self, keep_inflated: bool) -> None:
+        self._library = import_module("streaming")
+        self._keep_inflated = keep_inflated
+
+    def write(self, documents: list[bytes], folder: Path) -> None:
+        with self._library.MDSWriter(columns={"bytes": "bytes"}, out=str(folder), compression=f"zstd:{LEVEL}") as out:
+            for document in documents:
+                out.write({"bytes": document})
+
+    def forget(self, folder: Path) -> None:
+        if not self._keep_inflated:
+            for path in folder.glob("*.mds"):
+                path.unlink()
+
+    def _open(self, folder: Path) -> Any:
+        # Its thread sleeps 7 ms whenever it is `predownload` documents ahead; with the default, 8 batches of 1, it
+        # delivers 8 documents in that time.
+        return self._library.StreamingDataset(local=str(folder), batch_size=ROWS, predownload=8192)
+
+    def documents(self, folder: Path) -> Iterator[bytes]:
+        for sample in self._open(folder):
+            yield sample["bytes"]
+
+    def documents_from(self, folder: Path, position: int, batch: int) -> Iterator[bytes]:
+        dataset = self._open(folder)
+        loader = self._library.StreamingDataLoader(dataset, batch_size=batch, collate_fn=lambda samples: samples)
+        loader.load_state_dict(dataset.state_dict(position, from_beginning=True))
+        try:
+            for samples in loader:
+                yield from (sample["bytes"] for sample in samples)
+        finally:  # an epoch that is left early keeps its threads for ever, and they keep the process
+            dataset._iterator.non_blocking_exit()
+            dataset._executor.shutdown()
+
+
+class Litdata:
+    """litdata with zstd frames of 256 documents, its default, or of 1 MiB of them, which are inflated in memory."""
+
+    files = "*.bin"
+
+    def __init__(self) -> None:
+        self._library = import_module("litdata")
+
+    def write(self, documents: list[bytes], folder: Path) -> None:
+        frame = min(256, max(1, len(documents) * FRAME_BYTES // sum(map(len, documents))))
+        compression = {"compression": f"zstd:{LEVEL}", "compression_batch_size": frame}
+        cache = self._library.streaming.Cache(str(folder), chunk_bytes=SHARD_BYTES, **compression)
+        for number, document in enumerate(documents):
+            cache[number] = document
+        cache.done()
+        cache.merge()
+
+    def forget(self, folder: Path) -> None:
+        pass
+
+    def documents(self, folder: Path) -> Iterator[bytes]:
+        yield from self._library.StreamingDataset(str(folder))
+
+    def documents_from(self, folder: Path, position: int, batch: int) -> Iterator[bytes]:
+        dataset = self._library.StreamingDataset(str(folder))
+        loader = self._library.StreamingDataLoader(dataset, batch_size=batch, collate_fn=lambda samples: samples)
+        state = {"current_epoch": 1, "num_samples_yielded": position, "latest_worker_idx": 0}
+        loader.load_state_dict({**state, "dataset": dataset.state_dict(position, 0, batch)})
+        for samples in loader:
+            yield from samples
+
+
+PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
+    "webdataset": {
+        "webdataset tar": lambda: Webdataset(compressed=False),
+        "webdataset tar.zst": lambda: Webdataset(compressed=True),
+    },
+    "mosaicml-streaming": {  # in this order: the first leaves behind what the second needs
+        "MDS, first epoch": lambda: Mds(keep_inflated=False),
+        "MDS, inflated": lambda: Mds(keep_inflated=True),
+    },
+    "litdata": {"litdata": Litdata},
+}
+"""What can be measured, by library and by the name it has in the table."""
+
+
+def cut(raw: bytes, size: int) -> list[bytes]:
+    """Documents of about `size` bytes, of which `raw` is made: evenly between half and one and a half of it."""
+    lengths = np.random.default_rng(0).integers(size // 2, size * 3 // 2, 2 * len(raw) // size + 2)
+    ends = np.cumsum(lengths)
+    ends = np.append(ends[ends < len(raw)], len(raw)).tolist()
+    return [raw[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def pack(documents: Iterator[bytes]) -> Iterator[NDArray[np.int16]]:
+    """Batches (ROWS, SEQUENCE_LENGTH) of ids: the documents with a separator after each, cut anywhere."""
+    want = ROWS * SEQUENCE_LENGTH
+    rest = np.empty(0, np.int16)
+    while True:
+        group, size = list[bytes](), len(rest)
+        for document in documents:
+            group.append(document)
+            size += len(document) + 1
+            if size >= want:
+                break
+        if size < want:
+            return  # the last rows of an epoch, not a batch any more
+        ids = np.frombuffer(b"\0".join([*group, b""]), np.uint8).astype(np.int16)
+        ids[np.cumsum(np.fromiter(map(len, group), np.int64, len(group)) + 1) - 1] = SEPARATOR
+        ids = np.concatenate([rest, ids])
+        whole = len(ids) // want * want
+        yield from ids[:whole].reshape(-1, ROWS, SEQUENCE_LENGTH)
+        rest = ids[whole:]
+
+
+def answer(peers: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """Carries out one request.
+
+    pin          stays on one core from here on
+    write        stores the corpus RAW, cut into documents of about SIZE bytes, in FOLDER: bytes stored for each peer
+    documents    iterates over an epoch: seconds, and the bytes that came
+    rows         the same, packed into batches: seconds, and the bytes in them
+    resume       seconds from opening the corpus at SHARE of an epoch to the first batch of rows
+    """
+    if request["do"] == "pin":
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {request["core"]})
+        return {}
+    folder = Path(request["folder"])
+    if request["do"] == "write":
+        documents = cut(Path(request["raw"]).read_bytes(), request["size"])
+        next(iter(peers.values())).write(documents, folder)
+        return {name: sum(path.stat().st_size for path in folder.glob(peer.files)) for name, peer in peers.items()}
+    peer = peers[request["peer"]]
+    gc.collect()  # the last dataset has to be gone: MDS opens a folder once at a time
+    peer.forget(folder)
+    start = time.perf_counter()
+    if request["do"] == "documents":
+        size = sum(map(len, peer.documents(folder)))
+    elif request["do"] == "rows":
+        size = sum(SEQUENCE_LENGTH * len(rows) for rows in pack(peer.documents(folder)))
+    else:
+        batch = max(1, ROWS * SEQUENCE_LENGTH // request["size"])
+        position = int(request["share"] * request["documents"]) // batch * batch
+        batches = pack(peer.documents_from(folder, position, batch))  # named, so that it ends after the clock
+        size = next(batches).size
+    return {"seconds": time.perf_counter() - start, "bytes": size}
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    try:
+        peers = {name: make() for name, make in PEERS[sys.argv[1]].items()}
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another torch
+        print(json.dumps({"absent": str(error)}), file=answers)
+        return
+    gc.freeze()  # what a library imports is no work of its loader
+    resuming = [name for name, peer in peers.items() if hasattr(peer, "documents_from")]
+    print(json.dumps({"version": version(sys.argv[1]), "resuming": resuming}), file=answers)
+    for line in sys.stdin:
+        try:
+            print(json.dumps(answer(peers, json.loads(line))), file=answers)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)  # a library's threads may be waiting for ever
+
+
+if __name__ == "__main__":
+    main()

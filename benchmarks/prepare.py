@@ -1,0 +1,182 @@
+"""Preparation of a corpus against `zstd -3` of the same bytes, on one core and on two.
+
+python benchmarks/prepare.py [--quick] [--json PATH] [--folder FOLDER]... [--work FOLDER]
+
+The corpus is every file of the folders: those of Python and its packages when none is named, of Python alone with
+--quick. A second one is the same bytes as JSON lines of 2,000 bytes each, for what a document costs. Both are prepared
+by a process of its own, its output and all, beside `zstd -3 --single-thread` on a file of the raw bytes. Speed per core
+is by CPU seconds, so that a machine shared with others measures alike.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.shards import Corpus
+from report import Metric, report
+
+PREPARE = """
+import sys
+from pathlib import Path
+from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.sources import Selection
+out, workers, shard_bytes, *sources = sys.argv[1:]
+selection = Selection(exclude=["site-packages"])
+options = PrepareOptions(selection, shard_bytes=int(shard_bytes), skip_bad=True)
+prepare(sources, Path(out), options, lambda done, total: None, int(workers))
+"""
+LINE_BYTES = 2_000
+LINES_BYTES = 100 << 20
+"""Of the corpus of JSON lines."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    wall: float
+    cpu: float
+    peak: int
+    """Most bytes of memory of one process."""
+    sum_peak: int
+    """Most bytes of memory of all processes at one time."""
+
+
+def main() -> None:
+    chosen = arguments()
+    packages = [] if chosen.quick else [sysconfig.get_path("purelib")]
+    folders = chosen.folder or [sysconfig.get_path("stdlib"), *packages]
+    shard_bytes = (16 if chosen.quick else 256) << 20
+    with tempfile.TemporaryDirectory(dir=chosen.work) as temporary:
+        work = Path(temporary)
+        corpora = {"files": folders, "lines": [str(work / "lines.jsonl")]}
+        raw = work / "raw"
+        measure_preparation(folders, 2, work / "first", shard_bytes, keep=True)
+        with Corpus(work / "first") as corpus:
+            size, documents = corpus.raw_bytes, int(corpus.manifest["documents"])
+            write_raw(corpus, raw)
+        shutil.rmtree(work / "first")
+        lines = write_lines(raw, work / "lines.jsonl")
+        costs: dict[str, list[Cost]] = {"zstd": [], "one": [], "two": [], "lines": []}
+        for _ in range(1 if chosen.quick else 3):
+            costs["zstd"].append(measure(["zstd", "-3", "--single-thread", "-q", "-c", str(raw)]))
+            for name, sources, workers in (("one", folders, 1), ("two", folders, 2), ("lines", corpora["lines"], 1)):
+                costs[name].append(measure_preparation(sources, workers, work / "out", shard_bytes))
+    per_core = {
+        name: (lines if name == "lines" else size) / statistics.median(cost.cpu for cost in runs) / 1e6
+        for name, runs in costs.items()
+    }
+    wall = {name: statistics.median(cost.wall for cost in runs) for name, runs in costs.items()}
+    ratio = statistics.median(mine.wall / both.wall for mine, both in zip(costs["one"], costs["two"], strict=True))
+    of_zstd = statistics.median(z.cpu / one.cpu for z, one in zip(costs["zstd"], costs["one"], strict=True))
+    peak = max(cost.peak for name, runs in costs.items() if name != "zstd" for cost in runs)
+    sum_peak = max(cost.sum_peak for cost in costs["two"])
+    what = f"{size / 1e9:.2f} GB in {documents:,} files"
+    metrics = [
+        Metric("prepare, per core", per_core["one"], "MB/s", f"{what}, raw bytes by CPU seconds, 1 worker"),
+        Metric("zstd -3, per core", per_core["zstd"], "MB/s", "the command, one thread, the same bytes in one file"),
+        Metric("prepare / zstd", of_zstd, "", "per core", goal=0.6),
+        Metric("prepare, 2 workers", size / wall["two"] / 1e6, "MB/s", "by the clock"),
+        Metric("2 workers / 1", ratio, "", "by the clock", goal=1.8),
+        Metric("small documents, per core", per_core["lines"], "MB/s", f"JSON lines of {LINE_BYTES:,} bytes, 1 worker"),
+        Metric("peak memory of a process", peak / 1e6, "MB", "any of them", goal=600, better="lower"),
+        Metric("peak memory of all", sum_peak / 1e6, "MB", "parent and 2 workers", goal=600, better="lower"),
+    ]
+    report("Preparing a corpus", metrics, chosen.json)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="end within a minute, with fewer rounds and files")
+    parser.add_argument("--json", type=Path, help="write the metrics here as well")
+    parser.add_argument("--folder", action="append", help="what to prepare instead of Python's libraries (repeatable)")
+    parser.add_argument("--work", type=Path, help="where to write; twice the corpus must fit")
+    return parser.parse_args()
+
+
+def write_raw(corpus: Corpus, path: Path) -> None:
+    with path.open("wb") as file:
+        for block in range(len(corpus)):
+            file.write(corpus.read_raw(block)[0])
+
+
+def write_lines(raw: Path, path: Path) -> int:
+    """JSON lines of real text; returns the raw bytes of their documents."""
+    written = 0
+    with raw.open("rb") as file, path.open("w", encoding="utf-8") as lines:
+        while written < LINES_BYTES and (piece := file.read(LINE_BYTES)):
+            text = piece.decode("utf-8", "ignore")
+            written += lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return written
+
+
+def measure_preparation(sources: list[str], workers: int, out: Path, shard_bytes: int, keep: bool = False) -> Cost:
+    cost = measure([sys.executable, "-c", PREPARE, str(out), str(workers), str(shard_bytes), *map(str, sources)])
+    if not keep:
+        shutil.rmtree(out)
+    return cost
+
+
+def measure(command: list[str]) -> Cost:
+    """What a command costs, with the processes it starts."""
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+    with watched(process.pid) as peaks:
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{command[0]} ended with {process.returncode}")
+    wall = time.perf_counter() - begin
+    return Cost(wall, usage.ru_utime + usage.ru_stime, *peaks)
+
+
+@contextmanager
+def watched(process: int) -> Iterator[list[int]]:
+    """The peak memory of any of a process and its children, and of their sum, looked at every 50 ms.
+
+    (ru_maxrss would say what this process has, if that is more.)
+    """
+    peaks, is_over = [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.05):
+            sizes = [resident(member) for member in (process, *children_of(process))]
+            peaks[:] = max(peaks[0], *sizes), max(peaks[1], sum(sizes))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        lines = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for line in lines for child in line.split()]
+
+
+def resident(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A corpus of ten million blocks (about 10 TB of raw bytes): what a process pays to open it and to find a sequence.
+
+python benchmarks/scale.py [--quick] [--json PATH]
+
+Manifest and index are made up, of 10,000 shards of 1,000 blocks; the shards themselves are not there. A fresh process
+opens them, as each rank of a run does. --quick measures fewer times, not less.
+"""
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shards import BLOCK, LENGTHS, ShardIndex, shard_name, write_index
+from report import Metric, options, report
+
+SHARDS = 10_000
+BLOCKS_OF_A_SHARD = 1_000
+
+OPEN = """
+import json, random, re, sys, time
+from data_pipeline.shards import Corpus
+from data_pipeline.stream import ByteStream, PackingConfig
+
+def peak():  # getrusage would answer with the peak of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+def lookup(sequences):
+    start = time.perf_counter()
+    for sequence in sequences:
+        stream.order.locate(sequence)
+    return (time.perf_counter() - start) / len(sequences)
+
+measured = {"imported": peak()}
+start = time.perf_counter()
+corpus = Corpus(sys.argv[1], check_shards=False)
+measured |= {"opened": time.perf_counter() - start, "memory_of_corpus": peak()}
+stream = ByteStream(corpus, PackingConfig(), 8192, lanes=128, seed=0, bad_blocks=0)
+stream.order.locate(0)
+measured |= {"ready": time.perf_counter() - start, "memory_of_stream": peak()}
+count, first = stream.sequences_per_epoch, stream.sequences_per_epoch // 3
+measured["next"] = lookup(range(first, first + 100_000))
+measured["random"] = lookup([random.randrange(count) for _ in range(20_000)])
+print(json.dumps(measured))
+"""
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_index(folder, made_up_shards())
+        runs = [opened(folder) for _ in range(3 if chosen.quick else 9)]
+    median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    metrics = [
+        Metric("open the corpus", median["opened"], "s", "manifest and 1.1 GB of index, digests checked", 2, "lower"),
+        Metric("ready to read", median["ready"], "s", "the corpus, and the order of the first epoch", 2, "lower"),
+        Metric("memory, corpus open", median["memory_of_corpus"], "MiB", "peak resident size of the process"),
+        Metric("memory, ready to read", median["memory_of_stream"], "MiB", "peak resident size", 300, "lower"),
+        Metric("of which before opening", median["imported"], "MiB", "Python, NumPy and the package"),
+        Metric("one lookup", median["next"] * 1e6, "µs", "Order.locate, sequence after sequence", 5, "lower"),
+        Metric("one lookup anywhere", median["random"] * 1e6, "µs", "Order.locate of a random sequence"),
+    ]
+    report(f"A corpus of {SHARDS * BLOCKS_OF_A_SHARD:,} blocks", metrics, chosen.json)
+
+
+def made_up_shards() -> Iterator[ShardIndex]:
+    random = np.random.default_rng(0)
+    for number in range(SHARDS):
+        lengths = np.zeros(BLOCKS_OF_A_SHARD, LENGTHS)
+        lengths["raw_bytes"] = random.integers(900_000, 1 << 20, BLOCKS_OF_A_SHARD)
+        lengths["documents"] = lengths["document_ends"] = random.integers(1, 400, BLOCKS_OF_A_SHARD)
+        blocks = np.frombuffer(random.bytes(BLOCKS_OF_A_SHARD * BLOCK.itemsize), BLOCK).copy()
+        entry = {
+            "name": shard_name(number),
+            "blocks": BLOCKS_OF_A_SHARD,
+            "documents": int(lengths["documents"].sum()),
+            "raw_bytes": int(lengths["raw_bytes"].sum()),
+            "modalities": ["text"],
+            "bytes": 300_000_000,
+            "sha256": hashlib.sha256(str(number).encode()).hexdigest(),
+        }
+        yield ShardIndex(entry, lengths, blocks)
+
+
+def opened(folder: Path) -> dict[str, float]:
+    """What a fresh process measures."""
+    done = subprocess.run([sys.executable, "-c", OPEN, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The steps of a preparation, as `data_pipeline.prepare` draws them."""

@@ -1,0 +1,164 @@
+"""Gathering: the documents of one shard, from every run, become a tar.
+
+runs ─▶ Spool ─▶ in order of hash, without copies ─▶ pack_documents ─▶ write_shard ─▶ corpus/train/shard-….tar
+
+shards/
+    000012.npz              the shard's ShardIndex, unless no document of it holds a byte
+    000012.skipped.jsonl    what was left out, if anything was
+    000012.json             counts; written last, so the shard is done when it is there
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_pipeline.atomic import sync
+from data_pipeline.blocks import pack_documents
+from data_pipeline.documents import Document
+from data_pipeline.errors import BadDocumentError
+from data_pipeline.preparation.layout import Layout
+from data_pipeline.preparation.plan import Plan, names_in, refuse_bad, skip_line
+from data_pipeline.preparation.spill import Record, Spool, keep_if_any
+from data_pipeline.shards import ShardIndex, write_shard
+from data_pipeline.sources import Skipped, skipped
+
+
+class Gather:
+    """The stage: a job is a shard, and done when its counts are there."""
+
+    name = "gather"
+
+    def __init__(self, plan: Plan, layout: Layout) -> None:
+        counts = zip(layout.shards, layout.bytes, strict=True)
+        self.sizes = [size // shards for shards, size in counts for _ in range(shards)]
+        self._plan, self._layout = plan, layout
+        self._shards = plan.folder / "shards"
+
+    def done(self) -> set[int]:
+        return {int(name[:-5]) for name in names_in(self._shards) if name.endswith(".json")}
+
+    def is_done(self, job: int) -> bool:
+        return (self._shards / f"{job:06d}.json").exists()
+
+    def do(self, job: int, folder: Path, progress: Callable[[int], None]) -> None:
+        gather_shard(self._plan, self._layout, job, folder, progress)
+
+
+def gather_shard(plan: Plan, layout: Layout, job: int, folder: Path, progress: Callable[[int], None]) -> None:
+    """Writes a shard, its index and its counts, in this order.
+
+    Args:
+        job: the shard's number among those of all parts.
+        folder: to write into before renaming.
+        progress: told the raw bytes of each block.
+
+    Raises:
+        CorpusError: a document cannot be read, unless `skip_bad`.
+    """
+    part, number = layout.shard(job)
+    first, last = layout.hashes(part, number)
+    spool = Spool(folder / "spool", plan.folder, plan.options)
+    with (folder / "skipped.jsonl").open("wb") as log:
+        for run in layout.runs:
+            spool.add_run(run, part, first, last)
+        tally = Tally(plan, log)
+        documents = tally.counted(spool.records())
+        blocks = pack_documents(documents, plan.options.block_bytes, tally.leave_out)
+
+        def reported() -> Iterator[Any]:
+            for block in blocks:
+                yield block
+                progress(len(block.raw))
+
+        index = write_shard(folder, number, reported(), plan.options.level)
+    spool.close()
+    keep_if_any(folder / "skipped.jsonl")
+    done = plan.folder / "shards"
+    if index is not None:
+        name = index.entry["name"]
+        (folder / name).replace(part_folder(plan, part) / name)
+        sync(part_folder(plan, part))
+        index.save(folder / "index.npz")
+        (folder / "index.npz").replace(done / f"{job:06d}.npz")
+    if (folder / "skipped.jsonl").exists():
+        (folder / "skipped.jsonl").replace(done / f"{job:06d}.skipped.jsonl")
+    (folder / "counts.json").write_text(json.dumps({"empty": index is None, **tally.counts()}), encoding="utf-8")
+    sync(folder / "counts.json")
+    (folder / "counts.json").replace(done / f"{job:06d}.json")
+    sync(done)
+
+
+def part_folder(plan: Plan, part: int) -> Path:
+    """Where the corpus of a part is written."""
+    return plan.folder / "corpus" / plan.options.parts[part]
+
+
+def read_shard(folder: Path, job: int) -> tuple[dict[str, Any], ShardIndex | None]:
+    """The counts and the index of a shard that is done; no index if it is empty and has no tar."""
+    counts = json.loads((folder / "shards" / f"{job:06d}.json").read_text(encoding="utf-8"))
+    return counts, None if counts["empty"] else ShardIndex.load(folder / "shards" / f"{job:06d}.npz")
+
+
+class Tally:
+    """Counts the documents of a shard, while they are packed, and leaves out copies."""
+
+    def __init__(self, plan: Plan, log: BinaryIO) -> None:
+        self._plan, self._log = plan, log
+        sources = range(len(plan.sources))
+        self._documents, self._bytes = [0 for _ in sources], [0 for _ in sources]
+        self._left_out = [Counter[str]() for _ in sources]
+        self._source = 0  # of the document under way, and its bytes when read last
+        self._size = 0
+        self._is_bad = False
+
+    def counted(self, records: Iterator[Record]) -> Iterator[Document]:
+        """The documents to pack. Each must be packed or left out before the next is asked for."""
+        seen: dict[bytes, str] = {}  # content digest to key, of the documents with the present hash
+        for record in records:
+            document, self._source = record.document, record.source
+            if record.digest is not None:
+                if not record.follows_equal_hash:
+                    seen.clear()
+                first = seen.setdefault(record.digest, document.key)
+                if first is not document.key:
+                    self._note(Skipped(document.key, "duplicate", f"the same bytes as {first}"))
+                    continue
+            self._is_bad = False
+            if record.size is None:
+                yield Document(document.key, document.modality, self._measured(document))
+            else:
+                self._size = record.size
+                yield document
+            if self._is_bad:
+                continue
+            if self._size:
+                self._documents[self._source] += 1
+                self._bytes[self._source] += self._size
+            else:
+                self._note(Skipped(document.key, "empty", "it has no byte"))
+
+    def _measured(self, document: Document) -> Callable[[], Iterator[bytes]]:
+        def read() -> Iterator[bytes]:
+            self._size = 0
+            for piece in document.read():
+                self._size += len(piece)
+                yield piece
+
+        return read
+
+    def leave_out(self, document: Document, error: BadDocumentError) -> None:
+        """To be told by `pack_documents`."""
+        left_out = skipped(document.key, error)
+        refuse_bad(left_out, self._plan.options, self._plan.folder)
+        self._is_bad = True
+        self._note(left_out)
+
+    def _note(self, left_out: Skipped) -> None:
+        self._left_out[self._source][left_out.reason] += 1
+        self._log.write(skip_line(self._source, left_out))
+
+    def counts(self) -> dict[str, Any]:
+        """Of each source."""
+        return {"documents": self._documents, "bytes": self._bytes, "left_out": self._left_out}

@@ -1,0 +1,151 @@
+"""The layout: how many shards the scattered documents make, and which span of hashes each of them is.
+
+    units/*/unit.json ─▶ make_layout ─▶ layout.json, runs.npy, cuts.npy
+
+It is made when all units are done, so it knows the bytes of every document that was read, and where the limits fall.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.atomic import replace_file, sync
+from data_pipeline.errors import CorpusError
+from data_pipeline.preparation.limits import Room, SourceLimit
+from data_pipeline.preparation.plan import Plan
+from data_pipeline.preparation.spill import RUN, RunFile, read_unit, unit_folder
+
+HASHES = 1 << 64
+EVERYTHING = (1 << 63) - 1
+
+
+class EmptyCorpusError(CorpusError):
+    """There is nothing to write, and nothing that a restart could go on with."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    folder: Path
+    """OUT.partial"""
+    shards: list[int]
+    """How many of them each part has."""
+    bytes: list[int]
+    """Raw bytes of each part, about."""
+    left_out: list[dict[str, int]]
+    """For each source how many documents were left out for each reason, before the gathering."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        tree = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
+        return cls(folder, tree["shards"], tree["bytes"], tree["left_out"])
+
+    @cached_property
+    def runs(self) -> NDArray[np.void]:
+        """(RUN) every run that the limits let through, in the order of the sources."""
+        array: NDArray[np.void] = np.load(self.folder / "runs.npy", allow_pickle=False)
+        return array
+
+    @cached_property
+    def cuts(self) -> NDArray[np.int64]:
+        """For each unit how many documents of it the limits let through; EVERYTHING without end."""
+        array: NDArray[np.int64] = np.load(self.folder / "cuts.npy", allow_pickle=False)
+        return array
+
+    def shard(self, job: int) -> tuple[int, int]:
+        """The part of a shard and its number there, given its number among all."""
+        part = int(job >= self.shards[0])
+        return part, job - part * self.shards[0]
+
+    def hashes(self, part: int, number: int) -> tuple[int, int]:
+        """The first and the last hash of a shard."""
+        count = self.shards[part]
+        return -(-HASHES * number // count), -(-HASHES * (number + 1) // count) - 1
+
+
+def make_layout(plan: Plan) -> None:
+    """Writes the layout of scattered units. Memory: RUN.itemsize bytes a run.
+
+    Raises:
+        EmptyCorpusError: there is no document for a part.
+    """
+    options = plan.options
+    parts = len(options.parts)
+    documents, size = np.zeros(parts, np.int64), np.zeros(parts, np.float64)
+    left_out = [Counter[str](source["left_out"]) for source in plan.sources]
+    limits = [SourceLimit(options) for _ in plan.sources]
+    runs = list[tuple[Any, ...]]()
+    cuts = np.full(len(plan.units), EVERYTHING, np.int64)
+    for unit, planned in enumerate(plan.units):
+        counts = read_unit(plan.folder, unit)
+        if counts is None:
+            raise CorpusError(f"{plan.folder} has lost unit {unit}; remove it and begin anew")
+        source, limit = int(planned["source"]), limits[int(planned["source"])]
+        room, was_reached = limit.room, limit.reached
+        limit.take(counts)
+        share = 1.0
+        if limit.reached:
+            cuts[unit] = 0 if was_reached else _taken(plan.folder, unit, counts, room)
+            share = float(cuts[unit] / max(counts["documents"], 1))
+            _count_cut_unit(plan, unit, counts, int(cuts[unit]), left_out[source])
+        else:
+            left_out[source].update(counts["left_out"])
+        documents += np.ceil(np.multiply(share, counts["part_documents"])).astype(np.int64)
+        size += np.multiply(share, counts["part_bytes"])
+        if share:
+            max_ordinal, max_end = _bounds(room)
+            for number, run in enumerate(counts["runs"]):
+                each = (*run["documents"], 0)[:2]
+                runs.append((unit, number, run["columns"], each, max_ordinal, max_end))
+    _refuse_empty(plan, documents)
+    shards = [max(1, round(total / options.shard_bytes)) for total in size]
+    np.save(plan.folder / "runs.npy", np.array(runs, RUN))
+    np.save(plan.folder / "cuts.npy", cuts)
+    for name in ("runs.npy", "cuts.npy"):
+        sync(plan.folder / name)
+    tree = {"shards": shards, "bytes": [int(total) for total in size], "left_out": left_out}
+    replace_file(plan.folder / "layout.json", json.dumps(tree))
+
+
+def _bounds(room: Room) -> tuple[int, int]:
+    """The greatest ordinal and end of a record that there is room for."""
+    return (
+        EVERYTHING if room.documents is None else room.documents - 1,
+        EVERYTHING if room.bytes is None else room.bytes,
+    )
+
+
+def _taken(folder: Path, unit: int, counts: dict[str, Any], room: Room) -> int:
+    """How many documents of the unit in which the limit is reached are within it."""
+    max_ordinal, max_end = _bounds(room)
+    taken = 0
+    for number, run in enumerate(counts["runs"]):
+        with RunFile(unit_folder(folder, unit), number, sum(run["documents"]), run["columns"]) as file:
+            taken += int(((file.ordinals <= max_ordinal) & (file.ends <= max_end)).sum())
+    return taken
+
+
+def _count_cut_unit(plan: Plan, unit: int, counts: dict[str, Any], cut: int, left_out: Counter[str]) -> None:
+    """Counts what is left out of a unit with or after the limit: documents before it, and files not begun before it."""
+    left_out["over the limit"] += int(plan.units[unit]["files"]) - sum(start < cut for start in counts["starts"])
+    skipped = unit_folder(plan.folder, unit) / "skipped.jsonl"
+    if skipped.exists():
+        with skipped.open("rb") as lines:
+            for line in map(json.loads, lines):
+                left_out[line["reason"]] += line["ordinal"] < cut
+
+
+def _refuse_empty(plan: Plan, documents: NDArray[np.int64]) -> None:
+    if not documents.any():
+        searched = ", ".join(source["name"] for source in plan.sources)
+        raise EmptyCorpusError(f"the corpus is empty: no document with a byte in it under {searched}")
+    for part, count in zip(plan.options.parts, documents, strict=True):
+        if not count:
+            raise EmptyCorpusError(
+                f"--holdout {plan.options.holdout} leaves no document for {part}: there are {documents.sum():,} in all"
+            )

@@ -1,0 +1,232 @@
+"""The plan of a preparation: what is to be done, written before it is begun and never changed after.
+
+    OUT.partial/
+        lock                        held by the process that plans, lays out or finishes
+        plan.json                   PrepareOptions, sources, totals; written last, so it is there or nothing is planned
+        files.jsonl                 every file to read: url, key, size, whether it is a container
+        units.npy                   (UNIT) which of those lines belong to each unit of work
+        listed.jsonl                what the listing left out
+        …                           see spill.py and prepare.py
+
+A unit is some neighbouring files of one source, about UNIT_BYTES of them. However many workers share the units, the
+corpus depends on nothing but the sources and the options.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.atomic import replace_file, sync
+from data_pipeline.errors import CorpusError
+from data_pipeline.readers import ReadOptions, is_container
+from data_pipeline.sources import Selection, Skipped, SourceFile, list_files
+
+UNIT_BYTES = 64 << 20
+"""File bytes of a unit, about; a larger file is a unit by itself."""
+UNIT_FILES = 100_000
+"""Files of a unit, at most: many may be small, or of unknown size."""
+MAX_BLOCK_BYTES = 1 << 30
+
+BAD_REASONS = ("unreadable", "damaged", "no field")
+"""Reasons to leave a document out that nobody asked for: they end the work unless PrepareOptions.skip_bad."""
+
+UNIT = np.dtype(
+    [
+        ("offset", "<u8"),  # of its first line in files.jsonl
+        ("files", "<u4"),
+        ("source", "<u4"),
+        ("bytes", "<u8"),  # file bytes that its scattering reads; 0 when nothing is opened before the gathering
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    selection: Selection = field(default_factory=Selection)
+    """Which files of the sources are taken."""
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    """How files become documents."""
+    holdout: float = 0.0
+    """Share of the documents, chosen by hash, that goes into OUT/validation; the rest goes into OUT/train.
+    With 0 the whole corpus is written to OUT itself."""
+    deduplicate: bool = False
+    """Keep only the first, in the order of the listing, of documents with the same bytes. The split into train and
+    validation then goes by content too, so that no copy is on both sides whatever is prepared with this seed."""
+    max_documents: int | None = None
+    """Documents of each source, at most: the first in the order of the listing, before copies are removed."""
+    max_bytes: int | None = None
+    """Raw bytes of each source, at most: its documents up to the first that does not fit."""
+    seed: int = 0
+    """Changes the order of documents and the choice of the held-out ones."""
+    block_bytes: int = 1 << 20
+    """Raw bytes of a block, at most."""
+    shard_bytes: int = 512 << 20
+    """Raw bytes of a shard, about."""
+    level: int = 3
+    """zstd compression level."""
+    skip_bad: bool = False
+    """Leave out documents that cannot be read, and report them, instead of stopping. May change on restart."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise CorpusError(f"--holdout is {self.holdout}; it is a share, at least 0 and less than 1")
+        if not 1 <= self.block_bytes <= MAX_BLOCK_BYTES:
+            raise CorpusError(f"--block-bytes is {self.block_bytes:,}; it lies between 1 and {MAX_BLOCK_BYTES:,}")
+        for name in ("shard_bytes", "max_documents", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CorpusError(f"--{name.replace('_', '-')} is {value:,}; it is at least 1")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Folders of OUT that become a corpus each."""
+        return ("train", "validation") if self.holdout else ("",)
+
+    @property
+    def limited(self) -> bool:
+        return self.max_documents is not None or self.max_bytes is not None
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether a file that is one document is read before it is packed: for its digest, or to count it."""
+        return self.deduplicate or self.limited
+
+
+def identity(sources: Sequence[str], options: PrepareOptions) -> dict[str, Any]:
+    """What a corpus is a function of, besides the content of the sources; as JSON gives it back."""
+    flat = asdict(options)
+    del flat["skip_bad"]
+    relative = any("://" not in source and not Path(source).is_absolute() for source in sources)
+    folder = str(Path.cwd()) if relative else None
+    tree: dict[str, Any] = json.loads(json.dumps({"sources": list(sources), "folder": folder, "options": flat}))
+    return tree
+
+
+def difference(planned: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What differs between two identities, as 'shard_bytes: 512 -> 256, …'; empty when nothing does."""
+    before, now = _flat(planned), _flat(asked)
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now.get(key))
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value) if isinstance(value, dict) else {key: value}
+    return leaves
+
+
+@dataclass(frozen=True)
+class Plan:
+    folder: Path
+    """OUT.partial"""
+    identity: dict[str, Any]
+    options: PrepareOptions
+    sources: list[dict[str, Any]]
+    """name, files, file bytes and what the listing left_out of each source."""
+
+    @classmethod
+    def load(cls, folder: Path, skip_bad: bool) -> Self:
+        tree = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        options: dict[str, Any] = dict(tree["identity"]["options"], skip_bad=skip_bad)
+        options["selection"] = Selection(**options["selection"])
+        reading: dict[str, Any] = options["reading"]
+        reading["members"] = reading["members"] and tuple(reading["members"])
+        options["reading"] = ReadOptions(**reading)
+        return cls(folder, tree["identity"], PrepareOptions(**options), tree["sources"])
+
+    @cached_property
+    def units(self) -> NDArray[np.void]:
+        array: NDArray[np.void] = np.load(self.folder / "units.npy", allow_pickle=False)
+        return array
+
+    def files_of(self, unit: int) -> Iterator[tuple[SourceFile, bool]]:
+        """The files of a unit, and whether each is a container."""
+        source = int(self.units[unit]["source"])
+        with (self.folder / "files.jsonl").open("rb") as lines:
+            lines.seek(int(self.units[unit]["offset"]))
+            for _ in range(int(self.units[unit]["files"])):
+                url, key, size, contains = json.loads(lines.readline().decode())
+                yield SourceFile(source, url, key, size), contains
+
+
+def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> None:
+    """Lists the sources and writes the plan. Memory: UNIT.itemsize bytes a unit.
+
+    Raises:
+        CorpusError: a source is missing, a file is unreadable (unless `skip_bad`), or there is nothing to read.
+    """
+    names = {Path(source.rstrip("/")).absolute().name: number for number, source in enumerate(sources)}
+    files_of, bytes_of = [0 for _ in sources], [0 for _ in sources]
+    left_out = [Counter[str]() for _ in sources]
+    units = list[tuple[int, int, int, int]]()
+    offset, files, size, to_read = 0, 0, 0, 0  # of the unit under way
+    end, last = 0, 0
+    with (folder / "files.jsonl").open("wb") as lines, (folder / "listed.jsonl").open("wb") as log:
+        for found in list_files(sources, options.selection):
+            if isinstance(found, Skipped):
+                refuse_bad(found, options, folder, begun=False)
+                source = names.get(found.key.partition("/")[0], last)
+                left_out[source][found.reason] += 1
+                log.write(skip_line(source, found))
+                continue
+            found_bytes = found.size or 0
+            if files and (found.source != last or size + found_bytes > UNIT_BYTES or files == UNIT_FILES):
+                units.append((offset, files, last, to_read))
+                offset, files, size, to_read = end, 0, 0, 0
+            contains = is_container(found, options.reading)
+            end += lines.write(json.dumps([found.url, found.key, found.size, contains]).encode() + b"\n")
+            files, size, last = files + 1, size + found_bytes, found.source
+            if options.reads_first or contains:
+                to_read += found_bytes
+            files_of[last] += 1
+            bytes_of[last] += found_bytes
+    if not files:
+        raise CorpusError(f"the corpus is empty: no file with a byte in it under {', '.join(sources)}")
+    units.append((offset, files, last, to_read))
+    np.save(folder / "units.npy", np.array(units, UNIT))
+    for name in ("files.jsonl", "listed.jsonl", "units.npy"):
+        sync(folder / name)
+    totals = zip(sources, files_of, bytes_of, left_out, strict=True)
+    rows = [dict(zip(("name", "files", "bytes", "left_out"), total, strict=True)) for total in totals]
+    tree = {"identity": identity(sources, options), "sources": rows}
+    replace_file(folder / "plan.json", json.dumps(tree, indent=1))
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names in a working folder; none when it is gone, because another process has finished."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def skip_line(source: int, left_out: Skipped, **more: int) -> bytes:
+    """What was left out, as a line of skipped.jsonl."""
+    return json.dumps({"source": source, **asdict(left_out), **more}).encode() + b"\n"
+
+
+def refuse_bad(left_out: Skipped, options: PrepareOptions, folder: Path, begun: bool = True) -> None:
+    """Ends the work where something cannot be read that nobody asked to leave out.
+
+    Args:
+        begun: whether there is work that a restart goes on from.
+    """
+    if left_out.reason not in BAD_REASONS or options.skip_bad:
+        return
+    name = "" if left_out.key in left_out.detail else f" {left_out.key}:"
+    hint = f"; {folder} keeps what is done, and the same command goes on from there" if begun else ""
+    raise CorpusError(f"{left_out.reason}:{name} {left_out.detail}; --skip-bad leaves such documents out{hint}")
+
+
+def remove(folder: Path) -> None:
+    """Removes a working folder; the plan goes first, so that what is left of it is not taken for work to go on with."""
+    (folder / "plan.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""Scattering: the files of one unit become a folder of runs, in which each document lies by its hash (see spill.py)."""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from data_pipeline.atomic import sync
+from data_pipeline.errors import BadDocumentError
+from data_pipeline.preparation.limits import Room, SourceLimit
+from data_pipeline.preparation.plan import Plan, names_in, refuse_bad
+from data_pipeline.preparation.spill import UnitWriter, read_unit, unit_folder
+from data_pipeline.readers import document_of, documents_in
+from data_pipeline.sources import Skipped, SourceFile, skipped
+
+EXPANSION = {
+    **{".jpg": 10, ".jpeg": 10, ".webp": 15, ".png": 2},
+    **{".flac": 2, ".mp3": 11, ".ogg": 11, ".opus": 14},
+    **{".gz": 4, ".zst": 4},
+}
+"""Raw bytes for each byte of a file that is decoded, about: all that is known of it before it is read."""
+UNKNOWN_BYTES = 1 << 20
+"""Raw bytes of a file whose size no server tells, about."""
+
+
+class Scatter:
+    """The stage: a job is a unit, and done when its folder is there."""
+
+    name = "scatter"
+
+    def __init__(self, plan: Plan) -> None:
+        self.sizes: list[int] = plan.units["bytes"].tolist()
+        self._plan = plan
+        self._limits = [SourceLimit(plan.options) for _ in plan.sources]
+        self._next: list[int] = np.searchsorted(plan.units["source"], range(len(plan.sources))).tolist()
+
+    def done(self) -> set[int]:
+        return {int(name) for name in names_in(self._plan.folder / "units")}
+
+    def is_done(self, job: int) -> bool:
+        return unit_folder(self._plan.folder, job).exists()
+
+    def do(self, job: int, folder: Path, progress: Callable[[int], None]) -> None:
+        (folder / "unit").mkdir()
+        scatter_unit(self._plan, job, folder / "unit", self._room(job), progress)
+        target = unit_folder(self._plan.folder, job)
+        try:
+            (folder / "unit").rename(target)
+        except OSError:
+            if not self.is_done(job):
+                raise
+        sync(target.parent)
+
+    def _room(self, job: int) -> Room:
+        """What the limits leave for a unit, as far as is known: all units before it need not be done."""
+        source = int(self._plan.units[job]["source"])
+        limit = self._limits[source]
+        if self._plan.options.limited:
+            while self._next[source] < job and (counts := read_unit(self._plan.folder, self._next[source])):
+                limit.take(counts)
+                self._next[source] += 1
+        return limit.room
+
+
+def scatter_unit(plan: Plan, unit: int, folder: Path, room: Room, progress: Callable[[int], None]) -> None:
+    """Writes the folder of a unit.
+
+    Args:
+        folder: to write into; nothing in it counts before it is renamed.
+        room: how much of the unit the limits can let through; reading ends there.
+        progress: told the bytes of each file that has been read.
+
+    Raises:
+        CorpusError: a document cannot be read, unless `skip_bad`.
+    """
+    options = plan.options
+    writer = UnitWriter(folder, unit, int(plan.units[unit]["source"]), options)
+    starts = list[int]()  # documents taken before each file
+    full = False
+
+    def leave_out(left_out: Skipped) -> None:
+        refuse_bad(left_out, options, plan.folder)
+        writer.leave_out(left_out)
+
+    for file, contains in plan.files_of(unit):
+        full = not room.after(writer.documents, writer.bytes)
+        if full:
+            break
+        starts.append(writer.documents)
+        try:
+            if contains:
+                full = _scatter_container(file, plan, writer, room, leave_out)
+            elif options.reads_first:
+                full = not writer.add(document_of(file, options.reading), file, room.bytes_after(writer.bytes))
+            else:
+                writer.add_unread(file, estimated_bytes(file))
+                continue
+        except BadDocumentError as error:
+            leave_out(skipped(file.key, error))
+        if full:
+            break
+        progress(file.size or 0)
+    writer.close(full=full, starts=starts if options.limited else [])
+
+
+def _scatter_container(
+    file: SourceFile, plan: Plan, writer: UnitWriter, room: Room, leave_out: Callable[[Skipped], None]
+) -> bool:
+    """Takes the documents of a container; returns whether the limits let no further document through."""
+    for found in documents_in(file, plan.options.reading):
+        if isinstance(found, Skipped):
+            leave_out(found)
+            continue
+        if not room.after(writer.documents, writer.bytes):
+            return True
+        try:
+            if not writer.add(found, room=room.bytes_after(writer.bytes)):
+                return True
+        except BadDocumentError as error:
+            leave_out(skipped(found.key, error))
+    return False
+
+
+def estimated_bytes(file: SourceFile) -> int:
+    """Raw bytes of a file that is one document, about."""
+    if file.size is None:
+        return UNKNOWN_BYTES
+    return file.size * EXPANSION.get(PurePosixPath(file.key).suffix.lower(), 1)

@@ -1,0 +1,377 @@
+"""Spill: documents on their way from the order of the sources to the order of the shards.
+
+    documents of a unit ─▶ UnitWriter ─▶ runs, sorted by hash ─▶ Spool ─▶ documents of a shard, in order
+
+    units/000012/               there whole or not at all
+        run-0000, run-0001 …    records sorted by (part, hash), then four columns of uint64:
+                                offsets in the run, one more than records; hashes; ordinals: documents of the
+                                unit before it; ends: raw bytes of the unit up to its end
+        large                   the bytes of documents too long to wait in memory, if there are any
+        skipped.jsonl           what was left out, if anything was
+        unit.json               counts, and where in each run the columns begin
+
+A document's hash says where it goes: shards are equal ranges of it and in order of it, so neighbours in a block are
+strangers, a shard's records are one span of each run, and shards need not be counted before the bytes are known.
+
+    record = HEADER, key, sha256 of the content (when deduplicating), payload
+
+The payload is the document itself, or where it is: a file of the sources, or a span of a unit's `large`.
+"""
+
+import json
+import mmap
+import os
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.atomic import sync
+from data_pipeline.documents import MODALITIES, READ_BYTES, Document
+from data_pipeline.preparation.plan import PrepareOptions, skip_line
+from data_pipeline.readers import document_of
+from data_pipeline.sources import Skipped, SourceFile
+
+BUFFER_BYTES = 64 << 20
+"""Memory for documents that wait to be sorted into a run, about."""
+RECORD_OVERHEAD = 400
+"""What Python needs for each of them besides its bytes, about."""
+LARGE_BYTES = 4 << 20
+"""A longer document goes to `large` as it is read."""
+COPY_BYTES = 4 << 20
+DIGEST_BYTES = 32
+
+MODALITY = {name: number for number, name in enumerate(MODALITIES)}
+
+INLINE, IN_FILE, IN_LARGE = range(3)
+HEADER = struct.Struct("<BBIIQ")
+"""One of the three above; modality; source; bytes of the key; raw bytes of the document, 0 when not known."""
+LISTED = struct.Struct("<q")
+"""Payload of IN_FILE, before the URL: bytes as listed, -1 when not known."""
+SPAN = struct.Struct("<IQ")
+"""Payload of IN_LARGE: unit, and offset in its `large`."""
+
+RUN = np.dtype(
+    [
+        ("unit", "<u4"),
+        ("number", "<u4"),
+        ("columns", "<u8"),  # their offset
+        ("documents", "<u8", (2,)),  # of each part
+        # Limits: a record is taken if its ordinal and its end are not beyond these.
+        ("max_ordinal", "<u8"),
+        ("max_end", "<u8"),
+    ]
+)
+
+
+class UnitWriter:
+    """Writes the folder of a unit. Memory: about BUFFER_BYTES.
+
+    Args:
+        folder: to write into.
+    """
+
+    def __init__(self, folder: Path, unit: int, source: int, options: PrepareOptions) -> None:
+        self.documents = 0
+        """Documents taken so far, and their raw bytes as far as they are known."""
+        self.bytes = 0
+        self._folder, self._unit, self._source, self._options = folder, unit, source, options
+        self._seed = f"{options.seed}\0".encode()
+        self._held_out_below = int(options.holdout * 2**64)
+        self._parts = len(options.parts)
+        self._part_documents, self._part_bytes = [0] * self._parts, [0] * self._parts
+        self._left_out = Counter[str]()
+        self._runs = list[dict[str, object]]()
+        self._skipped = (folder / "skipped.jsonl").open("wb")
+        self._large, self._large_bytes = (folder / "large").open("wb"), 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._records = list[bytes]()
+        self._rows = array("Q")  # part, hash, ordinal and end of each record
+        self._held = 0
+
+    def add_unread(self, file: SourceFile, raw_bytes: int) -> None:
+        """Takes a file that is one document, to be read when it is packed.
+
+        Args:
+            raw_bytes: what it holds, about.
+        """
+        self._add(IN_FILE, 0, file.key, raw_bytes, None, [_where(file)])
+
+    def add(self, document: Document, file: SourceFile | None = None, room: int | None = None) -> bool:
+        """Takes a document by reading it; one without a byte is left out.
+
+        Args:
+            file: the file that it is, when it need not be kept here because it can be read from there again.
+            room: raw bytes that it may have at most; False is returned, and it is not taken, if it has more.
+
+        Raises:
+            BadDocumentError: it cannot be read; nothing of it is kept.
+        """
+        pieces, size = list[bytes](), 0
+        digest = sha256() if self._options.deduplicate else None
+        large, kept = self._large_bytes, False
+        try:
+            for piece in document.read():
+                size += len(piece)
+                if room is not None and size > room:
+                    return False
+                if digest is not None:
+                    digest.update(piece)
+                if file is None:
+                    pieces.append(piece)
+                    if size > LARGE_BYTES:
+                        self._large.writelines(pieces)
+                        pieces.clear()
+            kept = True
+        finally:
+            if not kept and size > LARGE_BYTES:
+                self._large.seek(large)
+                self._large.truncate()
+        if not size:
+            self.leave_out(Skipped(document.key, "empty", "it has no byte"))
+            return True
+        if file is not None:
+            kind, payload = IN_FILE, [_where(file)]
+        elif size > LARGE_BYTES:
+            self._large_bytes += size
+            kind, payload = IN_LARGE, [SPAN.pack(self._unit, large)]
+        else:
+            kind, payload = INLINE, pieces
+        sha = digest.digest() if digest is not None else None
+        self._add(kind, MODALITY[document.modality], document.key, size, sha, payload)
+        return True
+
+    def leave_out(self, left_out: Skipped) -> None:
+        self._left_out[left_out.reason] += 1
+        self._skipped.write(skip_line(self._source, left_out, **self._ordinal()))
+
+    def _ordinal(self) -> dict[str, int]:
+        # Only limits need to know what was left out before them.
+        return {"ordinal": self.documents} if self._options.limited else {}
+
+    def _add(self, kind: int, modality: int, key: str, size: int, digest: bytes | None, payload: list[bytes]) -> None:
+        name = key.encode("utf-8", "surrogateescape")
+        place = sha256(self._seed + (digest or name)).digest()
+        part = int(self._parts == 2 and int.from_bytes(place[8:16], "big") < self._held_out_below)
+        header = HEADER.pack(kind, modality, self._source, len(name), size)
+        record = b"".join((header, name, digest or b"", *payload))
+        self.bytes += size
+        self._rows.extend((part, int.from_bytes(place[:8], "big"), self.documents, self.bytes))
+        self._records.append(record)
+        self.documents += 1
+        self._part_documents[part] += 1
+        self._part_bytes[part] += size
+        self._held += len(record) + RECORD_OVERHEAD
+        if self._held >= BUFFER_BYTES:
+            self._write_run()
+
+    def _write_run(self) -> None:
+        rows = np.frombuffer(self._rows, np.uint64).reshape(-1, 4)
+        order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable: equal hashes stay in the order of the sources
+        sizes = np.fromiter(map(len, self._records), np.uint64, len(self._records))[order]
+        part, hashes, ordinals, ends = rows[order].T
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint64)
+        path = self._folder / _run_name(len(self._runs))
+        with path.open("wb", buffering=COPY_BYTES) as file:
+            file.writelines(self._records[i] for i in order.tolist())
+            file.write(bytes(-file.tell() % 8))
+            begin = file.tell()
+            for column in (offsets, hashes, ordinals, ends):
+                file.write(column.tobytes())
+        sync(path)
+        counts = [int((part == number).sum()) for number in range(self._parts)]
+        self._runs.append({"columns": begin, "documents": counts})
+        self._clear()
+
+    def close(self, **more: object) -> None:
+        """Puts the unit on disk, with `more` beside its counts."""
+        if self._records:
+            self._write_run()
+        for file in (self._skipped, self._large):
+            file.close()
+            keep_if_any(Path(file.name))
+        counts = {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "part_documents": self._part_documents,
+            "part_bytes": self._part_bytes,
+            "left_out": self._left_out,
+            "runs": self._runs,
+            **more,
+        }
+        (self._folder / "unit.json").write_text(json.dumps(counts), encoding="utf-8")
+        sync(self._folder / "unit.json")
+        sync(self._folder)
+
+
+def unit_folder(folder: Path, unit: int) -> Path:
+    """Where a unit lies in OUT.partial."""
+    return folder / "units" / f"{unit:06d}"
+
+
+def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
+    """What unit.json says; None while the unit is not done."""
+    try:
+        counts: dict[str, Any] = json.loads((unit_folder(folder, unit) / "unit.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return counts
+
+
+def keep_if_any(path: Path) -> None:
+    """Puts a file on disk, or removes it if it is empty."""
+    if path.stat().st_size:
+        sync(path)
+    else:
+        path.unlink()
+
+
+def _where(file: SourceFile) -> bytes:
+    return LISTED.pack(-1 if file.size is None else file.size) + file.url.encode("utf-8", "surrogateescape")
+
+
+def _run_name(number: int) -> str:
+    return f"run-{number:04d}"
+
+
+class Record(NamedTuple):
+    """What is known of a document of a shard before it is packed."""
+
+    document: Document
+    source: int
+    size: int | None
+    """Its raw bytes; None when it must be read to know."""
+    digest: bytes | None
+    """Of its content, when deduplicating."""
+    follows_equal_hash: bool
+
+
+class RunFile:
+    """The columns of a run, mapped: a binary search touches a few pages of a long one.
+
+    Args:
+        folder: of its unit.
+        documents: records in it.
+        columns: offset of the columns.
+    """
+
+    def __init__(self, folder: Path, number: int, documents: int, columns: int) -> None:
+        self.descriptor = os.open(folder / _run_name(number), os.O_RDONLY)
+        mapped = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+        values = np.frombuffer(mapped, np.uint64, offset=columns)
+        self.offsets = values[: documents + 1]
+        """One more than there are records: the last is where they end."""
+        self.hashes, self.ordinals, self.ends = values[documents + 1 :].reshape(3, documents)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
+class Spool:
+    """The records of one shard: copied from all runs into one file, then read in the order of their hashes.
+
+    Memory: 40 bytes a record, and a piece of COPY_BYTES.
+
+    Args:
+        path: of the file, which vanishes with the process.
+        folder: OUT.partial
+    """
+
+    def __init__(self, path: Path, folder: Path, options: PrepareOptions) -> None:
+        self._file = path.open("w+b", buffering=0)
+        path.unlink()
+        self._folder, self._options = folder, options
+        self._hashes, self._offsets = list[NDArray[np.uint64]](), list[NDArray[np.uint64]]()
+        self._lengths = list[NDArray[np.uint32]]()
+        self._end = 0
+
+    def add_run(self, run: np.void, part: int, first: int, last: int) -> None:
+        """Takes what a run holds of a part, from hash `first` to hash `last`.
+
+        Args:
+            run: a row of RUN.
+        """
+        folder = unit_folder(self._folder, int(run["unit"]))
+        counts = run["documents"]
+        with RunFile(folder, int(run["number"]), int(counts.sum()), int(run["columns"])) as file:
+            before, until = int(counts[:part].sum()), int(counts[: part + 1].sum())
+            own = file.hashes[before:until]
+            begin = before + int(np.searchsorted(own, np.uint64(first), "left"))
+            end = before + int(np.searchsorted(own, np.uint64(last), "right"))
+            if begin == end:
+                return
+            bounds = np.append(file.offsets[begin:end], file.offsets[end])
+            taken = (file.ordinals[begin:end] <= run["max_ordinal"]) & (file.ends[begin:end] <= run["max_end"])
+            self._hashes.append(file.hashes[begin:end][taken])
+            self._offsets.append((bounds[:-1] - bounds[0] + np.uint64(self._end))[taken])
+            self._lengths.append(np.diff(bounds).astype(np.uint32)[taken])
+            self._copy(file.descriptor, int(bounds[0]), int(bounds[-1]))
+
+    def _copy(self, descriptor: int, begin: int, end: int) -> None:
+        for offset in range(begin, end, COPY_BYTES):
+            self._end += self._file.write(os.pread(descriptor, min(COPY_BYTES, end - offset), offset))
+
+    def records(self) -> Iterator[Record]:
+        """Every record, in order of hash; those with one hash in the order of the sources."""
+        if not self._hashes:
+            return
+        hashes = np.concatenate(self._hashes)
+        self._hashes.clear()
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        repeats = np.append(False, hashes[1:] == hashes[:-1])
+        del hashes
+        offsets, lengths = np.concatenate(self._offsets)[order], np.concatenate(self._lengths)[order]
+        self._offsets.clear()
+        self._lengths.clear()
+        del order
+        for start in range(0, len(offsets), 4096):
+            chosen = slice(start, start + 4096)
+            rows = zip(offsets[chosen].tolist(), lengths[chosen].tolist(), repeats[chosen].tolist(), strict=True)
+            for offset, length, repeated in rows:
+                yield self._record(os.pread(self._file.fileno(), length, offset), repeated)
+
+    def _record(self, record: bytes, repeated: bool) -> Record:
+        kind, modality, source, key_bytes, size = HEADER.unpack_from(record)
+        end = HEADER.size + key_bytes
+        key = record[HEADER.size : end].decode("utf-8", "surrogateescape")
+        digest = None
+        if self._options.deduplicate:
+            digest = record[end : end + DIGEST_BYTES]
+            end += DIGEST_BYTES
+        if kind == IN_FILE:
+            [listed] = LISTED.unpack_from(record, end)
+            url = record[end + LISTED.size :].decode("utf-8", "surrogateescape")
+            file = SourceFile(source, url, key, None if listed < 0 else listed)
+            return Record(document_of(file, self._options.reading), source, None, digest, repeated)
+        if kind == IN_LARGE:
+            unit, offset = SPAN.unpack_from(record, end)
+            path = unit_folder(self._folder, unit) / "large"
+            document = Document(key, MODALITIES[modality], lambda: _span(path, offset, size))
+        else:
+            content = record[end:]
+            document = Document(key, MODALITIES[modality], lambda: iter((content,)))
+        return Record(document, source, size, digest, repeated)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _span(path: Path, offset: int, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while size:
+            piece = file.read(min(READ_BYTES, size))
+            size -= len(piece)
+            yield piece

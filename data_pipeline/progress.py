@@ -1,0 +1,22 @@
+"""Telling how far work has come."""
+
+import threading
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), one call at a time."""
+
+
+class Tally:
+    """Adds up what threads have done and passes it on."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            self._progress(self._done, self._total)

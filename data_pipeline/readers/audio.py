@@ -1,0 +1,79 @@
+"""Sound as 16-bit little-endian PCM, channels interleaved, nothing before or after the samples.
+
+    WAV, FLAC, Ogg, MP3, … ─▶ float32 blocks ─▶ channels mixed ─▶ resampled ─▶ rounded to 16 bits ─▶ bytes
+
+16-bit samples at their own rate, with their own channels, come out bit for bit as they are: a float32 holds each
+exactly. Others are rounded to the nearest of the 65,536 values, halves to even, without dither, and what lies beyond
+the largest or smallest becomes that.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from data_pipeline.documents import READ_BYTES
+from data_pipeline.errors import BadDocumentError
+from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.streams import on_disk
+
+MIN_UNKNOWN_LENGTH = 0x7FFF_F000
+"""Programs that write WAV to a pipe say that so many bytes or more follow, for they cannot know."""
+
+
+STATED = re.compile(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)")
+"""How libsndfile's log tells of a WAV, AIFF, AU, W64 or RF64 that is shorter than it says: stated, found."""
+
+
+def read_audio(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[bytes]:
+    """The samples of a sound of any format that libsndfile reads, whatever it is called, in pieces.
+
+    Raises:
+        BadDocumentError: it is no sound, damaged, or shorter than it says. Ogg and MP3 do not say how long they are, so
+            of those one that is cut short is as long as it is.
+    """
+    with on_disk(stream) as descriptor:
+        try:
+            with soundfile.SoundFile(descriptor, closefd=False) as sound:
+                _refuse_cut(sound)
+                for block in _blocks(sound, options):
+                    yield _pcm(block)
+        except (soundfile.SoundFileError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            raise BadDocumentError(f"{name} cannot be decoded as sound: {said}") from error
+
+
+def _refuse_cut(sound: soundfile.SoundFile) -> None:
+    """libsndfile reads what there is of a file that is cut short, and only its log tells."""
+    for stated, found in STATED.findall(sound.extra_info):
+        if int(found) < int(stated) < MIN_UNKNOWN_LENGTH:
+            raise ValueError(f"it is cut short: {int(stated):,} bytes of samples stated, {int(found):,} there")
+
+
+def _blocks(sound: soundfile.SoundFile, options: ReadOptions) -> Iterator[NDArray[np.float32]]:
+    """Samples (frames, channels) between -1 and 1, of the rate and channels that the options want."""
+    channels = options.audio_channels or sound.channels
+    rate = options.audio_rate or sound.samplerate
+    # Neither a block nor what it becomes at a higher rate is much larger than a piece.
+    frames = max(1, int(READ_BYTES / (4 * sound.channels) * min(1.0, sound.samplerate / rate)))
+    resampler = soxr.ResampleStream(sound.samplerate, rate, channels) if rate != sound.samplerate else None
+    read = 0
+    while len(block := sound.read(frames, dtype="float32", always_2d=True)):
+        read += len(block)
+        if not np.isfinite(block).all():
+            raise ValueError("it has samples that are no numbers")
+        if channels < sound.channels:
+            block = block.mean(axis=1, keepdims=True)
+        yield resampler.resample_chunk(block) if resampler else block
+    if read < sound.frames and sound.format != "MP3":  # whose number of frames may be an estimate
+        raise ValueError(f"it is cut short: {sound.frames:,} samples stated, {read:,} there")
+    if resampler:
+        yield resampler.resample_chunk(np.empty((0, channels), np.float32), last=True)
+
+
+def _pcm(block: NDArray[np.float32]) -> bytes:
+    return np.rint(block * 32768).clip(-32768, 32767).astype("<i2").tobytes()

@@ -1,0 +1,82 @@
+"""Compressed files, read as what is in them: gzip and zstd, any number of members or frames one after the other.
+
+The readers of both libraries are passed over for one reason: that of zstandard takes a file that is cut short for one
+that has ended.
+"""
+
+import io
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO, Protocol
+
+import zstandard
+
+from data_pipeline.errors import BadDocumentError
+from data_pipeline.sources import BUFFER_BYTES
+
+FEED_BYTES = 4096
+"""Compressed bytes taken at once. They hold at most 128 MiB, the most that zstd makes of 4 KiB."""
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def decompressed(stream: BinaryIO, key: str, name: str) -> BinaryIO:
+    """A stream of what is in a stream of compressed bytes; the stream itself if the key's suffix names no compression.
+
+    Args:
+        name: what errors call it. Reading raises BadDocumentError for bytes that are damaged or cut short.
+    """
+    if key.lower().endswith((".gz", ".tgz")):
+        return io.BufferedReader(_Decompressed(stream, name, lambda: zlib.decompressobj(wbits=31)), BUFFER_BYTES)
+    if key.lower().endswith(".zst"):
+        decompressor = zstandard.ZstdDecompressor()
+        return io.BufferedReader(_Decompressed(stream, name, decompressor.decompressobj), BUFFER_BYTES)
+    return stream
+
+
+class _Decompressed(io.RawIOBase):
+    def __init__(self, stream: BinaryIO, name: str, begin: Callable[[], _Decompressor]) -> None:
+        self._stream, self._name, self._begin = stream, name, begin
+        self._frame: _Decompressor | None = None  # the one under way
+        self._compressed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content and self._take():
+            pass
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def _take(self) -> bool:
+        """Decompresses a little more. False when there is no more."""
+        data = self._compressed or self._stream.read(FEED_BYTES)
+        self._compressed = b""
+        if not data:
+            if self._frame is not None:
+                raise BadDocumentError(f"{self._name} is cut short: its compressed data has no end")
+            return False
+        if self._frame is None:
+            data = data.lstrip(b"\0")  # padding to the blocks of a tape; no frame begins with a zero
+            self._frame = self._begin() if data else None
+        if self._frame is not None:
+            self._decompress(self._frame, data)
+        return True
+
+    def _decompress(self, frame: _Decompressor, data: bytes) -> None:
+        try:
+            self._content = memoryview(frame.decompress(data))
+        except (zlib.error, zstandard.ZstdError) as error:
+            raise BadDocumentError(f"{self._name} cannot be decompressed: {error}") from error
+        if frame.eof:
+            self._compressed, self._frame = frame.unused_data, None

@@ -1,0 +1,65 @@
+"""Files of lines: each line is a document, or a JSON object with a field that is one (https://jsonlines.org)."""
+
+import json
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from data_pipeline.documents import READ_BYTES, Document
+from data_pipeline.readers.compression import decompressed
+from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.text import document_in_memory, utf8
+from data_pipeline.sources import LeftOutError, Skipped, SourceFile, open_file
+
+MAX_LINE_BYTES = 256 << 20
+"""A line is held in memory; one that is longer is left out."""
+
+
+def documents_in_lines(file: SourceFile, options: ReadOptions, is_json: bool) -> Iterator[Document | Skipped]:
+    """A document, or why there is none, for each line; blank lines count too.
+
+    Lines end with LF or CR LF, which is not part of a document. Bytes of plain lines are kept as they are.
+
+    Raises:
+        BadDocumentError: the file cannot be read, or not further.
+    """
+    modality = options.modality or "text"
+    path = options.field.split(".")
+    with open_file(file.url) as stored, decompressed(stored, file.key, file.url) as stream:
+        for number, line in enumerate(_lines(stream)):
+            key = f"{file.key}#{number:09d}"
+            try:
+                if line is None:
+                    raise LeftOutError("damaged", f"longer than {MAX_LINE_BYTES:,} bytes")
+                content = _field_of(line, path) if is_json else line
+                if not content:
+                    raise LeftOutError("empty", "without a byte")
+                yield document_in_memory(key, modality, content)
+            except LeftOutError as error:
+                yield Skipped(key, error.reason, f"line {number + 1:,} of {file.url}: {error}")
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one that is too long."""
+    while line := stream.readline(MAX_LINE_BYTES + 2):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(READ_BYTES)
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        yield line if len(line) <= MAX_LINE_BYTES else None
+
+
+def _field_of(line: bytes, path: list[str]) -> bytes:
+    """The text at a path of names in a line of JSON; nothing in a blank line. Raises LeftOutError."""
+    if not line.strip():
+        return b""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LeftOutError("damaged", f"no JSON: {error}") from error
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            raise LeftOutError("no field", f"has no field {'.'.join(path)!r}")
+        value = value[name]
+    if not isinstance(value, str):
+        raise LeftOutError("no field", f"its field {'.'.join(path)!r} is of type {type(value).__name__}, not text")
+    return utf8(value)

@@ -1,0 +1,55 @@
+"""What may be said about how files become documents."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal, get_args
+
+from data_pipeline.documents import MODALITIES
+from data_pipeline.errors import CorpusError
+
+Reader = Literal["auto", "files", "lines", "jsonl", "parquet", "tar", "images", "audio"]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files become documents. Raises CorpusError for values that mean nothing."""
+
+    reader: Reader = "auto"
+    """What every file is taken for; "auto" decides by each file's suffix, "files" takes its bytes as they are."""
+    field: str = "text"
+    """The field of a JSON line or the column of a Parquet file that is the document; dots lead into nested ones."""
+    members: tuple[str, ...] | None = None
+    """Suffixes of the members of a tar that are documents, such as ("jpg", "txt"); None takes every member."""
+    image_size: int | None = None
+    """Pixels of a side: the centre square of an image is scaled to it. None keeps images as they are."""
+    image_filter: Literal["lanczos", "box"] = "lanczos"
+    """How images are scaled. The downsampled ImageNet of 2017 and later (Chrabaszcz et al.) is "box"."""
+    image_scan: Literal["raster", "patch"] = "raster"
+    """Order of an image's bytes: row by row, or tile by tile as MEGABYTE reads images."""
+    patch_size: int = 192
+    """Bytes of a tile of the patch scan, three times a square number: a tile is sqrt(patch_size / 3) pixels wide."""
+    audio_rate: int | None = None
+    """Samples a second that sound is resampled to. None keeps each file's own."""
+    audio_channels: Literal[1] | None = None
+    """1 mixes the channels of sound into one. None keeps them, interleaved."""
+    skip_binary: bool = False
+    """Leave out files read as their own bytes that are no UTF-8 text: see `readers.text.is_binary`."""
+    modality: str | None = None
+    """One of MODALITIES for every document. None decides by reader and suffix."""
+
+    def __post_init__(self) -> None:
+        if self.reader not in get_args(Reader):
+            raise CorpusError(f"there is no reader {self.reader!r}; there are {', '.join(get_args(Reader))}")
+        if self.modality is not None and self.modality not in MODALITIES:
+            raise CorpusError(f"there is no modality {self.modality!r}; there are {', '.join(MODALITIES)}")
+        if self.image_scan == "patch" and (
+            self.patch_size < 3 or 3 * isqrt(self.patch_size // 3) ** 2 != self.patch_size
+        ):
+            raise CorpusError(
+                f"a patch scan of {self.patch_size} bytes a tile has no square tiles; "
+                "patch_size must be three times a square number, such as 12, 48, 192 or 768"
+            )
+        for name in ("image_size", "audio_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CorpusError(f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,59 @@
+"""What commands say to people, on standard error; results go to standard output."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from pretrain.progress import duration, size
+
+PLAIN_LINE_SECONDS = 30.0
+"""Where there is no terminal, progress is told this often."""
+
+said = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """A line for people, as it is: file names are no markup."""
+    said.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text in which the bytes of a file name that are no UTF-8 are shown as escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Progress]:
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=said, disable=not said.is_terminal) as bar:
+        yield bar
+
+
+class PlainProgress:
+    """Progress where there is no terminal: a line now and then."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._begin = self._last = time.monotonic()
+        self._done_at_begin: int | None = None
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._done_at_begin is None:
+            self._done_at_begin = done
+        if now - self._last < PLAIN_LINE_SECONDS or not total:
+            return
+        self._last = now
+        speed = (done - self._done_at_begin) / (now - self._begin)
+        left = f", {duration((total - done) / speed)} left" if speed > 0 else ""
+        say(f"{self._what}: {done / total:.0%} of {size(total)}, {size(speed)}/s{left}")

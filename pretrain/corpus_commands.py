@@ -1,0 +1,227 @@
+"""The commands that make corpora."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from data_pipeline.documents import MODALITIES
+from data_pipeline.errors import CorpusError
+from data_pipeline.prepare import PrepareOptions, PrepareReport, Task, prepare
+from data_pipeline.readers import ReadOptions
+from data_pipeline.readers.options import Reader
+from data_pipeline.repair import repair as repair_corpus
+from data_pipeline.shards import Corpus
+from data_pipeline.sources import Selection
+from data_pipeline.verify import verify
+from data_pipeline.withdraw import withdraw
+from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
+from pretrain.console import PlainProgress, byte_progress, printable, said, say
+from pretrain.progress import duration, size
+
+app = typer.Typer()
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+FILES, READING, CORPUS, WORK = "Which files", "How they are read", "The corpus", "The work"
+
+
+@app.command("prepare")
+def prepare_command(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders to search, and URLs of either.", show_default=False)
+    ],
+    out: Annotated[Path, _option(CORPUS, "The corpus folder to make.", show_default=False)],
+    include: Annotated[list[str] | None, _option(FILES, "Take only files matching this glob (repeatable).")] = None,
+    exclude: Annotated[list[str] | None, _option(FILES, "Leave out files and folders matching this glob.")] = None,
+    gitignore: Annotated[bool, _option(FILES, "Leave out what git would.", "--gitignore")] = Selection.gitignore,
+    max_documents: Annotated[
+        int | None, _option(FILES, "Documents of each source, at most: the first of the listing.")
+    ] = None,
+    max_bytes: Annotated[int | None, _option(FILES, "Raw bytes of each source, at most: its first documents.")] = None,
+    deduplicate: Annotated[
+        bool, _option(FILES, "Keep one of documents with the same bytes, and split by content.", "--deduplicate")
+    ] = PrepareOptions.deduplicate,
+    skip_bad: Annotated[
+        bool, _option(FILES, "Leave out documents that cannot be read, and report them.", "--skip-bad")
+    ] = PrepareOptions.skip_bad,
+    reader: Annotated[
+        Reader,
+        _option(READING, "What files are taken for; auto goes by suffix, files takes their bytes as they are."),
+    ] = ReadOptions.reader,
+    text_field: Annotated[
+        str, _option(READING, "Field of JSON lines or column of Parquet that is the document.", "--field")
+    ] = ReadOptions.field,
+    member: Annotated[
+        list[str] | None, _option(READING, "Suffix of tar members to take (repeatable); all when left out.")
+    ] = None,
+    image_size: Annotated[
+        int | None, _option(READING, "Scale the centre square of images to a side of so many pixels.")
+    ] = ReadOptions.image_size,
+    image_filter: Annotated[
+        Literal["lanczos", "box"], _option(READING, "How images are scaled.")
+    ] = ReadOptions.image_filter,
+    image_scan: Annotated[
+        Literal["raster", "patch"], _option(READING, "Order of an image's bytes: row by row, or tile by tile.")
+    ] = ReadOptions.image_scan,
+    patch_size: Annotated[
+        int, _option(READING, "Bytes of a tile of the patch scan: three times a square number.")
+    ] = ReadOptions.patch_size,
+    audio_rate: Annotated[
+        int | None, _option(READING, "Samples a second that sound is resampled to; its own when left out.")
+    ] = ReadOptions.audio_rate,
+    mono: Annotated[bool, _option(READING, "Mix the channels of sound into one.", "--mono")] = False,
+    skip_binary: Annotated[
+        bool, _option(READING, "Leave out files that are no UTF-8 text.", "--skip-binary")
+    ] = ReadOptions.skip_binary,
+    modality: Annotated[
+        str | None, _option(READING, f"Of every document: {', '.join(MODALITIES)}; found by suffix when left out.")
+    ] = ReadOptions.modality,
+    holdout: Annotated[
+        float, _option(CORPUS, "Share of documents, by hash, for OUT/validation; the rest goes to OUT/train.")
+    ] = PrepareOptions.holdout,
+    seed: Annotated[int, _option(CORPUS, "Changes the shuffle and the held-out documents.")] = PrepareOptions.seed,
+    block_bytes: Annotated[int, _option(CORPUS, "Raw bytes of a block, at most.")] = PrepareOptions.block_bytes,
+    shard_bytes: Annotated[int, _option(CORPUS, "Raw bytes of a shard, about.")] = PrepareOptions.shard_bytes,
+    level: Annotated[int, _option(CORPUS, "zstd compression level.", min=1, max=22)] = PrepareOptions.level,
+    workers: Annotated[int, _option(WORK, "Processes of this machine to share the work.", min=1)] = os.cpu_count() or 1,
+    task: Annotated[int, _option(WORK, "Which task of an array this is, from 0. All name the same OUT.")] = 0,
+    of: Annotated[int, _option(WORK, "Tasks of the array. May change when work is gone on with.")] = 1,
+) -> None:
+    """Turn files into a corpus: tar shards of compressed blocks, with manifest and index.
+
+    Killed or stopped, the same command goes on where it was. Work in progress is in OUT.partial.
+    """
+    options = PrepareOptions(
+        selection=Selection(tuple(include or ()), tuple(exclude or ()), gitignore),
+        reading=ReadOptions(
+            reader=reader,
+            field=text_field,
+            members=tuple(member) if member else None,
+            image_size=image_size,
+            image_filter=image_filter,
+            image_scan=image_scan,
+            patch_size=patch_size,
+            audio_rate=audio_rate,
+            audio_channels=1 if mono else None,
+            skip_binary=skip_binary,
+            modality=modality,
+        ),
+        holdout=holdout,
+        deduplicate=deduplicate,
+        max_documents=max_documents,
+        max_bytes=max_bytes,
+        seed=seed,
+        block_bytes=block_bytes,
+        shard_bytes=shard_bytes,
+        level=level,
+        skip_bad=skip_bad,
+    )
+    started = time.perf_counter()
+    try:
+        with _shown("preparing") as show:
+            report = prepare(sources, out, options, show, workers, Task(task, of))
+    except KeyboardInterrupt:
+        say(f"stopped; {out}.partial keeps what is done, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    if report.was_finished:
+        say(f"{out} is finished already, from the same sources with the same options")
+    if report.left_out:
+        _show_left_out(report, out)
+    for part in report.parts:
+        with Corpus(out / part) as corpus:
+            say(f"{out / part}: {_in_a_line(corpus)}")
+    say(f"{report.documents:,} documents in {duration(time.perf_counter() - started)}")
+
+
+@app.command("verify")
+def verify_command(
+    location: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="A corpus: a folder, or a URL.", show_default=False)
+    ],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make a damaged folder whole: index and manifest from the shards.")
+    ] = False,
+    mirror: Annotated[
+        str | None, typer.Option(help="With --repair: folder or URL of a copy, to take lost blocks and shards from.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Shards read at once.")] = os.cpu_count() or 1,
+) -> None:
+    """Check every byte of a corpus: manifest, index and shards; name each damaged block."""
+    if mirror is not None and not repair:
+        raise CorpusError("--mirror goes with --repair")
+    if repair and "://" in location:
+        raise CorpusError(f"{location} is no folder: --repair mends folders; use it where the corpus was made")
+    if repair:
+        with _shown("repairing") as show:
+            for line in repair_corpus(Path(location), mirror, threads, show):
+                say(line)
+    with _shown("verifying") as show:
+        faults = verify(location, threads, show)
+    if faults:
+        raise CorpusError("\n".join(faults))
+    say(f"{location}: every byte is as it was written")
+
+
+@app.command("withdraw")
+def withdraw_command(
+    folder: Annotated[Path, typer.Argument(metavar="CORPUS", help="A corpus folder.", show_default=False)],
+    keys: Annotated[list[str] | None, typer.Argument(help="Names of documents.", show_default=False)] = None,
+    listed: Annotated[
+        Path | None, typer.Option("--list", help="File with a name a line; blank lines are skipped.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Blocks read at once.")] = os.cpu_count() or 1,
+) -> None:
+    """Take documents out of a corpus: no run reads them any more. The shards stay as they are."""
+    if not keys and listed is None:
+        raise typer.BadParameter("name documents, or by --list a file that names them")
+    try:
+        lines = listed.read_bytes().decode("utf-8", "surrogateescape").split("\n") if listed else []
+    except OSError as error:
+        raise CorpusError(f"cannot read {listed}: {error}") from error
+    wanted = [*(keys or []), *(line for line in lines if line.strip())]
+    with Corpus(folder, check_shards=False) as corpus, _shown("looking for them") as show:
+        new = withdraw(corpus, wanted, threads, show)
+    say(f"{len({entry.key for entry in new}):,} documents withdrawn; {folder}/{WITHDRAWN_FILE} lists them")
+
+
+@contextlib.contextmanager
+def _shown(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, or lines now and then; told of bytes done and bytes in all."""
+    plain = PlainProgress(what)
+    with byte_progress(what) as bar:
+        row = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(row, completed=done, total=total)
+            if not said.is_terminal:
+                plain.update(done, total)
+
+        yield show
+
+
+def _show_left_out(report: PrepareReport, out: Path) -> None:
+    table = Table(title=escape(printable(f"left out; {out}/skipped.jsonl names each")), title_justify="left")
+    for name in ("source", "reason", "documents"):
+        table.add_column(name, justify="right" if name == "documents" else "left")
+    for source in report.sources:
+        for reason, count in sorted(source.left_out.items()):
+            table.add_row(escape(printable(source.name)), reason, f"{count:,}")
+    said.print(table)
+
+
+def _in_a_line(corpus: Corpus) -> str:
+    stored = sum(shard["bytes"] for shard in corpus.manifest["shards"])
+    return (
+        f"{corpus.manifest['documents']:,} documents, {size(corpus.raw_bytes)} in {len(corpus):,} blocks, "
+        f"{len(corpus.manifest['shards'])} shards of {size(stored)} in all"
+    )
