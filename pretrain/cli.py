@@ -25,10 +25,11 @@ from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read
 from pretrain.config import Config, ConfigError
 from pretrain.console import byte_progress, printable, said, say
 from pretrain.engines import EngineError, choose_device, compute_dtype
-from pretrain.evaluate import Evaluation, Score, evaluate, scorer
+from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, ModelConfig, build_model
+from pretrain.models import ByteModel, PerceiverARConfig, build_model, families, model_config
+from pretrain.recipes import recipe_sizes
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
@@ -84,6 +85,10 @@ class Grouping(StrEnum):
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA where there is one.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="The run's own when left out.")]
+LatentsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a Perceiver AR: more predict better, fewer faster. The run's own when left out."),
+]
 
 
 @app.command("train")
@@ -107,14 +112,27 @@ def eval_command(
     shards: Annotated[
         str | None, typer.Argument(help="A corpus, folder or URL; the run's own validation corpus when left out.")
     ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
+    ] = Mode.windows,
     by: Annotated[Grouping, typer.Option(help="How documents are grouped.")] = Grouping.folder,
     rows: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 16,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Bytes scored at the end of each window; fewer give each more context, at more cost. The mode's own "
+            "when left out.",
+        ),
+    ] = None,
+    latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
-    loaded, checkpoint = _load_model(model, device, precision)
+    loaded, checkpoint = _load_model(model, device, precision, latents)
+    stride = stride or stride_of(loaded, mode)
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
@@ -122,15 +140,20 @@ def eval_command(
     remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
     with Corpus(chosen, remote=remote) as corpus, byte_progress("scoring") as bar:
         task = bar.add_task("", total=corpus.raw_bytes)
-        result = evaluate(
-            scorer(loaded), corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
-        )
+        result = evaluate_model(loaded, corpus, mode, rows, by.group_of, lambda done: bar.advance(task, done), stride)
     _print_scores(
         result,
-        f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start",
+        f"{checkpoint.folder} on {chosen}, mode {mode}: windows of {loaded.sequence_length:,} from each document's "
+        f"start, {stride:,} bytes of each scored",
     )
     if json_path is not None:
-        scores = {"total": _as_json(result.total), "groups": {n: _as_json(s) for n, s in result.groups.items()}}
+        scores = {
+            "mode": mode.value,
+            "sequence_length": loaded.sequence_length,
+            "stride": stride,
+            "total": _as_json(result.total),
+            "groups": {n: _as_json(s) for n, s in result.groups.items()},
+        }
         json_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
 
 
@@ -144,6 +167,7 @@ def generate_command(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+    latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
@@ -156,7 +180,7 @@ def generate_command(
         start_bytes = prompt_file.read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
     except OSError as error:
         raise CorpusError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
-    loaded, _ = _load_model(model, device, precision)
+    loaded, _ = _load_model(model, device, precision, latents)
     out = sys.stdout.buffer
     started, written = time.perf_counter(), 0
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
@@ -188,6 +212,25 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
     say(f"{missing} steps delivered to {shipper.delivery.uri}")
 
 
+@app.command("models")
+def models_command(
+    folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs"),
+) -> None:
+    """List every model family, with what its recipes build: parameters, the paper's count, forward FLOPs."""
+    sizes = recipe_sizes(folder)
+    table = Table(caption="FLOPs/byte: of the forward pass over a full row, by the bytes that it reads")
+    table.add_column("recipe", overflow="fold")
+    for name in ("parameters", "printed", "FLOPs/byte"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for family, config in families().items():
+        table.add_section()
+        table.add_row(f"[bold]{family}[/bold]: {config.__doc__}")
+        for row in (row for row in sizes if row.family == family):
+            name = escape(printable(str(row.path.relative_to(folder))))
+            table.add_row(name, f"{row.parameters:,}", row.printed or "", f"{row.flops_per_byte / 1e6:,.1f} M")
+    Console().print(table)
+
+
 @config_app.command("show")
 def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with its overrides and every default."""
@@ -208,7 +251,9 @@ def config_explain(
     typer.echo(configuration.explain(field))
 
 
-def _load_model(path: Path, device: Device, precision: Precision | None) -> tuple[ByteModel, Metadata]:
+def _load_model(
+    path: Path, device: Device, precision: Precision | None, latents: int | None
+) -> tuple[ByteModel, Metadata]:
     """The model of a run's newest checkpoint, or of one checkpoint, ready to score and generate."""
     if (path / "metadata.json").exists():
         checkpoint: Metadata | None = verify(path)
@@ -217,7 +262,14 @@ def _load_model(path: Path, device: Device, precision: Precision | None) -> tupl
     if checkpoint is None:
         raise CheckpointError(f"no valid checkpoint at {path}: it is neither a checkpoint nor a run that has one")
     config = checkpoint.state["config"]
-    model = build_model(ModelConfig.model_validate(config["model"])).eval()
+    family = model_config(config["model"])
+    if latents is not None:
+        if not isinstance(family, PerceiverARConfig):
+            raise CheckpointError(f"--latents {latents}: {path} is a {family.family}, which has none")
+        if latents > family.sequence_length:
+            raise CheckpointError(f"--latents {latents}: more than the sequence length, {family.sequence_length}")
+        family = family.model_copy(update={"latents": latents})
+    model = build_model(family).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
     dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
     return model.to(choose_device(device.value), dtype), checkpoint
@@ -261,6 +313,7 @@ def main() -> None:
         ConfigError,
         CheckpointError,
         EngineError,
+        EvaluationError,
         RunFolderError,
         SamplingError,
         TrainingError,

@@ -37,13 +37,13 @@ def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) ->
     """At most `count` bytes that follow the prompt; fewer when the model ends the document.
 
     When the context is full, decoding goes on with its last half as the prompt of a fresh decoder. A prompt longer than
-    the context is cut to its last part in the same way.
+    the context is cut to its last part in the same way. Neither happens to a model that decodes without end.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(model.parameters()).device
     history = list(prompt)
     half = model.sequence_length // 2
-    if len(history) >= model.sequence_length:
+    if len(history) >= model.sequence_length and not model.decodes_without_end:
         history = history[len(history) - half :]
     decoder = model.decoder(rows=1)
     logits = decoder.prime(torch.tensor([history], dtype=torch.long, device=device))
@@ -55,7 +55,7 @@ def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) ->
         if produced == count:
             return
         history.append(drawn)
-        if decoder.length + 1 < model.sequence_length:
+        if model.decodes_without_end or decoder.length + 1 < model.sequence_length:
             logits = decoder.step(torch.tensor([drawn], device=device))
         else:
             history = history[len(history) - half :]

@@ -28,10 +28,10 @@ from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
-from pretrain.evaluate import ValidationConfig, evaluate
+from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
-from pretrain.models import FREE_FIELDS, ModelConfig, build_model
+from pretrain.models import FREE_FIELDS, ModelConfig, build_model, model_config
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
 from pretrain.provenance import changes, environment, flatten, git_state
@@ -227,7 +227,8 @@ class Run:
     def _validate(self, corpus: Corpus) -> dict[str, float]:
         started = time.perf_counter()
         rows = self.recipe.train.micro_batch
-        total = evaluate(self.engine.nats, corpus, self.recipe.model.sequence_length, rows).total
+        stride = stride_of(self.model)
+        total = evaluate(self.engine.nats, corpus, self.recipe.model.sequence_length, rows, stride=stride).total
         log.info(
             "step %d: validation %.4f bits/byte over %s bytes in %s",
             self.step,
@@ -257,8 +258,9 @@ class Run:
             CheckpointError: this start has others.
         """
         began, now = self.identity, self.recipe.as_tree()
-        model = ModelConfig.model_validate(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
-        if differences := changes({"model": model}, {"model": self.recipe.model.model_dump(exclude=FREE_FIELDS)}):
+        model = model_config(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
+        own = self.recipe.model.model_dump(mode="json", exclude=FREE_FIELDS)
+        if differences := changes({"model": model}, {"model": own}):
             raise CheckpointError(
                 f"{self.folder.path} is of another model ({'; '.join(differences)}); "
                 "choose another run.name for a new run"

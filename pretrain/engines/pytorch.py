@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
@@ -44,15 +46,14 @@ class SingleProcessEngine:
         self.optimizer.zero_grad()
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
-        scored = self.model.scored(self.model.sequence_length)
-        target_bytes = sum(count_bytes(m.ids[:, scored], m.targets[:, scored]) for m in micro_batches)
+        scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
+        target_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        for micro_batch in micro_batches:
+        for micro_batch, scored in zip(micro_batches, scored_targets, strict=True):
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
             ids = torch.from_numpy(micro_batch.ids).to(self.device)
-            targets = torch.from_numpy(micro_batch.targets).to(self.device)
-            counted = torch.where(targets, self._forward(ids), 0.0)[:, scored]
-            batch_nats = counted.sum()
+            targets = torch.from_numpy(scored).to(self.device)
+            batch_nats = torch.where(targets, self._forward(ids), 0.0).sum()
             (batch_nats / max(target_bytes, 1)).backward()
             nats += batch_nats.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
@@ -88,6 +89,12 @@ class SingleProcessEngine:
         for state in self.optimizer.state.values():
             state["step"].fill_(counters["optimizer_steps"])
 
+    def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
+        """The targets of a micro-batch that the model will score: (rows, T)."""
+        torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
+        rows, length = micro_batch.ids.shape
+        return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
+
     def _forward(self, ids: Tensor) -> Tensor:
         parameters = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
         return functional_call(self.model, parameters, (ids,))
@@ -119,6 +126,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def _micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """The random generator's seed of one micro-batch, so that dropout is the same on any number of ranks."""
+    """The random generator's seed of one micro-batch, so that crops and dropout are the same on any number of ranks."""
     digest = hashlib.sha256(f"micro-batch {seed} {step} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

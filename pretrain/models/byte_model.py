@@ -1,8 +1,9 @@
 """The contract of every model: bytes in, nats of every byte out."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,6 +36,8 @@ class ByteModel(nn.Module, ABC):
 
     sequence_length: int
     """The longest context, in bytes, that the model can read."""
+    decodes_without_end: ClassVar[bool] = False
+    """Whether a decoder goes on past sequence_length bytes, with a memory of what it read."""
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
@@ -43,12 +46,23 @@ class ByteModel(nn.Module, ABC):
         Args:
             ids: (rows, T) integers below VOCABULARY, 1 <= T <= sequence_length.
         Returns:
-            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it.
+            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it. Those
+            of positions that are not scored mean nothing.
         """
 
     @abstractmethod
     def scored(self, length: int) -> slice:
-        """The positions of a row of `length` ids that the model scores; the nats of others mean nothing."""
+        """The positions of a row of `length` ids, without padding at its end, that are scored outside training."""
+
+    def draw_scored(self, rows: int, length: int) -> Tensor:
+        """The positions that the next training pass over such rows scores: (rows, length) booleans on the CPU.
+
+        A model that scores a random part draws it from torch's default generator, and a training pass draws the same
+        before anything else if the generator is seeded alike. So targets can be counted before the pass.
+        """
+        scored = torch.zeros(rows, length, dtype=torch.bool)
+        scored[:, self.scored(length)] = True
+        return scored
 
     @abstractmethod
     def decoder(self, rows: int) -> Decoder:
@@ -64,6 +78,16 @@ class ByteModel(nn.Module, ABC):
     @abstractmethod
     def initialize(self) -> None:
         """Draws every parameter anew from torch's default generator."""
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a row of `length` bytes is more than the model can read."""
+        if length > self.sequence_length:
+            raise ValueError(f"a row of {length} bytes is longer than the model's {self.sequence_length}")
+
+    def check_room(self, length: int) -> None:
+        """Raises ValueError if a context of `length` bytes leaves none to predict."""
+        if length >= self.sequence_length:
+            raise ValueError(f"the context is full: {length} bytes leave none to predict of {self.sequence_length}")
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

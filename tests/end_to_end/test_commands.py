@@ -17,7 +17,7 @@ from data_pipeline.shards import Corpus
 from pretrain.checkpoint.format import digest_of
 from pretrain.cli import app
 from pretrain.config import load
-from tests.conftest import BYTELOOM, Run, environment, train_once
+from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,54 @@ def test_eval_of_one_checkpoint_by_suffix(byteloom: Run, trained: Path, corpus_f
     assert ".py" in byteloom("eval", checkpoint, corpus_folder / "validation", "--by", "suffix").stdout
 
 
+def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
+    figures = {}
+    for mode in ("windows", "sliding", "strided", "sliding-strided"):
+        table = byteloom("eval", trained, "--mode", mode, "--json", "scores.json").stdout
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["mode"] == mode
+        assert scores["stride"] == (64 if "sliding" in mode else 128)
+        assert f"mode {mode}:" in table.replace("\n", " ")
+        figures[mode] = scores["total"]
+    assert len({figure["bits_per_byte"] for figure in figures.values()}) == 4
+    assert len({figure["bytes"] for figure in figures.values()}) == 1
+    refused = byteloom("eval", trained, "--mode", "memory", check=False)
+    assert (refused.returncode, "Transformer-XL" in refused.stderr) == (1, True)
+
+
+SIZE = {"width": 32, "layers": 2, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "mode"),
+    [
+        ("perceiver_ar", {"latents": 32, "latent_model": SIZE, "cross_heads": 2}, "windows"),
+        ("transformer", {**SIZE, "positions": "learned", "window": 32}, "sliding"),
+        ("transformer_xl", {**SIZE, "memory_length": 128}, "memory"),
+    ],
+)
+def test_every_family_trains_goes_on_scores_and_writes(
+    byteloom: Run, tmp_path: Path, corpus_folder: Path, family: str, fields: dict[str, object], mode: str
+):
+    tree = recipe_tree(corpus_folder)
+    tree["model"] = {"family": family, "sequence_length": 128, **fields}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    byteloom("train", recipe, "train.steps=4")
+    byteloom("train", recipe, "train.steps=6")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(7))
+    byteloom("eval", "runs/run", "--mode", mode, "--json", "scores.json")
+    assert 5 < json.loads((tmp_path / "scores.json").read_text())["total"]["bits_per_byte"] < 9
+    drawn = subprocess.run(
+        [BYTELOOM, "generate", tmp_path / "runs/run", "--bytes", "200"],
+        capture_output=True,
+        check=True,
+        env=environment(),
+    ).stdout
+    assert 0 < len(drawn) <= 200
+
+
 def generate(trained: Path, *arguments: str) -> bytes:
     command = [BYTELOOM, "generate", trained, *arguments]
     return subprocess.run(command, capture_output=True, check=True, env=environment()).stdout
@@ -157,7 +205,18 @@ def test_debug_recipe_runs_on_the_demo_corpus(byteloom: Run, corpus_folder: Path
 
 
 def test_help_of_every_command():
-    for command in ("prepare", "verify", "withdraw", "inspect", "train", "eval", "generate", "track", "config"):
+    for command in (
+        "prepare",
+        "verify",
+        "withdraw",
+        "inspect",
+        "train",
+        "eval",
+        "generate",
+        "track",
+        "models",
+        "config",
+    ):
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Usage: byteloom {command}" in shown.output
