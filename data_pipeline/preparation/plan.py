@@ -16,7 +16,7 @@ corpus depends on nothing but the sources and the options.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -162,8 +162,13 @@ class Plan:
                     yield SourceFile(source, url, key, size), contains
 
 
-def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> None:
+def make_plan(
+    folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]
+) -> None:
     """Lists the sources and writes the plan. Memory: UNIT.itemsize bytes a unit.
+
+    Args:
+        progress: told the bytes of all files listed so far, at the end of each unit.
 
     Raises:
         CorpusError: a source is missing, a file is unreadable (unless `skip_bad`), or there is nothing to read.
@@ -193,6 +198,7 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> 
             if files and (found.source != last or size + found_bytes > UNIT_BYTES or files == UNIT_FILES):
                 write_rows()
                 units.append((offset, files, last, to_read))
+                progress(sum(bytes_of))
                 offset, files, size, to_read = lines.tell(), 0, 0, 0
             elif len(rows) == LINE_FILES:
                 write_rows()
@@ -207,6 +213,7 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> 
     if not files:
         raise CorpusError(f"the corpus is empty: no file with a byte in it under {', '.join(sources)}")
     units.append((offset, files, last, to_read))
+    progress(sum(bytes_of))
     np.save(folder / "units.npy", np.array(units, UNIT))
     for name in ("files.jsonl", "listed.jsonl", "units.npy"):
         sync(folder / name)
