@@ -202,9 +202,7 @@ def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
     return report
 
 
-def _planned(
-    folder: Path, sources: Sequence[str], options: PrepareOptions, listed: Callable[[int], None]
-) -> Plan:
+def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions, listed: Callable[[int], None]) -> Plan:
     """The plan that is there, or a new one. Where none can be made, nothing stays on disk.
 
     Args:

@@ -108,7 +108,7 @@ def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
             for block in blocks:
                 ready.put(block)
             ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again where the blocks are used
+        except BaseException as error:  # raised again where the blocks are used
             ready.put(error)
 
     threading.Thread(target=make, daemon=True).start()

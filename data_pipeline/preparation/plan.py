@@ -162,9 +162,7 @@ class Plan:
                     yield SourceFile(source, url, key, size), contains
 
 
-def make_plan(
-    folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]
-) -> None:
+def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]) -> None:
     """Lists the sources and writes the plan. Memory: UNIT.itemsize bytes a unit.
 
     Args:
