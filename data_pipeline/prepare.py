@@ -9,7 +9,7 @@ and tasks of a scheduler's array share the jobs through that folder and may chan
 of the sources and the options alone.
 
 Memory of a process, whatever the size of the corpus and of a document: about 50 MB of libraries, and the larger of
-spill.BUFFER_BYTES (scattering), and 40 bytes a document of one shard and some four blocks (gathering); one folder's
+spill.BUFFER_BYTES (scattering), and 40 bytes a document of one shard and some six blocks (gathering); one folder's
 entries while it is listed. Media are as their readers say. Disk, besides OUT: the raw bytes of documents that come out
 of containers, and once more those of the shards being gathered.
 """

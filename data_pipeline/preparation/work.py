@@ -320,9 +320,10 @@ def main() -> None:
         print(json.dumps(message), flush=True)
 
     try:
+        plan = None
         while True:
             name = commands.get()
-            plan = Plan.load(Path(folder), bool(int(skip_bad)))
+            plan = plan or Plan.load(Path(folder), bool(int(skip_bad)))  # there is none before the first command
             stage = stage_named(name, plan)
             do_what_is_left(stage, plan, float(place), lambda job, size: tell(job=job, bytes=size))
             tell(idle=True)
