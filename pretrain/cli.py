@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pretrain import config as configuration
 from pretrain import corpus_commands, inspect_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
-from pretrain.console import byte_progress, printable, said, say
+from pretrain.console import byte_progress, printable, run, said, say
 from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
 from pretrain.fragments import whole
@@ -292,23 +291,9 @@ def _as_json(score: Score) -> dict[str, float]:
     return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "documents": score.documents}
 
 
-class _ConsoleHandler(logging.Handler):
-    """Log lines for people, above a live progress line where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        say(f"{mark}{record.getMessage()}")
-
-
 def main() -> None:
-    """Runs the command; a fault that a person can mend is one line and exit code 1."""
-    handler = _ConsoleHandler(logging.INFO)
-    for name in ("pretrain", "data_pipeline"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-        logging.getLogger(name).addHandler(handler)
-    try:
-        app()
-    except (
+    """Runs a command."""
+    faults = (
         CorpusError,
         ConfigError,
         CheckpointError,
@@ -317,13 +302,8 @@ def main() -> None:
         RunFolderError,
         SamplingError,
         TrainingError,
-    ) as error:
-        for line in str(error).splitlines():
-            say(f"error: {line}")
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder that may not be written
-        say(f"error: {error}")
-        sys.exit(1)
+    )
+    run(app, faults)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import posixpath
 import random
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from PIL import Image
 
 from data_pipeline.documents import MODALITIES, READ_BYTES, Document
 from data_pipeline.errors import BadDocumentError, CorpusError
-from data_pipeline.readers import ReadOptions, compression, document_of, documents_in, is_container, lines
+from data_pipeline.readers import ReadOptions, compression, document_of, documents_in, is_container, kinds, lines
 from data_pipeline.readers.images import patch_scan, raster_scan, unscan
 from data_pipeline.readers.text import utf8
 from data_pipeline.sources import REASONS, Selection, Skipped, SourceFile, list_files, skipped
@@ -106,6 +107,12 @@ def test_a_document_can_be_read_again_after_it_was_left_half_way(tmp_path: Path)
 def test_modality_is_told_by_the_suffix(name: str, modality: str):
     assert document_of(SourceFile(0, name, f"folder.py/{name}", 1), ReadOptions()).modality == modality
     assert modality in MODALITIES
+
+
+@given(st.text(st.sampled_from("./aB é"), max_size=12))
+def test_a_suffix_is_what_python_takes_for_one(key: str):
+    stem, suffix = posixpath.splitext(posixpath.basename(key).lower())
+    assert kinds._split(key) == (stem, suffix)
 
 
 def test_modality_is_what_it_is_said_to_be():
