@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from data_pipeline.errors import BadDocumentError, CorpusError
 from data_pipeline.gitignore import RuleFile, is_ignored, parse_rules, rules_above
 
-REASONS = ("empty", "unreadable", "damaged", "binary", "no field", "link", "duplicate", "over the limit")
+REASONS = ("empty", "unreadable", "damaged", "binary", "no field", "link", "sparse", "duplicate", "over the limit")
 """Why files and documents are left out, in the words by which they are counted."""
 
 BUFFER_BYTES = 64 << 10

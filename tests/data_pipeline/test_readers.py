@@ -462,6 +462,15 @@ def test_links_in_a_tar_are_skipped_and_folders_are_nothing(tmp_path: Path):
     assert read_all(tmp_path / "a.tar") == {"a.tar/t/file": b"x", "a.tar/t/hard": "link", "a.tar/t/soft": "link"}
 
 
+@pytest.mark.parametrize("writer", ["gnu", "pax"])
+def test_sparse_members_of_a_tar_are_skipped_as_a_few_bytes_could_fill_a_disk(tmp_path: Path, writer: str):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "b").write_bytes(b"x")
+    subprocess.run(["tar", "cSf", "a.tar", f"--format={writer}", "a", "b"], cwd=tmp_path, check=True)
+    assert read_all(tmp_path / "a.tar") == {"a.tar/a": "sparse", "a.tar/b": b"x"}
+
+
 @pytest.mark.parametrize("writer", ["gnu", "pax", "ustar", "v7"])
 def test_tars_of_every_format_are_read(tmp_path: Path, writer: str):
     name = "n" * 150 if writer in ("gnu", "pax") else "n"
