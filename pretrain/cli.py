@@ -20,7 +20,7 @@ from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process
 from pretrain import config as configuration
-from pretrain import corpus_commands, inspect_commands
+from pretrain import corpus_commands, inspect_commands, model_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
 from pretrain.console import byte_progress, printable, said, say
@@ -28,8 +28,7 @@ from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, PerceiverARConfig, build_model, families, model_config
-from pretrain.recipes import recipe_sizes
+from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
@@ -43,6 +42,7 @@ app = typer.Typer(
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
+app.add_typer(model_commands.app, name="models")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
@@ -210,25 +210,6 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
             reason = str(error).partition("\n")[0]
             raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
     say(f"{missing} steps delivered to {shipper.delivery.uri}")
-
-
-@app.command("models")
-def models_command(
-    folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs"),
-) -> None:
-    """List every model family, with what its recipes build: parameters, the paper's count, forward FLOPs."""
-    sizes = recipe_sizes(folder)
-    table = Table(caption="FLOPs/byte: of the forward pass over a full row, by the bytes that it reads")
-    table.add_column("recipe", overflow="fold")
-    for name in ("parameters", "printed", "FLOPs/byte"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for family, config in families().items():
-        table.add_section()
-        table.add_row(f"[bold]{family}[/bold]: {config.__doc__}")
-        for row in (row for row in sizes if row.family == family):
-            name = escape(printable(str(row.path.relative_to(folder))))
-            table.add_row(name, f"{row.parameters:,}", row.printed or "", f"{row.flops_per_byte / 1e6:,.1f} M")
-    Console().print(table)
 
 
 @config_app.command("show")
