@@ -86,7 +86,7 @@ class Report:
         if self.evaluation.sample_bytes:
             found["sample_bytes"] = {name: _as_json(s) for name, s in self.evaluation.sample_bytes.items()}
         if self.patch_size is not None:
-            found["patch_positions"] = [_as_json(score) for score in self.curves["patch"]]
+            found["patch_positions"] = [_as_json(score) for score in self.evaluation.positions.scores(self.patch_size)]
         return found
 
     def write_curves(self, folder: Path) -> None:

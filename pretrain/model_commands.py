@@ -62,7 +62,7 @@ def estimate(
     plain, checkpointed = (activation_line(config.model, dtype, checkpointing) for checkpointing in (False, True))
     found = shardings(on_meta(config.model), dtype, gpus)
     usable = memory * 2**30 * USABLE
-    title = f"{recipe}: {gpus} GPUs of {memory:g} GiB, micro-batch {rows}, {config.engine.precision}"
+    title = f"{recipe}, GPUs: {gpus} of {memory:g} GiB, micro-batch {rows}, {config.engine.precision}"
     _print_estimate(title, found, plain, checkpointed, rows, usable)
     if json_path is not None:
         figures = {
@@ -144,15 +144,16 @@ def _print_estimate(
 ) -> None:
     table = Table(title=escape(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("sharding", no_wrap=True)
-    for name in ("weights", "gradients", "optimizer", "activations", "in all", "", "micro-batch at most"):
-        table.add_column(name, justify="right")
-    for name, line in (("", plain), (" and checkpointing", checkpointed)):
+    for name in ("weights", "gradients", "optimizer", "activations", "in all", "", "most rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kept, line in (("all activations kept", plain), ("activation checkpointing", checkpointed)):
         table.add_section()
+        table.add_row(f"[italic]{kept}[/italic]")
         for sharding in found:
             states, total = sharding.states, sharding.bytes + line.at(rows)
             most = line.rows_within(usable - sharding.bytes)
             table.add_row(
-                sharding.name + name,
+                "  " + sharding.name,
                 _gib(states.weights),
                 _gib(states.gradients),
                 _gib(states.masters + states.moments),
@@ -164,7 +165,7 @@ def _print_estimate(
     out = Console()
     out.print(table)
     out.print(
-        f"GiB on each GPU. Fits: {_gib(usable)} GiB at most, {USABLE:.0%} of the memory; the rest is for what is not "
+        f"GiB on each GPU; most rows: the largest micro-batch that fits. Fits: {_gib(usable)} GiB at most, {USABLE:.0%} of the memory; the rest is for what is not "
         "counted: the CUDA context, workspaces, buffers of communication, fragmentation.",
         highlight=False,
     )
