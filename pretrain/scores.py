@@ -66,8 +66,9 @@ class Curve:
     def add(self, first: int, units: Units) -> None:
         """Takes up the prices of the bytes at positions from `first` on."""
         end = first + len(units)
-        missing = max(end - len(self._units), 0)
-        self._units, self._bytes = np.pad(self._units, (0, missing)), np.pad(self._bytes, (0, missing))
+        missing = end - len(self._units)
+        if missing > 0:
+            self._units, self._bytes = np.pad(self._units, (0, missing)), np.pad(self._bytes, (0, missing))
         self._units[first:end] += units
         self._bytes[first:end] += 1
 
