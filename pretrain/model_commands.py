@@ -166,8 +166,8 @@ def _print_estimate(
     out.print(table)
     out.print(
         f"GiB on each GPU; most rows: the largest micro-batch that fits. Fits: {_gib(usable)} GiB at most, "
-        f"{USABLE:.0%} of the memory; the rest is for what is not counted: the CUDA context, workspaces, buffers of communication, "
-        "fragmentation.",
+        f"{USABLE:.0%} of the memory; the rest is for what is not counted: the CUDA context, workspaces, "
+        "buffers of communication, fragmentation.",
         highlight=False,
     )
 
