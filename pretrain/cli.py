@@ -10,28 +10,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process
 from pretrain import config as configuration
-from pretrain import corpus_commands, inspect_commands
+from pretrain import corpus_commands, inspect_commands, model_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
-from pretrain.console import byte_progress, printable, run, said, say
+from pretrain.console import byte_progress, run, said, say
 from pretrain.engines import EngineError, choose_device, compute_dtype
-from pretrain.evaluate import Evaluation, EvaluationError, Mode, Score, evaluate_model, stride_of
+from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
+from pretrain.evaluation_report import Report
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, PerceiverARConfig, build_model, families, model_config
-from pretrain.recipes import recipe_sizes
+from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
+from pretrain.models.megabyte import Megabyte
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
+from pretrain.words import count_words
 
 app = typer.Typer(
     name="byteloom",
@@ -42,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
+app.add_typer(model_commands.app, name="models")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
@@ -105,6 +105,12 @@ def start(recipe: Path) -> int:
     return train(configuration.load(recipe), said)
 
 
+def _words(text: str | None) -> str | None:
+    if text is not None and text != "count" and not (text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text} is neither a number of words nor: count")
+    return text
+
+
 @app.command("eval")
 def eval_command(
     model: ModelPath,
@@ -127,6 +133,18 @@ def eval_command(
     latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            metavar="count|NUMBER",
+            callback=_words,
+            help="Perplexity by word as well, of so many words in the corpus, or of those between white space.",
+        ),
+    ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(help="Folder for bits per byte by position in the window and in the patch: CSV and a picture."),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
@@ -138,22 +156,25 @@ def eval_command(
     chosen = shards or own
     remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
     with Corpus(chosen, remote=remote) as corpus, byte_progress("scoring") as bar:
+        counted = count_words(corpus, by.group_of) if words == "count" else {}
         task = bar.add_task("", total=corpus.raw_bytes)
         result = evaluate_model(loaded, corpus, mode, rows, by.group_of, lambda done: bar.advance(task, done), stride)
-    _print_scores(
-        result,
-        f"{checkpoint.folder} on {chosen}, mode {mode}: windows of {loaded.sequence_length:,} from each document's "
-        f"start, {stride:,} bytes of each scored",
+    report = Report(
+        model=str(checkpoint.folder),
+        corpus=chosen,
+        mode=mode,
+        sequence_length=loaded.sequence_length,
+        stride=stride,
+        evaluation=result,
+        patch_size=loaded.patch_size if isinstance(loaded, Megabyte) else None,
+        words=sum(counted.values()) if words in (None, "count") else int(words),
+        words_of_groups=counted,
     )
+    report.print()
     if json_path is not None:
-        scores = {
-            "mode": mode.value,
-            "sequence_length": loaded.sequence_length,
-            "stride": stride,
-            "total": _as_json(result.total),
-            "groups": {n: _as_json(s) for n, s in result.groups.items()},
-        }
-        json_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        json_path.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    if curves is not None:
+        report.write_curves(curves)
 
 
 @app.command("generate")
@@ -211,25 +232,6 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
     say(f"{missing} steps delivered to {shipper.delivery.uri}")
 
 
-@app.command("models")
-def models_command(
-    folder: Annotated[Path, typer.Argument(help="Where the recipes are.")] = Path("configs"),
-) -> None:
-    """List every model family, with what its recipes build: parameters, the paper's count, forward FLOPs."""
-    sizes = recipe_sizes(folder)
-    table = Table(caption="FLOPs/byte: of the forward pass over a full row, by the bytes that it reads")
-    table.add_column("recipe", overflow="fold")
-    for name in ("parameters", "printed", "FLOPs/byte"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for family, config in families().items():
-        table.add_section()
-        table.add_row(f"[bold]{family}[/bold]: {config.__doc__}")
-        for row in (row for row in sizes if row.family == family):
-            name = escape(printable(str(row.path.relative_to(folder))))
-            table.add_row(name, f"{row.parameters:,}", row.printed or "", f"{row.flops_per_byte / 1e6:,.1f} M")
-    Console().print(table)
-
-
 @config_app.command("show")
 def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with its overrides and every default."""
@@ -272,23 +274,6 @@ def _load_model(
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
     dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
     return model.to(choose_device(device.value), dtype), checkpoint
-
-
-def _print_scores(result: Evaluation, title: str) -> None:
-    table = Table(title=escape(printable(title)), title_justify="left")
-    table.add_column("documents of")
-    for name in ("bits/byte", "bytes", "documents"):
-        table.add_column(name, justify="right")
-    for name, score in sorted(result.groups.items()):
-        table.add_row(escape(printable(name)), f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}")
-    total = result.total
-    table.add_section()
-    table.add_row("all", f"{total.bits_per_byte:.4f}", f"{total.bytes:,}", f"{total.documents:,}")
-    Console().print(table)
-
-
-def _as_json(score: Score) -> dict[str, float]:
-    return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "documents": score.documents}
 
 
 def main() -> None:

@@ -12,11 +12,10 @@ the new bytes at its end are scored, so each byte is scored once:
 With a stride of the sequence length, windows lie side by side and each is scored without context from before it. A
 model that scores only the last N bytes of a window (Perceiver AR) takes a stride of N at most. Separators are not
 read. What a byte is predicted from is the mode (`Mode`) and the stride, which results name: figures of different ones
-do not compare. The figure is the sum of nats over the sum of bytes, in float64, so it does not depend on how windows
-are batched.
+do not compare. The figure is the sum of nats over the sum of bytes, in whole units (scores.py), so it does not depend
+on how windows are batched.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -32,7 +31,10 @@ from data_pipeline.vocabulary import PADDING
 from pretrain.models import ByteModel
 from pretrain.models.megabyte import Megabyte
 from pretrain.models.transformer_xl import Memory, TransformerXL
+from pretrain.scores import Curve, Score, in_units
 
+SAMPLE_BYTES = ("low byte", "high byte")
+"""Of a sample of sound, in their order."""
 BLOCKS_AHEAD = 7
 """Of a corpus at a URL: blocks that one request brings, beside the one that is read."""
 
@@ -74,26 +76,14 @@ class Mode(StrEnum):
 
 
 @dataclass
-class Score:
-    """Sums over documents."""
-
-    nats: float = 0.0
-    bytes: int = 0
-    documents: int = 0
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / self.bytes / math.log(2)
-
-    def add(self, other: "Score") -> None:
-        self.nats += other.nats
-        self.bytes += other.bytes
-        self.documents += other.documents
-
-
-@dataclass
 class Evaluation:
+    """Every byte's price, summed in several ways. All add up to the same total."""
+
     groups: dict[str, Score] = field(default_factory=dict)
+    positions: Curve = field(default_factory=Curve)
+    """By position in the window: how many bytes before it the window holds."""
+    sample_bytes: dict[str, Score] = field(default_factory=dict)
+    """Of sound alone, which is 16-bit little-endian PCM: by SAMPLE_BYTES."""
 
     @property
     def total(self) -> Score:
@@ -103,13 +93,25 @@ class Evaluation:
         return total
 
     def add(self, windows: "list[Window]", nats: Tensor, group_of: "GroupOf") -> int:
-        """Adds the (rows, T) nats of some windows; returns the bytes that these scored."""
+        """Adds the (rows, T) nats of some windows; returns the bytes that these scored.
+
+        Raises:
+            EvaluationError: one of them is no price.
+        """
         added = 0
-        for window, prices in zip(windows, nats.double().numpy(), strict=True):
-            scored = prices[window.context : len(window.ids)]
-            score = Score(float(scored.sum()), len(scored), int(window.begins_document))
+        for window, row in zip(windows, nats.numpy(), strict=True):
+            try:
+                prices = in_units(row[window.context : len(window.ids)])
+            except ValueError as error:
+                raise EvaluationError(f"the model has no sensible prediction in {window.key}: {error}") from error
+            score = Score(int(prices.sum()), len(prices), int(window.begins_document))
             self.groups.setdefault(group_of(window.key), Score()).add(score)
-            added += len(scored)
+            self.positions.add(window.context, prices)
+            if window.modality == "audio":
+                for place, name in enumerate(SAMPLE_BYTES):
+                    own = prices[(place - window.offset - window.context) % len(SAMPLE_BYTES) :: len(SAMPLE_BYTES)]
+                    self.sample_bytes.setdefault(name, Score()).add(Score(int(own.sum()), len(own)))
+            added += len(prices)
         return added
 
 
@@ -117,10 +119,17 @@ class Evaluation:
 class Window:
     key: str
     """Of its document."""
+    modality: str
     ids: Ids
+    offset: int
+    """Of the first of them in the document."""
     context: int
     """How many of them are read only: windows before this one have scored them."""
-    begins_document: bool
+
+    @property
+    def begins_document(self) -> bool:
+        """Whether the document's first byte is scored here."""
+        return self.offset + self.context == 0
 
 
 GroupOf = Callable[[str], str]
@@ -212,7 +221,7 @@ def evaluate_with_memory(
         memory: Memory | None = None
         for start in range(0, len(documents[0].ids), length):
             segments = [
-                Window(document.key, document.ids[start : start + length], context=0, begins_document=start == 0)
+                Window(document.key, document.modality, document.ids[start : start + length], start, context=0)
                 for document in documents
                 if len(document.ids) > start
             ]
@@ -277,7 +286,7 @@ def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> 
             while len(data) - scored >= (1 if part.ends else stride):
                 begin, end = max(0, scored + stride - length), min(scored + stride, len(data))
                 ids = np.frombuffer(data[begin:end], np.uint8).astype(np.int16)
-                yield Window(part.key, ids, scored - begin, begins_document=offset + scored == 0)
+                yield Window(part.key, part.modality, ids, offset + begin, scored - begin)
                 scored = end
             if part.ends:
                 data, scored = b"", 0

@@ -1,5 +1,6 @@
 """The commands, as a person runs them."""
 
+import csv
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from data_pipeline.shards import Corpus
 from pretrain.checkpoint.format import digest_of
 from pretrain.cli import app
 from pretrain.config import load
+from pretrain.words import count_words
 from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
 
@@ -142,6 +144,32 @@ def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
     assert len({figure["bytes"] for figure in figures.values()}) == 1
     refused = byteloom("eval", trained, "--mode", "memory", check=False)
     assert (refused.returncode, "Transformer-XL" in refused.stderr) == (1, True)
+
+
+def test_eval_writes_words_and_curves(byteloom: Run, trained: Path, corpus_folder: Path, tmp_path: Path):
+    arguments = ["--words", "count", "--curves", "curves", "--json", "scores.json", "--mode", "sliding"]
+    assert "perplexity" in byteloom("eval", trained, *arguments).stdout
+    found = json.loads((tmp_path / "scores.json").read_text())
+    with Corpus(corpus_folder / "validation") as corpus:
+        words = count_words(corpus, lambda key: "all")["all"]
+    assert found["total"]["words"] == words == sum(group["words"] for group in found["groups"].values())
+    assert found["total"]["word_perplexity"] == pytest.approx(math.exp(found["total"]["nats"] / words))
+    for name, positions in (("window", 128), ("patch", 4)):
+        with (tmp_path / f"curves/{name}-positions.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["position"]) for row in rows] == list(range(positions))
+        assert {(row["mode"], row["stride"]) for row in rows} == {("sliding", "64")}
+        assert math.fsum(float(row["nats"]) for row in rows) == found["total"]["nats"]
+    assert (tmp_path / "curves/positions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_takes_a_number_of_words(trained: Path, tmp_path: Path):
+    scores = tmp_path / "scores.json"
+    arguments = ["eval", str(trained), "--json", str(scores), "--words"]
+    CliRunner().invoke(app, [*arguments, "12345"], catch_exceptions=False)
+    total = json.loads(scores.read_text())["total"]
+    assert total["word_perplexity"] == pytest.approx(math.exp(total["nats"] / 12345))
+    assert CliRunner().invoke(app, [*arguments, "many"]).exit_code == 2
 
 
 SIZE = {"width": 32, "layers": 2, "heads": 2}
