@@ -138,7 +138,7 @@ def test_memory_goes_through_a_document_and_not_into_the_next(mixed: Corpus, row
     expected = 0.0
     with torch.no_grad():
         for raw in documents_of(mixed).values():
-            memory = None
+            memory = {}
             for segment in torch.tensor([list(raw)]).split(32, 1):
                 nats, memory = model.forward_segment(segment, memory)
                 expected += nats.double().sum().item()
