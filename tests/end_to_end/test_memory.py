@@ -13,20 +13,21 @@ from data_pipeline.reading import open_streams
 from pretrain.checkpoint import read, verify
 from pretrain.config import load
 from pretrain.fragments import whole
-from tests.conftest import Run, recipe_tree
+from tests.conftest import STDLIB, Run, prepare_corpus, recipe_tree
 from tests.end_to_end.test_resume import RunUnderTest, assert_same
 
-T, M, ROWS = 128, 300, 96
+T, M, ROWS = 32, 80, 48
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
     """An epoch ends within the steps of a RunUnderTest."""
+    prepare_corpus([STDLIB / "json"], tmp_path / "json", include=["*.py"], block_bytes=10_000)
     tree = recipe_tree(corpus_folder)
     sizes = {"sequence_length": T, "memory_length": M, "width": 16, "layers": 2, "heads": 2}
     tree["model"] = {"family": "transformer_xl", "dropout": 0.1, **sizes}
-    tree["data"]["lanes"] = tree["train"]["global_batch"] = ROWS
-    tree["train"]["micro_batch"] = 40
+    tree["data"] = {"shards": str(tmp_path / "json"), "lanes": ROWS}
+    tree["train"] = {"steps": 12, "global_batch": ROWS, "micro_batch": 20}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

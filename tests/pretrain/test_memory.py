@@ -109,7 +109,7 @@ def test_validation_and_rehearsal_leave_memory_alone():
     it = engine(model())
     train(it, lanes())
     before = memory_of(it)
-    it.nats(lanes(T))
+    it.nats(lanes()[:, :T])
     it.rehearse(2)
     assert before.keys() == {"memory/states", "memory/ids"}
     for name, tensor in memory_of(it).items():
@@ -129,7 +129,7 @@ def test_a_refused_step_leaves_memory_as_it_was():
 
 
 def test_an_epoch_is_as_many_long_rows_as_lanes(mixed: Corpus):
-    """Through the stream, over two epochs: within one, memory goes on from batch to batch; at its border, it does not."""
+    """Over two epochs: within one, memory goes on from batch to batch; at its border, it does not."""
     data = DataConfig(shards=mixed.location, lanes=ROWS)
     streams = open_streams(data, T)
     reading = Reading(data, streams, Record(), ROWS)
@@ -166,7 +166,7 @@ def test_a_stream_whose_rows_do_not_go_on_is_refused(overrides: list[str], said:
     recipe = ROOT / "configs/transformer_xl/debug.yaml"
     with pytest.raises(ConfigError, match=said) as refused:
         load(recipe, overrides)
-    assert str(refused.value).startswith(f"{recipe}: model.memory_length")
+    assert str(refused.value).startswith(f"override {overrides[-1]}: model.memory_length")
     load(recipe, [*overrides, "model.memory_length=0"])
 
 
