@@ -67,7 +67,8 @@ class SingleProcessEngine:
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
             ids = torch.from_numpy(micro_batch.ids).to(self.device)
             targets = torch.from_numpy(scored).to(self.device)
-            rows = slice(micro_batch.index * self._micro_batch, micro_batch.index * self._micro_batch + len(ids))
+            first = micro_batch.index * self._micro_batch
+            rows = slice(first, first + len(ids))
             row_nats, memory = self._forward(ids, {name: tensor[rows] for name, tensor in self._memory.items()})
             carried.append((rows, memory))
             batch_nats = torch.where(targets, row_nats, 0.0).sum()
@@ -82,7 +83,7 @@ class SingleProcessEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for rows, memory in carried:
+        for rows, memory in carried:  # not before: a step that is refused leaves it as it was
             self._remember(rows, memory)
         return StepResult(nats.item(), target_bytes, norm.item())
 

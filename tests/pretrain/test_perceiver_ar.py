@@ -202,7 +202,7 @@ def test_b5_caches_that_slide_instead_are_another_model_from_two_layers_on(count
     decoder.prime(ids[:, : N - 1])
     for t in range(N - 1, T - 1):
         for cache in decoder._caches[1:]:
-            cache.keys, cache.values = cache.keys[:, :, 1:], cache.values[:, :, 1:]
+            cache.keep_last(cache.kept - 1)
         decoder.latents = N - 1
         logits = decoder.step(ids[:, t])
     difference = (logits.log_softmax(-1) - log_probabilities(model, ids)[:, -1]).abs().max()
