@@ -160,6 +160,7 @@ def test_every_family_trains_goes_on_scores_and_writes(
 ):
     tree = recipe_tree(corpus_folder)
     tree["model"] = {"family": family, "sequence_length": 128, **fields}
+    tree["data"]["lanes"] = tree["train"]["global_batch"]  # as a memory needs
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     byteloom("train", recipe, "train.steps=4")
