@@ -24,7 +24,7 @@ from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation_report import Report
 from pretrain.fragments import whole
-from pretrain.generate import Sampling, SamplingError, generate
+from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.megabyte import Megabyte
 from pretrain.run_folder import RunFolder, RunFolderError
@@ -180,9 +180,16 @@ def eval_command(
 @app.command("generate")
 def generate_command(
     model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="Text the model goes on from.")] = "",
-    prompt_file: Annotated[Path | None, typer.Option(help="File whose bytes the model goes on from.")] = None,
-    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write, at most.")] = 256,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text the model goes on from; may be given again.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="File whose bytes the model goes on from; may be given again.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt, drawn side by side.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a file each, PROMPT-SAMPLE.bin; standard output is for one continuation."),
+    ] = None,
+    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write of each, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
@@ -191,26 +198,39 @@ def generate_command(
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
-    """Write bytes that follow a prompt to standard output, each as soon as it is drawn.
+    """Write bytes that follow a prompt to standard output, each as soon as it is drawn; or many to a folder.
 
-    Ends early where the model ends the document.
+    A continuation ends early where the model ends the document.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    try:
-        start_bytes = prompt_file.read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise CorpusError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
+    prompts = [text.encode("utf-8", "surrogateescape") for text in prompt or []]
+    for path in prompt_file or []:
+        try:
+            prompts.append(path.read_bytes())
+        except OSError as error:
+            raise CorpusError(f"cannot read the prompt {path}: {error.strerror}") from error
+    prompts = [each for each in prompts or [b""] for _ in range(samples)]
+    if out is None and len(prompts) > 1:
+        raise SamplingError(f"{len(prompts)} continuations: name a folder for them, --out FOLDER")
     loaded, _ = _load_model(model, device, precision, latents)
-    out = sys.stdout.buffer
-    started, written = time.perf_counter(), 0
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    written = [bytearray() for _ in prompts]
+    started = time.perf_counter()
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
-        for byte in generate(loaded, start_bytes, count, sampling):
-            out.write(bytes([byte]))
-            out.flush()
-            written += 1
+        for row, byte in generate_rows(loaded, prompts, count, sampling):
+            written[row].append(byte)
+            if out is None:
+                sys.stdout.buffer.write(bytes([byte]))
+                sys.stdout.buffer.flush()
     seconds = time.perf_counter() - started
-    ending = "" if written == count else ", where the model ended the document"
-    say(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}")
+    if out is not None:
+        for row, continuation in enumerate(written):
+            (out / f"{row // samples:03d}-{row % samples:03d}.bin").write_bytes(continuation)
+    total = sum(map(len, written))
+    ended = sum(len(continuation) < count for continuation in written)
+    ending = f"; the model ended {ended} of {len(written)} documents" if ended else ""
+    say(f"\n{total:,} bytes, {total / seconds:,.0f} bytes/s{ending}")
 
 
 @app.command()

@@ -13,10 +13,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -25,7 +25,7 @@ from data_pipeline.reading import DataConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
-from pretrain.models import ModelConfig
+from pretrain.models import ModelConfig, carries_memory
 from pretrain.optimizers import OptimizerConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
@@ -45,6 +45,22 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _memory_finds_its_rows(self) -> Self:
+        if not carries_memory(self.model):
+            return self
+        if self.data.mixture or self.data.packing == "document":
+            raise ValueError(
+                "model.memory_length carries each row on into the next batch, which rows of a data.mixture or of "
+                "data.packing document do not do; set it to 0, or read one corpus of concatenated documents"
+            )
+        if self.data.lanes != self.train.global_batch:
+            raise ValueError(
+                f"model.memory_length carries each row on into the next batch, for which data.lanes "
+                f"({self.data.lanes}) is to be train.global_batch ({self.train.global_batch})"
+            )
+        return self
 
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
@@ -244,7 +260,7 @@ def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":
-        return f"{origin}: {name}: {message}"
+        return ": ".join(filter(None, (origin, name, message)))
     return f"{origin}: {name} is {json.dumps(fault['input'])}; {message}"
 
 

@@ -29,8 +29,9 @@ from data_pipeline.shards import Corpus
 from data_pipeline.stream import Ids
 from data_pipeline.vocabulary import PADDING
 from pretrain.models import ByteModel
+from pretrain.models.byte_model import Memory
 from pretrain.models.megabyte import Megabyte
-from pretrain.models.transformer_xl import Memory, TransformerXL
+from pretrain.models.transformer_xl import TransformerXL
 from pretrain.scores import Curve, Score, in_units
 
 SAMPLE_BYTES = ("low byte", "high byte")
@@ -218,7 +219,7 @@ def evaluate_with_memory(
     device, length = next(model.parameters()).device, model.sequence_length
     for documents in _batched(document_windows(corpus, corpus.raw_bytes), rows):
         documents.sort(key=lambda document: -len(document.ids))
-        memory: Memory | None = None
+        memory: Memory = {}
         for start in range(0, len(documents[0].ids), length):
             segments = [
                 Window(document.key, document.modality, document.ids[start : start + length], start, context=0)
@@ -227,7 +228,8 @@ def evaluate_with_memory(
             ]
             ids = torch.from_numpy(_side_by_side(segments)).to(device)
             with torch.no_grad():
-                nats, memory = model.forward_segment(ids, memory.first_rows(len(segments)) if memory else None)
+                memory = {name: tensor[: len(segments)] for name, tensor in memory.items()}
+                nats, memory = model.forward_segment(ids, memory)
             progress(evaluation.add(segments, nats.cpu(), group_of))
     return evaluation
 

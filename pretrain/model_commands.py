@@ -16,7 +16,7 @@ from rich.table import Table
 from pretrain import config as configuration
 from pretrain.console import printable
 from pretrain.engines import compute_dtype
-from pretrain.memory import USABLE, Line, Sharding, activation_line, on_meta, shardings
+from pretrain.footprint import USABLE, Line, Sharding, activation_line, on_meta, shardings
 from pretrain.models import families
 from pretrain.recipes import Recipe, read_recipes
 

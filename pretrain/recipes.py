@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.config import ConfigError, load
 from pretrain.engines import compute_dtype
-from pretrain.memory import measure_kept, on_meta, shardings
+from pretrain.footprint import measure_kept, on_meta, shardings
 
 TRAINING_PASSES = 3
 """The backward pass has two products for each of the forward's: for the inputs' gradients and for the weights'."""

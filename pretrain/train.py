@@ -31,7 +31,7 @@ from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_eng
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
-from pretrain.models import FREE_FIELDS, ModelConfig, build_model, model_config
+from pretrain.models import FREE_FIELDS, ModelConfig, build_model, carries_memory, model_config
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
 from pretrain.provenance import changes, environment, flatten, git_state
@@ -98,6 +98,8 @@ def train(recipe: Recipe, console: Console) -> int:
     """
     # Everything that can be refused without a run folder is, before one is made.
     streams = open_streams(recipe.data, recipe.model.sequence_length)
+    if carries_memory(recipe.model):
+        _check_lanes(streams, recipe.train.global_batch)
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
@@ -131,7 +133,14 @@ class Run:
         self.checkpoint = self.store.newest_valid(set_aside=True)
         torch.manual_seed(recipe.train.seed)
         self.model = build_model(recipe.model)
-        self.engine = build_engine(recipe.engine, self.model, recipe.optimizer, recipe.train.seed)
+        self.engine = build_engine(
+            recipe.engine,
+            self.model,
+            recipe.optimizer,
+            recipe.train.seed,
+            global_batch=recipe.train.global_batch,
+            micro_batch=recipe.train.micro_batch,
+        )
         record = Record()
         if self.checkpoint is not None:
             read(self.checkpoint, self.engine.fragments())
@@ -215,6 +224,8 @@ class Run:
         )
 
     def _step(self, batch: Batch, learning_rate: float) -> StepResult:
+        if not self.reading.goes_on:
+            self.engine.forget()
         try:
             return self.engine.train_step(batch.micro_batches, step=self.step, learning_rate=learning_rate)
         except NonFiniteError as error:
@@ -338,6 +349,17 @@ class Run:
             "a" if self.step else "no",
         )
         return 128 + self.stop.signal
+
+
+def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
+    """Raises TrainingError if a corpus has fewer lanes than asked for: its batches would not go on in the next ones."""
+    for stream in streams.values():
+        if stream.order.lanes != global_batch:
+            raise TrainingError(
+                f"{stream.corpus.location} has {stream.sequences_per_epoch} sequences, fewer than the "
+                f"{global_batch} rows of a batch, each of which is to go on in the next batch; lower "
+                "train.global_batch and data.lanes, or set model.memory_length to 0"
+            )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from data_pipeline.stream import Ids
 from data_pipeline.vocabulary import count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.fragments import Fragment, whole
-from pretrain.models.byte_model import ByteModel
+from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.optimizers import OptimizerConfig, build_optimizer
 
 
@@ -24,18 +24,31 @@ class SingleProcessEngine:
     The cast is part of the graph, so gradients arrive at the masters in fp32 and accumulate there.
     """
 
-    def __init__(self, config: EngineConfig, model: ByteModel, optimizer: OptimizerConfig, seed: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ByteModel,
+        optimizer: OptimizerConfig,
+        seed: int,
+        *,
+        global_batch: int = 1,
+        micro_batch: int = 1,
+    ) -> None:
         self.device = choose_device(config.device)
         self.dtype = compute_dtype(config.precision)
         self.model = model.to(self.device).train()
         self.optimizer = build_optimizer(optimizer, model.parameters())
         self._clip_norm = optimizer.clip_norm
         self._seed = seed
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        empty = self.model.empty_memory(global_batch)
+        self._memory: Memory = {name: tensor.float() for name, tensor in empty.items()}
+        """Of every row of the global batch."""
 
     def rehearse(self, rows: int) -> None:
         ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
         try:
-            self._forward(ids).mean().backward()
+            self._forward(ids, self.model.empty_memory(rows))[0].mean().backward()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
                 raise EngineError(
@@ -49,11 +62,16 @@ class SingleProcessEngine:
         scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
         target_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        carried: list[tuple[slice, Memory]] = []
         for micro_batch, scored in zip(micro_batches, scored_targets, strict=True):
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
             ids = torch.from_numpy(micro_batch.ids).to(self.device)
             targets = torch.from_numpy(scored).to(self.device)
-            batch_nats = torch.where(targets, self._forward(ids), 0.0).sum()
+            first = micro_batch.index * self._micro_batch
+            rows = slice(first, first + len(ids))
+            row_nats, memory = self._forward(ids, {name: tensor[rows] for name, tensor in self._memory.items()})
+            carried.append((rows, memory))
+            batch_nats = torch.where(targets, row_nats, 0.0).sum()
             (batch_nats / max(target_bytes, 1)).backward()
             nats += batch_nats.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
@@ -65,14 +83,19 @@ class SingleProcessEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for rows, memory in carried:  # not before: a step that is refused leaves it as it was
+            self._remember(rows, memory)
         return StepResult(nats.item(), target_bytes, norm.item())
 
     def nats(self, ids: Ids) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            result = self._forward(torch.from_numpy(ids).to(self.device))
+            result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
         self.model.train()
         return result.cpu()
+
+    def forget(self) -> None:
+        self._remember(slice(None), self.model.empty_memory(self._global_batch))
 
     def fragments(self) -> list[Fragment]:
         fragments = []
@@ -80,7 +103,7 @@ class SingleProcessEngine:
             state = self.optimizer.state[parameter]
             fragments.append(whole(f"model/{name}", parameter))
             fragments.extend(whole(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
-        return fragments
+        return fragments + [whole(f"memory/{name}", tensor) for name, tensor in self._memory.items()]
 
     def counters(self) -> dict[str, int]:
         return {"optimizer_steps": int(next(iter(self.optimizer.state.values()))["step"])}
@@ -95,9 +118,16 @@ class SingleProcessEngine:
         rows, length = micro_batch.ids.shape
         return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """The nats, and the next memory if the model carries one."""
         parameters = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
-        return functional_call(self.model, parameters, (ids,))
+        if memory:
+            return functional_call(self.model, parameters, (ids, memory))
+        return functional_call(self.model, parameters, (ids,)), {}
+
+    def _remember(self, rows: slice, memory: Memory) -> None:
+        for name, tensor in memory.items():
+            self._memory[name][rows].copy_(tensor)
 
     def _describe_non_finite(self, nats: float) -> str:
         bad = [

@@ -18,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "PerceiverARConfig",
     "build_model",
+    "carries_memory",
     "families",
     "model_config",
 ]
@@ -62,6 +63,11 @@ def model_config(tree: Mapping[str, Any]) -> ModelConfig:
         pydantic.ValidationError: it is wrong.
     """
     return TypeAdapter(ModelConfig).validate_python(tree)
+
+
+def carries_memory(config: ModelConfig) -> bool:
+    """Whether the model of a config carries a memory from each training sequence to the next one of its lane."""
+    return isinstance(config, TransformerXLConfig) and config.memory_length > 0
 
 
 def build_model(config: ModelConfig) -> ByteModel:

@@ -31,6 +31,11 @@ class Decoder(Protocol):
         """
 
 
+Memory = dict[str, Tensor]
+"""What a model carries from a sequence to the next one of its lane: tensors by name, with a row for each lane. Without
+gradient, and exact in fp32, in which engines and checkpoints keep it."""
+
+
 class ByteModel(nn.Module, ABC):
     """An autoregressive model of bytes: single-device mathematics that knows no process group."""
 
@@ -43,12 +48,18 @@ class ByteModel(nn.Module, ABC):
     def forward(self, ids: Tensor) -> Tensor:
         """The price of every id, given those before it in its row.
 
+        A model that carries memory takes one as a second argument by option, and returns the next one beside the nats.
+
         Args:
             ids: (rows, T) integers below VOCABULARY, 1 <= T <= sequence_length.
         Returns:
             (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it. Those
             of positions that are not scored mean nothing.
         """
+
+    def empty_memory(self, rows: int) -> Memory:
+        """The memory of lanes that begin, on the parameters' device; nothing if the model carries none."""
+        return {}
 
     @abstractmethod
     def scored(self, length: int) -> slice:
@@ -70,7 +81,7 @@ class ByteModel(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, length: int) -> int:
-        """Floating-point operations of the forward pass's matrix products over one row of `length` ids.
+        """Floating-point operations of the forward pass's matrix products over one row of `length` ids, and its memory.
 
         A product of (a, b) by (b, c) counts 2abc, and attention counts in full, as torch's FlopCounterMode does.
         """

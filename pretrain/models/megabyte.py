@@ -249,7 +249,7 @@ class CrossPatchAttention(MultiHead):
         if cache is None:
             k, v = self._after_patch_before(k, visible.shape[1]), self._after_patch_before(v, visible.shape[1])
         else:
-            if cache.keys is None:
+            if cache.length == 0:
                 nothing = k.new_zeros(*k.shape[:2], self.reach, k.shape[3])
                 cache.append(nothing, nothing)
             k, v = cache.append(k, v)

@@ -13,7 +13,7 @@ segment alike, so cutting a row into segments nowhere changes what a byte may de
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
-from pretrain.models.byte_model import ByteModel
+from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.models.layers import (
     Activation,
     FeedForward,
@@ -47,7 +47,8 @@ class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribut
     """T: bytes of one segment, which is one training sequence."""
     memory_length: int = Field(ge=0)
     """M: positions before the segment whose hidden states each layer keeps; the paper trains with M = T. What a byte
-    depends on reaches about layers x M bytes back. 0: segments are strangers."""
+    depends on reaches about layers x M bytes back. Training then needs data.lanes = train.global_batch, and checkpoints
+    hold the memory, of layers x M x width numbers a row. 0: segments are strangers."""
     feed_forward_width: int | None = Field(default=None, ge=1)
     """Channels between the two maps of a feed-forward layer; null is 4 times the width."""
     positions: Literal["relative", "rotary"] = "relative"
@@ -61,20 +62,8 @@ class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribut
     """Standard deviation of the initial weights, a normal distribution cut at two deviations."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a segment hands to the next one of its rows. Without gradient; no parameter is in it."""
-
-    states: list[Tensor]
-    """(rows, m, D) a layer: its inputs at the last m <= M positions."""
-    documents: Tensor
-    """(rows, m) which document of its row each of these positions is in, counted from the first."""
-    last_ids: Tensor
-    """(rows,) the last id, which the next position reads."""
-
-    def first_rows(self, count: int) -> "Memory":
-        states = [state[:count] for state in self.states]
-        return Memory(states, self.documents[:count], self.last_ids[:count])
+NOTHING = -1
+"""In a memory, the id at positions before the row's beginning."""
 
 
 class TransformerXL(ByteModel):
@@ -107,53 +96,64 @@ class TransformerXL(ByteModel):
     def initialize(self) -> None:
         draw_parameters(self, self.initial_std)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.forward_segment(ids, None)[0]
+    @overload
+    def forward(self, ids: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]: ...
+    def forward(self, ids: Tensor, memory: Memory | None = None) -> Tensor | tuple[Tensor, Memory]:
+        """As the contract says; with a memory, `forward_segment`."""
+        nats, new_memory = self.forward_segment(ids, memory or {})
+        return nats if memory is None else (nats, new_memory)
 
-    def forward_segment(self, ids: Tensor, memory: Memory | None) -> tuple[Tensor, Memory | None]:
+    def empty_memory(self, rows: int) -> Memory:
+        """Layers' inputs at the last M positions, `states` (rows, layers, M, D), and the `ids` (rows, M) at them."""
+        M, device = self.memory_length, self.start.device
+        if not M:
+            return {}
+        states = torch.zeros(rows, len(self.blocks), M, self.width, device=device)
+        return {"states": states, "ids": torch.full((rows, M), NOTHING, device=device)}
+
+    def forward_segment(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """The price of every id, given those before it in its document, and the memory for what follows in each row.
 
         Args:
             ids: (rows, T') with 1 <= T' <= sequence_length; each row goes on where the memory's row ends.
-            memory: of the segment before; None where there is none, and the learned start is read in its place.
+            memory: of the segment before, of M positions or fewer. Where a row has none, the learned start is read in
+                its place; {} if no row has one.
         Returns:
             (rows, T') fp32 nats, and the new memory: the last memory_length positions of the old one and this segment,
-            or None if that is 0.
+            or {} if that is 0.
         """
         ids = ids.long()
         logits, memory = self.segment_logits(ids, memory)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
         return nats.view(ids.shape), memory
 
-    def segment_logits(self, ids: Tensor, memory: Memory | None) -> tuple[Tensor, Memory | None]:
+    def segment_logits(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """As `forward_segment`, with the (rows, T', VOCABULARY) logits that the nats are of."""
         rows, length = ids.shape
         self.check_length(length)
-        if memory is None:
-            first = self.start.expand(rows, 1, -1)
-            old, document = ids.new_zeros(rows, 0), ids.new_zeros(rows, 1)
-        else:
-            first = self.embedding(memory.last_ids)[:, None]
-            old = memory.documents
-            document = old[:, -1:] + (memory.last_ids == SEPARATOR)[:, None]
+        first = self.start.expand(rows, 1, -1)
+        every = ids
+        if memory:
+            every = torch.cat([memory["ids"].long(), ids], 1)
+            last = every[:, -length - 1 : -length]
+            first = torch.where((last == NOTHING)[..., None], first, self.embedding(last.clamp(min=0)))
         x = torch.cat([first, self.embedding(ids[:, :-1])], 1)
-        own = document + F.pad((ids[:, :-1] == SEPARATOR).cumsum(1), (1, 0))
-        documents = torch.cat([old, own], 1)
+        documents = F.pad((every[:, :-1] == SEPARATOR).cumsum(1), (1, 0)).masked_fill(every == NOTHING, NOTHING)
         context = Context(visible_keys(documents, length), self.relative(documents.shape[1]))
+        before = memory["states"].to(x.dtype).unbind(1) if memory else [None] * len(self.blocks)
         states = []
-        for index, block in enumerate(self.blocks):
-            before = None if memory is None else memory.states[index]
-            states.append(self._remembered(x, before))
-            x = block(x, before, context)
+        for block, old in zip(self.blocks, before, strict=True):
+            states.append(self._remembered(x.detach() if old is None else torch.cat([old, x.detach()], 1)))
+            x = block(x, old, context)
         if not self.memory_length:
-            return self.head(x), None
-        return self.head(x), Memory(states, documents[:, -self.memory_length :], ids[:, -1])
+            return self.head(x), {}
+        return self.head(x), {"states": torch.stack(states, 1), "ids": self._remembered(every)}
 
-    def _remembered(self, x: Tensor, before: Tensor | None) -> Tensor:
-        """The last M positions of a layer's memory and its input: more than this segment's, if the segment is short."""
-        x = x.detach()
-        x = x if before is None else torch.cat([before, x], 1)
-        return x[:, max(x.shape[1] - self.memory_length, 0) :]
+    def _remembered(self, positions: Tensor) -> Tensor:
+        """The last M of (rows, n, ...) positions: also of those before the segment, if it is short."""
+        return positions[:, max(positions.shape[1] - self.memory_length, 0) :]
 
     def relative(self, keys: int) -> "Relative | None":
         """The paper's relative positions for distances below `keys`."""
@@ -173,10 +173,13 @@ class TransformerXL(ByteModel):
         return TransformerXLDecoder(self, rows)
 
     def flops(self, length: int) -> int:
-        """As the contract says; of several rows, all share one projection of the distances."""
-        products = 4 if self.content_bias is None else 6  # with keys, with distances, with values: 2 each
-        attention = len(self.blocks) * products * length * length * self.width
-        return 2 * length * (linear_weights(self) + self.width * VOCABULARY) + attention
+        """As the contract says, with a full memory; of several rows, all share one projection of the distances."""
+        D, keys = self.width, self.memory_length + length
+        products = 2 if self.content_bias is None else 3  # with keys and with values; with distances
+        of_memory = 2 * D * D  # weights that make keys and values
+        of_distances = 0 if self.content_bias is None else D * D
+        a_layer = products * length * keys * D + of_memory * self.memory_length + of_distances * self.memory_length
+        return 2 * length * (linear_weights(self) + D * VOCABULARY) + 2 * len(self.blocks) * a_layer
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ def test_every_family_trains_goes_on_scores_and_writes(
 ):
     tree = recipe_tree(corpus_folder)
     tree["model"] = {"family": family, "sequence_length": 128, **fields}
+    tree["data"]["lanes"] = tree["train"]["global_batch"]  # as a memory needs
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     byteloom("train", recipe, "train.steps=4")
@@ -217,6 +218,18 @@ def test_generate_writes_bytes_and_nothing_else(trained: Path, tmp_path: Path):
     assert max(drawn) > 127  # an untrained model draws any byte, and all pass through
     (tmp_path / "prompt").write_bytes(b"def ")
     assert drawn == generate(trained, "--prompt-file", str(tmp_path / "prompt"), "--bytes", "300", "--seed", "3")
+
+
+def test_generate_writes_many_to_a_folder(byteloom: Run, trained: Path, tmp_path: Path):
+    (tmp_path / "prompt").write_bytes(b"class ")
+    options = ("--prompt", "def ", "--prompt-file", "prompt", "--samples", "3", "--bytes", "40", "--seed", "3")
+    assert "6 continuations: name a folder for them" in byteloom("generate", trained, *options, check=False).stderr
+    said = byteloom("generate", trained, *options, "--out", "out").stderr
+    written = {path.name: path.read_bytes() for path in sorted((tmp_path / "out").iterdir())}
+    assert list(written) == [f"00{prompt}-00{sample}.bin" for prompt in range(2) for sample in range(3)]
+    assert re.search(rf"{sum(map(len, written.values()))} bytes, [\d,]+ bytes/s", said)
+    assert len(set(written.values())) == 6
+    assert written["000-000.bin"] == generate(trained, "--prompt", "def ", "--bytes", "40", "--seed", "3")
 
 
 def test_a_reader_that_stops_early_is_no_error(trained: Path):

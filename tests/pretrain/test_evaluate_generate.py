@@ -11,9 +11,10 @@ import torch
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.evaluate import EvaluationError, Mode, document_windows, evaluate, evaluate_model, scorer, strided
-from pretrain.generate import Sampling, SamplingError, generate, sample
+from pretrain.generate import Sampling, SamplingError, generate, generate_rows, row_generator, sample
 from pretrain.models.byte_model import ByteModel
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
+from pretrain.models.perceiver_ar import PerceiverAR, PerceiverARConfig
 from pretrain.models.transformer import Transformer, TransformerConfig
 from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
 from tests.data_pipeline.test_prepare import documents_of, files_under
@@ -138,7 +139,7 @@ def test_memory_goes_through_a_document_and_not_into_the_next(mixed: Corpus, row
     expected = 0.0
     with torch.no_grad():
         for raw in documents_of(mixed).values():
-            memory = None
+            memory = {}
             for segment in torch.tensor([list(raw)]).split(32, 1):
                 nats, memory = model.forward_segment(segment, memory)
                 expected += nats.double().sum().item()
@@ -183,6 +184,83 @@ def test_temperature_zero_takes_the_likeliest_byte_of_the_full_forward(build: Ca
     assert list(generated(model, prompt, count=31 - len(prompt), temperature=0.0)) == wanted if wanted else True
 
 
+def perceiver_ar() -> PerceiverAR:
+    torch.manual_seed(0)
+    fields = {"sequence_length": 32, "latents": 32, "latent_model": {"width": 16, "layers": 2, "heads": 2}}
+    return PerceiverAR(PerceiverARConfig.model_validate({**fields, "cross_heads": 2, "zero_head": False})).eval()
+
+
+def few_latents() -> PerceiverAR:
+    model = perceiver_ar()
+    model.latents = 8
+    return model
+
+
+every_family = pytest.mark.parametrize(
+    "build", [tiny_model, extended_megabyte, windowed_transformer, tiny_xl, perceiver_ar]
+)
+
+
+def rows_of(model: ByteModel, prompts: list[bytes], count: int, sampling: Sampling) -> list[bytes]:
+    rows = [bytearray() for _ in prompts]
+    for row, byte in generate_rows(model, prompts, count, sampling):
+        rows[row].append(byte)
+    return [bytes(row) for row in rows]
+
+
+def from_the_full_forward(model: ByteModel, prompt: bytes, count: int, sampling: Sampling, row: int) -> bytes:
+    """What a row draws if nothing is cached and no other row is there."""
+    drawn, generators = list(prompt), [row_generator(sampling.seed, row)]
+    for _ in range(count):
+        candidates = torch.tensor([[*drawn, id_] for id_ in range(VOCABULARY)])
+        with torch.no_grad():
+            (id_,) = sample(-model(candidates)[:, -1][None], sampling, generators)
+        if id_ == SEPARATOR:
+            break
+        drawn.append(id_)
+    return bytes(drawn[len(prompt) :])
+
+
+@every_family
+def test_e5_rows_side_by_side_with_caches_draw_what_each_draws_alone_without(build: Callable[[], ByteModel]):
+    model = build()
+    prompts = [b"", b"abc", b"xyz", b"a longer prompt", b"abc", b"\x00\xff\x00"]
+    sampling = Sampling(temperature=1.3, top_k=200, top_p=0.98, seed=1)
+    expected = [from_the_full_forward(model, prompt, 8, sampling, row) for row, prompt in enumerate(prompts)]
+    assert rows_of(model, prompts, 8, sampling) == expected
+    assert len(set(expected)) == len(expected)
+
+
+@pytest.mark.parametrize("build", [tiny_model, extended_megabyte, windowed_transformer, tiny_xl, few_latents])
+def test_a_row_is_the_same_beside_any_others_also_past_the_context(build: Callable[[], ByteModel]):
+    model = build()
+    together = rows_of(model, [b"abc", b"def", b"ghi"], 70, Sampling(seed=5))
+    assert together[1] == rows_of(model, [b"", b"def"], 70, Sampling(seed=5))[1]
+    assert together[2] == rows_of(model, [b"ab", b"", b"ghi", b"jkl"], 70, Sampling(seed=5))[2]
+    assert together[:2] == rows_of(model, [b"abc", b"def"], 70, Sampling(seed=5))
+
+
+def test_a_row_ends_with_its_document_and_the_others_go_on():
+    model, sampling = tiny_model(), Sampling(temperature=4.0, seed=2)
+    together = rows_of(model, [b"a"] * 16, 70, sampling)
+    ended = [row for row, drawn in enumerate(together) if len(drawn) < 70]
+    assert 0 < len(ended) < 16
+    for row in ended:
+        alone = rows_of(model, [b""] * row + [b"a"], 70, sampling)[row]
+        assert together[row] == alone
+
+
+@every_family
+def test_a_prompt_is_read_in_one_pass(build: Callable[[], ByteModel]):
+    model = build()
+    stack = {"stack": "stack.blocks.0", "global_stack": "global_stack.blocks.0"}
+    name = next((path for part, path in stack.items() if hasattr(model, part)), "blocks.0")
+    calls: list[int] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    assert len(generated(model, bytes(range(31)), count=1, temperature=0.0)) <= 1
+    assert len(calls) == 1
+
+
 def test_temperature_towards_zero_is_the_likeliest_byte():
     model = tiny_model()
     assert generated(model, b"x", temperature=1e-4) == generated(model, b"x", temperature=0.0)
@@ -199,7 +277,7 @@ def test_draws_follow_the_probabilities_and_the_padding_is_never_drawn():
     logits = torch.full((VOCABULARY,), -20.0)
     logits[[65, 66, 256, PADDING]] = torch.tensor([2.0, 1.0, 0.0, 9.0])
     generator = torch.Generator().manual_seed(0)
-    draws = [sample(logits, Sampling(), generator) for _ in range(3000)]
+    draws = [sample(logits[None], Sampling(), [generator])[0] for _ in range(3000)]
     expected = torch.tensor([2.0, 1.0, 0.0]).softmax(0)
     for value, share in zip((65, 66, 256), expected, strict=True):
         assert draws.count(value) / 3000 == pytest.approx(share.item(), abs=0.03)
@@ -219,7 +297,7 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling: dict[str, object], allowed
     logits = torch.full((VOCABULARY,), -50.0)
     logits[[65, 66, 67]] = torch.tensor([0.6, 0.3, 0.1]).log()
     generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, Sampling(**sampling), generator) for _ in range(300)} == allowed
+    assert set(sample(logits.expand(300, -1), Sampling(**sampling), [generator] * 300)) == allowed
 
 
 def test_a_transformer_xl_goes_on_past_its_segment_with_what_it_remembers():

@@ -1,153 +1,177 @@
-"""What training holds in memory: told on the meta device, and compared with what really is held on a CPU."""
+"""Training with what a model carries from each row to the same row of the next batch."""
 
-import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
-from typer.testing import CliRunner
 
-from pretrain.cli import app
-from pretrain.config import load
-from pretrain.memory import (
-    MANY_ROWS,
-    States,
-    activation_line,
-    activations_of,
-    measure_activations,
-    measure_kept,
-    on_meta,
-    shardings,
-)
-from pretrain.models import ByteModel, ModelConfig, build_model
+from data_pipeline.loader import Loader, LoaderConfig, MicroBatch
+from data_pipeline.reading import DataConfig, Reading, Record, open_streams
+from data_pipeline.shards import Corpus
+from data_pipeline.vocabulary import PADDING, SEPARATOR
+from pretrain.config import ConfigError, load
+from pretrain.engines import EngineConfig, NonFiniteError
+from pretrain.engines.pytorch import SingleProcessEngine
+from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
+from pretrain.optimizers import OptimizerConfig
 from tests.test_project import ROOT
 
-# A CPU has no fused attention with dropout, nor with a bias that has a gradient, such as relative positions.
-SMALL = [
-    ("debug", ("model.dropout=0.0",)),
-    ("debug", ("model.dropout=0.0", "model.cross_patch_bytes=4", "model.patch_encoder=convolution")),
-    ("debug", ("model.dropout=0.0", "model.local_model.width=128", "model.positions=rotary")),
-    ("perceiver_ar/debug", ("model.dropout=0.0", "model.cross_attend_dropout=0.5", "model.cross_attend_after=[1]")),
-    ("transformer/debug", ("model.dropout=0.0",)),
-    ("transformer_xl/debug", ("model.dropout=0.0", "model.positions=rotary")),
-]
-small_recipes = pytest.mark.parametrize(("name", "overrides"), SMALL)
-ROWS = 4
+T, ROWS, SEGMENTS = 16, 5, 4
 
 
-def model_of(name: str, overrides: tuple[str, ...]) -> ModelConfig:
-    return load(ROOT / f"configs/{name}.yaml", overrides).model
-
-
-def passes_on_cpu(config: ModelConfig) -> tuple[ByteModel, Tensor]:
+def model(sequence_length: int = T, memory_length: int = T, **changes: object) -> TransformerXL:
     torch.manual_seed(0)
-    return build_model(config).train(), torch.randint(0, 256, (ROWS, config.sequence_length), dtype=torch.int16)
+    fields = {"width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "initial_std": 0.3}
+    sizes = {"sequence_length": sequence_length, "memory_length": memory_length}
+    return TransformerXL(TransformerXLConfig.model_validate({**fields, **sizes, **changes}))
 
 
-@small_recipes
-def test_what_is_kept_is_what_autograd_saves_on_a_cpu(name: str, overrides: tuple[str, ...]):
-    config = model_of(name, overrides)
-    model, ids = passes_on_cpu(config)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(ids).mean()
-    assert measure_activations(config, ROWS, torch.float32).kept == sum(saved.values()) + loss.nbytes
-    assert measure_kept(config, ROWS, torch.float32) == sum(saved.values()) + loss.nbytes
+def engine(of: TransformerXL, micro_batch: int = ROWS, precision: str = "fp32") -> SingleProcessEngine:
+    config = EngineConfig(precision=precision, device="cpu")
+    return SingleProcessEngine(config, of, OptimizerConfig(), seed=3, global_batch=ROWS, micro_batch=micro_batch)
 
 
-@small_recipes
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_meta_device_holds_what_a_cpu_holds(name: str, overrides: tuple[str, ...], checkpointing: bool):
-    config = model_of(name, overrides)
-    assert measure_activations(config, ROWS, torch.float32, checkpointing) == activations_of(
-        *passes_on_cpu(config), checkpointing
-    )
+def lanes(length: int = SEGMENTS * T) -> np.ndarray:
+    """Rows that go on through several steps, with separators and a hole in them."""
+    ids = np.random.default_rng(0).integers(0, 256, (ROWS, length)).astype(np.int16)
+    ids[0, [3, T + 2]] = ids[1, T - 1] = ids[2, T] = SEPARATOR
+    ids[3, T + 5 : T + 9] = PADDING
+    return ids
 
 
-@small_recipes
-def test_the_peak_is_what_the_cpus_allocator_sees_to_a_twentieth(name: str, overrides: tuple[str, ...]):
-    """The allocator sees workspaces of kernels as well."""
-    config = model_of(name, overrides)
-    model, ids = passes_on_cpu(config)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(ids).mean().backward()
-    changes = [
-        event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]  # in the order of time
-    held = peak = 0
-    for change in changes:
-        held += change
-        peak = max(peak, held)
-    assert measure_activations(config, ROWS, torch.float32).peak == pytest.approx(peak, rel=0.05)
+def micro_batches(ids: np.ndarray, size: int = ROWS) -> list[MicroBatch]:
+    parts = [ids[first : first + size] for first in range(0, len(ids), size)]
+    return [MicroBatch(index, part, part != PADDING) for index, part in enumerate(parts)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@small_recipes
-def test_the_line_through_two_measurements_is_the_truth_to_a_fiftieth(
-    name: str, overrides: tuple[str, ...], checkpointing: bool
-):
-    config = model_of(name, overrides)
-    line = activation_line(config, torch.bfloat16, checkpointing)
-    for rows in (1, 2, 7, MANY_ROWS):
-        truth = measure_activations(config, rows, torch.bfloat16, checkpointing).peak
-        assert line.at(rows) == pytest.approx(truth, rel=0.02)
-    for rows in (1, 2, 50, 1000):
-        assert line.rows_within(line.at(rows) + 1) == rows
-        assert line.rows_within(line.at(rows) - 2) == rows - 1
-
-
-def test_states_are_16_bytes_a_parameter_and_two_for_a_copy_in_bf16():
-    model = on_meta(model_of("debug", ()))
-    parameters = model.parameter_count()
-    (alone,) = shardings(model, torch.float32, gpus=1)
-    assert alone.states == States(0, 4 * parameters, 4 * parameters, 8 * parameters)
-    (alone,) = shardings(model, torch.bfloat16, gpus=1)
-    assert alone.states == States(2 * parameters, 4 * parameters, 4 * parameters, 8 * parameters)
-
-
-def test_each_sharding_holds_less_than_the_one_before():
-    model = on_meta(model_of("megabyte/text", ()))
-    by_name = {sharding.name: sharding for sharding in shardings(model, torch.bfloat16, gpus=64)}
-    ddp, zero_1, zero_2, zero_3, hsdp = (sharding.bytes for sharding in by_name.values())
-    assert ddp > zero_1 > zero_2 > zero_3
-    parameters = model.parameter_count()
-    assert zero_1 == pytest.approx((2 + 4 + 12 / 64) * parameters, rel=1e-6)
-    assert zero_2 == pytest.approx((2 + 16 / 64) * parameters, rel=1e-6)
-    block = 12 * 2048**2 + 4 * 2048  # the global model's are the largest
-    outside = parameters - 14 * block - 18 * (12 * 1024**2 + 4 * 1024)
-    gathered = 2 * (outside + 3 * block)
-    assert zero_3 == pytest.approx(18 / 64 * parameters + gathered, rel=1e-6)
-    assert hsdp == pytest.approx(18 / 8 * parameters + gathered, rel=1e-6)
-
-
-def test_the_estimate_command_says_what_fits(tmp_path: Path):
-    recipe = str(ROOT / "configs/debug.yaml")
-    figures = tmp_path / "estimate.json"
-    command = ["models", "estimate", recipe, "--gpus", "16", "--memory", "0.1", "--json", str(figures)]
-    shown = CliRunner().invoke(app, command, env={"COLUMNS": "140"}, catch_exceptions=False)
-    assert [line.split()[0] for line in shown.output.splitlines() if " fits " in line or " too much " in line] == [
-        *["ddp", "zero-1", "zero-2", "zero-3,", "hsdp,"] * 2
+def train(it: SingleProcessEngine, ids: np.ndarray, size: int = ROWS, learning_rate: float = 0.0) -> list[float]:
+    """The nats of every step over rows that go on."""
+    return [
+        it.train_step(micro_batches(ids[:, start : start + T], size), step=step, learning_rate=learning_rate).nats
+        for step, start in enumerate(range(0, ids.shape[1], T))
     ]
-    written = json.loads(figures.read_text())
-    config = load(Path(recipe))
-    for kind, checkpointing in (("plain", False), ("checkpointing", True)):
-        for sharding in written["shardings"].values():
-            states = sum(sharding[name] for name in States._fields)
-            most = sharding["largest_micro_batch"][kind]
-            peak = measure_activations(config.model, most, torch.bfloat16, checkpointing).peak
-            assert states + peak <= written["usable_bytes"]
-            more = measure_activations(config.model, most + 2, torch.bfloat16, checkpointing).peak
-            assert states + more > written["usable_bytes"]
+
+
+def memory_of(it: SingleProcessEngine) -> dict[str, torch.Tensor]:
+    return {f.name: f.data.clone() for f in it.fragments() if f.name.startswith("memory/")}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, ROWS])
+def test_with_a_memory_of_all_before_steps_are_parts_of_one_long_row(micro_batch: int):
+    ids = lanes()
+    long = model(sequence_length=SEGMENTS * T, memory_length=0)
+    with torch.no_grad():
+        nats = torch.where(torch.from_numpy(ids != PADDING), long(torch.from_numpy(ids)), 0.0).double()
+    expected = [part.sum().item() for part in nats.split(T, 1)]
+    assert train(engine(model(memory_length=SEGMENTS * T), micro_batch), ids, micro_batch) == pytest.approx(expected)
+    assert train(engine(model(memory_length=0)), ids)[1:] != pytest.approx(expected[1:], rel=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_the_size_of_micro_batches_changes_nothing(micro_batch: int):
+    expected = train(engine(model()), lanes(), learning_rate=1e-3)
+    got = train(engine(model(), micro_batch), lanes(), micro_batch, learning_rate=1e-3)
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_gradient_flows_into_a_memory_that_is_dropped_or_kept():
+    it = engine(model())
+    train(it, lanes())
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in it._memory.values())
+    assert it.model(torch.zeros(1, T, dtype=torch.long), it.model.empty_memory(1))[1]["states"].grad_fn is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_memory_that_is_saved_in_one_layout_goes_on_in_another(precision: str):
+    """As a checkpoint does: fragments of one engine are copied into those of one with other micro-batches."""
+    ids = lanes()
+    whole = engine(model(), precision=precision)
+    expected = train(whole, ids)
+    first, then = engine(model(), 2, precision), engine(model(), 5, precision)
+    train(first, ids[:, : 2 * T], 2)
+    for source, target in zip(first.fragments(), then.fragments(), strict=True):
+        assert (source.name, source.shape) == (target.name, target.shape)
+        target.data.copy_(source.data)
+    assert train(then, ids[:, 2 * T :]) == pytest.approx(expected[2:], rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_forgetting_begins_anew():
+    ids = lanes()
+    it = engine(model())
+    first = train(it, ids)
+    it.forget()
+    assert train(it, ids) == first
+    assert train(it, ids)[0] != first[0]
+
+
+def test_validation_and_rehearsal_leave_memory_alone():
+    it = engine(model())
+    train(it, lanes())
+    before = memory_of(it)
+    it.nats(lanes()[:, :T])
+    it.rehearse(2)
+    assert before.keys() == {"memory/states", "memory/ids"}
+    for name, tensor in memory_of(it).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_refused_step_leaves_memory_as_it_was():
+    it = engine(model())
+    train(it, lanes())
+    before = memory_of(it)
+    with torch.no_grad():
+        it.model.norm.weight[0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        train(it, lanes())
+    for name, tensor in memory_of(it).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_an_epoch_is_as_many_long_rows_as_lanes(mixed: Corpus):
+    """Over two epochs: within one, memory goes on from batch to batch; at its border, it does not."""
+    data = DataConfig(shards=mixed.location, lanes=ROWS)
+    streams = open_streams(data, T)
+    reading = Reading(data, streams, Record(), ROWS)
+    order = streams["corpus"].order
+    steps = order.sequences_per_lane
+    it = engine(model(memory_length=steps * T), micro_batch=2)
+    long = model(sequence_length=steps * T, memory_length=0)
+    with Loader(reading.mixture, LoaderConfig(threads=1), global_batch=ROWS, micro_batch=2) as loader:
+        batches = iter(loader)
+        for _ in range(2):
+            nats, rows = 0.0, []
+            for _ in range(steps):
+                if not reading.goes_on:
+                    it.forget()
+                batch = next(batches)
+                rows.append(np.concatenate([m.ids for m in batch.micro_batches]))
+                nats += it.train_step(batch.micro_batches, step=0, learning_rate=0.0).nats
+                reading.advance(batch)
+            with torch.no_grad():
+                expected = long(torch.from_numpy(np.concatenate(rows, 1))).double().sum().item()
+            assert nats == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.lanes=128"], r"data\.lanes \(128\) is to be train\.global_batch \(64\)"),
+        (["train.global_batch=32"], r"data\.lanes \(64\) is to be train\.global_batch \(32\)"),
+        (["data.packing=document"], "one corpus of concatenated documents"),
+        (["data.shards=null", "data.mixture={a: {shards: x}, b: {shards: y}}"], "one corpus of concatenated documents"),
+    ],
+)
+def test_a_stream_whose_rows_do_not_go_on_is_refused(overrides: list[str], said: str):
+    recipe = ROOT / "configs/transformer_xl/debug.yaml"
+    with pytest.raises(ConfigError, match=said) as refused:
+        load(recipe, overrides)
+    assert str(refused.value).startswith(f"override {overrides[-1]}: model.memory_length")
+    load(recipe, [*overrides, "model.memory_length=0"])
+
+
+def test_of_another_number_of_lanes_no_row_goes_on(corpus_folder: Path):
+    for lanes_, global_batch, goes_on in ((8, 8, True), (8, 4, False), (4, 8, False)):
+        data = DataConfig(shards=str(corpus_folder / "train"), lanes=lanes_)
+        record = Record(step=3, next_sequence=3 * global_batch)
+        assert Reading(data, open_streams(data, T), record, global_batch).goes_on == goes_on

@@ -17,7 +17,7 @@ from pretrain.config import load
 from pretrain.engines import EngineConfig
 from pretrain.engines.pytorch import SingleProcessEngine, _micro_batch_seed
 from pretrain.evaluate import document_windows, evaluate, stride_of
-from pretrain.generate import Sampling, generate, sample
+from pretrain.generate import Sampling, generate, row_generator, sample
 from pretrain.models import build_model
 from pretrain.models.layers import (
     Attention,
@@ -202,7 +202,7 @@ def test_b5_caches_that_slide_instead_are_another_model_from_two_layers_on(count
     decoder.prime(ids[:, : N - 1])
     for t in range(N - 1, T - 1):
         for cache in decoder._caches[1:]:
-            cache.keys, cache.values = cache.keys[:, :, 1:], cache.values[:, :, 1:]
+            cache.keep_last(cache.kept - 1)
         decoder.latents = N - 1
         logits = decoder.step(ids[:, t])
     difference = (logits.log_softmax(-1) - log_probabilities(model, ids)[:, -1]).abs().max()
@@ -529,10 +529,10 @@ def test_e5_the_same_seed_draws_the_same_bytes_with_and_without_cache():
     with torch.no_grad():
         model.head.bias[SEPARATOR] = -100.0
     prompt, count = list(b"ab"), T - 3
-    generator, expected = torch.Generator().manual_seed(4), prompt.copy()
+    generators, expected = [row_generator(4, 0)], prompt.copy()
     for _ in range(count):
-        logits = log_probabilities(model, torch.tensor([[*expected, 0]]))[0, -1]
-        expected.append(sample(logits, Sampling(seed=4), generator))
+        logits = log_probabilities(model, torch.tensor([[*expected, 0]]))[:, -1]
+        expected += sample(logits, Sampling(seed=4), generators)
     assert list(generate(model, bytes(prompt), count, Sampling(seed=4))) == expected[2:]
     assert list(generate(model, bytes(prompt), count, Sampling(seed=5))) != expected[2:]
 

@@ -120,7 +120,7 @@ def test_a_windows_cache_keeps_what_the_next_position_sees():
     model = build(window=5)
     decoder = model.decoder(ROWS)
     decoder.prime(random_ids(length=13))
-    assert [cache.keys.shape[2] for cache in decoder._caches] == [4] * LAYERS
+    assert [cache.kept for cache in decoder._caches] == [4] * LAYERS
     assert [cache.length for cache in decoder._caches] == [14] * LAYERS
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
+from pretrain.models.byte_model import Memory
 from pretrain.models.layers import Rotary, rotate, sinusoids
 from pretrain.models.transformer_xl import (
+    NOTHING,
     Context,
-    Memory,
     Relative,
     SegmentAttention,
     TransformerXL,
@@ -45,14 +46,14 @@ def random_ids(rows: int = ROWS, length: int = T, seed: int = 1, top: int = 256)
     return torch.randint(0, top, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def prices(model: TransformerXL, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory | None]:
+def prices(model: TransformerXL, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
     """As `forward_segment`, in the model's own type."""
-    logits, memory = model.segment_logits(ids, memory)
+    logits, memory = model.segment_logits(ids, memory or {})
     return -logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], memory
 
 
-def segment_by_segment(model: TransformerXL, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Memory | None]:
-    nats, memory = [], None
+def segment_by_segment(model: TransformerXL, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Memory]:
+    nats, memory = [], {}
     for segment in ids.split(lengths, 1):
         some, memory = prices(model, segment, memory)
         nats.append(some)
@@ -160,7 +161,7 @@ def test_c2_without_memory_segments_are_strangers(positions: str):
     model = build(positions=positions, memory_length=0)
     ids = random_ids(length=3 * T)
     nats, memory = segment_by_segment(model, ids, [T] * 3)
-    assert memory is None
+    assert memory == {}
     assert_same(nats, torch.cat([prices(model, segment)[0] for segment in ids.split(T, 1)], 1))
 
 
@@ -180,7 +181,7 @@ def test_c4_no_gradient_flows_into_memory(positions: str):
     first, second = random_ids(length=2 * T).split(T, 1)
     nats, memory = prices(model, first)
     assert nats.requires_grad
-    assert not any(tensor.requires_grad for tensor in (*memory.states, memory.documents, memory.last_ids))
+    assert not any(tensor.requires_grad for tensor in memory.values())
     prices(model, second, memory)[0].sum().backward()
     read = torch.cat([first[:, -1:], second[:, :-1]], 1).unique()
     only_in_memory = [i for i in first[:, :-1].unique().tolist() if i not in read]
@@ -225,13 +226,12 @@ def test_c7_memory_keeps_the_last_states_of_old_memory_and_segment(memory_length
         block.register_forward_pre_hook(lambda _, inputs, states=states: states.append(inputs[0].detach()))
     memory = segment_by_segment(model, ids, lengths)[1]
     if memory_length == 0:
-        assert memory is None
+        assert memory == {}
         return
     kept = min(memory_length, sum(lengths))
     for layer in range(LAYERS):
-        assert torch.equal(memory.states[layer], torch.cat(seen[layer], 1)[:, -kept:])
-    assert memory.documents.shape == (ROWS, kept)
-    assert torch.equal(memory.last_ids, ids[:, -1])
+        assert torch.equal(memory["states"][:, layer], torch.cat(seen[layer], 1)[:, -kept:])
+    assert torch.equal(memory["ids"], ids[:, -kept:])
 
 
 @positions
@@ -255,7 +255,7 @@ def test_c9_a_document_does_not_see_the_one_before(positions: str, memory_length
 def test_forward_is_the_price_of_each_byte(positions: str):
     model = build(positions=positions)
     first, second = random_ids(length=2 * T).split(T, 1)
-    nats, memory = model.forward_segment(first, None)
+    nats, memory = model.forward_segment(first, {})
     assert nats.dtype == torch.float32
     assert torch.equal(nats, model(first))
     torch.testing.assert_close(nats.double(), prices(model, first)[0], atol=1e-5, rtol=0)
@@ -266,7 +266,7 @@ def test_forward_is_the_price_of_each_byte(positions: str):
 def test_c9_without_a_separator_the_segment_before_is_seen():
     model = build()
     first, second = random_ids(length=2 * T).split(T, 1)
-    memory = model.forward_segment(first, None)[1]
+    memory = model.forward_segment(first, {})[1]
     assert (model.forward_segment(second, memory)[0] - model(second)).abs().max() > 0.1
 
 
@@ -278,12 +278,38 @@ def test_rows_do_not_see_each_other():
         assert_same(segment_by_segment(model, ids[row : row + 1], [T] * 3)[0], together[row : row + 1])
 
 
-def test_the_first_rows_of_a_memory_are_those_rows():
-    model = build()
-    ids = random_ids(4, 2 * T, top=257)
-    memory = model.forward_segment(ids[:, :T], None)[1]
-    whole = prices(model, ids[:, T:], memory)[0]
-    assert_same(prices(model, ids[:3, T:], memory.first_rows(3))[0], whole[:3])
+@positions
+@pytest.mark.parametrize("memory_length", [1, 4, 2 * T, 40])
+def test_an_empty_memory_is_none(positions: str, memory_length: int):
+    """Also in some rows only: those begin, whatever the others remember."""
+    model = build(positions=positions, memory_length=memory_length)
+    ids = random_ids(3, 4 * T)
+    ids[0, 2 * T + 1] = SEPARATOR
+    expected, memory = segment_by_segment(model, ids, [T] * 4)
+    nats, after = prices(model, ids[:, :T], model.empty_memory(3))
+    assert_same(nats, expected[:, :T])
+    assert {name: tensor.shape for name, tensor in after.items()} == {
+        "states": (3, LAYERS, memory_length, 32),
+        "ids": (3, memory_length),
+    }
+    empty = model.empty_memory(3)
+    memory = {
+        name: torch.where(torch.arange(3).view(-1, *[1] * (tensor.dim() - 1)) == 1, empty[name], tensor)
+        for name, tensor in after.items()
+    }
+    second = prices(model, ids[:, T : 2 * T], memory)[0]
+    assert_same(second[[0, 2]], expected[[0, 2], T : 2 * T])
+    assert_same(second[1], prices(model, ids[1:2, T : 2 * T])[0][0])
+
+
+def test_a_memory_is_exact_in_fp32():
+    """As engines and checkpoints keep it, also of a model in bf16."""
+    model = build(double=False).bfloat16()
+    first, second = random_ids(length=2 * T, top=257).split(T, 1)
+    memory = model(first, model.empty_memory(ROWS))[1]
+    kept = {name: tensor.float() for name, tensor in memory.items()}
+    assert torch.equal(model(second, kept)[0], model(second, memory)[0])
+    assert (memory["ids"] != NOTHING).all()
 
 
 @positions
@@ -305,12 +331,13 @@ def test_cached_decoding_equals_forward_segment_through_all_segments(positions: 
 
 @positions
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
-@pytest.mark.parametrize("length", [T, T - 1, 1])
-def test_flops_are_those_that_torch_counts(positions: str, activation: str, length: int):
-    model = build(double=False, positions=positions, activation=activation, feed_forward_width=96)
+@pytest.mark.parametrize(("length", "memory_length"), [(T, 0), (T, T), (T - 1, 9), (1, 0)])
+def test_flops_are_those_that_torch_counts(positions: str, activation: str, length: int, memory_length: int):
+    sizes = {"feed_forward_width": 96, "memory_length": memory_length}
+    model = build(double=False, positions=positions, activation=activation, **sizes)
     model = model.bfloat16()  # its attention is plain products, which are counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(random_ids(1, length))
+        model(random_ids(1, length), model.empty_memory(1))
     assert counter.get_total_flops() == model.flops(length)
 
 
@@ -361,7 +388,7 @@ def test_e2_every_byte_value_costs_something(value: int):
 @positions
 def test_dropout_and_gradients_reach_every_parameter(positions: str, dtype: torch.dtype):
     model = build(double=False, dropout=0.1, positions=positions).to(dtype).train()
-    nats, memory = model.forward_segment(random_ids(), None)
+    nats, memory = model.forward_segment(random_ids(), {})
     (nats.sum() + model.forward_segment(random_ids(seed=2), memory)[0].sum()).backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
@@ -392,7 +419,7 @@ def test_memory_predicts_what_one_segment_cannot():
     bits = math.inf
     for _ in range(1500):
         ids = torch.randint(0, 16, (32, 8), generator=generator)
-        _, memory = model.forward_segment(ids, None)
+        _, memory = model.forward_segment(ids, {})
         loss = model.forward_segment(ids, memory)[0].mean() / math.log(2)
         bits = loss.item()
         if bits < 1.0:

@@ -167,7 +167,7 @@ def activations_of(model: ByteModel, ids: Tensor, checkpointing: bool = False) -
         for block in blocks_of(model):
             block.forward = partial(again, block.forward)
     with attention(), _LiveTensors() as live:
-        loss = model(ids).mean()
+        loss = mean_price(model, ids)
         kept = live.bytes
         loss.backward()
     return Activations(kept, live.peak)
@@ -181,10 +181,17 @@ def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
         alike = _Alike(live)
         for block in blocks_of(model):
             block.forward = partial(alike.run, block, block.forward)
-        loss = model(ids).mean()
+        loss = mean_price(model, ids)
         kept = live.bytes
     del loss  # held until now, with all that it needs
     return kept
+
+
+def mean_price(model: ByteModel, ids: Tensor) -> Tensor:
+    """Of a training pass, with memory where the model carries one."""
+    memory = model.empty_memory(len(ids))
+    nats: Tensor = model(ids, memory)[0] if memory else model(ids)
+    return nats.mean()
 
 
 def blocks_of(model: nn.Module) -> list[PreNorm]:
