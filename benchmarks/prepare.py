@@ -1,11 +1,12 @@
 """Preparation of a corpus against `zstd -3` of the same bytes, on one core and on two.
 
-python benchmarks/prepare.py [--quick] [--json PATH] [--folder FOLDER]... [--work FOLDER]
+python benchmarks/prepare.py [--quick] [--rounds N] [--json PATH] [--folder FOLDER]... [--work FOLDER]
 
-The corpus is every file of the folders: those of Python and its packages when none is named, of Python alone with
---quick. A second one is the same bytes as JSON lines of 2,000 bytes each, for what a document costs. Both are prepared
-by a process of its own, its output and all, beside `zstd -3 --single-thread` on a file of the raw bytes. Speed per core
-is by CPU seconds, so that a machine shared with others measures alike.
+The corpus is every file of the folders, its bytes as they are: those of Python and its packages when none is named, of
+Python alone with --quick. A second one is the same bytes as JSON lines of 2,000 bytes each, for what a document costs.
+Both are prepared by a process of its own, its output and all, beside `zstd -3 --single-thread` on the raw bytes in two
+files. Speed per core is by CPU seconds, so that a machine shared with others measures alike. What a second worker can
+gain is up to the machine: two zstd at once, with one of the files each, are measured against one with both.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.shards import Corpus
@@ -31,12 +33,15 @@ PREPARE = """
 import sys
 from pathlib import Path
 from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.readers import ReadOptions
 from data_pipeline.sources import Selection
-out, workers, shard_bytes, *sources = sys.argv[1:]
+out, workers, shard_bytes, reader, *sources = sys.argv[1:]
 selection = Selection(exclude=["site-packages"])
-options = PrepareOptions(selection, shard_bytes=int(shard_bytes), skip_bad=True)
+options = PrepareOptions(selection, ReadOptions(reader), shard_bytes=int(shard_bytes), skip_bad=True)
 prepare(sources, Path(out), options, lambda done, total: None, int(workers))
 """
+ZSTD = ["zstd", "-3", "--single-thread", "-q", "-c"]
+TWO_ZSTD = ["sh", "-c", f'{" ".join(ZSTD)} "$0" & {" ".join(ZSTD)} "$1" & wait']
 LINE_BYTES = 2_000
 LINES_BYTES = 100 << 20
 """Of the corpus of JSON lines."""
@@ -59,35 +64,45 @@ def main() -> None:
     shard_bytes = (16 if chosen.quick else 256) << 20
     with tempfile.TemporaryDirectory(dir=chosen.work) as temporary:
         work = Path(temporary)
-        corpora = {"files": folders, "lines": [str(work / "lines.jsonl")]}
-        raw = work / "raw"
+        halves = [work / "raw-0", work / "raw-1"]
         measure_preparation(folders, 2, work / "first", shard_bytes, keep=True)
         with Corpus(work / "first") as corpus:
             size, documents = corpus.raw_bytes, int(corpus.manifest["documents"])
-            write_raw(corpus, raw)
+            write_raw(corpus, halves)
         shutil.rmtree(work / "first")
-        lines = write_lines(raw, work / "lines.jsonl")
-        costs: dict[str, list[Cost]] = {"zstd": [], "one": [], "two": [], "lines": []}
-        for _ in range(1 if chosen.quick else 3):
-            costs["zstd"].append(measure(["zstd", "-3", "--single-thread", "-q", "-c", str(raw)]))
-            for name, sources, workers in (("one", folders, 1), ("two", folders, 2), ("lines", corpora["lines"], 1)):
-                costs[name].append(measure_preparation(sources, workers, work / "out", shard_bytes))
+        lines = write_lines(halves[0], work / "lines.jsonl")
+        prepared = {
+            "one": partial(measure_preparation, folders, 1, work / "out", shard_bytes),
+            "two": partial(measure_preparation, folders, 2, work / "out", shard_bytes),
+            "lines": partial(measure_preparation, [str(work / "lines.jsonl")], 1, work / "out", shard_bytes, "jsonl"),
+        }
+        costs: dict[str, list[Cost]] = {"zstd": [], "two zstd": [], **{name: [] for name in prepared}}
+        for _ in range(chosen.rounds or (1 if chosen.quick else 3)):
+            costs["zstd"].append(measure([*ZSTD, *map(str, halves)]))
+            costs["two zstd"].append(measure([*TWO_ZSTD, *map(str, halves)]))
+            for name, measure_it in prepared.items():
+                costs[name].append(measure_it())
     per_core = {
         name: (lines if name == "lines" else size) / statistics.median(cost.cpu for cost in runs) / 1e6
         for name, runs in costs.items()
     }
     wall = {name: statistics.median(cost.wall for cost in runs) for name, runs in costs.items()}
-    ratio = statistics.median(mine.wall / both.wall for mine, both in zip(costs["one"], costs["two"], strict=True))
+    ratio, limit = (
+        statistics.median(one.wall / two.wall for one, two in zip(costs[a], costs[b], strict=True))
+        for a, b in (("one", "two"), ("zstd", "two zstd"))
+    )
     of_zstd = statistics.median(z.cpu / one.cpu for z, one in zip(costs["zstd"], costs["one"], strict=True))
-    peak = max(cost.peak for name, runs in costs.items() if name != "zstd" for cost in runs)
+    peak = max(cost.peak for name in prepared for cost in costs[name])
     sum_peak = max(cost.sum_peak for cost in costs["two"])
     what = f"{size / 1e9:.2f} GB in {documents:,} files"
     metrics = [
         Metric("prepare, per core", per_core["one"], "MB/s", f"{what}, raw bytes by CPU seconds, 1 worker"),
-        Metric("zstd -3, per core", per_core["zstd"], "MB/s", "the command, one thread, the same bytes in one file"),
+        Metric("zstd -3, per core", per_core["zstd"], "MB/s", "the command, one thread, the same bytes"),
         Metric("prepare / zstd", of_zstd, "", "per core", goal=0.6),
         Metric("prepare, 2 workers", size / wall["two"] / 1e6, "MB/s", "by the clock"),
         Metric("2 workers / 1", ratio, "", "by the clock", goal=1.8),
+        Metric("zstd: 2 / 1", limit, "", "by the clock, half of the bytes each: what the machine gives"),
+        Metric("scaling, ours / zstd's", ratio / limit, "", "of the two above", goal=0.95),
         Metric("small documents, per core", per_core["lines"], "MB/s", f"JSON lines of {LINE_BYTES:,} bytes, 1 worker"),
         Metric("peak memory of a process", peak / 1e6, "MB", "any of them", goal=600, better="lower"),
         Metric("peak memory of all", sum_peak / 1e6, "MB", "parent and 2 workers", goal=600, better="lower"),
@@ -98,16 +113,19 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="end within a minute, with fewer rounds and files")
+    parser.add_argument("--rounds", type=int, help="how often each is measured, instead of 1 time or 3 times")
     parser.add_argument("--json", type=Path, help="write the metrics here as well")
     parser.add_argument("--folder", action="append", help="what to prepare instead of Python's libraries (repeatable)")
     parser.add_argument("--work", type=Path, help="where to write; twice the corpus must fit")
     return parser.parse_args()
 
 
-def write_raw(corpus: Corpus, path: Path) -> None:
-    with path.open("wb") as file:
-        for block in range(len(corpus)):
-            file.write(corpus.read_content(block)[0])
+def write_raw(corpus: Corpus, halves: list[Path]) -> None:
+    """Writes the bytes of all blocks, the first half of them to the first file."""
+    for number, path in enumerate(halves):
+        with path.open("wb") as file:
+            for block in range(len(corpus) * number // 2, len(corpus) * (number + 1) // 2):
+                file.write(corpus.read_content(block)[0])
 
 
 def write_lines(raw: Path, path: Path) -> int:
@@ -120,8 +138,10 @@ def write_lines(raw: Path, path: Path) -> int:
     return written
 
 
-def measure_preparation(sources: list[str], workers: int, out: Path, shard_bytes: int, keep: bool = False) -> Cost:
-    cost = measure([sys.executable, "-c", PREPARE, str(out), str(workers), str(shard_bytes), *map(str, sources)])
+def measure_preparation(
+    sources: list[str], workers: int, out: Path, shard_bytes: int, reader: str = "files", keep: bool = False
+) -> Cost:
+    cost = measure([sys.executable, "-c", PREPARE, str(out), str(workers), str(shard_bytes), reader, *sources])
     if not keep:
         shutil.rmtree(out)
     return cost

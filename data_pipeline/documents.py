@@ -1,7 +1,7 @@
 """Documents: what a corpus is made of."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 READ_BYTES = 1 << 20
 """Documents are read in pieces of about this size, so one may be larger than memory."""
@@ -10,8 +10,7 @@ MODALITIES = ("text", "code", "image", "audio", "binary")
 """What a document's bytes are. A block says which of them it holds by a bit each, in this order."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     key: str
     """Unique name in the corpus, with '/' between parts."""
     modality: str

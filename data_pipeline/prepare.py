@@ -9,7 +9,7 @@ and tasks of a scheduler's array share the jobs through that folder and may chan
 of the sources and the options alone.
 
 Memory of a process, whatever the size of the corpus and of a document: about 50 MB of libraries, and the larger of
-spill.BUFFER_BYTES (scattering), and 40 bytes a document of one shard and some four blocks (gathering); one folder's
+spill.BUFFER_BYTES (scattering), and 40 bytes a document of one shard and some six blocks (gathering); one folder's
 entries while it is listed. Media are as their readers say. Disk, besides OUT: the raw bytes of documents that come out
 of containers, and once more those of the shards being gathered.
 """
@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ from data_pipeline.shards import ShardIndex, write_index
 __all__ = ["PrepareOptions", "PrepareReport", "SourceReport", "Task", "prepare"]
 
 SMALL_BYTES = 32 << 20
-"""Sources of fewer bytes are prepared by one process: starting others takes longer."""
+"""Sources of fewer bytes are prepared by one process: starting others takes longer. They start while others list."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +126,27 @@ def prepare(
     names = [str(source) for source in sources]
     asked = identity(names, options)
     folder = out.with_name(f"{out.name}.partial")
-    with _held(folder, out) as is_open:
-        if not is_open:
-            return _finished(out, folder, asked)
-        plan = _planned(folder, names, options)
-    small = sum(source["bytes"] for source in plan.sources) < SMALL_BYTES
-    with Pool(plan, 1 if small else workers, task.number / task.of, (task.number + 1) / task.of) as pool:
+    with Pool(folder, options.skip_bad, workers, task.number / task.of, (task.number + 1) / task.of) as pool:
+
+        def listed(size: int) -> None:
+            if size >= SMALL_BYTES:
+                pool.start()
+
+        with _held(folder, out) as is_open:
+            if not is_open:
+                return _finished(out, folder, asked)
+            plan = _planned(folder, names, options, listed)
         scatter = Scatter(plan)
         total = sum(scatter.sizes) + sum(source["bytes"] for source in plan.sources)
         if not (folder / "layout.json").exists():  # units are not kept until the end
-            pool.run(scatter, lambda done: progress(done, total))
+            pool.run(plan, scatter, lambda done: progress(done, total))
         with _held(folder, out) as is_open:
             if not is_open:
                 return _finished(out, folder, asked)
             layout = _laid_out(plan)
         gather = Gather(plan, layout)
         total = sum(scatter.sizes) + sum(gather.sizes)
-        pool.run(gather, lambda done: progress(sum(scatter.sizes) + done, total))
+        pool.run(plan, gather, lambda done: progress(sum(scatter.sizes) + done, total))
     with _held(folder, out) as is_open:
         if not is_open:
             return _finished(out, folder, asked)
@@ -198,8 +202,12 @@ def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
     return report
 
 
-def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions) -> Plan:
-    """The plan that is there, or a new one. Where none can be made, nothing stays on disk."""
+def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions, listed: Callable[[int], None]) -> Plan:
+    """The plan that is there, or a new one. Where none can be made, nothing stays on disk.
+
+    Args:
+        listed: told the bytes of the files, while they are listed too.
+    """
     if (folder / "plan.json").exists():
         plan = Plan.load(folder, options.skip_bad)
         if changed := difference(plan.identity, identity(sources, options)):
@@ -207,11 +215,12 @@ def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions) -> P
                 f"{folder} was begun with other sources or options ({changed}); "
                 "go on with the same, or remove it to begin anew"
             )
+        listed(sum(source["bytes"] for source in plan.sources))
         return plan
     try:
         for name in ("units", "shards", *(f"corpus/{part}" for part in options.parts)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        make_plan(folder, sources, options)
+        make_plan(folder, sources, options, listed)
     except BaseException:
         remove(folder)
         raise

@@ -61,7 +61,8 @@ class DataConfig(PackingConfig, frozen=True, extra="forbid", use_attribute_docst
     """Changes of the mixture's weights on the way: a list of step and weights."""
     lanes: int = Field(default=128, ge=1)
     """Places of a corpus that are read side by side; with at least as many as a global batch has rows, its rows are
-    strangers. Memory of the loader: for each corpus a block (of 1 MiB as a rule) a lane, two at most."""
+    strangers; with just as many, each row goes on in the same row of the next batch. Memory of the loader: for each
+    corpus a block (of 1 MiB as a rule) a lane, two at most."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Changes the order of each corpus in every epoch."""
     bad_blocks: int = Field(default=0, ge=0)
@@ -212,6 +213,13 @@ class Reading:
         record.next_sequence = batch.next_sequence
         record.digest = f"{(int(record.digest, 16) + batch.digest) % DIGEST_MODULUS:064x}"
         self._begin_stages()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether each row of the next batch begins where the same row of the batch before ended."""
+        (stream, *others) = self.mixture.streams.values()
+        in_step = stream.order.lanes == self.record.batches[-1][2] and not others
+        return in_step and self.record.next_sequence % stream.sequences_per_epoch != 0
 
     def epochs(self) -> dict[str, float]:
         """How often each source has been read through."""

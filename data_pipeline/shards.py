@@ -447,10 +447,10 @@ class Corpus:
 
     def _read(self, block: int, through: int | None, count: int, checked: Callable[[list[memoryview]], T]) -> T:
         """What `checked` makes of the first `count` members of a block. Wrong bytes from afar are fetched anew."""
-        begin = int(self.index[block]["frame_offset"])
+        record = self.index[block]
+        begin, name = int(record["frame_offset"]), self._shard_names[record["shard"]]
         spans = self.members(block)[:count]
         ahead = self._span_end(block, block if through is None else through)
-        name = self._shard_names[self.index[block]["shard"]]
         for attempt in range(1, self.storage.rereads + 1):
             try:
                 span = memoryview(self.storage.read_ahead(name, begin, begin + spans[-1][1], ahead, attempt > 1))

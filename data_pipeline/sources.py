@@ -9,9 +9,11 @@ Where files may be read from a URL, fsspec reads them; its own configuration and
 import fnmatch
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
@@ -19,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from data_pipeline.errors import BadDocumentError, CorpusError
 from data_pipeline.gitignore import RuleFile, is_ignored, parse_rules, rules_above
 
-REASONS = ("empty", "unreadable", "damaged", "binary", "no field", "link", "duplicate", "over the limit")
+REASONS = ("empty", "unreadable", "damaged", "binary", "no field", "link", "sparse", "duplicate", "over the limit")
 """Why files and documents are left out, in the words by which they are counted."""
 
 BUFFER_BYTES = 64 << 10
@@ -28,8 +30,7 @@ READ_AHEAD_BYTES = 8 << 20
 """What one request to an object store asks for."""
 
 
-@dataclass(frozen=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     source: int
     """Which of the sources it was found under, counted from 0."""
     url: str
@@ -91,6 +92,24 @@ def list_files(sources: Sequence[str], selection: Selection) -> Iterator[SourceF
     return (
         _listed(number, key, entry) for number, root in enumerate(roots) for key, entry in _entries_of(root, selection)
     )
+
+
+def read_small(file: SourceFile) -> bytes | None:
+    """What a small file of this machine holds, in three system calls; None unless it has as many bytes as were listed.
+
+    Opening the file says what is wrong otherwise.
+    """
+    if file.size is None or _is_url(file.url):
+        return None
+    try:
+        descriptor = os.open(file.url, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            content = os.read(descriptor, file.size + 1)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+    return content if len(content) == file.size else None
 
 
 def open_file(url: str, buffered: bool = True) -> BinaryIO:
@@ -191,17 +210,18 @@ def _local_root(source: str) -> _Root:
     if path.is_dir():
         entry = _Entry(place.name, str(path), is_folder=True)
         return _Root(source, place.name, PurePosixPath(place), entry, _local_entries, rules_above(place))
-    return _Root(source, path.name, PurePosixPath(place), _local_entry(path.name, str(path), False), _local_entries)
+    entry = _local_entry(path.name, str(path), False, path.stat)
+    return _Root(source, path.name, PurePosixPath(place), entry, _local_entries)
 
 
 def _local_entries(folder: str) -> list[_Entry]:
     with os.scandir(folder) as found:
-        return [_local_entry(entry.name, entry.path, entry.is_symlink()) for entry in found]
+        return [_local_entry(entry.name, entry.path, entry.is_symlink(), entry.stat) for entry in found]
 
 
-def _local_entry(name: str, path: str, is_link: bool) -> _Entry:
+def _local_entry(name: str, path: str, is_link: bool, status_of: Callable[[], os.stat_result]) -> _Entry:
     try:
-        status = os.stat(path)  # noqa: PTH116  a Path for each of a million files costs more than the call
+        status = status_of()
     except OSError as error:
         return _Entry(name, path, False, None, "unreadable", _in_a_line(error))
     if stat.S_ISDIR(status.st_mode):
@@ -210,9 +230,12 @@ def _local_entry(name: str, path: str, is_link: bool) -> _Entry:
         return _Entry(name, path, is_folder=True)
     if not stat.S_ISREG(status.st_mode):
         return _Entry(name, path, False, None, "unreadable", "not a regular file")
-    if not os.access(path, os.R_OK):
+    if status.st_mode & _READABLE != _READABLE and not os.access(path, os.R_OK):
         return _Entry(name, path, False, None, "unreadable", "Permission denied")
     return _Entry(name, path, False, status.st_size)
+
+
+_READABLE = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
 def _remote_root(source: str) -> _Root:
@@ -280,16 +303,29 @@ def _listed(source: int, key: str, entry: _Entry) -> SourceFile | Skipped:
 def _entries_of(root: _Root, selection: Selection) -> Iterator[tuple[str, _Entry]]:
     """The files of a source that the selection takes, by key."""
     if root.entry.is_folder:
-        for path, entry in _walk(root, root.entry.url, "", selection, root.rules):
+        for path, entry in _walk(root, selection):
             yield (f"{root.name}/{path}" if root.name else path), entry
-    elif not selection.include or _matches(root.name, selection.include):
+    elif not selection.include or _matcher(tuple(selection.include))(root.name):
         yield root.name, root.entry
 
 
-def _walk(
+def _walk(root: _Root, selection: Selection) -> Iterator[tuple[str, _Entry]]:
+    """The files of a folder and its folders that the selection takes, sorted by their paths from the source."""
+    under_way = [_chosen(root, root.entry.url, "", selection, root.rules)]
+    while under_way:  # a folder and those above it: generators in one another would pass each file through all of them
+        for path, entry, rules in under_way[-1]:
+            if entry.is_folder:
+                under_way.append(_chosen(root, entry.url, f"{path}/", selection, rules))
+                break
+            yield path, entry
+        else:
+            under_way.pop()
+
+
+def _chosen(
     root: _Root, folder: str, below: str, selection: Selection, rules: tuple[RuleFile, ...]
-) -> Iterator[tuple[str, _Entry]]:
-    """The files of a folder and its folders that the selection takes, sorted by their paths from the source.
+) -> Iterator[tuple[str, _Entry, tuple[RuleFile, ...]]]:
+    """What a folder holds that the selection takes, in order, by path from the source; and the rules that hold there.
 
     Args:
         below: the folder's own path from the source, with a '/' at its end unless it is empty.
@@ -304,21 +340,21 @@ def _walk(
             if entry.name == ".gitignore" and not entry.is_folder and not entry.problem:
                 with open_file(entry.url) as file:
                     rules += (RuleFile(parse_rules(file.read()), below=tuple(below.split("/")[:-1])),)
+    included, excluded = _matcher(tuple(selection.include)), _matcher(tuple(selection.exclude))
     for entry in found:
-        path = below + entry.name
-        if _matches(path, selection.exclude):
+        name, path = entry.name, below + entry.name
+        if excluded(name) or excluded(path):
             continue
         if selection.gitignore and is_ignored(path.split("/"), entry.is_folder, rules):
             continue
-        if entry.is_folder:
-            yield from _walk(root, entry.url, f"{path}/", selection, rules)
-        elif not selection.include or _matches(path, selection.include):
-            yield path, entry
+        if entry.is_folder or not selection.include or included(name) or included(path):
+            yield path, entry, rules
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    name = _last_part(path)
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(path, p) for p in patterns)
+@lru_cache(maxsize=4)
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], object]:
+    """What is true of names that match one of the glob patterns."""
+    return re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)").match
 
 
 def _is_url(source: str) -> bool:

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import fsspec
 from pydantic import BaseModel, Field
 
 from data_pipeline.errors import CorpusError, CorruptBlockError, ForbiddenError, MissingFileError, ShardEndsError
@@ -349,6 +348,8 @@ class _WrongAnswerError(Exception):
 
 def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     """The file system of a URL and the path in it, without caches or attempts of its own."""
+    from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs are worth it
+
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("http", "https"):
@@ -360,7 +361,7 @@ def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     elif protocol in ("s3", "s3a"):
         times = {"connect_timeout": timeout, "read_timeout": timeout}
         options["config_kwargs"] = {**times, "retries": {"total_max_attempts": 1}}
-    files, root = fsspec.url_to_fs(url, **options)
+    files, root = url_to_fs(url, **options)
     if protocol in ("s3", "s3a"):
         files.retries = 1
     return files, root

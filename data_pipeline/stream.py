@@ -150,20 +150,20 @@ class ByteStream:
         """
         sequences = np.concatenate(groups)
         window = Window(len(sequences), self.sequence_length, self._memory)
-        slots, done = np.empty_like(sequences), 0
+        rows = list[int]()
         # In the order of their first rows, so that rows that follow each other are a stride apart.
         for run in sorted(self.order.runs(sequences), key=lambda run: run.rows.start):
-            own = sequences[run.rows].tolist()
-            slots[run.rows] = np.arange(done, done + len(own))
-            self._read_run(run, own, window, done * self.sequence_length)
-            done += len(own)
+            self._read_run(run, sequences[run.rows], window, len(rows) * self.sequence_length)
+            rows.extend(range(run.rows.start, run.rows.stop, run.rows.step))
+        slots = np.empty_like(sequences)
+        slots[rows] = np.arange(len(rows))
         return window.in_groups(slots, [len(group) for group in groups])
 
-    def _read_bytes(self, run: Run, sequences: list[int], window: Window, place: int) -> None:
+    def _read_bytes(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
         """Reads a run to a place of a window."""
         begin, length = place, self.sequence_length
         for piece in self.order.pieces(run.epoch, run.start, run.start + len(sequences) * length):
-            content = self._content(piece, sequences[(place - begin) // length])
+            content = self._content(piece, sequences.item((place - begin) // length))
             stop = piece.start + piece.length
             if content is None:
                 window.pad(place, place + piece.length)
@@ -194,7 +194,7 @@ class ByteStream:
         mask: Mask,
         content: _Content,
         piece: Piece,
-        sequences: list[int],
+        sequences: NDArray[np.int64],
         window: Window,
         place: int,
         begin: int,
@@ -252,11 +252,11 @@ class ByteStream:
         steps_over = self.packing.packing == "concatenate" and not self._separate
         return _Content(np.delete(units, ends) if steps_over else units, ends)
 
-    def _read_documents(self, run: Run, sequences: list[int], window: Window, place: int) -> None:
+    def _read_documents(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
         """Reads a run to a place of a window: a row for each document."""
         pieces = self.order.pieces(run.epoch, run.start, run.start + len(sequences))
         documents = ((piece, ordinal) for piece in pieces for ordinal in range(piece.start, piece.start + piece.length))
-        for (piece, ordinal), sequence in zip(documents, sequences, strict=True):
+        for (piece, ordinal), sequence in zip(documents, sequences.tolist(), strict=True):
             self._read_document(piece, ordinal, sequence, window, place)
             place += self.sequence_length
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import sys
 import tempfile
 import time
@@ -11,27 +10,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process
 from pretrain import config as configuration
-from pretrain import corpus_commands, inspect_commands
+from pretrain import corpus_commands, inspect_commands, model_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
-from pretrain.console import byte_progress, printable, said, say
+from pretrain.console import byte_progress, run, said, say
 from pretrain.engines import EngineError, choose_device, compute_dtype
-from pretrain.evaluate import Evaluation, Score, evaluate, scorer
+from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
+from pretrain.evaluation_report import Report
 from pretrain.fragments import whole
-from pretrain.generate import Sampling, SamplingError, generate
-from pretrain.models import ByteModel, ModelConfig, build_model
+from pretrain.generate import Sampling, SamplingError, generate_rows
+from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
+from pretrain.models.megabyte import Megabyte
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
+from pretrain.words import count_words
 
 app = typer.Typer(
     name="byteloom",
@@ -42,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
+app.add_typer(model_commands.app, name="models")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
@@ -84,6 +84,10 @@ class Grouping(StrEnum):
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA where there is one.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="The run's own when left out.")]
+LatentsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a Perceiver AR: more predict better, fewer faster. The run's own when left out."),
+]
 
 
 @app.command("train")
@@ -101,72 +105,132 @@ def start(recipe: Path) -> int:
     return train(configuration.load(recipe), said)
 
 
+def _words(text: str | None) -> str | None:
+    if text is not None and text != "count" and not (text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text} is neither a number of words nor: count")
+    return text
+
+
 @app.command("eval")
 def eval_command(
     model: ModelPath,
     shards: Annotated[
         str | None, typer.Argument(help="A corpus, folder or URL; the run's own validation corpus when left out.")
     ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
+    ] = Mode.windows,
     by: Annotated[Grouping, typer.Option(help="How documents are grouped.")] = Grouping.folder,
     rows: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 16,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Bytes scored at the end of each window; fewer give each more context, at more cost. The mode's own "
+            "when left out.",
+        ),
+    ] = None,
+    latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            metavar="count|NUMBER",
+            callback=_words,
+            help="Perplexity by word as well, of so many words in the corpus, or of those between white space.",
+        ),
+    ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(help="Folder for bits per byte by position in the window and in the patch: CSV and a picture."),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
-    loaded, checkpoint = _load_model(model, device, precision)
+    loaded, checkpoint = _load_model(model, device, precision, latents)
+    stride = stride or stride_of(loaded, mode)
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
     chosen = shards or own
     remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
     with Corpus(chosen, remote=remote) as corpus, byte_progress("scoring") as bar:
+        counted = count_words(corpus, by.group_of) if words == "count" else {}
         task = bar.add_task("", total=corpus.raw_bytes)
-        result = evaluate(
-            scorer(loaded), corpus, loaded.sequence_length, rows, by.group_of, lambda done: bar.advance(task, done)
-        )
-    _print_scores(
-        result,
-        f"{checkpoint.folder} on {chosen}, windows of {loaded.sequence_length:,} from each document's start",
+        result = evaluate_model(loaded, corpus, mode, rows, by.group_of, lambda done: bar.advance(task, done), stride)
+    report = Report(
+        model=str(checkpoint.folder),
+        corpus=chosen,
+        mode=mode,
+        sequence_length=loaded.sequence_length,
+        stride=stride,
+        evaluation=result,
+        patch_size=loaded.patch_size if isinstance(loaded, Megabyte) else None,
+        words=sum(counted.values()) if words in (None, "count") else int(words),
+        words_of_groups=counted,
     )
+    report.print()
     if json_path is not None:
-        scores = {"total": _as_json(result.total), "groups": {n: _as_json(s) for n, s in result.groups.items()}}
-        json_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        json_path.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    if curves is not None:
+        report.write_curves(curves)
 
 
 @app.command("generate")
 def generate_command(
     model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="Text the model goes on from.")] = "",
-    prompt_file: Annotated[Path | None, typer.Option(help="File whose bytes the model goes on from.")] = None,
-    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write, at most.")] = 256,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text the model goes on from; may be given again.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="File whose bytes the model goes on from; may be given again.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt, drawn side by side.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a file each, PROMPT-SAMPLE.bin; standard output is for one continuation."),
+    ] = None,
+    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write of each, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+    latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
-    """Write bytes that follow a prompt to standard output, each as soon as it is drawn.
+    """Write bytes that follow a prompt to standard output, each as soon as it is drawn; or many to a folder.
 
-    Ends early where the model ends the document.
+    A continuation ends early where the model ends the document.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    try:
-        start_bytes = prompt_file.read_bytes() if prompt_file else prompt.encode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise CorpusError(f"cannot read the prompt {prompt_file}: {error.strerror}") from error
-    loaded, _ = _load_model(model, device, precision)
-    out = sys.stdout.buffer
-    started, written = time.perf_counter(), 0
+    prompts = [text.encode("utf-8", "surrogateescape") for text in prompt or []]
+    for path in prompt_file or []:
+        try:
+            prompts.append(path.read_bytes())
+        except OSError as error:
+            raise CorpusError(f"cannot read the prompt {path}: {error.strerror}") from error
+    prompts = [each for each in prompts or [b""] for _ in range(samples)]
+    if out is None and len(prompts) > 1:
+        raise SamplingError(f"{len(prompts)} continuations: name a folder for them, --out FOLDER")
+    loaded, _ = _load_model(model, device, precision, latents)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    written = [bytearray() for _ in prompts]
+    started = time.perf_counter()
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
-        for byte in generate(loaded, start_bytes, count, sampling):
-            out.write(bytes([byte]))
-            out.flush()
-            written += 1
+        for row, byte in generate_rows(loaded, prompts, count, sampling):
+            written[row].append(byte)
+            if out is None:
+                sys.stdout.buffer.write(bytes([byte]))
+                sys.stdout.buffer.flush()
     seconds = time.perf_counter() - started
-    ending = "" if written == count else ", where the model ended the document"
-    say(f"\n{written} bytes, {written / seconds:.0f} bytes/s{ending}")
+    if out is not None:
+        for row, continuation in enumerate(written):
+            (out / f"{row // samples:03d}-{row % samples:03d}.bin").write_bytes(continuation)
+    total = sum(map(len, written))
+    ended = sum(len(continuation) < count for continuation in written)
+    ending = f"; the model ended {ended} of {len(written)} documents" if ended else ""
+    say(f"\n{total:,} bytes, {total / seconds:,.0f} bytes/s{ending}")
 
 
 @app.command()
@@ -208,7 +272,9 @@ def config_explain(
     typer.echo(configuration.explain(field))
 
 
-def _load_model(path: Path, device: Device, precision: Precision | None) -> tuple[ByteModel, Metadata]:
+def _load_model(
+    path: Path, device: Device, precision: Precision | None, latents: int | None
+) -> tuple[ByteModel, Metadata]:
     """The model of a run's newest checkpoint, or of one checkpoint, ready to score and generate."""
     if (path / "metadata.json").exists():
         checkpoint: Metadata | None = verify(path)
@@ -217,60 +283,32 @@ def _load_model(path: Path, device: Device, precision: Precision | None) -> tupl
     if checkpoint is None:
         raise CheckpointError(f"no valid checkpoint at {path}: it is neither a checkpoint nor a run that has one")
     config = checkpoint.state["config"]
-    model = build_model(ModelConfig.model_validate(config["model"])).eval()
+    family = model_config(config["model"])
+    if latents is not None:
+        if not isinstance(family, PerceiverARConfig):
+            raise CheckpointError(f"--latents {latents}: {path} is a {family.family}, which has none")
+        if latents > family.sequence_length:
+            raise CheckpointError(f"--latents {latents}: more than the sequence length, {family.sequence_length}")
+        family = family.model_copy(update={"latents": latents})
+    model = build_model(family).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
     dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
     return model.to(choose_device(device.value), dtype), checkpoint
 
 
-def _print_scores(result: Evaluation, title: str) -> None:
-    table = Table(title=escape(printable(title)), title_justify="left")
-    table.add_column("documents of")
-    for name in ("bits/byte", "bytes", "documents"):
-        table.add_column(name, justify="right")
-    for name, score in sorted(result.groups.items()):
-        table.add_row(escape(printable(name)), f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}")
-    total = result.total
-    table.add_section()
-    table.add_row("all", f"{total.bits_per_byte:.4f}", f"{total.bytes:,}", f"{total.documents:,}")
-    Console().print(table)
-
-
-def _as_json(score: Score) -> dict[str, float]:
-    return {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes, "documents": score.documents}
-
-
-class _ConsoleHandler(logging.Handler):
-    """Log lines for people, above a live progress line where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        say(f"{mark}{record.getMessage()}")
-
-
 def main() -> None:
-    """Runs the command; a fault that a person can mend is one line and exit code 1."""
-    handler = _ConsoleHandler(logging.INFO)
-    for name in ("pretrain", "data_pipeline"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-        logging.getLogger(name).addHandler(handler)
-    try:
-        app()
-    except (
+    """Runs a command."""
+    faults = (
         CorpusError,
         ConfigError,
         CheckpointError,
         EngineError,
+        EvaluationError,
         RunFolderError,
         SamplingError,
         TrainingError,
-    ) as error:
-        for line in str(error).splitlines():
-            say(f"error: {line}")
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder that may not be written
-        say(f"error: {error}")
-        sys.exit(1)
+    )
+    run(app, faults)
 
 
 if __name__ == "__main__":

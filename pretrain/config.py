@@ -13,10 +13,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -25,7 +25,7 @@ from data_pipeline.reading import DataConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
-from pretrain.models import ModelConfig
+from pretrain.models import ModelConfig, carries_memory
 from pretrain.optimizers import OptimizerConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
@@ -45,6 +45,22 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _memory_finds_its_rows(self) -> Self:
+        if not carries_memory(self.model):
+            return self
+        if self.data.mixture or self.data.packing == "document":
+            raise ValueError(
+                "model.memory_length carries each row on into the next batch, which rows of a data.mixture or of "
+                "data.packing document do not do; set it to 0, or read one corpus of concatenated documents"
+            )
+        if self.data.lanes != self.train.global_batch:
+            raise ValueError(
+                f"model.memory_length carries each row on into the next batch, for which data.lanes "
+                f"({self.data.lanes}) is to be train.global_batch ({self.train.global_batch})"
+            )
+        return self
 
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
@@ -112,18 +128,26 @@ def explain(name: str) -> str:
         ConfigError: there is no such field.
     """
     path = tuple(name.split("."))
-    parent = _node_at(path[:-1])
-    if parent is None or path[-1] not in parent.model_fields:
+    parents = [node for node in _nodes_at(path[:-1]) if path[-1] in node.model_fields]
+    if not parents:
         nearest = difflib.get_close_matches(name, [".".join(p) for p, _ in all_fields(Config, ())], 1)
         raise ConfigError(f"{name} is not a field" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
-    node = _node_at(path)
-    field = parent.model_fields[path[-1]]
-    if node is None:
-        entries = _entries_of(field.annotation)
-        each = all_fields(entries, (*path, "EACH")) if entries else ()
-        return "\n".join([_explain_field(name, field), *(_explain_field(".".join(p), f) for p, f in each)])
-    own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
-    return f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own)
+    nodes = _nodes_at(path)
+    if not nodes:
+        told = [(node.__name__, _explain_value(path, node.model_fields[path[-1]])) for node in parents]
+        return told[0][1] if len(told) == 1 else "\n".join(f"In {where}:\n{text}" for where, text in told)
+    sections = []
+    for node in nodes:
+        own = [_explain_field(".".join(p), field) for p, field in all_fields(node, path)]
+        sections.append(f"{name}: {(node.__doc__ or '').strip()}\n\n" + "\n".join(own))
+    return "\n\n".join(sections)
+
+
+def _explain_value(path: FieldPath, field: FieldInfo) -> str:
+    """A field, and the fields of each of its entries where it has such."""
+    entries = _entries_of(field.annotation)
+    each = all_fields(entries, (*path, "EACH")) if entries else ()
+    return "\n".join(_explain_field(".".join(p), f) for p, f in [(path, field), *each])
 
 
 def _explain_field(name: str, field: FieldInfo) -> str:
@@ -160,35 +184,74 @@ def _entries_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def all_fields(node: type[BaseModel], path: FieldPath) -> Iterator[tuple[FieldPath, FieldInfo]]:
-    """Every leaf field under a node, with its path."""
+    """Every leaf field under a node, with its path; of a model, the fields of every family."""
     for name, field in node.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from all_fields(field.annotation, (*path, name))
-        else:
+        nodes = _classes(field.annotation)
+        for inner in nodes:
+            yield from all_fields(inner, (*path, name))
+        if not nodes:
             yield (*path, name), field
 
 
-def _node_at(path: FieldPath) -> type[BaseModel] | None:
-    """The config class at a path, or None where there is a plain value or nothing."""
-    node: type[BaseModel] = Config
-    names = iter(path)
-    for name in names:
-        field = node.model_fields.get(name)
-        annotation = field.annotation if field else None
-        if (entries := _entries_of(annotation)) and next(names, None) is not None:  # the entry's own name, or number
-            annotation = entries
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return None
-        node = annotation
-    return node
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes that a field may hold: one, or one for each family; none where it is a plain value."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _classes(arguments[0])
+    return [node for member in arguments for node in _classes(member)] if origin is typing.Union else []
+
+
+class _Walk:
+    """Down a path from the root of the config: what may stand where it has come to."""
+
+    def __init__(self) -> None:
+        self.nodes: list[type[BaseModel]] = [Config]
+        """Config classes; none where there is a plain value, a collection of nodes, or nothing."""
+        self._entries: list[type[BaseModel]] = []
+
+    def step(self, name: str) -> None:
+        """Into a field, or an entry of a field that is a mapping by name or a list."""
+        fields = [node.model_fields[name] for node in self.nodes if name in node.model_fields]
+        self.nodes = self._entries or [node for field in fields for node in _classes(field.annotation)]
+        self._entries = [entries for field in fields if (entries := _entries_of(field.annotation))]
+
+
+def _nodes_at(path: FieldPath) -> list[type[BaseModel]]:
+    """The config classes that may stand at a path; none where there is a plain value or nothing."""
+    walk = _Walk()
+    for name in path:
+        walk.step(name)
+    return walk.nodes
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[FieldPath, type[BaseModel]]:
+    """Where a fault lies: its path, without the families that pydantic puts into it, and the class it belongs to."""
+    path: FieldPath = ()
+    parents: list[type[BaseModel]] = []
+    walk = _Walk()
+    for part in map(str, location):
+        if len(walk.nodes) > 1:
+            walk.nodes = [node for node in walk.nodes if node.model_fields["family"].default == part]
+        else:
+            path, parents = (*path, part), walk.nodes
+            walk.step(part)
+    return path, (parents or [Config])[0]
 
 
 def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -> str:
-    path = tuple(map(str, fault["loc"]))
+    path, parent = _place(fault["loc"])
+    if fault["type"] == "union_tag_invalid":
+        path = (*path, "family")
     name = ".".join(path)
     origin = _origin(path, origins) or source
-    parent = _node_at(path[:-1])
-    if fault["type"] == "extra_forbidden" and parent is not None:
+    if fault["type"] == "union_tag_invalid":
+        known = " or ".join(fault["ctx"]["expected_tags"].split(", "))
+        return f"{origin}: {name} is {json.dumps(fault['input']['family'])}; input should be {known}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{origin}: {name} is {json.dumps(fault['input'])}; input should be a section"
+    if fault["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(path[-1], parent.model_fields, 1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else f" (it has {', '.join(parent.model_fields)})"
         return f"{origin}: {name} is not a field of {parent.__name__}{hint}"
@@ -197,7 +260,7 @@ def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":
-        return f"{origin}: {name}: {message}"
+        return ": ".join(filter(None, (origin, name, message)))
     return f"{origin}: {name} is {json.dumps(fault['input'])}; {message}"
 
 

@@ -1,8 +1,10 @@
 """What commands say to people, on standard error; results go to standard output."""
 
 import contextlib
+import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -30,6 +32,34 @@ def say(text: str) -> None:
 def printable(text: str) -> str:
     """Text in which the bytes of a file name that are no UTF-8 are shown as escapes."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def run(command: Callable[[], object], faults: tuple[type[Exception], ...]) -> None:
+    """Runs a command, and shows what it logs; a fault that a person can mend is one line and exit code 1.
+
+    Args:
+        faults: those errors, besides OSError.
+    """
+    handler = _ConsoleHandler(logging.INFO)
+    for name in ("pretrain", "data_pipeline"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+        logging.getLogger(name).addHandler(handler)
+    # What the operating system says: a full disk, a folder that may not be written.
+    mendable: tuple[type[Exception], ...] = (*faults, OSError)
+    try:
+        command()
+    except mendable as error:
+        for line in str(error).splitlines():
+            say(f"error: {line}")
+        sys.exit(1)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines for people, above a live progress line where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        say(f"{mark}{record.getMessage()}")
 
 
 @contextlib.contextmanager

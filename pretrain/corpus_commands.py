@@ -25,7 +25,7 @@ from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
 from pretrain.console import PlainProgress, byte_progress, printable, said, say
 from pretrain.progress import duration, size
 
-app = typer.Typer()
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:

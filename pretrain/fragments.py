@@ -13,7 +13,7 @@ class Fragment:
     """
 
     name: str
-    """KIND/PARAMETER, with kind model, exp_avg or exp_avg_sq."""
+    """KIND/PARAMETER, with kind model, exp_avg or exp_avg_sq; memory/NAME for what the model carries in each row."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
     start: int

@@ -28,10 +28,10 @@ from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
-from pretrain.evaluate import ValidationConfig, evaluate
+from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
-from pretrain.models import FREE_FIELDS, ModelConfig, build_model
+from pretrain.models import FREE_FIELDS, ModelConfig, build_model, carries_memory, model_config
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
 from pretrain.provenance import changes, environment, flatten, git_state
@@ -98,6 +98,8 @@ def train(recipe: Recipe, console: Console) -> int:
     """
     # Everything that can be refused without a run folder is, before one is made.
     streams = open_streams(recipe.data, recipe.model.sequence_length)
+    if carries_memory(recipe.model):
+        _check_lanes(streams, recipe.train.global_batch)
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
@@ -131,7 +133,14 @@ class Run:
         self.checkpoint = self.store.newest_valid(set_aside=True)
         torch.manual_seed(recipe.train.seed)
         self.model = build_model(recipe.model)
-        self.engine = build_engine(recipe.engine, self.model, recipe.optimizer, recipe.train.seed)
+        self.engine = build_engine(
+            recipe.engine,
+            self.model,
+            recipe.optimizer,
+            recipe.train.seed,
+            global_batch=recipe.train.global_batch,
+            micro_batch=recipe.train.micro_batch,
+        )
         record = Record()
         if self.checkpoint is not None:
             read(self.checkpoint, self.engine.fragments())
@@ -215,6 +224,8 @@ class Run:
         )
 
     def _step(self, batch: Batch, learning_rate: float) -> StepResult:
+        if not self.reading.goes_on:
+            self.engine.forget()
         try:
             return self.engine.train_step(batch.micro_batches, step=self.step, learning_rate=learning_rate)
         except NonFiniteError as error:
@@ -227,7 +238,8 @@ class Run:
     def _validate(self, corpus: Corpus) -> dict[str, float]:
         started = time.perf_counter()
         rows = self.recipe.train.micro_batch
-        total = evaluate(self.engine.nats, corpus, self.recipe.model.sequence_length, rows).total
+        stride = stride_of(self.model)
+        total = evaluate(self.engine.nats, corpus, self.recipe.model.sequence_length, rows, stride=stride).total
         log.info(
             "step %d: validation %.4f bits/byte over %s bytes in %s",
             self.step,
@@ -257,8 +269,9 @@ class Run:
             CheckpointError: this start has others.
         """
         began, now = self.identity, self.recipe.as_tree()
-        model = ModelConfig.model_validate(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
-        if differences := changes({"model": model}, {"model": self.recipe.model.model_dump(exclude=FREE_FIELDS)}):
+        model = model_config(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
+        own = self.recipe.model.model_dump(mode="json", exclude=FREE_FIELDS)
+        if differences := changes({"model": model}, {"model": own}):
             raise CheckpointError(
                 f"{self.folder.path} is of another model ({'; '.join(differences)}); "
                 "choose another run.name for a new run"
@@ -336,6 +349,17 @@ class Run:
             "a" if self.step else "no",
         )
         return 128 + self.stop.signal
+
+
+def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
+    """Raises TrainingError if a corpus has fewer lanes than asked for: its batches would not go on in the next ones."""
+    for stream in streams.values():
+        if stream.order.lanes != global_batch:
+            raise TrainingError(
+                f"{stream.corpus.location} has {stream.sequences_per_epoch} sequences, fewer than the "
+                f"{global_batch} rows of a batch, each of which is to go on in the next batch; lower "
+                "train.global_batch and data.lanes, or set model.memory_length to 0"
+            )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -58,6 +59,17 @@ def corpus_folder(sources: list[Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def corpus(corpus_folder: Path) -> Corpus:
     return Corpus(corpus_folder / "train")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Corpus:
+    """Documents shorter and longer than a window and than a block, with every byte value."""
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    for number, length in enumerate((1, 31, 32, 33, 64, 500, 2000)):
+        (tree / "sub" / f"{number}").write_bytes(np.random.default_rng(number).bytes(length))
+    (tree / "all").write_bytes(bytes(range(256)))
+    return prepare_corpus([tree], tmp_path / "corpus", block_bytes=300)
 
 
 def train_once(folder: Path, corpus_folder: Path) -> Path:

@@ -9,13 +9,15 @@ shards/
 """
 
 import json
+import queue
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.atomic import sync
-from data_pipeline.blocks import pack_documents
+from data_pipeline.blocks import Block, pack_documents
 from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.preparation.layout import Layout
@@ -30,10 +32,11 @@ class Gather:
 
     name = "gather"
 
-    def __init__(self, plan: Plan, layout: Layout) -> None:
+    def __init__(self, plan: Plan, layout: Layout, ahead: bool = False) -> None:
+        """With `ahead`, documents are packed in a thread beside the one that compresses and writes."""
         counts = zip(layout.shards, layout.bytes, strict=True)
         self.sizes = [size // shards for shards, size in counts for _ in range(shards)]
-        self._plan, self._layout = plan, layout
+        self._plan, self._layout, self._ahead = plan, layout, ahead
         self._shards = plan.folder / "shards"
 
     def done(self) -> set[int]:
@@ -43,16 +46,19 @@ class Gather:
         return (self._shards / f"{job:06d}.json").exists()
 
     def do(self, job: int, folder: Path, progress: Callable[[int], None]) -> None:
-        gather_shard(self._plan, self._layout, job, folder, progress)
+        gather_shard(self._plan, self._layout, job, folder, progress, self._ahead)
 
 
-def gather_shard(plan: Plan, layout: Layout, job: int, folder: Path, progress: Callable[[int], None]) -> None:
+def gather_shard(
+    plan: Plan, layout: Layout, job: int, folder: Path, progress: Callable[[int], None], ahead: bool
+) -> None:
     """Writes a shard, its index and its counts, in this order.
 
     Args:
         job: the shard's number among those of all parts.
         folder: to write into before renaming.
         progress: told the raw bytes of each block.
+        ahead: see Gather.
 
     Raises:
         CorpusError: a document cannot be read, unless `skip_bad`.
@@ -67,8 +73,8 @@ def gather_shard(plan: Plan, layout: Layout, job: int, folder: Path, progress: C
         documents = tally.counted(spool.records())
         blocks = pack_documents(documents, plan.options.block_bytes, tally.leave_out)
 
-        def reported() -> Iterator[Any]:
-            for block in blocks:
+        def reported() -> Iterator[Block]:
+            for block in _ahead(blocks) if ahead else blocks:
                 yield block
                 progress(block.raw_bytes)
 
@@ -88,6 +94,28 @@ def gather_shard(plan: Plan, layout: Layout, job: int, folder: Path, progress: C
     sync(folder / "counts.json")
     (folder / "counts.json").replace(done / f"{job:06d}.json")
     sync(done)
+
+
+def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The same blocks, each made while those before it are used. Holds three of them.
+
+    The last shards keep all cores of a machine busy so, when there are fewer of them than workers.
+    """
+    ready: queue.Queue[Block | BaseException | None] = queue.Queue(1)
+
+    def make() -> None:
+        try:
+            for block in blocks:
+                ready.put(block)
+            ready.put(None)
+        except BaseException as error:  # raised again where the blocks are used
+            ready.put(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    while (block := ready.get()) is not None:
+        if isinstance(block, BaseException):
+            raise block
+        yield block
 
 
 def part_folder(plan: Plan, part: int) -> Path:

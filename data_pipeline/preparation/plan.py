@@ -3,7 +3,8 @@
     OUT.partial/
         lock                        held by the process that plans, lays out or finishes
         plan.json                   PrepareOptions, sources, totals; written last, so it is there or nothing is planned
-        files.jsonl                 every file to read: url, key, size, whether it is a container
+        files.jsonl                 every file to read: url, key, size, whether it is a container; a line holds up to
+                                    LINE_FILES files of one unit
         units.npy                   (UNIT) which of those lines belong to each unit of work
         listed.jsonl                what the listing left out
         …                           see spill.py and prepare.py
@@ -15,7 +16,7 @@ corpus depends on nothing but the sources and the options.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,8 @@ UNIT_BYTES = 64 << 20
 """File bytes of a unit, about; a larger file is a unit by itself."""
 UNIT_FILES = 100_000
 """Files of a unit, at most: many may be small, or of unknown size."""
+LINE_FILES = 1_000
+"""Files of a line of files.jsonl, at most: one by one, they would take three times as long to write and to read."""
 MAX_BLOCK_BYTES = 1 << 30
 
 BAD_REASONS = ("unreadable", "damaged", "no field")
@@ -149,16 +152,21 @@ class Plan:
 
     def files_of(self, unit: int) -> Iterator[tuple[SourceFile, bool]]:
         """The files of a unit, and whether each is a container."""
-        source = int(self.units[unit]["source"])
+        source, left = int(self.units[unit]["source"]), int(self.units[unit]["files"])
         with (self.folder / "files.jsonl").open("rb") as lines:
             lines.seek(int(self.units[unit]["offset"]))
-            for _ in range(int(self.units[unit]["files"])):
-                url, key, size, contains = json.loads(lines.readline().decode())
-                yield SourceFile(source, url, key, size), contains
+            while left:
+                rows = json.loads(lines.readline())
+                left -= len(rows)
+                for url, key, size, contains in rows:
+                    yield SourceFile(source, url, key, size), contains
 
 
-def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> None:
+def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]) -> None:
     """Lists the sources and writes the plan. Memory: UNIT.itemsize bytes a unit.
+
+    Args:
+        progress: told the bytes of all files listed so far, at the end of each unit.
 
     Raises:
         CorpusError: a source is missing, a file is unreadable (unless `skip_bad`), or there is nothing to read.
@@ -167,9 +175,16 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> 
     files_of, bytes_of = [0 for _ in sources], [0 for _ in sources]
     left_out = [Counter[str]() for _ in sources]
     units = list[tuple[int, int, int, int]]()
+    rows = list[tuple[object, ...]]()  # files that are not written yet
     offset, files, size, to_read = 0, 0, 0, 0  # of the unit under way
-    end, last = 0, 0
+    last = 0
     with (folder / "files.jsonl").open("wb") as lines, (folder / "listed.jsonl").open("wb") as log:
+
+        def write_rows() -> None:
+            if rows:
+                lines.write(json.dumps(rows).encode() + b"\n")
+                rows.clear()
+
         for found in list_files(sources, options.selection):
             if isinstance(found, Skipped):
                 refuse_bad(found, options, folder, begun=False)
@@ -179,24 +194,30 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions) -> 
                 continue
             found_bytes = found.size or 0
             if files and (found.source != last or size + found_bytes > UNIT_BYTES or files == UNIT_FILES):
+                write_rows()
                 units.append((offset, files, last, to_read))
-                offset, files, size, to_read = end, 0, 0, 0
+                progress(sum(bytes_of))
+                offset, files, size, to_read = lines.tell(), 0, 0, 0
+            elif len(rows) == LINE_FILES:
+                write_rows()
             contains = is_container(found, options.reading)
-            end += lines.write(json.dumps([found.url, found.key, found.size, contains]).encode() + b"\n")
+            rows.append((found.url, found.key, found.size, contains))
             files, size, last = files + 1, size + found_bytes, found.source
             if options.reads_first or contains:
                 to_read += found_bytes
             files_of[last] += 1
             bytes_of[last] += found_bytes
+        write_rows()
     if not files:
         raise CorpusError(f"the corpus is empty: no file with a byte in it under {', '.join(sources)}")
     units.append((offset, files, last, to_read))
+    progress(sum(bytes_of))
     np.save(folder / "units.npy", np.array(units, UNIT))
     for name in ("files.jsonl", "listed.jsonl", "units.npy"):
         sync(folder / name)
     totals = zip(sources, files_of, bytes_of, left_out, strict=True)
-    rows = [dict(zip(("name", "files", "bytes", "left_out"), total, strict=True)) for total in totals]
-    tree = {"identity": identity(sources, options), "sources": rows}
+    planned = [dict(zip(("name", "files", "bytes", "left_out"), total, strict=True)) for total in totals]
+    tree = {"identity": identity(sources, options), "sources": planned}
     replace_file(folder / "plan.json", json.dumps(tree, indent=1))
 
 

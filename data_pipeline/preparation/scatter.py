@@ -10,7 +10,7 @@ from data_pipeline.errors import BadDocumentError
 from data_pipeline.preparation.limits import Room, SourceLimit
 from data_pipeline.preparation.plan import Plan, names_in, refuse_bad
 from data_pipeline.preparation.spill import UnitWriter, read_unit, unit_folder
-from data_pipeline.readers import document_of, documents_in
+from data_pipeline.readers import ReadOptions, document_of, documents_in, size_of
 from data_pipeline.sources import Skipped, SourceFile, skipped
 
 EXPANSION = {
@@ -83,6 +83,9 @@ def scatter_unit(plan: Plan, unit: int, folder: Path, room: Room, progress: Call
         writer.leave_out(left_out)
 
     for file, contains in plan.files_of(unit):
+        if not contains and not options.reads_first:
+            writer.add_unread(file, estimated_bytes(file, options.reading))
+            continue
         full = not room.after(writer.documents, writer.bytes)
         if full:
             break
@@ -90,11 +93,8 @@ def scatter_unit(plan: Plan, unit: int, folder: Path, room: Room, progress: Call
         try:
             if contains:
                 full = _scatter_container(file, plan, writer, room, leave_out)
-            elif options.reads_first:
-                full = not writer.add(document_of(file, options.reading), file, room.bytes_after(writer.bytes))
             else:
-                writer.add_unread(file, estimated_bytes(file))
-                continue
+                full = not writer.add(document_of(file, options.reading), file, room.bytes_after(writer.bytes))
         except BadDocumentError as error:
             leave_out(skipped(file.key, error))
         if full:
@@ -121,8 +121,10 @@ def _scatter_container(
     return False
 
 
-def estimated_bytes(file: SourceFile) -> int:
+def estimated_bytes(file: SourceFile, options: ReadOptions) -> int:
     """Raw bytes of a file that is one document, about."""
     if file.size is None:
         return UNKNOWN_BYTES
+    if size_of(file, options) is not None:
+        return file.size
     return file.size * EXPANSION.get(PurePosixPath(file.key).suffix.lower(), 1)

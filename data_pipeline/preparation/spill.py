@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from data_pipeline.atomic import sync
 from data_pipeline.documents import MODALITIES, READ_BYTES, Document
 from data_pipeline.preparation.plan import PrepareOptions, skip_line
-from data_pipeline.readers import document_of
+from data_pipeline.readers import document_of, size_of
 from data_pipeline.sources import Skipped, SourceFile
 
 BUFFER_BYTES = 64 << 20
@@ -56,6 +56,9 @@ LISTED = struct.Struct("<q")
 """Payload of IN_FILE, before the URL: bytes as listed, -1 when not known."""
 SPAN = struct.Struct("<IQ")
 """Payload of IN_LARGE: unit, and offset in its `large`."""
+
+PLACE = struct.Struct(">QQ")
+"""The first bytes of a digest: a document's hash, and what decides its part."""
 
 RUN = np.dtype(
     [
@@ -159,12 +162,12 @@ class UnitWriter:
 
     def _add(self, kind: int, modality: int, key: str, size: int, digest: bytes | None, payload: list[bytes]) -> None:
         name = key.encode("utf-8", "surrogateescape")
-        place = sha256(self._seed + (digest or name)).digest()
-        part = int(self._parts == 2 and int.from_bytes(place[8:16], "big") < self._held_out_below)
+        place, draw = PLACE.unpack_from(sha256(self._seed + (digest or name)).digest())
+        part = int(self._parts == 2 and draw < self._held_out_below)
         header = HEADER.pack(kind, modality, self._source, len(name), size)
         record = b"".join((header, name, digest or b"", *payload))
         self.bytes += size
-        self._rows.extend((part, int.from_bytes(place[:8], "big"), self.documents, self.bytes))
+        self._rows.extend((part, place, self.documents, self.bytes))
         self._records.append(record)
         self.documents += 1
         self._part_documents[part] += 1
@@ -354,7 +357,8 @@ class Spool:
             [listed] = LISTED.unpack_from(record, end)
             url = record[end + LISTED.size :].decode("utf-8", "surrogateescape")
             file = SourceFile(source, url, key, None if listed < 0 else listed)
-            return Record(document_of(file, self._options.reading), source, None, digest, repeated)
+            reading = self._options.reading
+            return Record(document_of(file, reading), source, size_of(file, reading), digest, repeated)
         if kind == IN_LARGE:
             unit, offset = SPAN.unpack_from(record, end)
             path = unit_folder(self._folder, unit) / "large"

@@ -61,7 +61,7 @@ class Stage(Protocol):
 
 
 def stage_named(name: str, plan: Plan) -> Stage:
-    return Scatter(plan) if name == Scatter.name else Gather(plan, Layout.load(plan.folder))
+    return Scatter(plan) if name == Scatter.name else Gather(plan, Layout.load(plan.folder), ahead=True)
 
 
 class Claims:
@@ -154,21 +154,29 @@ def _adding(job: int, told: Callable[[int, int], None]) -> Callable[[int], None]
 
 
 class Pool:
-    """Workers of this machine; with one of them, this process itself.
+    """Workers of this machine; until they are started, and with one of them, this process itself.
 
     Args:
+        folder: OUT.partial
         begin: where in each list of jobs they begin to look, from 0 to 1, and `until` where another task does.
     """
 
-    def __init__(self, plan: Plan, workers: int, begin: float = 0.0, until: float = 1.0) -> None:
-        self._plan = plan
+    def __init__(self, folder: Path, skip_bad: bool, workers: int, begin: float = 0.0, until: float = 1.0) -> None:
+        self._folder, self._skip_bad = folder, skip_bad
         self._messages: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
-        begins = [begin + (until - begin) * number / workers for number in range(workers)]
-        self._begin = begin
-        self._workers = [_Worker(plan, place, self._messages) for place in begins] if workers > 1 else []
+        self._begins = [begin + (until - begin) * number / workers for number in range(workers)]
+        self._workers = list[_Worker]()
         self._deaths = 0
 
-    def run(self, stage: Stage, progress: Callable[[int], None]) -> None:
+    def start(self) -> None:
+        """Starts the workers, unless they are. They wait for `run`, before which there need be no plan."""
+        if not self._workers and len(self._begins) > 1:
+            self._workers = [self._worker(place) for place in self._begins]
+
+    def _worker(self, place: float) -> "_Worker":
+        return _Worker(self._folder, self._skip_bad, place, self._messages)
+
+    def run(self, plan: Plan, stage: Stage, progress: Callable[[int], None]) -> None:
         """Returns when every job of a stage is done, whoever did it, or when OUT.partial is gone.
 
         Args:
@@ -190,11 +198,11 @@ class Pool:
             show()
 
         left = len(stage.sizes)
-        while left and (self._plan.folder / "plan.json").exists():
+        while left and (self._folder / "plan.json").exists():
             if self._workers:
                 self._work(stage, under_way)
             else:
-                do_what_is_left(stage, self._plan, self._begin, told)
+                do_what_is_left(stage, plan, self._begins[0], told)
             remaining = len(stage.sizes) - len(show())
             if remaining == left and not self._workers:
                 time.sleep(POLL_SECONDS)  # others are doing them
@@ -230,11 +238,11 @@ class Pool:
         if self._deaths > DEATHS:
             raise CorpusError(
                 f"workers end again and again without finishing a job, the last {how}; is there enough memory? "
-                f"{self._plan.folder} keeps what is done, and the same command goes on from there"
+                f"{self._folder} keeps what is done, and the same command goes on from there"
             )
         logger.warning("a worker ended %s; another does its work again", how)
         self._workers.remove(worker)
-        self._workers.append(_Worker(self._plan, worker.place, self._messages))
+        self._workers.append(self._worker(worker.place))
 
     def __enter__(self) -> Self:
         return self
@@ -250,13 +258,13 @@ class Pool:
 class _Worker:
     """A process that works, as its pool sees it."""
 
-    def __init__(self, plan: Plan, place: float, messages: "queue.SimpleQueue[Any]") -> None:
+    def __init__(self, folder: Path, skip_bad: bool, place: float, messages: "queue.SimpleQueue[Any]") -> None:
         self.place = place
         self.is_idle = True
         # Not multiprocessing, which would import the program's main module in each of them.
         package = Path(__file__).parents[2]
         path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-        arguments = [str(plan.folder), str(place), str(int(plan.options.skip_bad))]
+        arguments = [str(folder), str(place), str(int(skip_bad))]
         # Ctrl-C reaches the whole group; workers, which inherit what is blocked, are ended by their pool.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process = subprocess.Popen(
@@ -312,9 +320,11 @@ def main() -> None:
         print(json.dumps(message), flush=True)
 
     try:
-        plan = Plan.load(Path(folder), bool(int(skip_bad)))
+        plan = None
         while True:
-            stage = stage_named(commands.get(), plan)
+            name = commands.get()
+            plan = plan or Plan.load(Path(folder), bool(int(skip_bad)))  # there is none before the first command
+            stage = stage_named(name, plan)
             do_what_is_left(stage, plan, float(place), lambda job, size: tell(job=job, bytes=size))
             tell(idle=True)
     except (CorpusError, OSError) as error:

@@ -1,7 +1,6 @@
 """What a file is taken for: by the reader that was asked for, or by its suffix."""
 
 from functools import lru_cache
-from posixpath import splitext
 from typing import Literal
 
 from data_pipeline.readers.options import ReadOptions
@@ -37,33 +36,34 @@ NO_TEXT = BINARY | IMAGES | AUDIO
 
 def container_of(key: str, options: ReadOptions) -> Container | None:
     """What kind of container a file is; None if it is one document."""
-    suffix, is_compressed = _suffixes(key)
     match options.reader:
         case "lines" | "jsonl" | "parquet" | "tar":
             return options.reader
         case "auto":
+            suffix, is_compressed = _suffixes(key)
             found = CONTAINERS.get(suffix)
             return None if found == "parquet" and is_compressed else found  # which compresses its columns itself
         case "images" | "audio":
-            return "tar" if suffix == ".tar" else None
+            return "tar" if _suffixes(key)[0] == ".tar" else None
         case "files":
             return None
 
 
 def whole_of(key: str, options: ReadOptions) -> Whole:
     """How the bytes of a document that is a file, or a member of a tar, are had."""
-    suffix, is_compressed = _suffixes(key)
     match options.reader:
         case "images":
             return "image"
         case "audio":
             return "audio"
-        case "auto" if is_compressed:
-            return "compressed"
-        case "auto" if suffix in IMAGES:
-            return "image"
-        case "auto" if suffix in AUDIO:
-            return "audio"
+        case "auto":
+            suffix, is_compressed = _suffixes(key)
+            if is_compressed:
+                return "compressed"
+            if suffix in IMAGES:
+                return "image"
+            if suffix in AUDIO:
+                return "audio"
     return "bytes"
 
 
@@ -74,7 +74,7 @@ def modality_of(key: str, options: ReadOptions) -> str:
     whole = whole_of(key, options)
     if whole in ("image", "audio"):
         return whole
-    suffix = _suffixes(key)[0] if whole == "compressed" else splitext(key.lower())[1]
+    suffix = _suffixes(key)[0] if whole == "compressed" else _split(key)[1]
     if suffix in NO_TEXT:
         return "binary"
     return "code" if suffix in CODE else "text"
@@ -83,9 +83,18 @@ def modality_of(key: str, options: ReadOptions) -> str:
 @lru_cache(maxsize=4)  # asked several times of each file in turn
 def _suffixes(key: str) -> tuple[str, bool]:
     """The suffix within that of a compression, and whether there is one of a compression."""
-    stem, suffix = splitext(key.lower())
+    stem, suffix = _split(key)
     if suffix == ".tgz":
         return ".tar", True
     if suffix in COMPRESSIONS:
-        return splitext(stem)[1], True
+        return _split(stem)[1], True
     return suffix, False
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The last name of a key in small letters, as `splitext` cuts it; asked so often that it is worth its own lines."""
+    name = key[key.rfind("/") + 1 :].lower()
+    dot = name.rfind(".")
+    if dot <= 0 or not name[:dot].strip("."):
+        return name, ""
+    return name[:dot], name[dot:]

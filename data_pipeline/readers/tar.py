@@ -39,6 +39,8 @@ def documents_in_tar(file: SourceFile, options: ReadOptions) -> Iterator[Documen
             key = f"{file.key}/{name}"
             if not header.isfile():
                 yield Skipped(key, "link", f"{file.url}/{name}: a link or device in a tar")
+            elif header.issparse():  # terabytes of zeros, if it says so
+                yield Skipped(key, "sparse", f"{file.url}/{name}: a sparse file in a tar, most of which is not stored")
             elif not header.size:
                 yield Skipped(key, "empty", f"{file.url}/{name}: without a byte")
             else:

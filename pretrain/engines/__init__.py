@@ -17,10 +17,21 @@ __all__ = [
 ]
 
 
-def build_engine(config: EngineConfig, model: ByteModel, optimizer: OptimizerConfig, seed: int) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    model: ByteModel,
+    optimizer: OptimizerConfig,
+    seed: int,
+    *,
+    global_batch: int = 1,
+    micro_batch: int = 1,
+) -> Engine:
     """The engine of a config, with the model in it.
+
+    Args:
+        global_batch, micro_batch: sequences of each, for a model that carries memory: it has one for every row.
 
     Raises:
         EngineError: it cannot be had here.
     """
-    return SingleProcessEngine(config, model, optimizer, seed)
+    return SingleProcessEngine(config, model, optimizer, seed, global_batch=global_batch, micro_batch=micro_batch)

@@ -60,17 +60,21 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
         """One optimizer step on this rank's micro-batches of the global batch.
 
-        The gradient is that of the batch's nats divided by its target bytes, both counted over all ranks.
+        The gradient is that of the batch's nats divided by its target bytes, both counted over all ranks. What the
+        model carries from each row goes to the same row of the next step.
 
         Raises:
             NonFiniteError: before any parameter is changed.
         """
 
     def nats(self, ids: Ids) -> Tensor:
-        """Without gradient and dropout: (rows, T) ids to (rows, T) fp32 nats on the CPU."""
+        """Without gradient, dropout and memory: (rows, T) ids to (rows, T) fp32 nats on the CPU."""
+
+    def forget(self) -> None:
+        """Empties what the model carries: the next step's rows do not go on where the last step's ended."""
 
     def fragments(self) -> list[Fragment]:
-        """What this rank owns of every master and moment."""
+        """What this rank owns of every master and moment, and of the memory of every row of the global batch."""
 
     def counters(self) -> dict[str, int]:
         """The engine's few integers that a checkpoint keeps beside the fragments."""

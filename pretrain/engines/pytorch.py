@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
@@ -12,7 +14,7 @@ from data_pipeline.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.fragments import Fragment, whole
-from pretrain.models.byte_model import ByteModel
+from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.optimizers import OptimizerConfig, build_optimizer
 
 
@@ -22,18 +24,31 @@ class SingleProcessEngine:
     The cast is part of the graph, so gradients arrive at the masters in fp32 and accumulate there.
     """
 
-    def __init__(self, config: EngineConfig, model: ByteModel, optimizer: OptimizerConfig, seed: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ByteModel,
+        optimizer: OptimizerConfig,
+        seed: int,
+        *,
+        global_batch: int = 1,
+        micro_batch: int = 1,
+    ) -> None:
         self.device = choose_device(config.device)
         self.dtype = compute_dtype(config.precision)
         self.model = model.to(self.device).train()
         self.optimizer = build_optimizer(optimizer, model.parameters())
         self._clip_norm = optimizer.clip_norm
         self._seed = seed
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        empty = self.model.empty_memory(global_batch)
+        self._memory: Memory = {name: tensor.float() for name, tensor in empty.items()}
+        """Of every row of the global batch."""
 
     def rehearse(self, rows: int) -> None:
         ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
         try:
-            self._forward(ids).mean().backward()
+            self._forward(ids, self.model.empty_memory(rows))[0].mean().backward()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
                 raise EngineError(
@@ -44,15 +59,19 @@ class SingleProcessEngine:
         self.optimizer.zero_grad()
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
-        scored = self.model.scored(self.model.sequence_length)
-        target_bytes = sum(count_bytes(m.ids[:, scored], m.targets[:, scored]) for m in micro_batches)
+        scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
+        target_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        for micro_batch in micro_batches:
+        carried: list[tuple[slice, Memory]] = []
+        for micro_batch, scored in zip(micro_batches, scored_targets, strict=True):
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
             ids = _widened(micro_batch.rows, self.device)
-            targets = torch.from_numpy(micro_batch.targets).to(self.device)
-            counted = torch.where(targets, self._forward(ids), 0.0)[:, scored]
-            batch_nats = counted.sum()
+            targets = torch.from_numpy(scored).to(self.device)
+            first = micro_batch.index * self._micro_batch
+            rows = slice(first, first + len(ids))
+            row_nats, memory = self._forward(ids, {name: tensor[rows] for name, tensor in self._memory.items()})
+            carried.append((rows, memory))
+            batch_nats = torch.where(targets, row_nats, 0.0).sum()
             (batch_nats / max(target_bytes, 1)).backward()
             nats += batch_nats.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
@@ -64,14 +83,19 @@ class SingleProcessEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for rows, memory in carried:  # not before: a step that is refused leaves it as it was
+            self._remember(rows, memory)
         return StepResult(nats.item(), target_bytes, norm.item())
 
     def nats(self, ids: Ids) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            result = self._forward(torch.from_numpy(ids).to(self.device))
+            result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
         self.model.train()
         return result.cpu()
+
+    def forget(self) -> None:
+        self._remember(slice(None), self.model.empty_memory(self._global_batch))
 
     def fragments(self) -> list[Fragment]:
         fragments = []
@@ -79,7 +103,7 @@ class SingleProcessEngine:
             state = self.optimizer.state[parameter]
             fragments.append(whole(f"model/{name}", parameter))
             fragments.extend(whole(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
-        return fragments
+        return fragments + [whole(f"memory/{name}", tensor) for name, tensor in self._memory.items()]
 
     def counters(self) -> dict[str, int]:
         return {"optimizer_steps": int(next(iter(self.optimizer.state.values()))["step"])}
@@ -88,9 +112,22 @@ class SingleProcessEngine:
         for state in self.optimizer.state.values():
             state["step"].fill_(counters["optimizer_steps"])
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
+        """The targets of a micro-batch that the model will score: (rows, T)."""
+        torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
+        rows, length = micro_batch.targets.shape
+        return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
+
+    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """The nats, and the next memory if the model carries one."""
         parameters = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
-        return functional_call(self.model, parameters, (ids,))
+        if memory:
+            return functional_call(self.model, parameters, (ids, memory))
+        return functional_call(self.model, parameters, (ids,)), {}
+
+    def _remember(self, rows: slice, memory: Memory) -> None:
+        for name, tensor in memory.items():
+            self._memory[name][rows].copy_(tensor)
 
     def _describe_non_finite(self, nats: float) -> str:
         bad = [
@@ -128,6 +165,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def _micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """The random generator's seed of one micro-batch, so that dropout is the same on any number of ranks."""
+    """The random generator's seed of one micro-batch, so that crops and dropout are the same on any number of ranks."""
     digest = hashlib.sha256(f"micro-batch {seed} {step} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,17 +1,83 @@
 """Model families, each in a file of its own, behind one interface (byte_model.py)."""
 
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, Discriminator, Tag, TypeAdapter
+
 from pretrain.models.byte_model import ByteModel, Decoder
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
+from pretrain.models.perceiver_ar import PerceiverAR, PerceiverARConfig
+from pretrain.models.transformer import Transformer, TransformerConfig
+from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
 
-__all__ = ["FREE_FIELDS", "ByteModel", "Decoder", "ModelConfig", "build_model"]
+__all__ = [
+    "FREE_FIELDS",
+    "ByteModel",
+    "Decoder",
+    "ModelConfig",
+    "PerceiverARConfig",
+    "build_model",
+    "carries_memory",
+    "families",
+    "model_config",
+]
 
-ModelConfig = MegabyteConfig
+
+def _family_of(tree: Any) -> Any:
+    """The family that a recipe's section or a config names; MEGABYTE where it names none. None: it is no section."""
+    return tree.get("family", "megabyte") if isinstance(tree, Mapping) else getattr(tree, "family", None)
 
 
-FREE_FIELDS = {"dropout", "initial_std"}
+ModelConfig = Annotated[
+    Annotated[MegabyteConfig, Tag("megabyte")]
+    | Annotated[PerceiverARConfig, Tag("perceiver_ar")]
+    | Annotated[TransformerConfig, Tag("transformer")]
+    | Annotated[TransformerXLConfig, Tag("transformer_xl")],
+    Discriminator(_family_of),
+]
+"""The config of one family, told apart by `family`."""
+
+FREE_FIELDS = {
+    "dropout",
+    "initial_std",
+    "latents",
+    "cross_attend_dropout",
+    "zero_head",
+    "cropping",
+    "minimum_crop",
+}
 """Fields of a model that a run may change when it goes on: its weights mean the same without them."""
+
+
+def families() -> dict[str, type[BaseModel]]:
+    """The name of every family, with its config."""
+    union, _ = get_args(ModelConfig)
+    return {tag.tag: config for config, tag in map(get_args, get_args(union))}
+
+
+def model_config(tree: Mapping[str, Any]) -> ModelConfig:
+    """The config of a model from its section of a recipe, which has been checked before.
+
+    Raises:
+        pydantic.ValidationError: it is wrong.
+    """
+    return TypeAdapter(ModelConfig).validate_python(tree)
+
+
+def carries_memory(config: ModelConfig) -> bool:
+    """Whether the model of a config carries a memory from each training sequence to the next one of its lane."""
+    return isinstance(config, TransformerXLConfig) and config.memory_length > 0
 
 
 def build_model(config: ModelConfig) -> ByteModel:
     """The model of a config, its parameters drawn from torch's default generator."""
-    return Megabyte(config)
+    match config:
+        case MegabyteConfig():
+            return Megabyte(config)
+        case PerceiverARConfig():
+            return PerceiverAR(config)
+        case TransformerConfig():
+            return Transformer(config)
+        case TransformerXLConfig():
+            return TransformerXL(config)

@@ -1,8 +1,9 @@
 """The contract of every model: bytes in, nats of every byte out."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,25 +31,49 @@ class Decoder(Protocol):
         """
 
 
+Memory = dict[str, Tensor]
+"""What a model carries from a sequence to the next one of its lane: tensors by name, with a row for each lane. Without
+gradient, and exact in fp32, in which engines and checkpoints keep it."""
+
+
 class ByteModel(nn.Module, ABC):
     """An autoregressive model of bytes: single-device mathematics that knows no process group."""
 
     sequence_length: int
     """The longest context, in bytes, that the model can read."""
+    decodes_without_end: ClassVar[bool] = False
+    """Whether a decoder goes on past sequence_length bytes, with a memory of what it read."""
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
         """The price of every id, given those before it in its row.
 
+        A model that carries memory takes one as a second argument by option, and returns the next one beside the nats.
+
         Args:
             ids: (rows, T) integers below VOCABULARY, 1 <= T <= sequence_length.
         Returns:
-            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it.
+            (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it. Those
+            of positions that are not scored mean nothing.
         """
+
+    def empty_memory(self, rows: int) -> Memory:
+        """The memory of lanes that begin, on the parameters' device; nothing if the model carries none."""
+        return {}
 
     @abstractmethod
     def scored(self, length: int) -> slice:
-        """The positions of a row of `length` ids that the model scores; the nats of others mean nothing."""
+        """The positions of a row of `length` ids, without padding at its end, that are scored outside training."""
+
+    def draw_scored(self, rows: int, length: int) -> Tensor:
+        """The positions that the next training pass over such rows scores: (rows, length) booleans on the CPU.
+
+        A model that scores a random part draws it from torch's default generator, and a training pass draws the same
+        before anything else if the generator is seeded alike. So targets can be counted before the pass.
+        """
+        scored = torch.zeros(rows, length, dtype=torch.bool)
+        scored[:, self.scored(length)] = True
+        return scored
 
     @abstractmethod
     def decoder(self, rows: int) -> Decoder:
@@ -56,7 +81,7 @@ class ByteModel(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, length: int) -> int:
-        """Floating-point operations of the forward pass's matrix products over one row of `length` ids.
+        """Floating-point operations of the forward pass's matrix products over one row of `length` ids, and its memory.
 
         A product of (a, b) by (b, c) counts 2abc, and attention counts in full, as torch's FlopCounterMode does.
         """
@@ -64,6 +89,16 @@ class ByteModel(nn.Module, ABC):
     @abstractmethod
     def initialize(self) -> None:
         """Draws every parameter anew from torch's default generator."""
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a row of `length` bytes is more than the model can read."""
+        if length > self.sequence_length:
+            raise ValueError(f"a row of {length} bytes is longer than the model's {self.sequence_length}")
+
+    def check_room(self, length: int) -> None:
+        """Raises ValueError if a context of `length` bytes leaves none to predict."""
+        if length >= self.sequence_length:
+            raise ValueError(f"the context is full: {length} bytes leave none to predict of {self.sequence_length}")
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -299,11 +299,15 @@ def test_a_bad_document_stops_the_work_which_then_goes_on_without_it(tree: Path,
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_file_that_changes_after_the_listing_is_found(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_changes_after_the_listing_is_found(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+):
+    monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
     made = prepare.make_layout
     monkeypatch.setattr(prepare, "make_layout", lambda plan: (made(plan), (tree / "one").write_text("more")))
-    with pytest.raises(CorpusError, match=r"^damaged: .*one"):
-        prepare_corpus([tree], tmp_path / "out")
+    with pytest.raises(CorpusError, match=r"^damaged: .*one changed since it was listed: 1 bytes then, 4 now"):
+        prepare.prepare([tree], tmp_path / "out", prepare_options(), lambda done, total: None, workers)
 
 
 def test_an_existing_folder_is_not_touched(tree: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import posixpath
 import random
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from PIL import Image
 
 from data_pipeline.documents import MODALITIES, READ_BYTES, Document
 from data_pipeline.errors import BadDocumentError, CorpusError
-from data_pipeline.readers import ReadOptions, compression, document_of, documents_in, is_container, lines
+from data_pipeline.readers import ReadOptions, compression, document_of, documents_in, is_container, kinds, lines
 from data_pipeline.readers.images import patch_scan, raster_scan, unscan
 from data_pipeline.readers.text import utf8
 from data_pipeline.sources import REASONS, Selection, Skipped, SourceFile, list_files, skipped
@@ -106,6 +107,12 @@ def test_a_document_can_be_read_again_after_it_was_left_half_way(tmp_path: Path)
 def test_modality_is_told_by_the_suffix(name: str, modality: str):
     assert document_of(SourceFile(0, name, f"folder.py/{name}", 1), ReadOptions()).modality == modality
     assert modality in MODALITIES
+
+
+@given(st.text(st.sampled_from("./aB é"), max_size=12))
+def test_a_suffix_is_what_python_takes_for_one(key: str):
+    stem, suffix = posixpath.splitext(posixpath.basename(key).lower())
+    assert kinds._split(key) == (stem, suffix)
 
 
 def test_modality_is_what_it_is_said_to_be():
@@ -453,6 +460,15 @@ def test_links_in_a_tar_are_skipped_and_folders_are_nothing(tmp_path: Path):
     (tmp_path / "t/soft").symlink_to("file")
     subprocess.run(["tar", "cf", "a.tar", "--sort=name", "t"], cwd=tmp_path, check=True)
     assert read_all(tmp_path / "a.tar") == {"a.tar/t/file": b"x", "a.tar/t/hard": "link", "a.tar/t/soft": "link"}
+
+
+@pytest.mark.parametrize("writer", ["gnu", "pax"])
+def test_sparse_members_of_a_tar_are_skipped_as_a_few_bytes_could_fill_a_disk(tmp_path: Path, writer: str):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "b").write_bytes(b"x")
+    subprocess.run(["tar", "cSf", "a.tar", f"--format={writer}", "a", "b"], cwd=tmp_path, check=True)
+    assert read_all(tmp_path / "a.tar") == {"a.tar/a": "sparse", "a.tar/b": b"x"}
 
 
 @pytest.mark.parametrize("writer", ["gnu", "pax", "ustar", "v7"])

@@ -1,5 +1,6 @@
 """The commands, as a person runs them."""
 
+import csv
 import json
 import math
 import re
@@ -17,7 +18,8 @@ from data_pipeline.shards import Corpus
 from pretrain.checkpoint.format import digest_of
 from pretrain.cli import app
 from pretrain.config import load
-from tests.conftest import BYTELOOM, Run, environment, train_once
+from pretrain.words import count_words
+from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,81 @@ def test_eval_of_one_checkpoint_by_suffix(byteloom: Run, trained: Path, corpus_f
     assert ".py" in byteloom("eval", checkpoint, corpus_folder / "validation", "--by", "suffix").stdout
 
 
+def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
+    figures = {}
+    for mode in ("windows", "sliding", "strided", "sliding-strided"):
+        table = byteloom("eval", trained, "--mode", mode, "--json", "scores.json").stdout
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["mode"] == mode
+        assert scores["stride"] == (64 if "sliding" in mode else 128)
+        assert f"mode {mode}:" in table.replace("\n", " ")
+        figures[mode] = scores["total"]
+    assert len({figure["bits_per_byte"] for figure in figures.values()}) == 4
+    assert len({figure["bytes"] for figure in figures.values()}) == 1
+    refused = byteloom("eval", trained, "--mode", "memory", check=False)
+    assert (refused.returncode, "Transformer-XL" in refused.stderr) == (1, True)
+
+
+def test_eval_writes_words_and_curves(byteloom: Run, trained: Path, corpus_folder: Path, tmp_path: Path):
+    arguments = ["--words", "count", "--curves", "curves", "--json", "scores.json", "--mode", "sliding"]
+    assert "perplexity" in byteloom("eval", trained, *arguments).stdout
+    found = json.loads((tmp_path / "scores.json").read_text())
+    with Corpus(corpus_folder / "validation") as corpus:
+        words = count_words(corpus, lambda key: "all")["all"]
+    assert found["total"]["words"] == words == sum(group["words"] for group in found["groups"].values())
+    assert found["total"]["word_perplexity"] == pytest.approx(math.exp(found["total"]["nats"] / words))
+    for name, positions in (("window", 128), ("patch", 4)):
+        with (tmp_path / f"curves/{name}-positions.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["position"]) for row in rows] == list(range(positions))
+        assert {(row["mode"], row["stride"]) for row in rows} == {("sliding", "64")}
+        assert math.fsum(float(row["nats"]) for row in rows) == found["total"]["nats"]
+    assert (tmp_path / "curves/positions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_takes_a_number_of_words(trained: Path, tmp_path: Path):
+    scores = tmp_path / "scores.json"
+    arguments = ["eval", str(trained), "--json", str(scores), "--words"]
+    CliRunner().invoke(app, [*arguments, "12345"], catch_exceptions=False)
+    total = json.loads(scores.read_text())["total"]
+    assert total["word_perplexity"] == pytest.approx(math.exp(total["nats"] / 12345))
+    assert CliRunner().invoke(app, [*arguments, "many"]).exit_code == 2
+
+
+SIZE = {"width": 32, "layers": 2, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "mode"),
+    [
+        ("perceiver_ar", {"latents": 32, "latent_model": SIZE, "cross_heads": 2}, "windows"),
+        ("transformer", {**SIZE, "positions": "learned", "window": 32}, "sliding"),
+        ("transformer_xl", {**SIZE, "memory_length": 128}, "memory"),
+    ],
+)
+def test_every_family_trains_goes_on_scores_and_writes(
+    byteloom: Run, tmp_path: Path, corpus_folder: Path, family: str, fields: dict[str, object], mode: str
+):
+    tree = recipe_tree(corpus_folder)
+    tree["model"] = {"family": family, "sequence_length": 128, **fields}
+    tree["data"]["lanes"] = tree["train"]["global_batch"]  # as a memory needs
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    byteloom("train", recipe, "train.steps=4")
+    byteloom("train", recipe, "train.steps=6")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(7))
+    byteloom("eval", "runs/run", "--mode", mode, "--json", "scores.json")
+    assert 5 < json.loads((tmp_path / "scores.json").read_text())["total"]["bits_per_byte"] < 9
+    drawn = subprocess.run(
+        [BYTELOOM, "generate", tmp_path / "runs/run", "--bytes", "200"],
+        capture_output=True,
+        check=True,
+        env=environment(),
+    ).stdout
+    assert 0 < len(drawn) <= 200
+
+
 def generate(trained: Path, *arguments: str) -> bytes:
     command = [BYTELOOM, "generate", trained, *arguments]
     return subprocess.run(command, capture_output=True, check=True, env=environment()).stdout
@@ -141,6 +218,18 @@ def test_generate_writes_bytes_and_nothing_else(trained: Path, tmp_path: Path):
     assert max(drawn) > 127  # an untrained model draws any byte, and all pass through
     (tmp_path / "prompt").write_bytes(b"def ")
     assert drawn == generate(trained, "--prompt-file", str(tmp_path / "prompt"), "--bytes", "300", "--seed", "3")
+
+
+def test_generate_writes_many_to_a_folder(byteloom: Run, trained: Path, tmp_path: Path):
+    (tmp_path / "prompt").write_bytes(b"class ")
+    options = ("--prompt", "def ", "--prompt-file", "prompt", "--samples", "3", "--bytes", "40", "--seed", "3")
+    assert "6 continuations: name a folder for them" in byteloom("generate", trained, *options, check=False).stderr
+    said = byteloom("generate", trained, *options, "--out", "out").stderr
+    written = {path.name: path.read_bytes() for path in sorted((tmp_path / "out").iterdir())}
+    assert list(written) == [f"00{prompt}-00{sample}.bin" for prompt in range(2) for sample in range(3)]
+    assert re.search(rf"{sum(map(len, written.values()))} bytes, [\d,]+ bytes/s", said)
+    assert len(set(written.values())) == 6
+    assert written["000-000.bin"] == generate(trained, "--prompt", "def ", "--bytes", "40", "--seed", "3")
 
 
 def test_a_reader_that_stops_early_is_no_error(trained: Path):
@@ -157,7 +246,18 @@ def test_debug_recipe_runs_on_the_demo_corpus(byteloom: Run, corpus_folder: Path
 
 
 def test_help_of_every_command():
-    for command in ("prepare", "verify", "withdraw", "inspect", "train", "eval", "generate", "track", "config"):
+    for command in (
+        "prepare",
+        "verify",
+        "withdraw",
+        "inspect",
+        "train",
+        "eval",
+        "generate",
+        "track",
+        "models",
+        "config",
+    ):
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Usage: byteloom {command}" in shown.output

@@ -101,6 +101,7 @@ class Server:
                     "--artifacts-destination", str(self.folder / "artifacts"),
                 ],
                 stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes of no use here
             )  # fmt: skip
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from pretrain.config import Config, ConfigError, explain, load
+from pretrain.models.transformer import TransformerConfig
 from tests.conftest import Run, recipe_tree
+
+FAMILIES = "'megabyte' or 'perceiver_ar' or 'transformer' or 'transformer_xl'"
 
 
 @pytest.fixture
@@ -74,7 +77,9 @@ def test_an_unknown_key_of_an_override_names_the_override(file: Path):
         ("train.steps=1.5", "train.steps is 1.5; input should be a valid integer"),
         ("train.steps=true", "train.steps is true; input should be a valid integer"),
         ("train.steps=0", "train.steps is 0; input should be greater than or equal to 1"),
-        ("model.family=lstm", "model.family is \"lstm\"; input should be 'megabyte'"),
+        ("model.family=lstm", f'model.family is "lstm"; input should be {FAMILIES}'),
+        ("model.family=3", f"model.family is 3; input should be {FAMILIES}"),
+        ("model=3", "model is 3; input should be a section"),
         ("model.global_model.heads=5", "heads (5) does not divide width (32)"),
         ("model.patch_size=5", "sequence_length (64) is not a multiple of patch_size (5)"),
         ("run.name=../x", "run.name"),
@@ -88,6 +93,20 @@ def test_a_wrong_value_is_refused_with_the_override(file: Path, override: str, s
     assert said in message
     assert override in message
     assert "\n" not in message
+
+
+def test_each_family_has_its_own_fields(file: Path):
+    lines = [line for line in file.read_text().splitlines() if "patch_size" not in line and "_model" not in line]
+    lines[4:4] = ["  family: transformer", "  width: 32", "  layers: 2", "  heads: 2"]
+    file.write_text("\n".join(lines))
+    assert load(file, ["model.window=16"]).model == TransformerConfig(
+        width=32, layers=2, heads=2, sequence_length=64, window=16
+    )
+    assert refusal(file, "model.windw=3") == (
+        "override model.windw=3: model.windw is not a field of TransformerConfig (did you mean window?)"
+    )
+    assert "model.heads=5: model: heads (5) does not divide width (32)" in refusal(file, "model.heads=5")
+    assert refusal(file, "model.family=transformer_xl").endswith("model.memory_length is missing")
 
 
 def test_a_wrong_type_in_the_file_names_its_line(file: Path):
@@ -148,6 +167,28 @@ def test_explain_tells_meaning_type_default_and_bounds():
     assert "model.global_model.width: int, required, at least 1" in explain("model")
     with pytest.raises(ConfigError, match=r"did you mean model.patch_size\?"):
         explain("model.patchsize")
+
+
+def test_explain_tells_of_every_family():
+    assert explain("model.latents").startswith("model.latents: int, default 1024, at least 1\n")
+    assert "In MegabyteConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
+    assert "In PerceiverARConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
+    assert explain("model.sequence_length").count("model.sequence_length: int, required") == 4
+    assert "model.latent_model.width: int, required, at least 1" in explain("model")
+
+
+def test_faults_of_another_family_are_told_by_its_own_fields(file: Path):
+    file.write_text(
+        file.read_text()
+        .replace("  patch_size: 4\n", "  family: perceiver_ar\n  latens: 4\n")
+        .replace("local", "latent")
+    )
+    lines = refusal(file).splitlines()
+    assert f"{file}:7: model.latens is not a field of PerceiverARConfig (did you mean latents?)" in lines
+    assert f"{file}:8: model.global_model is not a field of PerceiverARConfig (did you mean latent_model?)" in lines
+    assert len(lines) == 2
+    message = refusal(file, "model.latent_model.heads=3")
+    assert "override model.latent_model.heads=3: model.latent_model: heads (3) does not divide width (16)" in message
 
 
 def test_schema_describes_the_fields():

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import SingleProcessEngine
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
 from pretrain.optimizers import OptimizerConfig
+from tests.pretrain.rows import rows_of
 
 T = 32
 
@@ -40,12 +40,6 @@ def batch(micro_batch: int, rows: int = 8, seed: int = 0) -> list[MicroBatch]:
     targets = np.random.default_rng(seed + 1).random((rows, T)) < 0.7
     parts = [slice(first, first + micro_batch) for first in range(0, rows, micro_batch)]
     return [MicroBatch(index, rows_of(ids[part]), targets[part]) for index, part in enumerate(parts)]
-
-
-def rows_of(ids: np.ndarray) -> Rows:
-    """Ids in the form in which they come from the stream."""
-    row_bytes = np.where(ids < SEPARATOR, ids, 0).astype(np.uint8)
-    return Rows(row_bytes, np.flatnonzero(ids == SEPARATOR), ids == PADDING if PADDING in ids else None)
 
 
 def train(engine: SingleProcessEngine, micro_batch: int, steps: int = 3) -> list[float]:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.vocabulary import PADDING, VOCABULARY
-from pretrain.models.layers import Stack, StackConfig
-from pretrain.models.megabyte import Megabyte, MegabyteConfig
+from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
+from pretrain.models.layers import Rotary, Stack, StackConfig, rotate
+from pretrain.models.megabyte import Megabyte, MegabyteConfig, PatchEncoder
 
 ROWS, T, P = 2, 24, 4
 K = T // P
@@ -44,13 +44,20 @@ def log_probabilities(model: Megabyte, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1)[:, :length]
 
 
-positions = pytest.mark.parametrize("positions", ["learned", "rotary"])
+VARIANTS: dict[str, dict[str, object]] = {
+    "learned": {},
+    "rotary": {"positions": "rotary"},
+    "convolution": {"patch_encoder": "convolution"},
+    "cross-patch": {"cross_patch_bytes": P},
+    "all": {"positions": "rotary", "patch_encoder": "convolution", "cross_patch_bytes": 2},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
 activations = pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 
 
-@positions
-def test_a1_row_t_depends_on_every_byte_before_t_and_on_nothing_after(positions: str):
-    model = build(positions=positions)
+@variants
+def test_a1_row_t_depends_on_every_byte_before_t_and_on_nothing_after(variant: str):
+    model = build(**VARIANTS[variant])
     ids = random_ids(1)
     base = log_probabilities(model, ids)[0]
     for u in range(T):
@@ -61,10 +68,12 @@ def test_a1_row_t_depends_on_every_byte_before_t_and_on_nothing_after(positions:
         assert (moved[u + 1 :] > 1e-12).all(), f"byte {u} is not seen everywhere after it"
 
 
-@positions
-def test_a2_global_output_k_changes_exactly_the_bytes_of_patch_k(positions: str):
-    model = build(positions=positions)
-    ids = random_ids()
+@variants
+def test_a2_global_output_k_changes_exactly_the_bytes_of_patch_k(variant: str):
+    """With cross-patch attention, of as many patches after it as local layers too."""
+    model = build(**VARIANTS[variant])
+    reached = len(model.local_stack.blocks) if model.cross_patch_bytes else 0
+    ids = random_ids() % 256
     global_out = torch.randn(ROWS, K, model.patch_size * model.byte_width, dtype=torch.double)
     base = model.decode_patches(ids, global_out)
     for k in range(K):
@@ -72,7 +81,7 @@ def test_a2_global_output_k_changes_exactly_the_bytes_of_patch_k(positions: str)
         changed[:, k] += 1.0
         moved = (model.decode_patches(ids, changed) - base).abs().amax(-1) > 0
         expected = torch.zeros(ROWS, T, dtype=torch.bool)
-        expected[:, k * P : (k + 1) * P] = True
+        expected[:, k * P : (k + 1 + reached) * P] = True
         assert torch.equal(moved, expected)
 
 
@@ -110,19 +119,94 @@ def test_a4_one_patch_is_a_local_decoder_with_constant_offsets():
     torch.testing.assert_close(logits.log_softmax(-1), log_probabilities(model, ids), atol=1e-12, rtol=0)
 
 
-@positions
+@variants
 @pytest.mark.parametrize("length", range(1, T + 1))
-def test_a5_padding_to_whole_patches_changes_no_earlier_row(positions: str, length: int):
-    model = build(positions=positions)
+def test_a5_padding_to_whole_patches_changes_no_earlier_row(variant: str, length: int):
+    model = build(**VARIANTS[variant])
     ids = random_ids()
     torch.testing.assert_close(model(ids[:, :length]), model(ids)[:, :length], atol=1e-6, rtol=0)
 
 
-@positions
+def cross_patch_model(reach: int, **changes: object) -> Megabyte:
+    """The same weights for every reach: rotary positions have none."""
+    return build(positions="rotary", cross_patch_bytes=reach, **changes)
+
+
+def test_a6_without_reach_a_patch_sees_itself_alone():
+    """A separator at every patch's end blocks the whole reach, and leaves the model without it."""
+    ids = random_ids() % 256
+    plain, crossing = cross_patch_model(0), cross_patch_model(P)
+    assert (log_probabilities(crossing, ids) - log_probabilities(plain, ids)).abs().max() > 0.1
+    ids[:, P - 1 :: P] = SEPARATOR
+    torch.testing.assert_close(log_probabilities(crossing, ids), log_probabilities(plain, ids), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("reach", [1, 3, P])
+def test_a6_cross_patch_attention_is_dense_attention_under_the_papers_mask(reach: int):
+    """Position t sees its patch's past, and the last r positions before its patch if no document ended in between."""
+    model = cross_patch_model(reach)
+    ids = random_ids(1)
+    ids[0, [5, 12, 15]] = SEPARATOR
+    global_out = torch.randn(1, K, P * model.byte_width, dtype=torch.double)
+    got = model.decode_patches(ids, global_out)[0]
+    visible = torch.zeros(T, T, dtype=torch.bool)
+    for t in range(T):
+        start = t // P * P
+        for s in range(max(start - reach, 0), t + 1):
+            visible[t, s] = s >= start or SEPARATOR not in ids[0, s:t]
+    x = (model.condition(global_out[0]) + model.embed_locally(ids.view(K, P)[:, :-1])).view(1, T, -1)
+    for block in model.local_stack.blocks:
+        q, k, v = block.attention.project(block.attention_norm(x))
+        q, k = (rotate(a, torch.arange(T), Rotary()) for a in (q, k))
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        mixed = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+        x = x + block.attention.merge(mixed)
+        x = x + block.feed_forward(block.feed_forward_norm(x))
+    expected = model.head(model.local_stack.norm(x))[0]
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+def test_parameters_have_the_names_that_checkpoints_know_them_by():
+    stacks = ("global_stack", "local_stack")
+    of_a_block = [
+        "attention_norm.weight",
+        "attention_norm.bias",
+        "attention.query_key_value.weight",
+        "attention.output.weight",
+        "feed_forward_norm.weight",
+        "feed_forward_norm.bias",
+        "feed_forward.expand.weight",
+        "feed_forward.contract.weight",
+    ]
+    names = {f"{stack}.blocks.{n}.{part}" for stack in stacks for n in range(2) for part in of_a_block}
+    names |= {f"{stack}.norm.{part}" for stack in stacks for part in ("weight", "bias")}
+    names |= {f"{side}_{part}" for side in ("global", "local") for part in ("embedding.weight", "pad", "positions")}
+    model = Megabyte(
+        MegabyteConfig(
+            sequence_length=T,
+            patch_size=P,
+            global_model=StackConfig(width=16, layers=2, heads=2),
+            local_model=StackConfig(width=8, layers=2, heads=2),
+        )
+    )
+    assert {name for name, _ in model.named_parameters()} == names | {"global_to_local.weight"}
+
+
+def test_a6_gradients_flow_into_the_patch_before():
+    """Unlike a Transformer-XL's memory (section 2.3.2)."""
+    model = cross_patch_model(2)
+    conditioning = torch.randn(1, K, P * model.byte_width, dtype=torch.double, requires_grad=True)
+    model.decode_patches(random_ids(1) % 256, conditioning).view(K, -1)[3].sum().backward()
+    moved = conditioning.grad[0].abs().amax(-1) > 0
+    assert moved.tolist() == [False, True, True, True, False, False]
+
+
+@variants
 @pytest.mark.parametrize("prefix", range(T))
-def test_a7_cached_decoding_equals_the_full_forward_for_every_prefix(positions: str, prefix: int):
-    model = build(positions=positions)
+def test_a7_cached_decoding_equals_the_full_forward_for_every_prefix(variant: str, prefix: int):
+    model = build(**VARIANTS[variant])
     ids = random_ids()
+    ids[0, [3, 10, 14]] = SEPARATOR
     expected = log_probabilities(model, ids)
     decoder = model.decoder(ROWS)
     logits = decoder.prime(ids[:, :prefix])
@@ -135,8 +219,9 @@ def test_a7_cached_decoding_equals_the_full_forward_for_every_prefix(positions: 
         decoder.step(ids[:, T - 1])
 
 
-def test_a7_the_global_model_runs_once_a_patch_and_the_local_model_once_a_byte():
-    model = build()
+@variants
+def test_a7_the_global_model_runs_once_a_patch_and_the_local_model_once_a_byte(variant: str):
+    model = build(**VARIANTS[variant])
     calls = {"global": 0, "local": 0}
 
     def count(name: str):
@@ -180,7 +265,7 @@ def test_a9_the_head_is_the_local_embedding_and_gradients_of_both_uses_add_up():
 @pytest.mark.parametrize(("width", "layers"), [(256, 3), (512, 2)])
 @activations
 def test_a12_a_stack_has_12_layers_times_width_squared_weights(width: int, layers: int, activation: str):
-    stack = Stack(StackConfig(width=width, layers=layers, heads=4), activation, rotary=False, dropout=0.0)
+    stack = Stack(StackConfig(width=width, layers=layers, heads=4), activation, dropout=0.0)
     weights = sum(m.weight.numel() for m in stack.modules() if isinstance(m, nn.Linear))
     assert weights == pytest.approx(12 * layers * width**2, rel=8e-3 if activation == "swiglu" else 0)
     norms = (2 * layers + 1) * 2 * width
@@ -216,10 +301,36 @@ def test_a12_flops_a_byte_of_the_papers_text_model():
     assert text_config_on_meta().flops(8192) / 8192 == pytest.approx(645e6, rel=2e-3)
 
 
+def test_a10_without_weights_the_convolutional_encoder_is_the_base_model():
+    convolved, base = build(patch_encoder="convolution"), build()
+    weights = convolved.state_dict()
+    base.load_state_dict({name: weights[name] for name in base.state_dict()})
+    ids = random_ids()
+    assert (log_probabilities(convolved, ids) - log_probabilities(base, ids)).abs().max() > 0.01
+    for causal_filter in convolved.patch_encoder.filters:
+        nn.init.zeros_(causal_filter.weight)
+    assert torch.equal(log_probabilities(convolved, ids), log_probabilities(base, ids))
+
+
+def test_a10_the_encoders_filters_are_causal_and_of_3_5_and_7_bytes():
+    encoder = PatchEncoder(8).double()
+    assert [tuple(f.weight.shape) for f in encoder.filters] == [(8, 8, size) for size in (3, 5, 7)]
+    x = torch.randn(1, 40, 8, dtype=torch.double)
+    base = encoder(x)
+    for u in range(40):
+        changed = x.clone()
+        changed[0, u] += 1
+        moved = ((encoder(changed) - base).abs().amax(-1)[0] > 0).nonzero().flatten()
+        assert moved.min() == u
+        assert moved.max() <= u + encoder.reach == u + 2 + 4 + 6
+
+
 @activations
-@pytest.mark.parametrize("length", [T, T - 3])
-def test_flops_are_those_that_torch_counts(activation: str, length: int):
-    model = build(double=False, activation=activation).bfloat16()  # its attention is plain products, which are counted
+@variants
+@pytest.mark.parametrize("length", [T, T - 3, P])
+def test_flops_are_those_that_torch_counts(activation: str, variant: str, length: int):
+    model = build(double=False, activation=activation, **VARIANTS[variant])
+    model = model.bfloat16()  # its attention is plain products, which are counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(random_ids(3, length))
     assert counter.get_total_flops() == 3 * model.flops(length)
@@ -249,6 +360,16 @@ def test_e2_every_byte_value_costs_something(value: int):
     nats = build()(torch.full((1, T), value))
     assert torch.isfinite(nats).all()
     assert (nats > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@variants
+def test_dropout_and_gradients_reach_every_parameter(variant: str, dtype: torch.dtype):
+    model = build(double=False, dropout=0.1, **VARIANTS[variant]).to(dtype).train()
+    model(random_ids(length=T - 1)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize(("what", "bound"), [("random", 0.05), ("constant", 0.01)])
@@ -285,6 +406,7 @@ def test_the_global_input_is_one_patch_late_and_begins_with_the_pad():
         ({"patch_size": 5}, "not a multiple of patch_size"),
         ({"global_model": {"width": 30, "layers": 1, "heads": 2}}, "global_model.width"),
         ({"local_model": {"width": 24, "layers": 1, "heads": 5}}, "does not divide width"),
+        ({"cross_patch_bytes": P + 1}, "cross_patch_bytes"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, object], message: str):

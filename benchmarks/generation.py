@@ -1,0 +1,120 @@
+"""Generation of 8,192 bytes: MEGABYTE against a Transformer of a quarter of its parameters, and caches against none.
+
+The pair is the paper's (arXiv:2305.07185, table 9: 132 s and 93 s), with all widths divided by WIDTH_DIVISOR. As there,
+the Transformer's context is 1,024 bytes: when it is full, its last half is read anew. Sampling is in the time.
+
+Without caches every byte is a forward pass over all before it. Its whole cost is told from passes at a few lengths: the
+sum, over all lengths, of a line between each two that were measured.
+
+python benchmarks/generation.py [--quick] [--json PATH]
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from data_pipeline.vocabulary import SEPARATOR
+from pretrain.generate import Sampling, generate_rows
+from pretrain.models.byte_model import ByteModel
+from pretrain.models.megabyte import Megabyte, MegabyteConfig
+from pretrain.models.transformer import Transformer, TransformerConfig
+from report import Metric, options, report
+
+WIDTH_DIVISOR = 8
+LENGTH, CONTEXT = 8192, 1024
+HEADS = 2
+
+
+def width(papers: int) -> int:
+    return papers // WIDTH_DIVISOR
+
+
+def megabyte() -> Megabyte:
+    """1.3B and 218M in the paper: 24 layers of 2,048 and 15 of 1,024, patches of 8."""
+    sizes = {
+        "sequence_length": LENGTH,
+        "patch_size": 8,
+        "global_model": {"width": width(2048), "layers": 24, "heads": 2 * HEADS},
+        "local_model": {"width": width(1024), "layers": 15, "heads": HEADS},
+    }
+    return Megabyte(MegabyteConfig.model_validate(sizes))
+
+
+def transformer() -> Transformer:
+    """350M in the paper: 24 layers of 1,024, with a learned table of positions, as MEGABYTE has."""
+    sizes = {"width": width(1024), "layers": 24, "heads": HEADS, "positions": "learned"}
+    return Transformer(TransformerConfig.model_validate({"sequence_length": CONTEXT, **sizes}))
+
+
+def build(make: Callable[[], ByteModel]) -> ByteModel:
+    """A model that never ends a document: the logit of a separator is 0, and the 50 likeliest ids are drawn from."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        table = model.local_embedding if isinstance(model, Megabyte) else model.embedding
+        table.weight[SEPARATOR] = 0
+    return model
+
+
+def side_by_side(models: dict[str, ByteModel], rows: int, count: int, chunk: int) -> dict[str, float]:
+    """Seconds in which each model writes `count` bytes in each of some rows; they take turns, a chunk each."""
+    writers = {name: generate_rows(model, [b""] * rows, count, Sampling(top_k=50)) for name, model in models.items()}
+    seconds = dict.fromkeys(models, 0.0)
+    for _ in range(count // chunk):
+        for name, writer in writers.items():
+            start = time.perf_counter()
+            written = sum(1 for _ in zip(range(rows * chunk), writer, strict=False))
+            seconds[name] += time.perf_counter() - start
+            assert written == rows * chunk
+    return seconds
+
+
+@torch.no_grad()
+def seconds_without_caches(model: ByteModel, count: int, rounds: int) -> float:
+    """Of writing `count` bytes by a forward pass each, over as much as `generate_rows` would have in its context."""
+    T = model.sequence_length
+    lengths = [1, *(T * part // 8 for part in (1, 2, 4, 6, 8))]
+    costs = []
+    for length in lengths:
+        ids, times = torch.zeros(1, length, dtype=torch.long), []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            model(ids)
+            times.append(time.perf_counter() - start)
+        costs.append(statistics.median(times))
+    held = np.arange(count)
+    in_context = np.where(held < T, held, T // 2 + (held - T) % (T - T // 2)) + 1
+    return float(np.interp(in_context, lengths, costs).sum())
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    count, chunk = (1024, 256) if chosen.quick else (LENGTH, CONTEXT)
+    models = {"MEGABYTE": build(megabyte), "Transformer": build(transformer)}
+    side_by_side(models, rows=1, count=32, chunk=32)
+    seconds = side_by_side(models, 1, count, chunk)
+    sizes = {name: model.parameter_count() for name, model in models.items()}
+    metrics = [
+        Metric(f"{name}, {count:,} bytes", count / seconds[name], "bytes/s", f"{sizes[name]:,} parameters")
+        for name in models
+    ]
+    faster = seconds["Transformer"] / seconds["MEGABYTE"]
+    larger = sizes["MEGABYTE"] / sizes["Transformer"]
+    metrics.append(Metric("MEGABYTE / Transformer", faster, "", f"with {larger:.1f} times its parameters", goal=1.4))
+    for name, model in models.items():
+        without = seconds_without_caches(model, count, rounds=1 if chosen.quick else 3)
+        detail = f"without: {count / without:.3g} bytes/s, told from 6 lengths"
+        metrics.append(Metric(f"{name}, with caches / without", without / seconds[name], "", detail, goal=20))
+    rows, some = 16, chunk // 4
+    batched = side_by_side(models, rows, some, some)
+    for name in models:
+        alone = f"{some} bytes in each of {rows} rows at once"
+        metrics.append(Metric(f"{name}, {rows} rows", rows * some / batched[name], "bytes/s", alone))
+    report("Generation", metrics, chosen.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Transformer-XL's memory through real runs: what it holds, and that a killed run goes on with it bit for bit."""
+
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data_pipeline.reading import open_streams
+from pretrain.checkpoint import read, verify
+from pretrain.config import load
+from pretrain.fragments import whole
+from tests.conftest import STDLIB, Run, prepare_corpus, recipe_tree
+from tests.end_to_end.test_resume import RunUnderTest, assert_same
+
+T, M, ROWS = 32, 80, 48
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
+    """An epoch ends within the steps of a RunUnderTest."""
+    prepare_corpus([STDLIB / "json"], tmp_path / "json", include=["*.py"], block_bytes=10_000)
+    tree = recipe_tree(corpus_folder)
+    sizes = {"sequence_length": T, "memory_length": M, "width": 16, "layers": 2, "heads": 2}
+    tree["model"] = {"family": "transformer_xl", "dropout": 0.1, **sizes}
+    tree["data"] = {"shards": str(tmp_path / "json"), "lanes": ROWS}
+    tree["train"] = {"steps": 12, "global_batch": ROWS, "micro_batch": 20}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def test_a_killed_run_goes_on_with_its_memory_bit_for_bit(recipe: Path, tmp_path: Path):
+    reference, run = (RunUnderTest(recipe, tmp_path, name) for name in ("whole", "killed"))
+    reference.finish()
+    assert reference.numbers()[-1][1]["epoch"] > 1
+    for low in (8, 26):
+        code, _ = run.start_and_signal(signal.SIGKILL, random.randrange(low, low + 8))
+        assert code == -signal.SIGKILL
+    assert "goes on after step" in run.finish()
+    assert_same(run, reference)
+    assert {"memory/states", "memory/ids"} <= run.final_tensors().keys()
+
+
+def test_a_checkpoint_holds_the_last_ids_of_every_row_since_its_epoch_began(
+    byteloom: Run, recipe: Path, tmp_path: Path
+):
+    config = load(recipe)
+    stream = open_streams(config.data, T)["corpus"]
+    border = stream.order.sequences_per_lane
+    assert border > 4
+    byteloom("train", recipe, f"train.steps={border + 2}", "checkpoint.every=1", "checkpoint.keep=100")
+    for step, segments in ((1, 1), (2, 2), (border, 3), (border + 1, 1), (border + 2, 2)):
+        metadata = verify(tmp_path / f"runs/run/checkpoints/step-{step:08d}")
+        kept = torch.empty(metadata.tensors["memory/ids"].shape)
+        read(metadata, [whole("memory/ids", kept)])
+        rows = [stream.read(np.arange(ROWS) + ROWS * (step - 1 - back)).ids for back in range(segments)]
+        expected = np.concatenate([np.full((ROWS, M), -1), *reversed(rows)], 1)[:, -M:]
+        np.testing.assert_array_equal(kept.numpy(), expected)
+
+
+def test_a_corpus_with_fewer_sequences_than_rows_is_refused(byteloom: Run, recipe: Path, tmp_path: Path):
+    refused = byteloom("train", recipe, "data.lanes=5000", "train.global_batch=5000", check=False)
+    assert refused.returncode == 1
+    assert "fewer than the 5000 rows of a batch" in refused.stderr
+    assert not (tmp_path / "runs").exists()

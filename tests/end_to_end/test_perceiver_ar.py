@@ -1,0 +1,64 @@
+"""A Perceiver AR through the real commands."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pretrain.checkpoint import verify
+from pretrain.cli import app
+from tests.conftest import Run, recipe_tree
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
+    """Twelve steps, with crops, dropout and dropped inputs."""
+    tree = recipe_tree(corpus_folder)
+    tree["model"] = {
+        "family": "perceiver_ar",
+        "sequence_length": 128,
+        "latents": 32,
+        "latent_model": {"width": 32, "layers": 2, "heads": 2},
+        "cross_heads": 2,
+        "cross_attend_dropout": 0.2,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def test_it_trains_goes_on_exactly_scores_every_byte_and_writes(byteloom: Run, recipe: Path, tmp_path: Path):
+    byteloom("train", recipe, "run.name=whole")
+    whole = tmp_path / "runs/whole"
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["validation/bits_per_byte"] < records[0]["validation/bits_per_byte"] - 0.2
+
+    byteloom("train", recipe, "run.name=cut")
+    cut = tmp_path / "runs/cut/checkpoints"
+    for step in (8, 12):
+        shutil.rmtree(cut / f"step-{step:08d}")
+    assert "goes on after step 4" in byteloom("train", recipe, "run.name=cut").stderr
+    finals = [verify(folder / "step-00000012").tensors for folder in (whole / "checkpoints", cut)]
+    digests = [{name: [c.sha256 for c in tensor.chunks] for name, tensor in tensors.items()} for tensors in finals]
+    assert digests[0] == digests[1]
+
+    figures = {}
+    for options in ((), ("--stride", "8"), ("--latents", "128"), ("--latents", "1")):
+        scores = tmp_path / "scores.json"
+        CliRunner().invoke(app, ["eval", str(whole), "--json", str(scores), *options], catch_exceptions=False)
+        figures[options] = json.loads(scores.read_text())["total"]
+    assert len({figure["bytes"] for figure in figures.values()}) == 1
+    assert len({figure["bits_per_byte"] for figure in figures.values()}) == 4
+    assert figures[()]["bits_per_byte"] == pytest.approx(records[-1]["validation/bits_per_byte"], rel=1e-6)
+
+    for options, said in {
+        ("eval", "--stride", "33"): "stride 33: the model scores 32 bytes of a window, at most",
+        ("generate", "--latents", "129"): "--latents 129: more than the sequence length, 128",
+    }.items():
+        assert str(CliRunner().invoke(app, [options[0], str(whole), *options[1:]]).exception) == said
+
+    options = ("--prompt", "def ", "--bytes", "200", "--temperature", "0", "--latents", "16")
+    assert byteloom("generate", whole, *options).stdout
