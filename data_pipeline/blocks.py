@@ -158,7 +158,7 @@ def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
         own = hashlib.sha256(part).hexdigest()
         ends = sha256 is not None
         piece = DocumentSlice(document.key, document.modality, 0, len(part), offset, ends, own, sha256)
-        return Block(part + DOCUMENT_END if ends else bytes(part), (piece,))
+        return Block(bytes(part) + DOCUMENT_END * ends, (piece,))
 
     for piece in document.read():
         whole.update(piece)

@@ -2,8 +2,8 @@
 
     contents of blocks ─▶ Window.put, one copy a stretch ─▶ Window.in_groups ─▶ Rows, one for each micro-batch
 
-An id is a byte as a rule, so rows are bytes. What is no byte, separators and padding, is told beside them by its places;
-whoever computes with ids widens the bytes and puts it there, on the device if there is one.
+An id is a byte as a rule, so rows are bytes. What is no byte, separators and padding, is told beside them by its
+places; whoever computes with ids widens the bytes and puts it there, on the device if there is one.
 """
 
 import struct
@@ -92,7 +92,7 @@ class Memory:
         if len(memory) != size:
             memory = np.empty(size, np.uint8)
         # Views keep the array that they are of, unless that is itself a view of an array: so it is one of a memoryview.
-        array = np.frombuffer(memoryview(memory), np.uint8)
+        array = np.frombuffer(memory.data, np.uint8)
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array
 
@@ -149,8 +149,10 @@ class Window:
         groups = []
         for (start, stop), (first, last) in zip(pairwise(starts), pairwise(bounds), strict=True):
             own = _as_index(numbers[start:stop])
-            padded = padding is not None and padding[own].any()
-            groups.append(Rows(rows[own], separators[first:last], padding[own] if padded else None))
+            padded = None if padding is None else padding[own]
+            if padded is not None and not padded.any():
+                padded = None
+            groups.append(Rows(rows[own], separators[first:last], padded))
         return groups
 
 

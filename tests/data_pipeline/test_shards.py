@@ -115,7 +115,7 @@ def test_every_document_comes_back(written: Corpus):
             found[part.key] += content[part.start : part.start + part.length]
             following = content[part.start + part.length :][:1]
             assert (following == b"\0") if part.ends else not following
-    assert found == {document.key: content for document in documents() if (content := b"".join(document.read()))}
+    assert found == {document.key: whole for document in documents() if (whole := b"".join(document.read()))}
 
 
 def test_a_shard_tells_its_own_index(tmp_path: Path):
