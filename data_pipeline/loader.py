@@ -31,7 +31,7 @@ PATIENCE = 0.5
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How one process reads ahead. Memory, beside the blocks that lanes are in: for each thread and two more, a window
-    of 32 MiB, and as much again while a mixture's is read; and `prefetch` micro-batches."""
+    of 32 MiB, as much again while a mixture's is read or where there is padding; and `prefetch` micro-batches."""
 
     threads: int = Field(default=2, ge=1)
     """Threads that read and decompress."""
