@@ -1,0 +1,170 @@
+"""The families side by side: equal training FLOPs, the same bytes in the same order, and what each makes of them.
+
+python benchmarks/comparison.py BOOKS [--steps N] [--runs FOLDER] [--out FOLDER]
+
+BOOKS holds the folders train and valid, of text files. Every model is trained by `byteloom train` with the same recipe
+(configs/comparison.yaml) but for `model`, and sized to cost about the same a byte; the steps of each are those that
+make the FLOPs of all equal. A forward pass counts as `ByteModel.flops` says, training as three of them. So the models
+differ in parameters. Scores are of `byteloom eval`: each byte of the first valid book, by name, once. What is there
+already in the runs folder is not done again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from pretrain.models import ByteModel, build_model, model_config
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "configs/comparison.yaml"
+CONTEXT, ROWS = 1024, 8
+"""Of every batch."""
+AVERAGED = 20
+MODELS: dict[str, dict[str, object]] = {
+    "MEGABYTE": {
+        "family": "megabyte",
+        "patch_size": 8,
+        "global_model": {"width": 512, "layers": 3, "heads": 8},
+        "local_model": {"width": 128, "layers": 2, "heads": 2},
+        "initial_std": 0.02,
+    },
+    "Perceiver AR": {
+        "family": "perceiver_ar",
+        "latents": 256,
+        "latent_model": {"width": 256, "layers": 5, "heads": 4},
+        "cross_heads": 4,
+    },
+    "Transformer": {"family": "transformer", "width": 144, "layers": 3, "heads": 3, "initial_std": 0.02},
+    "Transformer, window 128": {
+        "family": "transformer",
+        "width": 192,
+        "layers": 3,
+        "heads": 3,
+        "window": 128,
+        "initial_std": 0.02,
+    },
+    "Transformer-XL": {"family": "transformer_xl", "memory_length": 256, "width": 144, "layers": 2, "heads": 3},
+}
+MOST_CONTEXT = {
+    "megabyte": "sliding-strided",
+    "perceiver_ar": "windows",
+    "transformer": "sliding",
+    "transformer_xl": "memory",
+}
+"""The mode of `byteloom eval` that gives a byte the most context; a Perceiver AR's windows slide by its latents anyway."""
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    parameters: int
+    flops_per_byte: float
+    """Of the forward pass."""
+    steps: int
+    run: Path
+    alone: float
+    """Bits per byte in windows that stand alone."""
+    best: float
+    """Bits per byte in the mode of MOST_CONTEXT."""
+    mode: str
+
+
+def main() -> None:
+    chosen = arguments()
+    train, valid = chosen.runs / "comparison-train", chosen.runs / "comparison-valid"
+    first = min((chosen.books / "valid").iterdir())
+    for source, corpus in ((chosen.books / "train", train), (first, valid)):
+        if not corpus.exists():
+            byteloom("prepare", source, "--out", corpus)
+    results = [measured(name, chosen, train, valid) for name in MODELS]
+    (chosen.out / "results.png").parent.mkdir(parents=True, exist_ok=True)
+    draw(results, chosen.out / "results.png")
+    print(table(results, first))
+
+
+def measured(name: str, chosen: argparse.Namespace, train: Path, valid: Path) -> Result:
+    """Trains a model with its share of steps, and scores it."""
+    budget = chosen.steps * flops(MODELS["MEGABYTE"])
+    steps = round(budget / flops(MODELS[name]))
+    run = chosen.runs / f"comparison-{name.lower().replace(', ', '-').replace(' ', '-')}-{steps}"
+    overrides = [f"run.root={chosen.runs}", f"run.name={run.name}", f"data.shards={train}", f"train.steps={steps}"]
+    byteloom("train", RECIPE, *overrides, f"model={json.dumps(model_tree(MODELS[name]))}")
+    mode = MOST_CONTEXT[str(MODELS[name]["family"])]
+    alone, best = (bits_per_byte(run, valid, each) for each in ("windows", mode))
+    parameters = on_meta(MODELS[name]).parameter_count()
+    return Result(name, parameters, flops(MODELS[name]) / CONTEXT, steps, run, alone, best, mode)
+
+
+def model_tree(fields: dict[str, object]) -> dict[str, object]:
+    return {"sequence_length": CONTEXT, "dropout": 0.0, **fields}
+
+
+def on_meta(fields: dict[str, object]) -> ByteModel:
+    with torch.device("meta"):
+        return build_model(model_config(model_tree(fields)))
+
+
+def flops(fields: dict[str, object]) -> int:
+    """Of the forward pass over one row."""
+    return on_meta(fields).flops(CONTEXT)
+
+
+def byteloom(*arguments: object) -> None:
+    subprocess.run([Path(sys.executable).parent / "byteloom", *map(str, arguments)], check=True)
+
+
+def bits_per_byte(run: Path, corpus: Path, mode: str) -> float:
+    path = run / f"{mode}.json"
+    if not path.exists():
+        byteloom("eval", run, corpus, "--mode", mode, "--json", path)
+    return float(json.loads(path.read_text())["total"]["bits_per_byte"])
+
+
+def table(results: list[Result], book: Path) -> str:
+    lines = [
+        f"| model | parameters | FLOPs a byte, forward | steps | {book.stem}: windows alone | most context |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in sorted(results, key=lambda result: result.best):
+        cost = f"{r.flops_per_byte / 1e6:.2f} M"
+        lines.append(
+            f"| {r.name} | {r.parameters:,} | {cost} | {r.steps:,} | {r.alone:.4f} | {r.best:.4f} ({r.mode}) |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Training bits per byte over training FLOPs, as running means."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for result in results:
+        records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+        records = [record for record in records if "train/bits_per_byte" in record]
+        bits = np.array([record["train/bits_per_byte"] for record in records])
+        step = np.array([record["step"] for record in records])
+        smooth = np.convolve(bits, np.full(AVERAGED, 1 / AVERAGED), "valid")
+        spent = step[AVERAGED - 1 :] * 3 * result.flops_per_byte * ROWS * CONTEXT
+        axes.plot(spent, smooth, label=f"{result.name}, {result.parameters / 1e6:.1f} M parameters")
+    axes.set(xlabel="training FLOPs", ylabel=f"bits per byte, mean of {AVERAGED} steps", ylim=(None, 4.5))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books", type=Path, help="with the folders train and valid in it")
+    parser.add_argument("--steps", type=int, default=600, help="of MEGABYTE; others have as many FLOPs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and corpora are written")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the plot is written")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
