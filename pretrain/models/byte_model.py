@@ -4,7 +4,11 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pretrain.models.layers import PreNorm
+from pretrain.models.nats import linear_nats
 
 
 class Decoder(Protocol):
@@ -49,6 +53,22 @@ class ByteModel(nn.Module, ABC):
             (rows, T) fp32 nats; row t depends on ids before t (and on id t as the target), on nothing after it. Those
             of positions that are not scored mean nothing.
         """
+
+    @abstractmethod
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The linear map from the last hidden states to logits: (VOCABULARY, width), and (VOCABULARY,) or None."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., width) last hidden states to (..., VOCABULARY) logits."""
+        return F.linear(states, *self.head_weights())
+
+    def nats(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The price of ids (rows, n) under the logits of their states (rows, n, width); all logits never exist at once."""
+        return linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights()).view(ids.shape).float()
+
+    def blocks_of_layers(self) -> list[PreNorm]:
+        """The blocks that the model is a pile of: what is compiled, and what is computed again in backward, as a unit."""
+        return [module for module in self.modules() if isinstance(module, PreNorm)]
 
     @abstractmethod
     def scored(self, length: int) -> slice:

@@ -34,6 +34,7 @@ from pretrain.models.layers import (
     draw_parameters,
     linear_weights,
     rotate,
+    run_block,
     sinusoids,
 )
 
@@ -121,12 +122,11 @@ class TransformerXL(ByteModel):
             or None if that is 0.
         """
         ids = ids.long()
-        logits, memory = self.segment_logits(ids, memory)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-        return nats.view(ids.shape), memory
+        states, memory = self.run_segment(ids, memory)
+        return self.nats(states, ids), memory
 
-    def segment_logits(self, ids: Tensor, memory: Memory | None) -> tuple[Tensor, Memory | None]:
-        """As `forward_segment`, with the (rows, T', VOCABULARY) logits that the nats are of."""
+    def run_segment(self, ids: Tensor, memory: Memory | None) -> tuple[Tensor, Memory | None]:
+        """As `forward_segment`, with the (rows, T', D) states that the logits are a linear map of."""
         rows, length = ids.shape
         self.check_length(length)
         if memory is None:
@@ -144,10 +144,11 @@ class TransformerXL(ByteModel):
         for index, block in enumerate(self.blocks):
             before = None if memory is None else memory.states[index]
             states.append(self._remembered(x, before))
-            x = block(x, before, context)
+            x = run_block(block, x, before, context)
+        x = self.norm(x)
         if not self.memory_length:
-            return self.head(x), None
-        return self.head(x), Memory(states, documents[:, -self.memory_length :], ids[:, -1])
+            return x, None
+        return x, Memory(states, documents[:, -self.memory_length :], ids[:, -1])
 
     def _remembered(self, x: Tensor, before: Tensor | None) -> Tensor:
         """The last M positions of a layer's memory and its input: more than this segment's, if the segment is short."""
@@ -162,9 +163,9 @@ class TransformerXL(ByteModel):
         distances = torch.arange(keys - 1, -1, -1, device=self.start.device)
         return Relative(sinusoids(distances, self.width).to(self.start.dtype), self.content_bias, self.position_bias)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Logits from the final norm and the embedding table itself."""
-        return F.linear(self.norm(x), self.embedding.weight)
+    def head_weights(self) -> tuple[Tensor, None]:
+        """The embedding table itself."""
+        return self.embedding.weight, None
 
     def scored(self, length: int) -> slice:
         return slice(0, length)
@@ -354,7 +355,7 @@ class TransformerXLDecoder:
         context = Context(visible_keys(self._documents, x.shape[1]), self._relative)
         for block, cache in zip(model.blocks, self._caches, strict=True):
             x = block(x, None, context, cache)
-        return model.head(x[:, -1])
+        return model.logits(model.norm(x[:, -1]))
 
     def _begin_segment(self, before: Tensor) -> Tensor:
         kept = self._model.memory_length
