@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,15 +36,20 @@ PADDING = 257
 
 Loss = Callable[[Tensor], Tensor]
 """(rows, LENGTH) ids to a scalar."""
+Build = Callable[[Tensor, str, list[str]], tuple[Callable[[], object], dict[str, object]]]
+"""Ids, precision and settings to a step, and what there is to say of it."""
 
 
 def main() -> None:
     name, precision, *settings = sys.argv[1:]
+    modules, build = CONTENDERS[name]
+    for module in modules:
+        import_module(module)
     before = resident_bytes()
     torch.manual_seed(0)
     ids = torch.randint(0, 256, (BATCH, LENGTH))
-    step, facts = CONTENDERS[name](ids, precision, settings)
-    print(json.dumps(facts | {"torch": torch.__version__}), flush=True)
+    step, facts = build(ids, precision, settings)
+    print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -56,7 +62,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def ours(family: str) -> Callable[[Tensor, str, list[str]], tuple[Callable[[], object], dict[str, object]]]:
+def ours(family: str) -> Build:
     def build(ids: Tensor, precision: str, settings: list[str]) -> tuple[Callable[[], object], dict[str, object]]:
         import numpy as np
 
@@ -81,9 +87,7 @@ def ours(family: str) -> Callable[[Tensor, str, list[str]], tuple[Callable[[], o
     return build
 
 
-def peer(
-    library: str, make: Callable[[bool], tuple[nn.Module, Loss]]
-) -> Callable[[Tensor, str, list[str]], tuple[Callable[[], object], dict[str, object]]]:
+def peer(library: str, make: Callable[[bool], tuple[nn.Module, Loss]]) -> Build:
     def build(ids: Tensor, precision: str, settings: list[str]) -> tuple[Callable[[], object], dict[str, object]]:
         model, loss = make("flash" in settings)
         if "cast" in settings:
@@ -166,11 +170,11 @@ def perceiver_ar_pytorch(flash: bool) -> tuple[nn.Module, Loss]:
 
 
 CONTENDERS = {
-    "megabyte": ours("megabyte"),
-    "perceiver_ar": ours("perceiver_ar"),
-    "MEGABYTE-pytorch": peer("MEGABYTE-pytorch", megabyte_pytorch),
-    "mblm": peer("mblm", mblm),
-    "perceiver-ar-pytorch": peer("perceiver-ar-pytorch", perceiver_ar_pytorch),
+    "megabyte": (["pretrain.engines"], ours("megabyte")),
+    "perceiver_ar": (["pretrain.engines"], ours("perceiver_ar")),
+    "MEGABYTE-pytorch": (["MEGABYTE_pytorch"], peer("MEGABYTE-pytorch", megabyte_pytorch)),
+    "mblm": (["mblm"], peer("mblm", mblm)),
+    "perceiver-ar-pytorch": (["perceiver_ar_pytorch"], peer("perceiver-ar-pytorch", perceiver_ar_pytorch)),
 }
 
 if __name__ == "__main__":

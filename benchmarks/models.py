@@ -5,8 +5,8 @@ python benchmarks/models.py [--quick] [--json PATH]
 A MEGABYTE (patches of 8; global 512 wide, 8 layers; local 256 wide, 4 layers) and a Perceiver AR (1,024 latents, 512
 wide, 8 layers) over 2 rows of 8,192 bytes: forward, backward, clipping and AdamW, in fp32 and bf16. Steps of all
 contenders are taken in turn, with a product of 2048-cubed matrices between. Each is a process of its own (see
-contender.py), whose peak memory counts all that it holds beyond the interpreter and torch. Each peer has the settings
-that were fastest here; docs/log.md has those tried. --quick measures bf16 alone.
+contender.py), whose peak memory counts all beyond what it has imported. Each peer is
+measured in several settings, of which the fastest counts. --quick measures bf16 alone, and one setting each.
 
 The peers are in a virtual environment of their own; a missing one is named in the table. mblm is installed without what
 it asks for beside its models:
@@ -38,12 +38,12 @@ SIZE = 2048
 OURS = {"MEGABYTE": "megabyte", "Perceiver AR": "perceiver_ar"}
 PEERS = {
     "MEGABYTE": {
-        "MEGABYTE-pytorch": {"fp32": ["flash"], "bf16": ["cast", "flash"]},
-        "mblm": {"fp32": ["flash"], "bf16": ["cast", "flash"]},
+        "MEGABYTE-pytorch": {"fp32": [[], ["flash"]], "bf16": [["cast"], ["cast", "flash"], []]},
+        "mblm": {"fp32": [["flash"], []], "bf16": [["cast", "flash"], ["cast"], ["flash"]]},
     },
-    "Perceiver AR": {"perceiver-ar-pytorch": {"fp32": [], "bf16": ["cast"]}},
+    "Perceiver AR": {"perceiver-ar-pytorch": {"fp32": [[]], "bf16": [["cast"], []]}},
 }
-"""Of each family, other libraries with the settings in which they are fastest."""
+"""Of each family, other libraries with their settings; --quick has the first of each."""
 
 
 class Contender:
@@ -82,33 +82,35 @@ def main() -> None:
     metrics = []
     for precision in ("bf16",) if chosen.quick else ("fp32", "bf16"):
         for family in OURS:
-            metrics += measure(family, precision, rounds=1 if chosen.quick else 5)
+            metrics += measure(family, precision, chosen.quick)
     report("A training step", metrics, chosen.json)
 
 
-def measure(family: str, precision: str, rounds: int) -> list[Metric]:
+def measure(family: str, precision: str, quick: bool) -> list[Metric]:
     title = f"{family}, {precision}"
     with ExitStack() as stack:
         ours = stack.enter_context(Contender(OURS[family], precision, [], Path(sys.executable)))
         facts = ours.facts()
         assert facts is not None
         peers, missing = {}, []
-        for name, settings in PEERS[family].items():
-            peer = None
-            if PEERS_PYTHON.exists():
-                peer = stack.enter_context(Contender(name, precision, settings[precision], PEERS_PYTHON))
-            if peer is None or (said := peer.facts()) is None:
-                missing.append(Metric(f"{title}: {name}", float("nan"), "kB/s", "missing; see the docstring"))
-            else:
-                what = ", ".join([*settings[precision], f"{said['parameters']:,} parameters"])
-                peers[f"{name} {said['version']}"] = (peer, what)
+        for name, choices in PEERS[family].items():
+            for settings in choices[precision][: 1 if quick else None]:
+                said = None
+                if PEERS_PYTHON.exists():
+                    peer = stack.enter_context(Contender(name, precision, settings, PEERS_PYTHON))
+                    said = peer.facts()
+                if said is None:
+                    missing.append(Metric(f"{title}: {name}", float("nan"), "kB/s", "missing; see the docstring"))
+                    break
+                label = " ".join([name, said["version"], *settings])
+                peers[label] = (peer, f"{said['parameters']:,} parameters")
         everyone = [ours, *(peer for peer, _ in peers.values())]
         square = torch.randn(SIZE, SIZE, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         products = [product(square)]
         for one in everyone:  # the first step compiles kernels and allocates
             one.step()
             one.seconds.clear()
-        for _ in range(rounds):
+        for _ in range(1 if quick else 3):
             for one in everyone:
                 products += [product(square), product(square)]
                 one.step()
@@ -121,7 +123,7 @@ def measure(family: str, precision: str, rounds: int) -> list[Metric]:
         *(Metric(f"{title}: {name}", rates[name] / 1e3, "kB/s", what) for name, (_, what) in peers.items()),
         *missing,
         Metric(f"{title}: MFU", mfu, "", f"of {peak / 1e9:.0f} GFLOP/s, a {SIZE}-cubed product", goal=0.5),
-        Metric(f"{title}: peak memory", ours.peak_bytes / 2**20, "MiB", "beyond interpreter and torch"),
+        Metric(f"{title}: peak memory", ours.peak_bytes / 2**20, "MiB", "beyond what is imported"),
     ]
     if peers:
         best = max(rates, key=rates.__getitem__)

@@ -30,7 +30,7 @@ from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_eng
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
-from pretrain.models import FREE_FIELDS, ModelConfig, build_model, model_config
+from pretrain.models import FREE_FIELDS, ModelConfig, build_model, describe_attention, model_config
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
 from pretrain.provenance import changes, environment, flatten, git_state
@@ -283,6 +283,7 @@ class Run:
             peak / 1e12,
             source,
         )
+        log.info("attention: %s", describe_attention(self.engine.device, self.engine.dtype))
         log.info(
             "%s: %s bytes, %s sequences of %s an epoch; the run reads %.2f epochs",
             stream.corpus.folder,

@@ -28,7 +28,7 @@ class SingleProcessEngine:
         self.device = choose_device(config.device)
         self.dtype = compute_dtype(config.precision)
         self.model = model.to(self.device).train()
-        for block in model.blocks_of_layers():
+        for block in model.units():
             block.recomputed = config.activation_checkpointing
             if config.compile:
                 block.compile()

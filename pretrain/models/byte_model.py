@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.layers import PreNorm
 from pretrain.models.nats import linear_nats
+from pretrain.models.unit import Unit
 
 
 class Decoder(Protocol):
@@ -63,12 +63,12 @@ class ByteModel(nn.Module, ABC):
         return F.linear(states, *self.head_weights())
 
     def nats(self, states: Tensor, ids: Tensor) -> Tensor:
-        """The price of ids (rows, n) under the logits of their states (rows, n, width); all logits never exist at once."""
+        """The price of (rows, n) ids under the logits of (rows, n, width) states, which never exist all at once."""
         return linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights()).view(ids.shape).float()
 
-    def blocks_of_layers(self) -> list[PreNorm]:
-        """The blocks that the model is a pile of: what is compiled, and what is computed again in backward, as a unit."""
-        return [module for module in self.modules() if isinstance(module, PreNorm)]
+    def units(self) -> list[Unit]:
+        """Its blocks: what is compiled, and what is computed again in backward, one at a time."""
+        return [module for module in self.modules() if isinstance(module, Unit)]
 
     @abstractmethod
     def scored(self, length: int) -> slice:

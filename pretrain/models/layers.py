@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+
+from pretrain.models.unit import Unit, run_unit
 
 Activation = Literal["relu", "squared_relu", "gelu", "swiglu"]
 
@@ -221,15 +221,12 @@ class _Square(torch.autograd.Function):
         return (gradient * x).mul_(2)
 
 
-class PreNorm(nn.Module):
+class PreNorm(Unit):
     """What all blocks have: attention and a feed-forward layer, each behind a norm, added to the residual stream.
 
     Args:
         dropout: of what each of the two adds.
     """
-
-    recomputed = False
-    """Whether backward computes the activations within the block again, so that forward keeps its input alone."""
 
     def __init__(self, width: int, attention: nn.Module, feed_forward: FeedForward, dropout: float) -> None:
         super().__init__()
@@ -271,15 +268,6 @@ class CrossBlock(PreNorm):
         return self.add(z, self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache))
 
 
-def run_block(block: nn.Module, *arguments: Any) -> Tensor:
-    """What a block makes of its arguments, in the way that its `recomputed` asks for."""
-    if not (block.recomputed and torch.is_grad_enabled()):
-        return block(*arguments)
-    # Those of this pass, of which an engine may have put cast copies in the masters' place until the pass ends.
-    parameters = dict(block.named_parameters())
-    return checkpoint(lambda *xs: functional_call(block, parameters, xs), *arguments, use_reentrant=False)
-
-
 AttentionMaker = Callable[[int, int, float], MultiHead]
 """Width, heads and dropout to one layer's attention."""
 
@@ -309,7 +297,7 @@ class Stack(nn.Module):
         What is `shared` goes to the attention of every block.
         """
         for index, block in enumerate(self.blocks):
-            x = run_block(block, x, caches[index] if caches is not None else None, *shared)
+            x = run_unit(block, x, caches[index] if caches is not None else None, *shared)
         return self.norm(x)
 
     def empty_caches(self, limit: int | None = None) -> list[LayerCache]:
@@ -406,7 +394,9 @@ def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu" and dtype == torch.bfloat16:
         return f"two products and a softmax up to {EXPLICIT_ATTENTION_LENGTH} keys, torch's fused kernel above"
     if device.type == "cuda":
-        return f"torch's fused kernel below {LARGEST_FUSED_BATCH:,} rows or patches, two products and a softmax from there"
+        return (
+            f"torch's fused kernel below {LARGEST_FUSED_BATCH:,} rows or patches, two products and a softmax from there"
+        )
     return "torch's fused kernel"
 
 

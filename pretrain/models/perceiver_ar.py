@@ -36,9 +36,9 @@ from pretrain.models.layers import (
     Rotary,
     StackConfig,
     linear_weights,
-    run_block,
     sinusoids,
 )
+from pretrain.models.unit import run_unit
 
 START = VOCABULARY
 """The input before the first byte. It has a row in the embedding and one in the head, as in the authors' code, and is
@@ -238,10 +238,8 @@ class PerceiverAR(ByteModel):
         """All blocks and the final norm: (rows, N, C) to the same."""
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            if isinstance(block, CrossBlock):
-                z = run_block(block, z, inputs, places, visible, cache)
-            else:
-                z = run_block(block, z, cache)
+            reading = (inputs, places, visible) if isinstance(block, CrossBlock) else ()
+            z = run_unit(block, z, *reading, cache)
         return self.norm(z)
 
     def head_weights(self) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,9 @@ from pretrain.models.layers import (
     draw_parameters,
     linear_weights,
     rotate,
-    run_block,
     sinusoids,
 )
+from pretrain.models.unit import run_unit
 
 
 class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -144,7 +144,7 @@ class TransformerXL(ByteModel):
         for index, block in enumerate(self.blocks):
             before = None if memory is None else memory.states[index]
             states.append(self._remembered(x, before))
-            x = run_block(block, x, before, context)
+            x = run_unit(block, x, before, context)
         x = self.norm(x)
         if not self.memory_length:
             return x, None
