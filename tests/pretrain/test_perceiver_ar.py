@@ -64,7 +64,7 @@ def log_probabilities(model: PerceiverAR, ids: Tensor, latents: int | None = Non
     """(rows, N, VOCABULARY) of every id at the last N positions."""
     model.latents, own = latents or model.latents, model.latents
     rows, length = ids.shape
-    logits = model.predict(ids, model.place_latents(torch.full((rows,), length), length))
+    logits = model.logits(model.read(ids, model.place_latents(torch.full((rows,), length), length)))
     model.latents = own
     return logits.log_softmax(-1)
 
@@ -465,7 +465,7 @@ def test_b11_one_layer_learns_to_copy_what_it_read_backwards():
     model.eval()
     first = torch.randint(0, 256, (256, 16), generator=generator)
     ids = torch.cat([first, first.flip(1)], 1)
-    guesses = model.predict(ids, model.place_latents(torch.full((256,), 32), 32)).argmax(-1)
+    guesses = model.logits(model.read(ids, model.place_latents(torch.full((256,), 32), 32))).argmax(-1)
     assert (guesses == ids[:, 16:]).double().mean() > 0.99
 
 
