@@ -3,7 +3,7 @@
 python benchmarks/growth.py [--quick] [--json PATH] [--plot PATH]
 
 One row of T random bytes, bf16, with activation checkpointing; each length in a process of its own, the second step of
-two (the first from 262,144 bytes on). MEGABYTE's patch size is the power of two nearest to the cube root of T, so that
+two (the first from 131,072 bytes on). MEGABYTE's patch size is the power of two nearest to the cube root of T, so that
 its attention costs T^(4/3). The Transformer ends where a step would take minutes. Peak memory is all that the process
 holds at the most. Matplotlib comes with mlflow.
 """
@@ -27,8 +27,8 @@ from pretrain.optimizers import OptimizerConfig
 from report import Metric, report
 
 LENGTHS = [2**n for n in range(13, 21)]
-LONGEST = {"megabyte": 2**20, "perceiver_ar": 2**20, "transformer": 2**15}
-ALONE = 2**18
+LONGEST = {"megabyte": 2**20, "perceiver_ar": 2**20, "transformer": 2**14}
+ALONE = 2**17
 """From this length on the first step is the measured one."""
 MEMORY_GOAL = 12
 

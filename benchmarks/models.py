@@ -112,7 +112,7 @@ def measure(family: str, precision: str, quick: bool) -> list[Metric]:
             one.seconds.clear()
         for _ in range(1 if quick else 3):
             for one in everyone:
-                products += [product(square), product(square)]
+                products += [product(square) for _ in range(6)]
                 one.step()
     peak = 2 * SIZE**3 / statistics.median(products)
     rate = BATCH * LENGTH / statistics.median(ours.seconds)

@@ -270,7 +270,7 @@ class PerceiverAR(ByteModel):
     def flops(self, length: int) -> int:
         count = min(self.latents, length)
         cross = [block for block in self.blocks if isinstance(block, CrossBlock)]
-        weights = linear_weights(self)
+        weights = linear_weights(self) - self.head.in_features  # START's row is not computed
         of_inputs = sum(block.attention.key_value.weight.numel() for block in cross)
         attention = len(cross) * length * self.input_width
         attention += (len(self.blocks) - len(cross)) * count * self.to_latents.out_features

@@ -434,7 +434,7 @@ def test_flops_of_the_papers_imagenet_model():
     with torch.device("meta"):
         model = build_model(load(ROOT / "configs/perceiver_ar/imagenet64.yaml").model)
     C, L, N, M = 1024, 60, 1024, 12288
-    latent = L * (24 * C**2 + 4 * C * N) + 20 * C**2 + 4 * C * M + 2 * C**2 + 2 * C * 259
+    latent = L * (24 * C**2 + 4 * C * N) + 20 * C**2 + 4 * C * M + 2 * C**2 + 2 * C * VOCABULARY
     assert model.flops(M) == N * latent + M * 4 * C**2
 
 
