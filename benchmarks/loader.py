@@ -4,7 +4,8 @@ python benchmarks/loader.py [--quick] [--json PATH]
 
 The corpus is the Python sources of this interpreter's standard library and packages, end to end, cut into documents of
 about each size and stored by each library in its natural form, with zstd level 3 where it has zstd. Every reader
-delivers batches of 32 rows of 8,192 ids with a separator after each document. Rates are MB/s of corpus bytes.
+delivers the same: batches of 32 rows of 8,192 bytes with a 0 after each document, and the places of these separators.
+Rates are MB/s of corpus bytes.
 
     limit     reads each block that ours stored and decompresses it, nothing else
     ours      a Loader with one thread, between batches far from its start: verified, in a run's order
@@ -286,7 +287,7 @@ def read_ours(corpus: Stored, digest: bool = False) -> float:
             batch = next(arriving)
         seconds = time.perf_counter() - start
     stream.corpus.close()
-    assert batch.micro_batches[0].ids.shape == (ROWS, SEQUENCE_LENGTH)
+    assert batch.micro_batches[0].rows.bytes.shape == (ROWS, SEQUENCE_LENGTH)
     return seconds / (batches * ROWS * SEQUENCE_LENGTH * corpus.per_id) * corpus.raw_bytes
 
 

@@ -177,12 +177,14 @@ def cut(raw: bytes, size: int) -> list[bytes]:
     return [raw[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def pack(documents: Iterator[bytes]) -> Iterator[NDArray[np.int16]]:
-    """Batches (ROWS, SEQUENCE_LENGTH) of ids: the documents with a separator after each, cut anywhere."""
+def pack(documents: Iterator[bytes]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Batches (ROWS, SEQUENCE_LENGTH) of bytes: the documents with a 0 after each, cut anywhere; and the places of
+    these separators in the flattened batch. Each byte is copied once.
+    """
     want = ROWS * SEQUENCE_LENGTH
-    rest = np.empty(0, np.int16)
+    rest, separators = memoryview(b""), np.empty(0, np.int64)  # what is left of a group ends with a separator
     while True:
-        group, size = list[bytes](), len(rest)
+        group, size = [rest[:-1]] if rest else [], len(rest)
         for document in documents:
             group.append(document)
             size += len(document) + 1
@@ -190,12 +192,14 @@ def pack(documents: Iterator[bytes]) -> Iterator[NDArray[np.int16]]:
                 break
         if size < want:
             return  # the last rows of an epoch, not a batch any more
-        ids = np.frombuffer(b"\0".join([*group, b""]), np.uint8).astype(np.int16)
-        ids[np.cumsum(np.fromiter(map(len, group), np.int64, len(group)) + 1) - 1] = SEPARATOR
-        ids = np.concatenate([rest, ids])
-        whole = len(ids) // want * want
-        yield from ids[:whole].reshape(-1, ROWS, SEQUENCE_LENGTH)
-        rest = ids[whole:]
+        content = np.frombuffer(b"\0".join([*group, b""]), np.uint8)
+        ends = np.cumsum(np.fromiter(map(len, group), np.int64, len(group)) + 1) - 1
+        separators = np.concatenate([separators[:-1], ends])
+        whole = size // want * want
+        bounds = separators.searchsorted(np.arange(0, whole + 1, want))
+        for number, rows in enumerate(content[:whole].reshape(-1, ROWS, SEQUENCE_LENGTH)):
+            yield rows, separators[bounds[number] : bounds[number + 1]] - number * want
+        rest, separators = memoryview(content)[whole:], separators[bounds[-1] :] - whole
 
 
 def answer(peers: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
@@ -223,12 +227,12 @@ def answer(peers: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "documents":
         size = sum(map(len, peer.documents(folder)))
     elif request["do"] == "rows":
-        size = sum(SEQUENCE_LENGTH * len(rows) for rows in pack(peer.documents(folder)))
+        size = sum(rows.size for rows, _ in pack(peer.documents(folder)))
     else:
         batch = max(1, ROWS * SEQUENCE_LENGTH // request["size"])
         position = int(request["share"] * request["documents"]) // batch * batch
         batches = pack(peer.documents_from(folder, position, batch))  # named, so that it ends after the clock
-        size = next(batches).size
+        size = next(batches)[0].size
     return {"seconds": time.perf_counter() - start, "bytes": size}
 
 

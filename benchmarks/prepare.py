@@ -125,7 +125,7 @@ def write_raw(corpus: Corpus, halves: list[Path]) -> None:
     for number, path in enumerate(halves):
         with path.open("wb") as file:
             for block in range(len(corpus) * number // 2, len(corpus) * (number + 1) // 2):
-                file.write(corpus.read_raw(block)[0])
+                file.write(corpus.read_content(block)[0])
 
 
 def write_lines(raw: Path, path: Path) -> int:

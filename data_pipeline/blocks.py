@@ -3,8 +3,9 @@
     Document, Document, … ─▶ pack_documents ─▶ Block ─▶ encode ─▶ StoredBlock
                                                Block ◀─ decode ◀─ StoredBlock
 
-The raw bytes are the documents back to back with nothing between them. A document that fits into one block is never
-cut; a longer one continues in the next block, and its slices say so.
+The content is the documents back to back, each followed by a byte 0: the place of its separator, so that a training
+row is a stretch of a content. Raw bytes are those of documents alone. A document that fits into one block is never cut;
+a longer one continues in the next block, and its slices say so.
 """
 
 import hashlib
@@ -24,6 +25,8 @@ from data_pipeline.documents import MODALITIES, Document
 from data_pipeline.errors import BadDocumentError, CorruptBlockError
 
 ENDS = np.dtype("<u4")
+DOCUMENT_END = b"\0"
+"""Follows each document in a block's content."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class DocumentSlice:
     key: str
     modality: str
     start: int
-    """Offset in the block's raw bytes."""
+    """Offset in the block's content."""
     length: int
     document_offset: int
     """Offset of this slice in its document; 0 where the document begins."""
     ends: bool
-    """Whether the document ends with this slice."""
+    """Whether the document ends with this slice, which DOCUMENT_END follows then."""
     sha256: str
     """Digest of the slice's bytes."""
     document_sha256: str | None
@@ -47,8 +50,12 @@ class DocumentSlice:
 
 @dataclass(frozen=True)
 class Block:
-    raw: bytes
+    content: bytes
     slices: tuple[DocumentSlice, ...]
+
+    @property
+    def raw_bytes(self) -> int:
+        return len(self.content) - len(self.ends)
 
     @property
     def documents(self) -> int:
@@ -62,18 +69,18 @@ class Block:
 
     @cached_property
     def ends(self) -> NDArray[np.uint32]:
-        """Offsets in the raw bytes just after the last byte of each document that ends here."""
+        """Offset in the content of each DOCUMENT_END."""
         return np.array([s.start + s.length for s in self.slices if s.ends], ENDS)
 
     @cached_property
     def table(self) -> bytes:
         """The slices, as JSON."""
         entries = [s.__dict__ for s in self.slices]
-        return json.dumps({"bytes": len(self.raw), "documents": entries}, separators=(",", ":")).encode()
+        return json.dumps({"bytes": len(self.content), "documents": entries}, separators=(",", ":")).encode()
 
     @cached_property
     def digest(self) -> bytes:
-        """Identity of the content, whatever compresses it: sha256 of the table, which has those of the raw bytes."""
+        """Identity of the content, whatever compresses it: sha256 of the table, which has those of the documents."""
         return hashlib.sha256(self.table).digest()
 
 
@@ -81,7 +88,7 @@ class StoredBlock(NamedTuple):
     """A block as it lies in a shard, each part a member of the tar."""
 
     frame: bytes
-    """The raw bytes: one zstd frame with content size and checksum."""
+    """The content: one zstd frame with content size and checksum."""
     ends: bytes
     """`Block.ends`, little-endian uint32."""
     table: bytes
@@ -100,25 +107,25 @@ def pack_documents(
         leave_out: told of each document that cannot be read; what it raises ends the packing. A document without a
             byte is left out without a word.
     """
-    raw, slices = bytearray(), list[DocumentSlice]()
+    content, slices = bytearray(), list[DocumentSlice]()
     for document in documents:
         try:
             pieces, fits = _probed(document, block_bytes)
         except BadDocumentError as error:
             leave_out(document, error)
             continue
-        if raw and not (fits and len(raw) + sum(map(len, pieces)) <= block_bytes):
-            yield Block(bytes(raw), tuple(slices))
-            raw, slices = bytearray(), []
+        if content and not (fits and len(content) - len(slices) + sum(map(len, pieces)) <= block_bytes):  # all end
+            yield Block(bytes(content), tuple(slices))
+            content, slices = bytearray(), []
         if fits:
-            _append(document, pieces, raw, slices)
+            _append(document, pieces, content, slices)
             continue
         for block in _blocks_of(document, block_bytes):
-            if raw:
-                yield Block(bytes(raw), tuple(slices))
-            raw, slices = bytearray(block.raw), [*block.slices]
-    if raw:
-        yield Block(bytes(raw), tuple(slices))
+            if content:
+                yield Block(bytes(content), tuple(slices))
+            content, slices = bytearray(block.content), [*block.slices]
+    if content:
+        yield Block(bytes(content), tuple(slices))
 
 
 def _probed(document: Document, block_bytes: int) -> tuple[list[bytes], bool]:
@@ -133,12 +140,13 @@ def _probed(document: Document, block_bytes: int) -> tuple[list[bytes], bool]:
     return pieces, size <= block_bytes
 
 
-def _append(document: Document, pieces: Iterable[bytes], raw: bytearray, slices: list[DocumentSlice]) -> None:
-    start, sha = len(raw), hashlib.sha256()
+def _append(document: Document, pieces: Iterable[bytes], content: bytearray, slices: list[DocumentSlice]) -> None:
+    start, sha = len(content), hashlib.sha256()
     for piece in pieces:
         sha.update(piece)
-        raw += piece
-    if length := len(raw) - start:
+        content += piece
+    if length := len(content) - start:
+        content += DOCUMENT_END
         slices.append(DocumentSlice(document.key, document.modality, start, length, 0, True, sha.hexdigest(), None))
 
 
@@ -150,7 +158,7 @@ def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
         own = hashlib.sha256(part).hexdigest()
         ends = sha256 is not None
         piece = DocumentSlice(document.key, document.modality, 0, len(part), offset, ends, own, sha256)
-        return Block(bytes(part), (piece,))
+        return Block(bytes(part) + DOCUMENT_END * ends, (piece,))
 
     for piece in document.read():
         whole.update(piece)
@@ -168,7 +176,7 @@ def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
 
 def encode(block: Block, compressor: zstandard.ZstdCompressor) -> StoredBlock:
     """A block as it is stored. The compressor must write checksum and content size."""
-    return StoredBlock(compressor.compress(block.raw), block.ends.tobytes(), compressor.compress(block.table))
+    return StoredBlock(compressor.compress(block.content), block.ends.tobytes(), compressor.compress(block.table))
 
 
 def seal(frame: bytes | memoryview, ends: bytes | memoryview) -> bytes:
@@ -188,10 +196,10 @@ def decompress(frame: bytes | memoryview) -> bytes:
     if not hasattr(_own, "decompressor"):
         _own.decompressor = zstandard.ZstdDecompressor()
     try:
-        raw: bytes = _own.decompressor.decompress(frame, allow_extra_data=False)
+        content: bytes = _own.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptBlockError(str(error)) from error
-    return raw
+    return content
 
 
 def decode(stored: StoredBlock, digest: bytes | None = None) -> Block:
@@ -203,18 +211,23 @@ def decode(stored: StoredBlock, digest: bytes | None = None) -> Block:
     Raises:
         CorruptBlockError: it is damaged, or not the block of that digest.
     """
-    raw, table = decompress(stored.frame), decompress(stored.table)
+    content, table = decompress(stored.frame), decompress(stored.table)
     try:
-        block = Block(raw, tuple(DocumentSlice(**entry) for entry in json.loads(table)["documents"]))
+        block = Block(content, tuple(DocumentSlice(**entry) for entry in json.loads(table)["documents"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptBlockError(f"its table cannot be read: {error}") from error
     if block.table != table or (digest is not None and block.digest != digest):
         raise CorruptBlockError("its table does not have the digest of the index")
+    done = 0
     for part in block.slices:
-        content = memoryview(raw)[part.start : part.start + part.length]
-        if len(content) != part.length or hashlib.sha256(content).hexdigest() != part.sha256:
+        own = memoryview(content)[part.start : part.start + part.length]
+        if hashlib.sha256(own).hexdigest() != part.sha256:
             raise CorruptBlockError(f"document {part.key} does not have the digest of its table")
-    if sum(part.length for part in block.slices) != len(raw):
+        end = part.start + len(own)
+        if part.start != done or len(own) != part.length or content[end : end + part.ends] != DOCUMENT_END * part.ends:
+            raise CorruptBlockError(f"document {part.key} does not lie where its table says")
+        done = end + part.ends
+    if done != len(content):
         raise CorruptBlockError("its documents are not all that is in it")
     if block.ends.tobytes() != stored.ends:
         raise CorruptBlockError("its document ends are not those of its table")

@@ -67,22 +67,22 @@ class _Stretch(NamedTuple):
     piece: DocumentSlice
     """The part of a document that it lies in."""
     start: int
-    """Of its first byte in the block's raw bytes."""
+    """Of its first byte in the block's content."""
 
 
 def _of_bytes(stream: ByteStream, sequence: int) -> Iterator[_Stretch]:
     row = 0
     for piece in stream.order.locate(sequence):
-        gaps = 0  # separators so far
+        gaps = 0  # document ends so far that are not in the stream
         parts = _slices(stream, piece.block)
         if parts is None:
             yield _Stretch(row, piece.length, piece.block, LOST, 0)
         for part in parts or ():
-            begin = part.start + gaps  # in the block as the stream reads it
+            begin = part.start - gaps  # in the block as the stream reads it
             first, last = max(begin, piece.start), min(begin + part.length, piece.start + piece.length)
             if first < last:
-                yield _Stretch(row + first - piece.start, last - first, piece.block, part, first - gaps)
-            gaps += part.ends and stream.packing.separate_documents
+                yield _Stretch(row + first - piece.start, last - first, piece.block, part, first + gaps)
+            gaps += part.ends and not stream.packing.separate_documents
         row += piece.length
 
 

@@ -11,30 +11,27 @@ left behind when the run is killed.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, Self
 
-import blake3
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from data_pipeline.stream import Ids, Rows
-from data_pipeline.vocabulary import PADDING
+from data_pipeline.rows import DIGEST_MODULUS, Ids, Rows
 
-WINDOW = 8 << 20
+WINDOW = 32 << 20
 """Ids of a window, unless one micro-batch has more."""
 PATIENCE = 0.5
 """Seconds between two looks at whether what is waited for is still wanted."""
-DIGEST_MODULUS = 1 << 256
 
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How one process reads ahead. Memory, beside the blocks that lanes are in: for each thread and two more, a window
-    of 16 MiB and half as much again while it is read; and `prefetch` micro-batches."""
+    of 32 MiB, as much again while a mixture's is read or where there is padding; and `prefetch` micro-batches."""
 
     threads: int = Field(default=2, ge=1)
     """Threads that read and decompress."""
@@ -47,19 +44,24 @@ class Stream(Protocol):
 
     sequence_length: int
 
-    def read(self, sequences: NDArray[np.int64]) -> Rows: ...
+    def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]: ...
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     index: int
     """Its number in the global batch, the same on any number of ranks."""
-    ids: Ids
-    """(rows, T) int16: bytes 0..255, 256 between documents, 257 padding."""
+    rows: Rows
+    """In the form that is moved to a device."""
     targets: NDArray[np.bool_]
     """(rows, T): which positions count in the loss. Not to be written to: micro-batches share it."""
     digest: int = 0
-    """The sum of its rows' digests; see row_digest. 0 unless the loader was asked for it."""
+    """Rows.digest of its rows; 0 unless the loader was asked for it."""
+
+    @property
+    def ids(self) -> Ids:
+        """(rows, T) int16: bytes 0..255, 256 between documents, 257 padding."""
+        return self.rows.ids
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,6 @@ class Batch:
     @property
     def digest(self) -> int:
         return sum(m.digest for m in self.micro_batches) % DIGEST_MODULUS
-
-
-def row_digest(sequence: int, row: Ids) -> int:
-    """BLAKE3 of a sequence number (8 bytes) and its ids (16 bits each), little-endian.
-
-    The digest of what a run has read is the sum over its sequences, modulo 2**256: the same in any order, on any number
-    of ranks.
-    """
-    ids = row.astype("<i2", copy=False).tobytes()
-    return int.from_bytes(blake3.blake3(sequence.to_bytes(8, "little") + ids).digest(), "little")
 
 
 class Loader:
@@ -158,19 +150,17 @@ class Loader:
             yield from window.result()
 
     def _read_window(self, wanted: list[tuple[int, int]]) -> list[MicroBatch]:
-        rows = [self._rows(g, index) for g, index in wanted]
-        sequences = np.concatenate(rows)
-        ids, padded = self._stream.read(sequences)
-        micro_batches, begin = [], 0
-        for (_, index), own in zip(wanted, rows, strict=True):
-            end = begin + len(own)
-            digest = sum(map(row_digest, own.tolist(), ids[begin:end])) % DIGEST_MODULUS if self._digest else 0
-            targets = ids[begin:end] != PADDING if padded else self._every_position[: len(own)]
-            micro_batches.append(MicroBatch(index, ids[begin:end], targets, digest))
-            begin = end
-        return micro_batches
+        groups = [self._sequences(g, index) for g, index in wanted]
+        return [
+            self._micro_batch_of(index, sequences, rows)
+            for (_, index), sequences, rows in zip(wanted, groups, self._stream.read_groups(groups), strict=True)
+        ]
 
-    def _rows(self, g: int, index: int) -> NDArray[np.int64]:
+    def _micro_batch_of(self, index: int, sequences: NDArray[np.int64], rows: Rows) -> MicroBatch:
+        targets = self._every_position[: len(sequences)] if rows.padding is None else ~rows.padding
+        return MicroBatch(index, rows, targets, rows.digest(sequences.tolist()) if self._digest else 0)
+
+    def _sequences(self, g: int, index: int) -> NDArray[np.int64]:
         first = index * self._micro_batch
         return np.arange(g + first, g + min(first + self._micro_batch, self._global_batch), dtype=np.int64)
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.stream import ByteStream, Ids, Rows
+from data_pipeline.rows import Ids, Rows, interleave
+from data_pipeline.stream import ByteStream
 
 SHARE_BITS = 24
 """Shares are multiples of 2**-24: integers, so that the schedule is exact for 2**38 sequences."""
@@ -142,15 +143,19 @@ class Mixture:
         return row
 
     def read(self, sequences: NDArray[np.int64]) -> Rows:
-        """Training sequences. See ByteStream.read."""
-        sources, numbers = self.schedule.place(sequences)
+        """Training sequences, as one group; see `read_groups`."""
+        return self.read_groups([sequences])[0]
+
+    def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]:
+        """Groups of training sequences. See ByteStream.read_groups."""
+        placed = [self.schedule.place(group) for group in groups]
         streams = list(self.streams.values())
         if len(streams) == 1:
-            return streams[0].read(numbers)
-        ids, padded = np.empty((len(sequences), self.sequence_length), np.int16), False
-        for source in np.unique(sources):
-            here = np.flatnonzero(sources == source)
-            rows = streams[source].read(numbers[here])
-            ids[here] = rows.ids
-            padded |= rows.padded
-        return Rows(ids, padded)
+            return streams[0].read_groups([numbers for _, numbers in placed])
+        parts: list[list[tuple[NDArray[np.intp], Rows]]] = [[] for _ in groups]
+        for source, stream in enumerate(streams):
+            rows_of = [np.flatnonzero(sources == source) for sources, _ in placed]
+            read = stream.read_groups([numbers[rows] for (_, numbers), rows in zip(placed, rows_of, strict=True)])
+            for own, rows, part in zip(parts, rows_of, read, strict=True):
+                own.append((rows, part))
+        return [interleave(own) for own in parts]

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from data_pipeline.errors import CorpusError
-from data_pipeline.loader import DIGEST_MODULUS, WINDOW, Batch, Loader, LoaderConfig, row_digest
+from data_pipeline.loader import WINDOW, Batch, Loader, LoaderConfig
 from data_pipeline.mixture import Mixture, Stage, left_out
+from data_pipeline.rows import DIGEST_MODULUS
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from data_pipeline.stream import ByteStream, PackingConfig
@@ -133,7 +134,7 @@ class Record:
     """By source: (sequence, count, digest): from the source's own sequence on, that many entries of its list of
     withdrawn documents were in force; `prefix_digest` of them."""
     digest: str = "0" * 64
-    """The sum of row_digest over all sequences read, modulo 2**256, in hexadecimal."""
+    """Rows.digest of all sequences read, in hexadecimal."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -324,7 +325,7 @@ def replay(reading: Reading, threads: int, progress: Callable[[int], None]) -> s
             left -= rows
             progress(rows)
     first = reading.record.next_sequence - left
-    last = reading.mixture.read(np.arange(first, first + left)).ids
-    digest += sum(row_digest(first + index, row) for index, row in enumerate(last))
+    last = np.arange(first, first + left)
+    digest += reading.mixture.read(last).digest(last.tolist())
     progress(left)
     return f"{digest % DIGEST_MODULUS:064x}"

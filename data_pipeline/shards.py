@@ -10,7 +10,7 @@
                                               Corpus ◀─────┘
 
 Any tar program and any WebDataset reader opens a shard; `zstd -d` opens a block. The raw content decides identity:
-`content_sha256` is the digest of the digests of the blocks' tables, which have those of the raw bytes, so another zstd
+`content_sha256` is the digest of the digests of the blocks' tables, which have those of the documents, so another zstd
 changes nothing.
 """
 
@@ -39,7 +39,7 @@ from data_pipeline.withdrawn import Withdrawal, read_withdrawn
 
 T = TypeVar("T")
 
-FORMAT = "byteloom-shards/2"
+FORMAT = "byteloom-shards/3"
 TAR_HEADER = tarfile.BLOCKSIZE
 MEMBERS = ("bytes.zst", "ends", "json.zst")
 """Suffixes of a block's members in the tar, in the order of StoredBlock's fields."""
@@ -50,7 +50,7 @@ SPAN_BYTES = 16 << 20
 
 LENGTHS = np.dtype(
     [
-        ("raw_bytes", "<u4"),
+        ("raw_bytes", "<u4"),  # of documents; its content has a byte more for each that ends here
         ("documents", "<u4"),  # that begin here
         ("document_ends", "<u4"),  # documents that end here
     ]
@@ -58,7 +58,7 @@ LENGTHS = np.dtype(
 BLOCK = np.dtype(
     [
         ("shard", "<u4"),  # its place in the manifest's list
-        ("frame_bytes", "<u4"),  # of the zstd frame of the raw bytes
+        ("frame_bytes", "<u4"),  # of the zstd frame of the content
         ("frame_offset", "<u8"),  # of its first byte in the tar; the other members follow
         ("table_bytes", "<u4"),  # of the zstd frame of the table
         ("modalities", "<u4"),  # a bit each
@@ -264,7 +264,7 @@ class _TarReader:
 
 
 def _index_rows(block: Block, stored: StoredBlock, frame_offset: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    lengths = (len(block.raw), block.documents, len(block.ends))
+    lengths = (block.raw_bytes, block.documents, len(block.ends))
     digests = (np.frombuffer(d, np.uint8) for d in (block.digest, seal(stored.frame, stored.ends)))
     return lengths, (0, len(stored.frame), frame_offset, len(stored.table), block.modalities, *digests)
 
@@ -402,8 +402,8 @@ class Corpus:
         first = int(self.first_blocks[shard])
         return range(first, first + int(self.manifest["shards"][shard]["blocks"]))
 
-    def read_raw(self, block: int, through: int | None = None) -> tuple[bytes, NDArray[np.uint32]]:
-        """What a training run reads of block number `block`: its raw bytes, and where documents end in them.
+    def read_content(self, block: int, through: int | None = None) -> tuple[bytes, NDArray[np.uint32]]:
+        """What a training run reads of block number `block`: its content, and where documents end in it.
 
         Args:
             through: last of the blocks after this one that will be wanted soon. From afar they come with it.
@@ -447,10 +447,10 @@ class Corpus:
 
     def _read(self, block: int, through: int | None, count: int, checked: Callable[[list[memoryview]], T]) -> T:
         """What `checked` makes of the first `count` members of a block. Wrong bytes from afar are fetched anew."""
-        begin = int(self.index[block]["frame_offset"])
+        record = self.index[block]
+        begin, name = int(record["frame_offset"]), self._shard_names[record["shard"]]
         spans = self.members(block)[:count]
         ahead = self._span_end(block, block if through is None else through)
-        name = self._shard_names[self.index[block]["shard"]]
         for attempt in range(1, self.storage.rereads + 1):
             try:
                 span = memoryview(self.storage.read_ahead(name, begin, begin + spans[-1][1], ahead, attempt > 1))

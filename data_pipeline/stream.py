@@ -1,6 +1,6 @@
 """The stream: training sequence number g of a run, for any g, as a function of the corpus and a few numbers.
 
-    sequence numbers ─▶ Order ─▶ ranges of blocks ─▶ Corpus, verified and decompressed ─▶ rows of ids
+    sequence numbers ─▶ Order ─▶ ranges of blocks ─▶ Corpus, verified and decompressed ─▶ Rows
 
 No rank, worker or batch size appears, so the data state of a run is one integer, and a run goes on exactly on any
 number of processes. With as many lanes as rows in a batch, row j of the next batch continues row j.
@@ -15,7 +15,7 @@ import logging
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal, NamedTuple
 
@@ -25,25 +25,14 @@ from pydantic import BaseModel
 
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.order import EXTENT_BYTES, ORDER_VERSION, Order, Piece, Run
+from data_pipeline.rows import Ids, Memory, Rows, Window
 from data_pipeline.shards import Corpus
-from data_pipeline.vocabulary import PADDING, SEPARATOR
 from data_pipeline.withdrawn import Withdrawal
 
 log = logging.getLogger(__name__)
 
-Ids = NDArray[np.int16]
-
-WHOLE_BLOCK = 1 << 32
-"""More raw bytes than a block has."""
-
-
-class Rows(NamedTuple):
-    """Training sequences as they were read."""
-
-    ids: Ids
-    """(rows, T): 0..255 and SEPARATOR; PADDING in holes."""
-    padded: bool
-    """Whether any of them may be padding."""
+WHOLE_BLOCK = 1 << 33
+"""More than the content of a block."""
 
 
 class PackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -57,7 +46,7 @@ class PackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
 
 
 class Mask(NamedTuple):
-    """Raw bytes of a block that sequences from `since` on do not read."""
+    """A range of a block's content that sequences from `since` on do not read."""
 
     start: int
     stop: int
@@ -67,11 +56,10 @@ class Mask(NamedTuple):
 class _Content(NamedTuple):
     """A block as the stream reads it."""
 
-    raw: NDArray[np.uint8]
-    ends: NDArray[np.uint32]
-    """Of documents."""
-    separators: NDArray[np.int64]
-    """Their places among the raw bytes and themselves, where documents are concatenated with separators."""
+    units: NDArray[np.uint8]
+    """The block's content; only the raw bytes of it where documents are concatenated without separators."""
+    ends: NDArray[np.int64]
+    """Where documents end in the content."""
 
 
 class ByteStream:
@@ -112,6 +100,7 @@ class ByteStream:
         }
         self._contents: OrderedDict[int, Future[_Content]] = OrderedDict()
         self._lock = threading.Lock()
+        self._memory = Memory()
         self._remembered = set[int]()
         self.holes: dict[int, int] = {}
         """Damaged blocks met so far, each with the first sequence that did not read it."""
@@ -149,48 +138,49 @@ class ByteStream:
         return row
 
     def read(self, sequences: NDArray[np.int64]) -> Rows:
-        """Training sequences. Those that follow each other in a lane are read together, so ask for many at once.
+        """Training sequences, as one group; see `read_groups`."""
+        return self.read_groups([sequences])[0]
+
+    def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]:
+        """Groups of training sequences, which share memory. Those of all groups that follow each other in a lane are
+        read together, so ask for many at once.
 
         Raises:
             CorpusError: a block cannot be read, or is damaged when more have been than the config allows.
         """
-        ids = np.empty((len(sequences), self.sequence_length), np.int16)
-        padded = False
-        for run in self.order.runs(sequences):
-            padded |= self._read_run(run, sequences[run.rows], ids[run.rows])
-        return Rows(ids, padded)
+        sequences = np.concatenate(groups)
+        window = Window(len(sequences), self.sequence_length, self._memory)
+        rows = list[int]()
+        # In the order of their first rows, so that rows that follow each other are a stride apart.
+        for run in sorted(self.order.runs(sequences), key=lambda run: run.rows.start):
+            self._read_run(run, sequences[run.rows], window, len(rows) * self.sequence_length)
+            rows.extend(range(run.rows.start, run.rows.stop, run.rows.step))
+        slots = np.empty_like(sequences)
+        slots[rows] = np.arange(len(rows))
+        return window.in_groups(slots, [len(group) for group in groups])
 
-    def _read_bytes(self, run: Run, sequences: NDArray[np.int64], rows: Ids) -> bool:
-        """Reads a run into its rows; whether there is padding in them."""
-        flat = np.empty(rows.size, np.int16)
-        done, padded = 0, False
-        for piece in self.order.pieces(run.epoch, run.start, run.start + rows.size):
-            part = flat[done : done + piece.length]
-            content = self._content(piece, int(sequences[done // self.sequence_length]))
+    def _read_bytes(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
+        """Reads a run to a place of a window."""
+        begin, length = place, self.sequence_length
+        for piece in self.order.pieces(run.epoch, run.start, run.start + len(sequences) * length):
+            content = self._content(piece, sequences.item((place - begin) // length))
+            stop = piece.start + piece.length
             if content is None:
-                part[:] = PADDING
-                padded = True
+                window.pad(place, place + piece.length)
             else:
-                self._copy(content, piece, part)
-                for mask in self.masks(piece.block):
-                    padded |= self._apply(mask, content, piece, sequences, flat, done)
-            done += piece.length
-        rows[:] = flat.reshape(rows.shape)
-        return padded
-
-    def _copy(self, content: _Content, piece: Piece, part: Ids) -> None:
-        stop = piece.start + piece.length
-        first, last = int(content.separators.searchsorted(piece.start)), int(content.separators.searchsorted(stop))
-        place, begin = 0, piece.start - first  # in the part, and in raw bytes
-        for end in content.ends[first:last].tolist():
-            gap = place + end - begin
-            part[place:gap] = content.raw[begin:end]
-            part[gap] = SEPARATOR
-            place, begin = gap + 1, end
-        part[place:] = content.raw[begin : stop - last]
-        if stop == len(content.raw) + len(content.separators):  # its lane is through with this block
-            with self._lock:
-                self._contents.pop(piece.block, None)
+                window.put(place, content.units[piece.start : stop])
+                if self._separate:
+                    ends = content.ends
+                    own = ends[ends.searchsorted(piece.start) : ends.searchsorted(stop)]
+                    if len(own):
+                        window.separate(own + (place - piece.start))
+                if self.holes or self._withdrawn:
+                    for mask in self.masks(piece.block):
+                        self._apply(mask, content, piece, sequences, window, place, begin)
+                if stop == len(content.units):  # its lane is through with this block
+                    with self._lock:
+                        self._contents.pop(piece.block, None)
+            place += piece.length
 
     def masks(self, block: int) -> list[Mask]:
         """What is not to be read of a block."""
@@ -200,20 +190,31 @@ class ByteStream:
         return masks
 
     def _apply(
-        self, mask: Mask, content: _Content, piece: Piece, sequences: NDArray[np.int64], flat: Ids, done: int
-    ) -> bool:
-        """Pads what a mask covers of a piece, which lies at flat[done:], in the rows that it is in force for."""
+        self,
+        mask: Mask,
+        content: _Content,
+        piece: Piece,
+        sequences: NDArray[np.int64],
+        window: Window,
+        place: int,
+        begin: int,
+    ) -> None:
+        """Pads what a mask covers of a piece, which lies at a place of a window, in the rows that it is in force for.
+
+        Args:
+            begin: place of the first of the sequences.
+        """
         start, stop = mask.start, mask.stop
-        if self._separate:  # from raw bytes to places among separators
-            start += int(content.ends.searchsorted(start, side="right"))
-            stop += int(content.ends.searchsorted(stop, side="right"))  # with the separator of what ends there
-        begin = done + max(0, start - piece.start)
-        end = done + min(piece.length, stop - piece.start)
+        if not self._separate:  # from places of the content to raw bytes
+            start -= int(content.ends.searchsorted(start))
+            stop -= int(content.ends.searchsorted(stop))
+        first = place + max(0, start - piece.start)
+        last = place + min(piece.length, stop - piece.start)
         length = self.sequence_length
-        covered = [r for r in range(begin // length, -(-end // length)) if sequences[r] >= mask.since]
-        for row in covered:
-            flat[max(begin, row * length) : min(end, (row + 1) * length)] = PADDING
-        return bool(covered)
+        for number in range((first - begin) // length, -((begin - last) // length)):
+            if sequences[number] >= mask.since:
+                row = begin + number * length
+                window.pad(max(first, row), min(last, row + length))
 
     def _content(self, piece: Piece, sequence: int) -> _Content | None:
         """A block, read once by whichever thread comes first, and kept while its lane is in it; None for a hole.
@@ -221,15 +222,17 @@ class ByteStream:
         Raises:
             CorruptBlockError: it is damaged, and more have been than the config allows.
         """
-        if self.holes.get(piece.block, sequence + 1) <= sequence:
+        if self.holes and self.holes.get(piece.block, sequence + 1) <= sequence:
             return None
-        with self._lock:
-            future = self._contents.get(piece.block)
-            mine = future is None
-            if future is None:
-                future = self._contents[piece.block] = Future()
-                while len(self._contents) > 2 * self.order.lanes:
-                    self._contents.popitem(last=False)
+        future, mine = self._contents.get(piece.block), False
+        if future is None:
+            with self._lock:
+                future = self._contents.get(piece.block)
+                mine = future is None
+                if future is None:
+                    future = self._contents[piece.block] = Future()
+                    while len(self._contents) > 2 * self.order.lanes:
+                        self._contents.popitem(last=False)
         if mine:
             try:
                 future.set_result(self._read_content(piece))
@@ -244,51 +247,56 @@ class ByteStream:
             return None
 
     def _read_content(self, piece: Piece) -> _Content:
-        raw, ends = self.corpus.read_raw(piece.block, through=piece.last_of_extent)
-        gaps = len(ends) if self._separate and self.packing.packing == "concatenate" else 0
-        return _Content(np.frombuffer(raw, np.uint8), ends, ends[:gaps] + np.arange(gaps, dtype=np.int64))
+        content, document_ends = self.corpus.read_content(piece.block, through=piece.last_of_extent)
+        units, ends = np.frombuffer(content, np.uint8), document_ends.astype(np.int64)
+        steps_over = self.packing.packing == "concatenate" and not self._separate
+        return _Content(np.delete(units, ends) if steps_over else units, ends)
 
-    def _read_documents(self, run: Run, sequences: NDArray[np.int64], rows: Ids) -> bool:
-        """A row for each document: its first bytes, the separator if there is room, and padding."""
-        pieces = self.order.pieces(run.epoch, run.start, run.start + len(rows))
-        places = ((piece, ordinal) for piece in pieces for ordinal in range(piece.start, piece.start + piece.length))
-        for (piece, ordinal), sequence, row in zip(places, sequences.tolist(), rows, strict=True):
-            self._read_document(piece, ordinal, sequence, row)
-        return True
+    def _read_documents(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
+        """Reads a run to a place of a window: a row for each document."""
+        pieces = self.order.pieces(run.epoch, run.start, run.start + len(sequences))
+        documents = ((piece, ordinal) for piece in pieces for ordinal in range(piece.start, piece.start + piece.length))
+        for (piece, ordinal), sequence in zip(documents, sequences.tolist(), strict=True):
+            self._read_document(piece, ordinal, sequence, window, place)
+            place += self.sequence_length
 
-    def _read_document(self, piece: Piece, ordinal: int, sequence: int, row: Ids) -> None:
-        row[:] = PADDING
-        done, ended = 0, False
-        block, start = piece.block, -1
-        while done < len(row) and not ended:
+    def _read_document(self, piece: Piece, ordinal: int, sequence: int, window: Window, place: int) -> None:
+        """A document's first bytes, the separator if there is room, and padding."""
+        end_of_row = place + self.sequence_length
+        block, start, ended = piece.block, -1, False
+        while place < end_of_row and not ended:
             content = self._content(
                 piece._replace(block=block, last_of_extent=max(block, piece.last_of_extent)), sequence
             )
             if content is None:
-                return
+                break
             if start < 0:
                 start = self._start_of(block, content.ends, ordinal)
-            end = bisect_left(content.ends, start + 1)
-            ended = end < len(content.ends)
-            stop = min(int(content.ends[end]) if ended else len(content.raw), start + len(row) - done)
-            row[done : done + stop - start] = content.raw[start:stop]
+            index = bisect_left(content.ends, start)
+            ended = index < len(content.ends)
+            stop = int(content.ends[index]) + self._separate if ended else len(content.units)
+            length = min(stop - start, end_of_row - place)
+            has_separator = ended and self._separate and length == stop - start
+            window.put(place, content.units[start : start + length])
+            if has_separator:
+                window.separate(np.array([place + length - 1]))
             for mask in self.masks(block):
-                if sequence >= mask.since and mask.start < stop and start < mask.stop:
-                    covered = slice(done + max(0, mask.start - start), done + min(stop, mask.stop) - start)
-                    row[covered] = PADDING
-            done += stop - start
+                if sequence >= mask.since:
+                    covered = max(mask.start, start) - start, min(mask.stop - start, length)
+                    window.pad(place + covered[0], place + covered[1])
+            place += length
             block, start = block + 1, 0
-        if ended and self._separate and done < len(row) and row[done - 1] != PADDING:
-            row[done] = SEPARATOR
+        window.pad(place, end_of_row)
 
-    def _start_of(self, block: int, ends: NDArray[np.uint32], ordinal: int) -> int:
-        """Where the block's document number `ordinal` of those that begin in it begins."""
+    def _start_of(self, block: int, ends: NDArray[np.int64], ordinal: int) -> int:
+        """Where the block's document number `ordinal` of those that begin in it begins in its content."""
         lengths = self.corpus.lengths[block]
-        inner = int(ends.searchsorted(int(lengths["raw_bytes"])))  # ends that another document follows
+        last = int(lengths["raw_bytes"]) + len(ends) - 1
+        inner = int(ends.searchsorted(last))  # ends that another document follows
         first_begins_here = int(lengths["documents"]) > inner
         if first_begins_here:
-            return int(ends[ordinal - 1]) if ordinal else 0
-        return int(ends[ordinal])
+            return int(ends[ordinal - 1]) + 1 if ordinal else 0
+        return int(ends[ordinal]) + 1
 
     def _note_hole(self, block: int, sequence: int, error: CorruptBlockError) -> None:
         with self._lock:

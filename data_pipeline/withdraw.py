@@ -63,7 +63,7 @@ def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> 
                 continue
             for part in parts:
                 parts_by_key[part.key].append(part)
-                found.append(Withdrawal(part.key, number, part.start, part.start + part.length))
+                found.append(Withdrawal(part.key, number, part.start, part.start + part.length + part.ends))
     if missing := sorted(key for key in keys if not _are_whole(parts_by_key[key])):
         said = f"{corpus.location} has no document {missing[0]!r}"
         if faults:

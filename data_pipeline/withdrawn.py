@@ -22,11 +22,11 @@ from data_pipeline.errors import CorpusError, ForbiddenError, MissingFileError
 from data_pipeline.storage import Storage
 
 FILE = "withdrawn.json"
-FORMAT = "byteloom-withdrawn/1"
+FORMAT = "byteloom-withdrawn/2"
 
 
 class Withdrawal(NamedTuple):
-    """A range of one block's raw bytes that is not to be read."""
+    """A range of one block's content that is not to be read: what it holds of a document, with what follows its end."""
 
     key: str
     """Of the document."""
@@ -86,7 +86,9 @@ def _parsed(content: bytes, content_sha256: str | None, lengths: NDArray[np.void
         raise ValueError(f"it is the list of another corpus, of content sha256 {fields['content_sha256']}")
     if lengths is not None:
         for entry in entries:
-            size = int(lengths[entry.block]["raw_bytes"]) if 0 <= entry.block < len(lengths) else 0
+            size = 0
+            if 0 <= entry.block < len(lengths):
+                size = int(lengths[entry.block]["raw_bytes"]) + int(lengths[entry.block]["document_ends"])
             if not 0 <= entry.start < entry.stop <= size:
                 raise ValueError(f"{entry} is no part of a block")
     return entries

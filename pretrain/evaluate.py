@@ -25,8 +25,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from data_pipeline.rows import Ids
 from data_pipeline.shards import Corpus
-from data_pipeline.stream import Ids
 from data_pipeline.vocabulary import PADDING
 from pretrain.models import ByteModel
 from pretrain.models.byte_model import Memory
@@ -284,7 +284,7 @@ def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> 
             if part.key in withdrawn:
                 continue
             offset = part.document_offset - len(data)
-            data += block.raw[part.start : part.start + part.length]
+            data += block.content[part.start : part.start + part.length]
             while len(data) - scored >= (1 if part.ends else stride):
                 begin, end = max(0, scored + stride - length), min(scored + stride, len(data))
                 ids = np.frombuffer(data[begin:end], np.uint8).astype(np.int16)

@@ -108,7 +108,7 @@ def _show_corpus(corpus: Corpus, sample: int) -> None:
     if sample:
         block = corpus.read(0)
         first = block.slices[0]
-        shown = block.raw[first.start : first.start + min(sample, first.length)]
+        shown = block.content[first.start : first.start + min(sample, first.length)]
         out.print(printable(f"\n{first.key} ({first.modality}) begins:"), markup=False, highlight=False)
         out.print(shown.decode("utf-8", "backslashreplace"), markup=False, highlight=False)
 

@@ -19,7 +19,7 @@ def count_words(corpus: Corpus, group_of: Callable[[str], str]) -> Mapping[str, 
         for part in block.slices:
             if part.key in withdrawn:
                 continue
-            text = block.raw[part.start : part.start + part.length]
+            text = block.content[part.start : part.start + part.length]
             begins_within_word = part.document_offset > 0 and goes_on and not text[:1].isspace()
             words[group_of(part.key)] += len(text.split()) - begins_within_word
             goes_on = not text[-1:].isspace()

@@ -76,7 +76,7 @@ def gather_shard(
         def reported() -> Iterator[Block]:
             for block in _ahead(blocks) if ahead else blocks:
                 yield block
-                progress(len(block.raw))
+                progress(block.raw_bytes)
 
         index = write_shard(folder, number, reported(), plan.options.level)
     spool.close()

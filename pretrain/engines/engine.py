@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.stream import Ids
+from data_pipeline.rows import Ids
 from pretrain.fragments import Fragment
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from data_pipeline.loader import MicroBatch
-from data_pipeline.stream import Ids
-from data_pipeline.vocabulary import count_bytes
+from data_pipeline.rows import Ids, Rows
+from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.fragments import Fragment, whole
 from pretrain.models.byte_model import ByteModel, Memory
@@ -69,7 +69,7 @@ class SingleProcessEngine:
         carried: list[tuple[slice, Memory]] = []
         for micro_batch, scored in zip(micro_batches, scored_targets, strict=True):
             torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
-            ids = torch.from_numpy(micro_batch.ids).to(self.device)
+            ids = _widened(micro_batch.rows, self.device)
             targets = torch.from_numpy(scored).to(self.device)
             first = micro_batch.index * self._micro_batch
             rows = slice(first, first + len(ids))
@@ -119,7 +119,7 @@ class SingleProcessEngine:
     def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
         """The targets of a micro-batch that the model will score: (rows, T)."""
         torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
-        rows, length = micro_batch.ids.shape
+        rows, length = micro_batch.targets.shape
         return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
 
     def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -139,6 +139,15 @@ class SingleProcessEngine:
         ]
         where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
         return f"the gradient is not finite (loss {nats} nats){where}"
+
+
+def _widened(rows: Rows, device: torch.device) -> Tensor:
+    """(rows, T) int16 ids on the device, where they come as bytes."""
+    ids = torch.from_numpy(rows.bytes).to(device).to(torch.int16, memory_format=torch.contiguous_format)
+    ids.view(-1)[torch.from_numpy(rows.separators).to(device)] = SEPARATOR
+    if rows.padding is not None:
+        ids[torch.from_numpy(rows.padding).to(device)] = PADDING
+    return ids
 
 
 def compute_dtype(precision: str) -> torch.dtype:

@@ -30,7 +30,7 @@ def documents_of(corpus: Corpus) -> dict[str, bytes]:
         block = corpus.read(number)
         for part in block.slices:
             assert part.document_offset == len(documents.setdefault(part.key, bytearray()))
-            documents[part.key] += block.raw[part.start : part.start + part.length]
+            documents[part.key] += block.content[part.start : part.start + part.length]
     return {key: bytes(content) for key, content in documents.items()}
 
 
@@ -166,8 +166,8 @@ def test_packing_cuts_only_documents_longer_than_a_block(sizes: list[int], block
         Document(str(n), "binary", lambda content=content: iter([content])) for n, content in enumerate(contents)
     ]
     blocks = list(pack_documents(documents, block_bytes, pytest.fail))
-    assert b"".join(b.raw for b in blocks) == b"".join(contents)
-    assert all(len(b.raw) <= block_bytes for b in blocks)
+    assert b"".join(b.content for b in blocks) == b"".join(content + b"\0" for content in contents)
+    assert all(b.raw_bytes == sum(s.length for s in b.slices) <= block_bytes for b in blocks)
     slices = [s for b in blocks for s in b.slices]
     for number, size in enumerate(sizes):
         own = [s for s in slices if s.key == str(number)]
@@ -175,7 +175,7 @@ def test_packing_cuts_only_documents_longer_than_a_block(sizes: list[int], block
         assert [s.ends for s in own] == [False] * (len(own) - 1) + [True]
         assert sum(s.length for s in own) == size
     for b in blocks:
-        assert [s.start for s in b.slices] == [sum(t.length for t in b.slices[:i]) for i in range(len(b.slices))]
+        assert [s.start for s in b.slices] == [sum(t.length + 1 for t in b.slices[:i]) for i in range(len(b.slices))]
 
 
 class TestCopies:

@@ -38,7 +38,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def expected(local: Corpus) -> list[bytes]:
-    return [local.read(block).raw for block in range(len(local))]
+    return [local.read(block).content for block in range(len(local))]
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_corpus_at_a_url_is_the_corpus(server: FaultyServer, local: Corpus, ex
         assert corpus.content_sha256 == local.content_sha256
         assert corpus.location == server.url
         for block, raw in enumerate(expected):
-            assert corpus.read_raw(block, through=block + 5)[0] == raw
+            assert corpus.read_content(block, through=block + 5)[0] == raw
             assert corpus.read(block) == local.read(block)
 
 
@@ -80,7 +80,7 @@ def test_adjacent_blocks_come_in_one_request(server: FaultyServer, expected: lis
     with Corpus(server.url, remote=FAST) as corpus:
         shard = corpus.blocks_of(1)
         for block in shard:
-            assert corpus.read_raw(block, through=len(corpus) - 1)[0] == expected[block]
+            assert corpus.read_content(block, through=len(corpus) - 1)[0] == expected[block]
         assert server.requests[shard_name(1)] == 1
         assert shard_requests(server) == 1  # a span ends with its shard
 
@@ -90,7 +90,7 @@ def test_threads_that_want_one_span_wait_for_one_request(server: FaultyServer, e
 
     def read(block: int) -> bytes:
         barrier.wait()
-        return corpus.read_raw(0 if block % 2 else block, through=8)[0]
+        return corpus.read_content(0 if block % 2 else block, through=8)[0]
 
     with Corpus(server.url, remote=FAST) as corpus, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, [0, 1] * 4)) == [expected[0]] * 8
@@ -102,7 +102,7 @@ def test_memory_holds_what_it_may(server: FaultyServer, local: Corpus, expected:
     remote = FAST.model_copy(update={"memory_bytes": 1})
     with Corpus(server.url, remote=remote) as corpus:
         for block in (0, 11, 1, 12, 2):
-            assert corpus.read_raw(block, through=block + 5)[0] == expected[block]
+            assert corpus.read_content(block, through=block + 5)[0] == expected[block]
         assert shard_requests(server) == 5
 
 
@@ -123,10 +123,10 @@ def test_a_fault_that_passes_is_got_over_and_one_that_stays_is_told(
     answers = iter([fault, fault, None])
     with Corpus(server.url, remote=FAST) as corpus:
         server.fault_of = lambda name: next(answers)
-        assert corpus.read_raw(3, through=9)[0] == expected[3]
+        assert corpus.read_content(3, through=9)[0] == expected[3]
         server.fault_of = only_shards(fault)
         with pytest.raises(CorpusError, match=rf"{shard_name(1)} cannot be read.*attempt 4 of 4"):
-            corpus.read_raw(14)
+            corpus.read_content(14)
 
 
 def test_a_server_that_asks_for_time_gets_it(server: FaultyServer, expected: list[bytes]):
@@ -135,7 +135,7 @@ def test_a_server_that_asks_for_time_gets_it(server: FaultyServer, expected: lis
     with Corpus(server.url, remote=FAST) as corpus:
         server.fault_of = lambda name: next(answers)
         start = time.perf_counter()
-        assert corpus.read_raw(3)[0] == expected[3]
+        assert corpus.read_content(3)[0] == expected[3]
         assert time.perf_counter() - start >= 0.5
 
 
@@ -145,10 +145,10 @@ def test_wrong_bytes_are_fetched_anew_and_then_refused(server: FaultyServer, exp
     with Corpus(server.url, remote=FAST) as corpus:
         server.fault_of = lambda name: next(answers, None)
         for block in range(8):
-            assert corpus.read_raw(block, through=9)[0] == expected[block]
+            assert corpus.read_content(block, through=9)[0] == expected[block]
         server.fault_of = only_shards(fault)
         with pytest.raises(CorruptBlockError, match=r"block 000001-000003 of .* is damaged"):
-            corpus.read_raw(14)
+            corpus.read_content(14)
 
 
 def test_a_server_that_ignores_ranges_is_read_all_the_same(
@@ -156,7 +156,7 @@ def test_a_server_that_ignores_ranges_is_read_all_the_same(
 ):
     server.fault_of = lambda name: "whole"
     with Corpus(server.url, remote=FAST) as corpus:
-        assert [corpus.read_raw(block)[0] for block in range(len(corpus))] == expected
+        assert [corpus.read_content(block)[0] for block in range(len(corpus))] == expected
     assert [record.message.partition(" sends whole files")[1:] for record in caplog.records] == [
         (" sends whole files", " when asked for a part of one, so reading is slow")
     ]
@@ -176,7 +176,7 @@ def test_whatever_the_server_does_no_wrong_byte_comes(
 
     def read(block: int) -> None:
         try:
-            raw = corpus.read_raw(block, through=block + draw.randrange(6))[0]
+            raw = corpus.read_content(block, through=block + draw.randrange(6))[0]
         except CorruptBlockError:  # all of its answers were wrong
             outcomes["refused"] += 1
         else:
@@ -211,7 +211,7 @@ def test_a_server_that_is_gone_is_told(local: Corpus):
         url = server.url
         corpus = Corpus(url, remote=FAST)
     with pytest.raises(CorpusError, match=r"cannot be read: .*attempt 4 of 4"):
-        corpus.read_raw(0)
+        corpus.read_content(0)
     corpus.close()
 
 
@@ -219,7 +219,7 @@ def test_the_cache_serves_the_next_run(server: FaultyServer, expected: list[byte
     for run in range(2):
         with Corpus(server.url, remote=cached(tmp_path)) as corpus:
             for block in range(len(corpus)):
-                assert corpus.read_raw(block, through=block // 4 * 4 + 3)[0] == expected[block]
+                assert corpus.read_content(block, through=block // 4 * 4 + 3)[0] == expected[block]
         if run == 0:
             before = shard_requests(server)
     assert shard_requests(server) == before > 0
@@ -230,7 +230,7 @@ def test_the_cache_serves_the_next_run(server: FaultyServer, expected: list[byte
 def test_a_damaged_cache_is_mended(server: FaultyServer, expected: list[bytes], tmp_path: Path):
     def read_all() -> None:
         with Corpus(server.url, remote=cached(tmp_path)) as corpus:
-            assert [corpus.read_raw(block)[0] for block in range(len(corpus))] == expected
+            assert [corpus.read_content(block)[0] for block in range(len(corpus))] == expected
 
     read_all()
     spans = sorted(tmp_path.glob("spans/*/*"))
@@ -255,8 +255,8 @@ def test_the_cache_keeps_under_its_limit_and_drops_what_was_used_longest_ago(
     limit = 40_000
     with Corpus(server.url, remote=cached(tmp_path, limit).model_copy(update={"memory_bytes": 0})) as corpus:
         for block in range(len(corpus)):
-            assert corpus.read_raw(block)[0] == expected[block]
-            assert corpus.read_raw(0)[0] == expected[0]  # used again and again, so never dropped
+            assert corpus.read_content(block)[0] == expected[block]
+            assert corpus.read_content(0)[0] == expected[0]  # used again and again, so never dropped
             assert held_bytes(tmp_path) <= limit
     assert shard_requests(server) == len(expected)
 
@@ -270,7 +270,7 @@ with Corpus(url, remote=RemoteConfig(cache=cache, cache_bytes=int(limit), memory
     order = [block for block in range(len(corpus)) for _ in range(2)]
     random.Random(int(seed)).shuffle(order)
     for block in order:
-        assert corpus.read_raw(block)[0] == corpus.read(block).raw
+        assert corpus.read_content(block)[0] == corpus.read(block).content
 """
 
 
@@ -293,7 +293,7 @@ def test_a_cache_that_cannot_be_written_costs_speed_only(
         shutil.rmtree(tmp_path / "spans")
         (tmp_path / "spans").write_text("in the way")
         server.fault_of = lambda name: next(answers, None)  # what is wrong is removed from the cache as well
-        assert [corpus.read_raw(block)[0] for block in range(len(corpus))] == expected
+        assert [corpus.read_content(block)[0] for block in range(len(corpus))] == expected
     assert ["cannot be written" in record.message for record in caplog.records] == [True]
 
 
@@ -306,7 +306,7 @@ def test_a_cache_that_cannot_be_made_costs_speed_only(
     path.parent.mkdir(exist_ok=True)
     path.write_text("in the way")
     with Corpus(server.url, remote=cached(cache)) as corpus:
-        assert [corpus.read_raw(block)[0] for block in range(len(corpus))] == expected
+        assert [corpus.read_content(block)[0] for block in range(len(corpus))] == expected
     assert ["cannot be used" in record.message for record in caplog.records] == [True]
 
 
@@ -321,7 +321,7 @@ def test_who_closes_a_corpus_does_not_wait_for_a_server(server: FaultyServer):
     with ThreadPoolExecutor(1) as pool:
         with Corpus(server.url, remote=FAST) as corpus:
             server.fault_of = busy
-            reading = pool.submit(corpus.read_raw, 3)
+            reading = pool.submit(corpus.read_content, 3)
             assert asked.wait(5)
         start = time.perf_counter()
         with pytest.raises(CorpusError, match="the corpus is closed"):
@@ -329,7 +329,7 @@ def test_who_closes_a_corpus_does_not_wait_for_a_server(server: FaultyServer):
         assert time.perf_counter() - start < 5
     before = shard_requests(server)
     with pytest.raises(CorpusError, match="the corpus is closed"):
-        corpus.read_raw(20)
+        corpus.read_content(20)
     assert shard_requests(server) == before
 
 
@@ -407,7 +407,7 @@ def test_a_corpus_in_s3(bucket: str, local: Corpus, expected: list[bytes], tmp_p
     upload(Path(local.location))
     for _ in range(2):
         with Corpus(bucket, remote=cached(tmp_path / "cache").model_copy(update={"timeout_seconds": 10})) as corpus:
-            assert [corpus.read_raw(block, through=block + 4)[0] for block in range(len(corpus))] == expected
+            assert [corpus.read_content(block, through=block + 4)[0] for block in range(len(corpus))] == expected
     assert verify(bucket, 2, lambda *call: None) == []
 
 
@@ -419,9 +419,9 @@ def test_a_damaged_corpus_in_s3(bucket: str, local: Corpus, tmp_path: Path):
     remote = FAST.model_copy(update={"timeout_seconds": 10})
     with Corpus(bucket, remote=remote) as corpus:
         with pytest.raises(CorruptBlockError, match=r"block 000001-000002 of s3://corpora/mail/shard-000001.tar"):
-            corpus.read_raw(13)
+            corpus.read_content(13)
         with pytest.raises(CorpusError, match=rf"{shard_name(2)} cannot be read"):
-            corpus.read_raw(32)
+            corpus.read_content(32)
     boto3.client("s3").delete_object(Bucket="corpora", Key="mail/index.npy")
     with pytest.raises(CorpusError, match=r"index.npy cannot be read: there is no such file"):
         Corpus(bucket, remote=remote)

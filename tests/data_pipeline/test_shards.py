@@ -90,7 +90,7 @@ def test_zstd_command_opens_frames_and_tables(written: Corpus, tmp_path: Path):
     subprocess.run(["zstd", "--quiet", "-d", *tmp_path.glob("*.zst")], check=True)
     for block in range(len(written)):
         expected = written.read(block)
-        assert (tmp_path / f"{block}-0").read_bytes() == expected.raw
+        assert (tmp_path / f"{block}-0").read_bytes() == expected.content
         table = json.loads((tmp_path / f"{block}-1").read_bytes())
         assert [entry["key"] for entry in table["documents"]] == [part.key for part in expected.slices]
 
@@ -99,20 +99,23 @@ def test_frames_carry_checksum_and_content_size(written: Corpus):
     for block in range(len(written)):
         parameters = zstandard.get_frame_parameters(written.read_stored(block).frame)
         assert parameters.has_checksum
-        assert parameters.content_size == written.lengths[block]["raw_bytes"]
+        lengths = written.lengths[block]
+        assert parameters.content_size == int(lengths["raw_bytes"]) + int(lengths["document_ends"])
 
 
 def test_every_document_comes_back(written: Corpus):
     found = dict[str, bytes]()
     for number in range(len(written)):
         block = written.read(number)
-        raw, ends = written.read_raw(number, through=number + 3)
-        assert raw == block.raw
+        content, ends = written.read_content(number, through=number + 3)
+        assert content == block.content
         np.testing.assert_array_equal(ends, block.ends)
         for part in block.slices:
             assert part.document_offset == len(found.setdefault(part.key, b""))
-            found[part.key] += raw[part.start : part.start + part.length]
-    assert found == {document.key: content for document in documents() if (content := b"".join(document.read()))}
+            found[part.key] += content[part.start : part.start + part.length]
+            following = content[part.start + part.length :][:1]
+            assert (following == b"\0") if part.ends else not following
+    assert found == {document.key: whole for document in documents() if (whole := b"".join(document.read()))}
 
 
 def test_a_shard_tells_its_own_index(tmp_path: Path):
@@ -166,10 +169,10 @@ def test_digests_are_of_what_they_say(written: Corpus):
     for entry, path in zip(written.manifest["shards"], shard_paths(written), strict=True):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
     for block in range(len(written)):
-        content = written.read(block)
-        assert written.index[block]["content_sha256"].tobytes() == hashlib.sha256(content.table).digest()
-        for part in content.slices:
-            own = content.raw[part.start : part.start + part.length]
+        read = written.read(block)
+        assert written.index[block]["content_sha256"].tobytes() == hashlib.sha256(read.table).digest()
+        for part in read.slices:
+            own = read.content[part.start : part.start + part.length]
             assert part.sha256 == hashlib.sha256(own).hexdigest()
 
 
@@ -203,26 +206,26 @@ def test_a_damaged_block_is_named_and_the_others_are_read(copy: Path, written: C
     with Corpus(copy) as corpus:
         for block in range(len(corpus)):
             if block == 13:
-                for read in (corpus.read, corpus.read_raw, corpus.read_stored):
+                for read in (corpus.read, corpus.read_content, corpus.read_stored):
                     with pytest.raises(
                         CorruptBlockError, match=r"block 000001-000002 of .*shard-000001.tar is damaged"
                     ):
                         read(block)
             else:
-                assert corpus.read_raw(block)[0] == written.read_raw(block)[0]
+                assert corpus.read_content(block)[0] == written.read_content(block)[0]
 
 
 def test_a_folder_keeps_few_files_open_while_threads_read_many(tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus", block_bytes=600, blocks_per_shard=2)
     assert len(corpus.manifest["shards"]) > 2 * OPEN_FILES
     before = open_files()
-    expected = [corpus.read(block).raw for block in range(len(corpus))]
+    expected = [corpus.read(block).content for block in range(len(corpus))]
     most = 0
 
     def read(start: int) -> None:
         nonlocal most
         for block in range(start, len(corpus) * 4, 7):
-            assert corpus.read_raw(block % len(corpus))[0] == expected[block % len(corpus)]
+            assert corpus.read_content(block % len(corpus))[0] == expected[block % len(corpus)]
             most = max(most, open_files() - before)
 
     with ThreadPoolExecutor(4) as pool:

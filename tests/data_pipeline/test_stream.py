@@ -109,7 +109,7 @@ def test_without_separators_the_stream_is_the_raw_bytes_and_with_them_documents_
     for block in range(len(corpus)):  # one extent, so in their order, from some place on and round
         read = corpus.read(block)
         for part in read.slices:
-            expected += [*read.raw[part.start : part.start + part.length], *([SEPARATOR] * part.ends)]
+            expected += [*read.content[part.start : part.start + part.length], *([SEPARATOR] * part.ends)]
     assert is_on_the_ring(ids, expected)
     assert is_on_the_ring(raw, [number for number in expected if number != SEPARATOR])
 
@@ -198,9 +198,9 @@ def test_an_epoch_reads_each_block_about_once(corpus, lanes: int, monkeypatch: p
     stream = stream_of(corpus, 50, lanes=lanes)
     assert len(corpus) > 3 * lanes
     reads = []
-    read = Corpus.read_raw
+    read = Corpus.read_content
     monkeypatch.setattr(
-        Corpus, "read_raw", lambda self, block, through: reads.append(block) or read(self, block, through)
+        Corpus, "read_content", lambda self, block, through: reads.append(block) or read(self, block, through)
     )
     for g in range(stream.sequences_per_epoch):
         stream[g]
@@ -227,7 +227,7 @@ class CountingCorpus:
         self.raw_bytes = int(self.lengths["raw_bytes"].sum())
         self.reads = 0
 
-    def read_raw(self, block: int, through: int) -> tuple[bytes, np.ndarray]:
+    def read_content(self, block: int, through: int) -> tuple[bytes, np.ndarray]:
         self.reads += 1
         return bytes(int(self.lengths[block]["raw_bytes"])), np.empty(0, np.uint32)
 
@@ -255,7 +255,7 @@ def test_a_document_a_row_cut_or_padded(corpus):
     for number in range(len(corpus)):
         block = corpus.read(number)
         for part in block.slices:
-            contents[part.key] = contents.get(part.key, b"") + block.raw[part.start : part.start + part.length]
+            contents[part.key] = contents.get(part.key, b"") + block.content[part.start : part.start + part.length]
     assert max(map(len, contents.values())) > 2 * 10_000  # more than two blocks
     assert stream.sequences_per_epoch == len(contents) // 3 * 3
     expected = {tuple([*content[:length], SEPARATOR, *[PADDING] * length][:length]) for content in contents.values()}

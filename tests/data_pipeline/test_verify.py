@@ -81,7 +81,7 @@ def test_of_400_flipped_bits_anywhere_none_goes_unnoticed_and_none_is_read(copy:
             with corpus:
                 for block in corpus.blocks_of(int(path.stem.removeprefix("shard-"))):
                     try:
-                        assert corpus.read_raw(block)[0] == expected[block].raw
+                        assert corpus.read_content(block)[0] == expected[block].content
                         assert corpus.read(block) == expected[block]
                     except CorruptBlockError:
                         refused[path.suffix] += 1
@@ -397,7 +397,7 @@ def test_a_block_that_the_disk_does_not_give_is_a_hole(copy: Path, original: Cor
         path.symlink_to("/proc/self/mem")  # reading where no page is gives an input/output error, as a bad sector does
     corpus = Corpus(copy, check_shards=False)
     with pytest.raises(CorruptBlockError, match=r"block 000001-000010 of .*shard-000001.tar is damaged"):
-        corpus.read_raw(21)
+        corpus.read_content(21)
     whole, holed = stream_of(original, 0), stream_of(corpus, 11)
     for g in range(whole.sequences_per_epoch):
         row, expected = holed[g], whole[g]
@@ -410,7 +410,7 @@ def test_a_shard_that_is_gone_is_no_hole(copy: Path):
     corpus = Corpus(copy)
     (copy / shard_name(1)).unlink()
     with pytest.raises(CorpusError, match="No such file") as refusal:
-        corpus.read_raw(13)
+        corpus.read_content(13)
     assert not isinstance(refusal.value, CorruptBlockError)
 
 

@@ -50,7 +50,7 @@ def faults(folder: Path) -> list[str]:
 
 def parts_of(corpus: Corpus, key: str) -> list[Withdrawal]:
     return [
-        Withdrawal(key, number, part.start, part.start + part.length)
+        Withdrawal(key, number, part.start, part.start + part.length + part.ends)
         for number in range(len(corpus))
         for part in corpus.read(number).slices
         if part.key == key
@@ -99,7 +99,7 @@ def test_a_list_of_another_corpus_and_one_of_places_outside_the_blocks_are_refus
     with pytest.raises(CorpusError, match="it is the list of another corpus"):
         listed(folder)
     with Corpus(folder) as corpus:
-        size, blocks = int(corpus.lengths[0]["raw_bytes"]), len(corpus)
+        size, blocks = len(corpus.read(0).content), len(corpus)
         for block, start, stop in [(0, 0, size + 1), (0, 5, 5), (0, -1, 5), (blocks, 0, 1), (-1, 0, 1)]:
             write_withdrawn(Path(corpus.location), corpus.content_sha256, [Withdrawal("key", block, start, stop)])
             with pytest.raises(CorpusError, match="is no part of a block"):

@@ -43,7 +43,7 @@ def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path
         assert text in shown
     first = corpus.read(0)
     assert first.slices[0].key in shown
-    assert first.raw[:50].decode() in shown
+    assert first.content[:50].decode() in shown
     with tarfile.open(tmp_path / "out/train/shard-000000.tar") as tar:
         assert tar.getnames()[0] == "000000-000000.bytes.zst"
 

@@ -1,14 +1,18 @@
 """The engine's laws: accumulation, determinism, precision, refusal of broken gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline.loader import MicroBatch
+from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import SingleProcessEngine
 from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
+from tests.pretrain.rows import rows_of
 
 T = 32
 
@@ -41,7 +45,7 @@ def batch(micro_batch: int, rows: int = 8, seed: int = 0) -> list[MicroBatch]:
     ids = np.random.default_rng(seed).integers(0, 257, (rows, T)).astype(np.int16)
     targets = np.random.default_rng(seed + 1).random((rows, T)) < 0.7
     parts = [slice(first, first + micro_batch) for first in range(0, rows, micro_batch)]
-    return [MicroBatch(index, ids[part], targets[part]) for index, part in enumerate(parts)]
+    return [MicroBatch(index, rows_of(ids[part]), targets[part]) for index, part in enumerate(parts)]
 
 
 def train(engine: SingleProcessEngine, micro_batch: int, steps: int = 3) -> list[float]:
@@ -62,11 +66,14 @@ def test_accumulation_computes_the_whole_batchs_gradient(micro_batch: int):
 def test_the_loss_is_nats_over_target_bytes_and_separators_are_no_bytes():
     it = engine()
     [micro] = batch(8)
-    micro.ids[:, 5], micro.targets[:, 5] = 256, True
-    nats = it.nats(micro.ids).double().numpy()
+    ids = micro.ids
+    ids[:, 5], micro.targets[:, 5] = SEPARATOR, True
+    ids[:, 7], micro.targets[:, 7] = PADDING, False
+    micro = replace(micro, rows=rows_of(ids))
+    nats = it.nats(ids).double().numpy()
     result = it.train_step([micro], step=0, learning_rate=0.0)
     assert result.nats == pytest.approx(nats[micro.targets].sum(), rel=1e-6)
-    assert result.target_bytes == ((micro.ids < 256) & micro.targets).sum() < micro.targets.sum()
+    assert result.target_bytes == ((ids < SEPARATOR) & micro.targets).sum() < micro.targets.sum()
 
 
 def test_dropout_is_a_function_of_seed_step_and_micro_batch():

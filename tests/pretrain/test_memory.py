@@ -15,6 +15,7 @@ from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import SingleProcessEngine
 from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
 from pretrain.optimizers import OptimizerConfig
+from tests.pretrain.rows import rows_of
 from tests.test_project import ROOT
 
 T, ROWS, SEGMENTS = 16, 5, 4
@@ -42,7 +43,7 @@ def lanes(length: int = SEGMENTS * T) -> np.ndarray:
 
 def micro_batches(ids: np.ndarray, size: int = ROWS) -> list[MicroBatch]:
     parts = [ids[first : first + size] for first in range(0, len(ids), size)]
-    return [MicroBatch(index, part, part != PADDING) for index, part in enumerate(parts)]
+    return [MicroBatch(index, rows_of(part), part != PADDING) for index, part in enumerate(parts)]
 
 
 def train(it: SingleProcessEngine, ids: np.ndarray, size: int = ROWS, learning_rate: float = 0.0) -> list[float]:

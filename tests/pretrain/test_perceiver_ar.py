@@ -32,6 +32,7 @@ from pretrain.models.layers import (
 )
 from pretrain.models.perceiver_ar import START, PerceiverAR, PerceiverARConfig, image_axes, late
 from pretrain.optimizers import OptimizerConfig
+from tests.pretrain.rows import rows_of
 from tests.test_project import ROOT
 
 ROWS, T, N = 2, 24, 8
@@ -361,7 +362,7 @@ def engine(**changes: object) -> SingleProcessEngine:
 def test_training_counts_scored_targets_only_and_crops_by_seed_step_and_micro_batch(policy: str):
     ids = np.random.default_rng(0).integers(0, 256, (6, T)).astype(np.int16)
     targets = np.random.default_rng(1).random((6, T)) < 0.7
-    batch = [MicroBatch(index, ids[index * 3 :][:3], targets[index * 3 :][:3]) for index in range(2)]
+    batch = [MicroBatch(index, rows_of(ids[index * 3 :][:3]), targets[index * 3 :][:3]) for index in range(2)]
     results = [engine(**CROPS[policy]).train_step(batch, step=step, learning_rate=0.0) for step in (0, 0, 1)]
     torch.manual_seed(99)
     assert results[0] == results[1]

@@ -1,0 +1,182 @@
+"""Rows: training sequences in the form they travel in, from a block's content to the device.
+
+    contents of blocks ─▶ Window.put, one copy a stretch ─▶ Window.in_groups ─▶ Rows, one for each micro-batch
+
+An id is a byte as a rule, so rows are bytes. What is no byte, separators and padding, is told beside them by its
+places; whoever computes with ids widens the bytes and puts it there, on the device if there is one.
+"""
+
+import struct
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import blake3
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.vocabulary import PADDING, SEPARATOR
+
+Ids = NDArray[np.int16]
+Bytes = NDArray[np.uint8]
+Places = NDArray[np.int64]
+
+DIGEST_MODULUS = 1 << 256
+REUSED_BYTES = 4 << 20
+"""Smaller arrays come from memory that the process has."""
+_TAIL = struct.Struct("<IIQ")
+
+
+class Rows(NamedTuple):
+    """Some rows of T ids."""
+
+    bytes: Bytes
+    """(rows, T), each row contiguous; 0 where an id is no byte."""
+    separators: Places
+    """Where SEPARATOR is, as places of the flattened rows, ascending."""
+    padding: NDArray[np.bool_] | None
+    """(rows, T): where PADDING is; None where there is none."""
+
+    @property
+    def ids(self) -> Ids:
+        """(rows, T) int16: bytes 0..255, SEPARATOR, PADDING."""
+        ids = self.bytes.astype(np.int16, order="C")
+        ids.reshape(-1)[self.separators] = SEPARATOR
+        if self.padding is not None:
+            ids[self.padding] = PADDING
+        return ids
+
+    def digest(self, sequences: Iterable[int]) -> int:
+        """The sum of the rows' digests modulo 2**256: the same in any order, on any number of ranks.
+
+        The digest of a row is BLAKE3 of its bytes, the places in it of its separators, those of its padding, how many
+        there are of each (4 bytes each, little-endian), and the row's sequence number (8 bytes).
+        """
+        separators, separator_bounds = _by_row(self.separators, self.bytes.shape)
+        padded = np.flatnonzero(self.padding) if self.padding is not None else np.empty(0, np.int64)
+        padding, padding_bounds = _by_row(padded, self.bytes.shape)
+        total = begin = padded_begin = 0
+        for sequence, row, end, padded_end in zip(sequences, self.bytes, separator_bounds, padding_bounds, strict=True):
+            tail = _TAIL.pack(end - begin, padded_end - padded_begin, sequence)
+            digest = blake3.blake3(row)
+            digest.update(separators[4 * begin : 4 * end] + padding[4 * padded_begin : 4 * padded_end] + tail)
+            total += int.from_bytes(digest.digest(), "little")
+            begin, padded_begin = end, padded_end
+        return total % DIGEST_MODULUS
+
+
+def _by_row(places: Places, shape: tuple[int, ...]) -> tuple[bytes, list[int]]:
+    """Places of flattened rows as places in their row, 4 bytes each; and where each row ends among them."""
+    rows, length = shape
+    ends = places.searchsorted(np.arange(1, rows + 1) * length)
+    return (places % length).astype("<u4").tobytes(), ends.tolist()
+
+
+class Memory:
+    """Arrays whose memory is used again when nothing refers to them any more.
+
+    Fresh memory is cleared by the system first, which costs as much as writing rows to it.
+    """
+
+    def __init__(self) -> None:
+        self._free = list[NDArray[np.uint8]]()  # of one size; a list's append and pop need no lock
+
+    def take(self, size: int) -> Bytes:
+        """An array of that size, with anything in it."""
+        if size < REUSED_BYTES:
+            return np.empty(size, np.uint8)
+        memory = np.empty(0, np.uint8)
+        while self._free and len(memory) != size:
+            memory = self._free.pop()
+        if len(memory) != size:
+            memory = np.empty(size, np.uint8)
+        # Views keep the array that they are of, unless that is itself a view of an array: so it is one of a memoryview.
+        array = np.frombuffer(memory.data, np.uint8)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array
+
+
+class Window:
+    """Many rows while they are read, laid out in the order in which they are read: that of their slots.
+
+    Slots that follow each other in a lane are one stretch of memory.
+    """
+
+    def __init__(self, rows: int, length: int, memory: Memory) -> None:
+        self._bytes = memory.take(rows * length)
+        self._length = length
+        self._separators = list[Places]()
+        self._padding: NDArray[np.bool_] | None = None
+
+    def put(self, place: int, content: Bytes) -> None:
+        """Writes what is read, from a place on."""
+        self._bytes[place : place + len(content)] = content
+
+    def separate(self, places: Places) -> None:
+        """Tells where SEPARATOR is, unless it is padded."""
+        self._separators.append(places)
+
+    def pad(self, start: int, stop: int) -> None:
+        """Makes padding of what lies from one place to another."""
+        if start < stop:
+            if self._padding is None:
+                self._padding = np.zeros(len(self._bytes), np.bool_)
+            self._padding[start:stop] = True
+            self._bytes[start:stop] = 0
+
+    def in_groups(self, slots: NDArray[np.int64], sizes: Sequence[int]) -> list[Rows]:
+        """The rows, gathered into groups. Groups share memory with the window where their slots are evenly spaced.
+
+        Args:
+            slots: of each row, group after group.
+            sizes: rows of each group.
+        """
+        length = self._length
+        separators = np.concatenate([np.empty(0, np.int64), *self._separators])
+        if self._padding is not None:
+            separators = separators[~self._padding[separators]]
+        row_of_slot = np.empty_like(slots)
+        row_of_slot[slots] = np.arange(len(slots))
+        slot, column = np.divmod(separators, length)
+        separators = np.sort(row_of_slot[slot] * length + column)
+        starts = np.cumsum([0, *sizes])
+        bounds = separators.searchsorted(starts * length)
+        separators -= np.repeat(starts[:-1] * length, np.diff(bounds))
+        numbers, starts, bounds = slots.tolist(), starts.tolist(), bounds.tolist()
+        rows = self._bytes.reshape(-1, length)
+        padding = None if self._padding is None else self._padding.reshape(-1, length)
+        groups = []
+        for (start, stop), (first, last) in zip(pairwise(starts), pairwise(bounds), strict=True):
+            own = _as_index(numbers[start:stop])
+            padded = None if padding is None else padding[own]
+            if padded is not None and not padded.any():
+                padded = None
+            groups.append(Rows(rows[own], separators[first:last], padded))
+        return groups
+
+
+def _as_index(slots: list[int]) -> slice | list[int]:
+    """What takes these rows of an array: a slice, which copies nothing, where they are evenly spaced."""
+    if not slots:
+        return slice(0)
+    step = slots[1] - slots[0] if len(slots) > 1 else 1
+    evenly = step > 0 and slots == list(range(slots[0], slots[-1] + 1, step))
+    return slice(slots[0], slots[-1] + 1, step) if evenly else slots
+
+
+def interleave(parts: Sequence[tuple[NDArray[np.intp], Rows]]) -> Rows:
+    """Rows put together of others, each with the places of its rows among all."""
+    length = parts[0][1].bytes.shape[1]
+    count = sum(len(rows) for rows, _ in parts)
+    joined = np.empty((count, length), np.uint8)
+    separators = []
+    padding = None
+    for rows, part in parts:
+        joined[rows] = part.bytes
+        row, column = np.divmod(part.separators, length)
+        separators.append(rows[row] * length + column)
+        if part.padding is not None:
+            padding = np.zeros((count, length), np.bool_) if padding is None else padding
+            padding[rows] = part.padding
+    return Rows(joined, np.sort(np.concatenate(separators)), padding)
