@@ -58,7 +58,7 @@ MOST_CONTEXT = {
     "transformer": "sliding",
     "transformer_xl": "memory",
 }
-"""The mode of `byteloom eval` that gives a byte the most context; a Perceiver AR's windows slide by its latents anyway."""
+"""The mode of `byteloom eval` that gives a byte the most context; windows of a Perceiver AR slide by its latents."""
 
 
 @dataclass(frozen=True)

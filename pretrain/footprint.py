@@ -21,6 +21,7 @@ them.
 """
 
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,21 +30,23 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models import ByteModel, ModelConfig, build_model
-from pretrain.models.layers import PreNorm
+from pretrain.models.nats import CHUNK
+from pretrain.models.unit import Unit
 
 USABLE = 0.9
 """Share of a GPU's memory that may be filled; the rest is for what is left out."""
 NODE = 8
 """GPUs of a node, within which HSDP shards."""
 MANY_ROWS = 64
-"""Activations are measured for 1 row and for so many; a straight line through both is right to some hundredths."""
+"""The most for which activations are measured; straight lines between are right to some hundredths."""
+MOST_ROWS = 1 << 40
 GRADIENT, MASTER, MOMENTS = 4, 4, 8
 """Bytes a parameter, in any precision."""
 
@@ -70,18 +73,19 @@ class Activations:
 
 @dataclass(frozen=True)
 class Line:
-    """Peak bytes of activations as a function of the rows of a micro-batch."""
+    """Peak bytes of activations as a function of the rows of a micro-batch: straight between measurements, and on."""
 
-    one_row: int
-    more: float
-    """For each further row."""
+    measured: tuple[tuple[int, int], ...]
+    """(rows, bytes), two or more, rising."""
 
     def at(self, rows: int) -> int:
-        return round(self.one_row + self.more * (rows - 1))
+        ahead = min(max(bisect_left(self.measured, (rows,)), 1), len(self.measured) - 1)
+        (few, low), (many, high) = self.measured[ahead - 1 : ahead + 1]
+        return round(low + (high - low) * (rows - few) / (many - few))
 
     def rows_within(self, size: float) -> int:
         """The most rows that need no more than `size` bytes; 0: not even one."""
-        return int((size - self.one_row) // self.more) + 1 if size >= self.one_row else 0
+        return bisect_right(range(1, MOST_ROWS), size, key=self.at)
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,15 @@ def _gathered_parameters(model: ByteModel) -> int:
 
     And the gradient of the block at work, before each rank takes its share.
     """
-    blocks = sorted((sum(p.numel() for p in block.parameters()) for block in blocks_of(model)), reverse=True)
+    blocks = sorted((sum(p.numel() for p in block.parameters()) for block in model.units()), reverse=True)
     return model.parameter_count() - sum(blocks) + sum(blocks[:2]) + sum(blocks[:1])
 
 
 def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: bool) -> Line:
-    """Measured for 1 row and for `MANY_ROWS`."""
-    one, many = (measure_activations(config, rows, dtype, checkpointing).peak for rows in (1, MANY_ROWS))
-    return Line(one, (many - one) / (MANY_ROWS - 1))
+    """Measured for 1 row, for as many as fill the chunk in which the loss is computed, and for many."""
+    chunk = -(-CHUNK // config.sequence_length)
+    rows = sorted({1, chunk, max(MANY_ROWS, 2 * chunk)})
+    return Line(tuple((count, measure_activations(config, count, dtype, checkpointing).peak) for count in rows))
 
 
 def measure_activations(config: ModelConfig, rows: int, dtype: torch.dtype, checkpointing: bool = False) -> Activations:
@@ -164,7 +169,7 @@ def activations_of(model: ByteModel, ids: Tensor, checkpointing: bool = False) -
             preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), attention()),
         )
-        for block in blocks_of(model):
+        for block in model.units():
             block.forward = partial(again, block.forward)
     with attention(), _LiveTensors() as live:
         loss = mean_price(model, ids)
@@ -179,7 +184,7 @@ def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
     ids = torch.empty(rows, config.sequence_length, dtype=torch.int16, device="meta")
     with _FusedAttentionMode(), _LiveTensors() as live:
         alike = _Alike(live)
-        for block in blocks_of(model):
+        for block in model.units():
             block.forward = partial(alike.run, block, block.forward)
         loss = mean_price(model, ids)
         kept = live.bytes
@@ -192,11 +197,6 @@ def mean_price(model: ByteModel, ids: Tensor) -> Tensor:
     memory = model.empty_memory(len(ids))
     nats: Tensor = model(ids, memory)[0] if memory else model(ids)
     return nats.mean()
-
-
-def blocks_of(model: nn.Module) -> list[PreNorm]:
-    """What is checkpointed, and sharded, one by one."""
-    return [module for module in model.modules() if isinstance(module, PreNorm)]
 
 
 def on_meta(config: ModelConfig) -> ByteModel:
@@ -250,9 +250,10 @@ class _Alike:
         self._kept: dict[Any, list[int]] = {}
         """What each that ran has kept, by kind."""
 
-    def run(self, block: PreNorm, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    def run(self, block: Unit, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+        kinds = tuple(type(module) for module in block.modules())
         shapes = tuple(parameter.shape for parameter in block.parameters())
-        kept = self._kept.setdefault((type(block), type(block.attention), shapes, x.shape), [])
+        kept = self._kept.setdefault((kinds, shapes, x.shape), [])
         if len(kept) == 2:
             return _Keep.apply(x, kept[1])
         before = self._live.bytes

@@ -31,7 +31,14 @@ from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_eng
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
-from pretrain.models import FREE_FIELDS, ModelConfig, build_model, carries_memory, model_config
+from pretrain.models import (
+    FREE_FIELDS,
+    ModelConfig,
+    build_model,
+    carries_memory,
+    describe_attention,
+    model_config,
+)
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
 from pretrain.provenance import changes, environment, flatten, git_state
@@ -301,6 +308,7 @@ class Run:
             peak / 1e12,
             source,
         )
+        log.info("attention: %s", describe_attention(self.engine.device, self.engine.dtype))
         for name, stream in self.reading.mixture.streams.items():
             log.info(
                 "%s: %s bytes, %s sequences of %s an epoch; the run reads %.2f epochs",

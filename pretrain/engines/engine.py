@@ -23,6 +23,12 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients and the
     loss are fp32 either way."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block in forward, and compute the rest again in backward: less memory for a third
+    more work, and the same gradient bit for bit."""
+    compile: bool = False
+    """Compile each block with torch.compile. It takes a minute or more at the start, and on a CPU a C++ compiler; the
+    gradient then differs by roundings."""
 
 
 class EngineError(Exception):

@@ -37,6 +37,10 @@ class SingleProcessEngine:
         self.device = choose_device(config.device)
         self.dtype = compute_dtype(config.precision)
         self.model = model.to(self.device).train()
+        for block in model.units():
+            block.recomputed = config.activation_checkpointing
+            if config.compile:
+                block.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
         self.optimizer = build_optimizer(optimizer, model.parameters())
         self._clip_norm = optimizer.clip_norm
         self._seed = seed

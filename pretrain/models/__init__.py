@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, Discriminator, Tag, TypeAdapter
 
 from pretrain.models.byte_model import ByteModel, Decoder
+from pretrain.models.layers import describe_attention
 from pretrain.models.megabyte import Megabyte, MegabyteConfig
 from pretrain.models.perceiver_ar import PerceiverAR, PerceiverARConfig
 from pretrain.models.transformer import Transformer, TransformerConfig
@@ -19,6 +20,7 @@ __all__ = [
     "PerceiverARConfig",
     "build_model",
     "carries_memory",
+    "describe_attention",
     "families",
     "model_config",
 ]

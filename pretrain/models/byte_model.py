@@ -4,7 +4,11 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pretrain.models.nats import linear_nats
+from pretrain.models.unit import Unit
 
 
 class Decoder(Protocol):
@@ -60,6 +64,22 @@ class ByteModel(nn.Module, ABC):
     def empty_memory(self, rows: int) -> Memory:
         """The memory of lanes that begin, on the parameters' device; nothing if the model carries none."""
         return {}
+
+    @abstractmethod
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The linear map from the last hidden states to logits: (VOCABULARY, width), and (VOCABULARY,) or None."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., width) last hidden states to (..., VOCABULARY) logits."""
+        return F.linear(states, *self.head_weights())
+
+    def nats(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The price of (rows, n) ids under the logits of (rows, n, width) states, which never exist all at once."""
+        return linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights()).view(ids.shape).float()
+
+    def units(self) -> list[Unit]:
+        """Its blocks: what is compiled, and what is computed again in backward, one at a time."""
+        return [module for module in self.modules() if isinstance(module, Unit)]
 
     @abstractmethod
     def scored(self, length: int) -> slice:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
+
+from pretrain.models.unit import Unit, run_unit
 
 Activation = Literal["relu", "squared_relu", "gelu", "swiglu"]
 
@@ -213,9 +215,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.expand(x)
         if self.activation == "relu":
-            hidden = F.relu(hidden)
+            hidden = F.relu_(hidden)
         elif self.activation == "squared_relu":
-            hidden = F.relu(hidden).square()
+            hidden = _Square.apply(F.relu_(hidden))
         elif self.activation == "gelu":
             hidden = F.gelu(hidden)
         else:
@@ -224,7 +226,21 @@ class FeedForward(nn.Module):
         return self.contract(hidden)
 
 
-class PreNorm(nn.Module):
+class _Square(torch.autograd.Function):
+    """x², with a backward of two passes over memory where torch's own takes four."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (gradient * x).mul_(2)
+
+
+class PreNorm(Unit):
     """What all blocks have: attention and a feed-forward layer, each behind a norm, added to the residual stream.
 
     Args:
@@ -300,7 +316,7 @@ class Stack(nn.Module):
         What is `shared` goes to the attention of every block.
         """
         for index, block in enumerate(self.blocks):
-            x = block(x, caches[index] if caches is not None else None, *shared)
+            x = run_unit(block, x, caches[index] if caches is not None else None, *shared)
         return self.norm(x)
 
     def empty_caches(self, limit: int | None = None) -> list[LayerCache]:
@@ -392,6 +408,17 @@ def _band(window: int, device: torch.device) -> Tensor:
     return (age >= 0) & (age < window)
 
 
+def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """How attention is computed, as `_fused_is_right` chooses."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return f"two products and a softmax up to {EXPLICIT_ATTENTION_LENGTH} keys, torch's fused kernel above"
+    if device.type == "cuda":
+        return (
+            f"torch's fused kernel below {LARGEST_FUSED_BATCH:,} rows or patches, two products and a softmax from there"
+        )
+    return "torch's fused kernel"
+
+
 def _fused_is_right(q: Tensor, k: Tensor) -> bool:
     """Whether the fused kernel is faster here, and takes this shape."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_ATTENTION_LENGTH
@@ -414,9 +441,30 @@ def rotate(x: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
     angles = places[..., None] * frequencies(half, rotary.longest_wavelength, x.device, precise)
     if places.dim() > 1:
         angles = angles[:, None]  # the same for all heads
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
+    return _Turn.apply(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+class _Turn(torch.autograd.Function):
+    """Channels i and i + n/2 of the first n turned by angles given as (..., n/2) cosines and sines.
+
+    The gradient is turned back. By itself torch would build it of five padded pieces.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([(a * cos).addcmul_(b, sin, value=-1), (a * sin).addcmul_(b, cos), rest], -1)
 
 
 def sinusoids(places: Tensor, width: int, longest_wavelength: float | None = None) -> Tensor:

@@ -128,9 +128,8 @@ class Megabyte(ByteModel):
         ids = F.pad(ids.long(), (0, -length % self.patch_size), value=PADDING)
         patches = self.embed_patches(ids[:, : -self.patch_size], first_position=0)
         global_in = torch.cat([self.global_pad.expand(rows, 1, -1), patches], 1)
-        logits = self.decode_patches(ids, self.global_stack(global_in))
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-        return nats.view(rows, -1)[:, :length]
+        states = self.decode_patches(ids, self.global_stack(global_in))
+        return self.nats(states, ids)[:, :length]
 
     def embed_patches(self, ids: Tensor, first_position: int) -> Tensor:
         """Bytes to patches (equation 1, the patch encoder, and the grouping of equation 2).
@@ -149,13 +148,13 @@ class Megabyte(ByteModel):
         return embedded.reshape(ids.shape[0], -1, self.patch_size * self.byte_width)
 
     def decode_patches(self, ids: Tensor, global_out: Tensor) -> Tensor:
-        """The local model on every patch at once (equations 4 to 6).
+        """The local model on every patch at once (equations 4 and 5).
 
         Args:
             ids: (rows, K·P); the last byte of a patch is not read.
             global_out: (rows, K, P·D_G)
         Returns:
-            (rows, K·P, VOCABULARY) logits
+            (rows, K·P, D_L) what the logits are a linear map of
         """
         rows, length = ids.shape
         before = ids.view(-1, self.patch_size)[:, :-1]
@@ -164,7 +163,7 @@ class Megabyte(ByteModel):
             local_out = self.local_stack(local_in, None, self._visible_across_patches(ids))
         else:
             local_out = self.local_stack(local_in)
-        return self.head(local_out).view(rows, length, VOCABULARY)
+        return local_out.view(rows, length, -1)
 
     def _visible_across_patches(self, ids: Tensor) -> Tensor:
         """(rows, K·P) ids to the (rows, K, P, r + P) mask of `CrossPatchAttention`."""
@@ -183,9 +182,9 @@ class Megabyte(ByteModel):
         pad = self.local_pad.expand(before.shape[0], 1, -1)
         return torch.cat([pad, self.local_embedding(before)], 1)
 
-    def head(self, local_out: Tensor) -> Tensor:
-        """Logits from the local embedding table itself (equation 6)."""
-        return F.linear(local_out, self.local_embedding.weight)
+    def head_weights(self) -> tuple[Tensor, None]:
+        """The local embedding table itself (equation 6)."""
+        return self.local_embedding.weight, None
 
     def scored(self, length: int) -> slice:
         return slice(0, length)
@@ -375,4 +374,4 @@ class MegabyteDecoder:
             local_out = model.local_stack(local_in, self._local_caches, visible)
         else:
             local_out = model.local_stack(local_in, self._local_caches)
-        return model.head(local_out[:, -1])
+        return model.logits(local_out[:, -1])

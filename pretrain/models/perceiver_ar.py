@@ -38,6 +38,7 @@ from pretrain.models.layers import (
     linear_weights,
     sinusoids,
 )
+from pretrain.models.unit import run_unit
 
 START = VOCABULARY
 """The input before the first byte. It has a row in the embedding and one in the head, as in the authors' code, and is
@@ -174,9 +175,8 @@ class PerceiverAR(ByteModel):
         ids = ids.long()
         end = self.draw_crop(rows, length)[1] if self.training else ends(ids)
         places = self.place_latents(end.to(ids.device, non_blocking=True), length)
-        logits = self.predict(ids, places)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.gather(1, places).flatten(), reduction="none")
-        return nats.new_zeros(rows, length).scatter(1, places, nats.view(rows, -1))
+        nats = self.nats(self.read(ids, places), ids.gather(1, places))
+        return nats.new_zeros(rows, length).scatter(1, places, nats)
 
     def place_latents(self, end: Tensor, length: int) -> Tensor:
         """The positions of a row's latents: the last N before its end, or the first N where there are fewer.
@@ -190,14 +190,14 @@ class PerceiverAR(ByteModel):
         first = (end - count).clamp(min=0)
         return first[:, None] + torch.arange(count, device=end.device)
 
-    def predict(self, ids: Tensor, places: Tensor) -> Tensor:
-        """Logits of the ids at the latents' positions.
+    def read(self, ids: Tensor, places: Tensor) -> Tensor:
+        """The states that foretell the ids at the latents' positions.
 
         Args:
             ids: (rows, T); the last is not read.
             places: (rows, N), from `place_latents`.
         Returns:
-            (rows, N, VOCABULARY)
+            (rows, N, C)
         """
         inputs = self.embed(late(ids), first_position=0)
         z = self.to_latents(inputs.take_along_dim(places[..., None], 1))
@@ -235,11 +235,15 @@ class PerceiverAR(ByteModel):
     def process(
         self, z: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        """All blocks, the final norm and the head: (rows, N, C) latents to (rows, N, VOCABULARY) logits."""
+        """All blocks and the final norm: (rows, N, C) to the same."""
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            z = block(z, inputs, places, visible, cache) if isinstance(block, CrossBlock) else block(z, cache)
-        return self.head(self.norm(z))[..., :VOCABULARY]
+            reading = (inputs, places, visible) if isinstance(block, CrossBlock) else ()
+            z = run_unit(block, z, *reading, cache)
+        return self.norm(z)
+
+    def head_weights(self) -> tuple[Tensor, Tensor]:
+        return self.head.weight[:VOCABULARY], self.head.bias[:VOCABULARY]
 
     def draw_crop(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Where the scored positions of each training row begin and end: (rows,) twice, on the CPU."""
@@ -266,7 +270,7 @@ class PerceiverAR(ByteModel):
     def flops(self, length: int) -> int:
         count = min(self.latents, length)
         cross = [block for block in self.blocks if isinstance(block, CrossBlock)]
-        weights = linear_weights(self)
+        weights = linear_weights(self) - self.head.in_features  # START's row is not computed
         of_inputs = sum(block.attention.key_value.weight.numel() for block in cross)
         attention = len(cross) * length * self.input_width
         attention += (len(self.blocks) - len(cross)) * count * self.to_latents.out_features
@@ -320,9 +324,9 @@ class PerceiverARDecoder:
         z = model.to_latents(model.embed(self._inputs[:, -count:], first_position=length - count))
         places = torch.arange(length - count, length, device=inputs.device)
         visible = None if count == 1 else torch.arange(length, device=inputs.device) <= places[:, None]
-        logits = model.process(z, model.embed(inputs, before), places, visible, self._caches)
+        z = model.process(z, model.embed(inputs, before), places, visible, self._caches)
         self.latents += count
-        return logits[:, -1]
+        return model.logits(z[:, -1])
 
 
 def late(ids: Tensor) -> Tensor:

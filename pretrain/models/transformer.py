@@ -11,7 +11,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -60,12 +59,9 @@ class Transformer(ByteModel):
         draw_parameters(self, self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows, length = ids.shape
-        self.check_length(length)
+        self.check_length(ids.shape[1])
         ids = ids.long()
-        logits = self.head(self.stack(self.embed(ids[:, :-1])))
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-        return nats.view(rows, length)
+        return self.nats(self.stack(self.embed(ids[:, :-1])), ids)
 
     def embed(self, before: Tensor) -> Tensor:
         """The learned start and the first bytes of a row: (rows, n) ids to (rows, n + 1, D)."""
@@ -73,9 +69,9 @@ class Transformer(ByteModel):
         embedded = torch.cat([start, self.embedding(before)], 1)
         return embedded if self.positions is None else embedded + self.positions[: embedded.shape[1]]
 
-    def head(self, x: Tensor) -> Tensor:
-        """Logits from the embedding table itself."""
-        return F.linear(x, self.embedding.weight)
+    def head_weights(self) -> tuple[Tensor, None]:
+        """The embedding table itself."""
+        return self.embedding.weight, None
 
     def scored(self, length: int) -> slice:
         return slice(0, length)
@@ -117,4 +113,4 @@ class TransformerDecoder:
         self.length += count
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self._model.head(self._model.stack(x, self._caches)[:, -1])
+        return self._model.logits(self._model.stack(x, self._caches)[:, -1])

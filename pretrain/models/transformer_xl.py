@@ -36,6 +36,7 @@ from pretrain.models.layers import (
     rotate,
     sinusoids,
 )
+from pretrain.models.unit import run_unit
 
 
 class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -125,12 +126,11 @@ class TransformerXL(ByteModel):
             or {} if that is 0.
         """
         ids = ids.long()
-        logits, memory = self.segment_logits(ids, memory)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-        return nats.view(ids.shape), memory
+        states, memory = self.run_segment(ids, memory)
+        return self.nats(states, ids), memory
 
-    def segment_logits(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """As `forward_segment`, with the (rows, T', VOCABULARY) logits that the nats are of."""
+    def run_segment(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """As `forward_segment`, with the (rows, T', D) states that the logits are a linear map of."""
         rows, length = ids.shape
         self.check_length(length)
         first = self.start.expand(rows, 1, -1)
@@ -146,10 +146,11 @@ class TransformerXL(ByteModel):
         states = []
         for block, old in zip(self.blocks, before, strict=True):
             states.append(self._remembered(x.detach() if old is None else torch.cat([old, x.detach()], 1)))
-            x = block(x, old, context)
+            x = run_unit(block, x, old, context)
+        x = self.norm(x)
         if not self.memory_length:
-            return self.head(x), {}
-        return self.head(x), {"states": torch.stack(states, 1), "ids": self._remembered(every)}
+            return x, {}
+        return x, {"states": torch.stack(states, 1), "ids": self._remembered(every)}
 
     def _remembered(self, positions: Tensor) -> Tensor:
         """The last M of (rows, n, ...) positions: also of those before the segment, if it is short."""
@@ -162,9 +163,9 @@ class TransformerXL(ByteModel):
         distances = torch.arange(keys - 1, -1, -1, device=self.start.device)
         return Relative(sinusoids(distances, self.width).to(self.start.dtype), self.content_bias, self.position_bias)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Logits from the final norm and the embedding table itself."""
-        return F.linear(self.norm(x), self.embedding.weight)
+    def head_weights(self) -> tuple[Tensor, None]:
+        """The embedding table itself."""
+        return self.embedding.weight, None
 
     def scored(self, length: int) -> slice:
         return slice(0, length)
@@ -357,7 +358,7 @@ class TransformerXLDecoder:
         context = Context(visible_keys(self._documents, x.shape[1]), self._relative)
         for block, cache in zip(model.blocks, self._caches, strict=True):
             x = block(x, None, context, cache)
-        return model.head(x[:, -1])
+        return model.logits(model.norm(x[:, -1]))
 
     def _begin_segment(self, before: Tensor) -> Tensor:
         kept = self._model.memory_length

@@ -10,29 +10,35 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import SingleProcessEngine
-from pretrain.models.megabyte import Megabyte, MegabyteConfig
+from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from tests.pretrain.rows import rows_of
 
 T = 32
 
 
-def engine(precision: str = "fp32", dropout: float = 0.0, **optimizer: object) -> SingleProcessEngine:
+STACK = {"width": 32, "layers": 2, "heads": 2}
+FAMILIES = {
+    "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},
+    "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},
+    "transformer": STACK | {"window": 8},
+    "transformer_xl": STACK | {"memory_length": 8},
+}
+
+
+def engine(
+    precision: str = "fp32",
+    dropout: float = 0.0,
+    family: str = "megabyte",
+    ways: tuple[str, ...] = (),
+    **optimizer: object,
+) -> SingleProcessEngine:
+    """`ways` are switches of EngineConfig to turn on."""
     torch.manual_seed(0)
-    model = Megabyte(
-        MegabyteConfig.model_validate(
-            {
-                "sequence_length": T,
-                "patch_size": 4,
-                "global_model": {"width": 32, "layers": 2, "heads": 2},
-                "local_model": {"width": 16, "layers": 2, "heads": 2},
-                "dropout": dropout,
-                "initial_std": 0.05,
-            }
-        )
-    )
-    config = EngineConfig(precision=precision, device="cpu")
-    return SingleProcessEngine(config, model, OptimizerConfig(**optimizer), seed=3)
+    tree = {"family": family, "sequence_length": T, "dropout": dropout} | FAMILIES[family]
+    config = EngineConfig.model_validate({"precision": precision, "device": "cpu"} | dict.fromkeys(ways, True))
+    model = build_model(model_config(tree))
+    return SingleProcessEngine(config, model, OptimizerConfig(**optimizer), seed=3, global_batch=8, micro_batch=8)
 
 
 def batch(micro_batch: int, rows: int = 8, seed: int = 0) -> list[MicroBatch]:
@@ -116,3 +122,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_names_a_parameter():
         it.train_step(batch(4), step=0, learning_rate=1e-2)
     for fragment, earlier in zip(it.fragments(), before, strict=True):
         assert torch.equal(fragment.data.nan_to_num(), earlier.nan_to_num())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_changes_no_bit(family: str, precision: str):
+    """Dropout and random crops included."""
+    plain = engine(precision, dropout=0.3, family=family)
+    again = engine(precision, dropout=0.3, family=family, ways=("activation_checkpointing",))
+    assert train(again, 8) == train(plain, 8)
+    for a, b in zip(again.fragments(), plain.fragments(), strict=True):
+        assert torch.equal(a.data, b.data), a.name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_blocks_compute_the_same_up_to_rounding(family: str):
+    plain, compiled = engine(family=family), engine(family=family, ways=("compile", "activation_checkpointing"))
+    assert train(compiled, 8, steps=1) == pytest.approx(train(plain, 8, steps=1), rel=1e-6)
+    for a, b in zip(compiled.fragments(), plain.fragments(), strict=True):
+        if a.name.startswith("exp_avg/"):
+            torch.testing.assert_close(a.data, b.data, rtol=0, atol=1e-5 * b.data.abs().max().item())

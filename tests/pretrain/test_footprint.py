@@ -97,7 +97,7 @@ def test_the_peak_is_what_the_cpus_allocator_sees_to_a_twentieth(name: str, over
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @small_recipes
-def test_the_line_through_two_measurements_is_the_truth_to_a_fiftieth(
+def test_the_line_through_measurements_is_the_truth_to_a_fiftieth(
     name: str, overrides: tuple[str, ...], checkpointing: bool
 ):
     config = model_of(name, overrides)

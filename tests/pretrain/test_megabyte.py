@@ -40,7 +40,7 @@ def log_probabilities(model: Megabyte, ids: Tensor) -> Tensor:
     padded = F.pad(ids, (0, -length % model.patch_size), value=PADDING)
     patches = model.embed_patches(padded[:, : -model.patch_size], 0)
     global_in = torch.cat([model.global_pad.expand(rows, 1, -1), patches], 1)
-    logits = model.decode_patches(padded, model.global_stack(global_in))
+    logits = model.logits(model.decode_patches(padded, model.global_stack(global_in)))
     return logits.log_softmax(-1)[:, :length]
 
 
@@ -115,7 +115,7 @@ def test_a4_one_patch_is_a_local_decoder_with_constant_offsets():
     ids = random_ids(length=P)
     offsets = model.condition(model.global_stack(model.global_pad.expand(1, 1, -1))[0])
     before = torch.cat([model.local_pad.expand(ROWS, 1, -1), model.local_embedding(ids[:, :-1])], 1)
-    logits = model.head(model.local_stack(offsets + before))
+    logits = model.logits(model.local_stack(offsets + before))
     torch.testing.assert_close(logits.log_softmax(-1), log_probabilities(model, ids), atol=1e-12, rtol=0)
 
 
@@ -162,7 +162,7 @@ def test_a6_cross_patch_attention_is_dense_attention_under_the_papers_mask(reach
         mixed = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
         x = x + block.attention.merge(mixed)
         x = x + block.feed_forward(block.feed_forward_norm(x))
-    expected = model.head(model.local_stack.norm(x))[0]
+    expected = model.local_stack.norm(x)[0]
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
@@ -196,7 +196,7 @@ def test_a6_gradients_flow_into_the_patch_before():
     """Unlike a Transformer-XL's memory (section 2.3.2)."""
     model = cross_patch_model(2)
     conditioning = torch.randn(1, K, P * model.byte_width, dtype=torch.double, requires_grad=True)
-    model.decode_patches(random_ids(1) % 256, conditioning).view(K, -1)[3].sum().backward()
+    model.logits(model.decode_patches(random_ids(1) % 256, conditioning)).view(K, -1)[3].sum().backward()
     moved = conditioning.grad[0].abs().amax(-1) > 0
     assert moved.tolist() == [False, True, True, True, False, False]
 
@@ -254,7 +254,7 @@ def test_a9_the_head_is_the_local_embedding_and_gradients_of_both_uses_add_up():
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
             if detached == "head":
-                patch.setattr(model, "head", lambda x: F.linear(x, other))
+                patch.setattr(model, "head_weights", lambda: (other, None))
             else:
                 patch.setattr(model.local_embedding, "forward", lambda ids: F.embedding(ids, other))
             model(ids).sum().backward()

@@ -65,7 +65,7 @@ def log_probabilities(model: PerceiverAR, ids: Tensor, latents: int | None = Non
     """(rows, N, VOCABULARY) of every id at the last N positions."""
     model.latents, own = latents or model.latents, model.latents
     rows, length = ids.shape
-    logits = model.predict(ids, model.place_latents(torch.full((rows,), length), length))
+    logits = model.logits(model.read(ids, model.place_latents(torch.full((rows,), length), length)))
     model.latents = own
     return logits.log_softmax(-1)
 
@@ -435,7 +435,7 @@ def test_flops_of_the_papers_imagenet_model():
     with torch.device("meta"):
         model = build_model(load(ROOT / "configs/perceiver_ar/imagenet64.yaml").model)
     C, L, N, M = 1024, 60, 1024, 12288
-    latent = L * (24 * C**2 + 4 * C * N) + 20 * C**2 + 4 * C * M + 2 * C**2 + 2 * C * 259
+    latent = L * (24 * C**2 + 4 * C * N) + 20 * C**2 + 4 * C * M + 2 * C**2 + 2 * C * VOCABULARY
     assert model.flops(M) == N * latent + M * 4 * C**2
 
 
@@ -466,7 +466,7 @@ def test_b11_one_layer_learns_to_copy_what_it_read_backwards():
     model.eval()
     first = torch.randint(0, 256, (256, 16), generator=generator)
     ids = torch.cat([first, first.flip(1)], 1)
-    guesses = model.predict(ids, model.place_latents(torch.full((256,), 32), 32)).argmax(-1)
+    guesses = model.logits(model.read(ids, model.place_latents(torch.full((256,), 32), 32))).argmax(-1)
     assert (guesses == ids[:, 16:]).double().mean() > 0.99
 
 

@@ -45,7 +45,7 @@ def random_ids(rows: int = ROWS, length: int = T, seed: int = 1) -> Tensor:
 
 def log_probabilities(model: Transformer, ids: Tensor) -> Tensor:
     """(rows, T, VOCABULARY)"""
-    return model.head(model.stack(model.embed(ids[:, :-1]))).log_softmax(-1)
+    return model.logits(model.stack(model.embed(ids[:, :-1]))).log_softmax(-1)
 
 
 @variants

@@ -48,8 +48,8 @@ def random_ids(rows: int = ROWS, length: int = T, seed: int = 1, top: int = 256)
 
 def prices(model: TransformerXL, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
     """As `forward_segment`, in the model's own type."""
-    logits, memory = model.segment_logits(ids, memory or {})
-    return -logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], memory
+    states, memory = model.run_segment(ids, memory or {})
+    return -model.logits(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0], memory
 
 
 def segment_by_segment(model: TransformerXL, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Memory]:
