@@ -54,6 +54,7 @@ class FaultyServer:
                     self.close_connection = True
                     return
                 path = outer.folder / Path(self.path).name
+                outer.requests[path.name] += 1
                 if path.name in outer.forbidden:
                     self._answer(403, b"")
                     return
@@ -61,7 +62,6 @@ class FaultyServer:
                     self._answer(404, b"")
                     return
                 fault = outer.fault_of(path.name)
-                outer.requests[path.name] += 1
                 if fault:
                     outer.injected[fault] += 1
                 content = path.read_bytes()

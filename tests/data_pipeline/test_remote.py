@@ -198,12 +198,11 @@ def test_whatever_the_server_does_no_wrong_byte_comes(
 
 def test_what_is_not_there_is_told_at_once(server: FaultyServer, tmp_path: Path):
     server.folder = tmp_path
-    start = time.perf_counter()
     with pytest.raises(CorpusError, match=r"manifest.json cannot be read: there is no such file"):
         Corpus(server.url)
+    assert server.requests["manifest.json"] == 1
     with pytest.raises(CorpusError, match="nonsense://host/corpus cannot be opened"):
         Corpus("nonsense://host/corpus")
-    assert time.perf_counter() - start < 5
 
 
 def test_a_server_that_is_gone_is_told(local: Corpus):
@@ -323,10 +322,8 @@ def test_who_closes_a_corpus_does_not_wait_for_a_server(server: FaultyServer):
             server.fault_of = busy
             reading = pool.submit(corpus.read_content, 3)
             assert asked.wait(5)
-        start = time.perf_counter()
         with pytest.raises(CorpusError, match="the corpus is closed"):
-            reading.result()
-        assert time.perf_counter() - start < 5
+            reading.result(timeout=20)  # less than what the server asks to wait
     before = shard_requests(server)
     with pytest.raises(CorpusError, match="the corpus is closed"):
         corpus.read_content(20)
