@@ -148,8 +148,9 @@ def draw(results: list[Result], path: Path) -> None:
         records = [record for record in records if "train/bits_per_byte" in record]
         bits = np.array([record["train/bits_per_byte"] for record in records])
         step = np.array([record["step"] for record in records])
-        smooth = np.convolve(bits, np.full(AVERAGED, 1 / AVERAGED), "valid")
-        spent = step[AVERAGED - 1 :] * 3 * result.flops_per_byte * ROWS * CONTEXT
+        width = min(AVERAGED, len(bits))
+        smooth = np.convolve(bits, np.full(width, 1 / width), "valid")
+        spent = step[width - 1 :] * 3 * result.flops_per_byte * ROWS * CONTEXT
         axes.plot(spent, smooth, label=f"{result.name}, {result.parameters / 1e6:.1f} M parameters")
     axes.set(xlabel="training FLOPs", ylabel=f"bits per byte, mean of {AVERAGED} steps", ylim=(None, 4.5))
     axes.grid(alpha=0.3)
