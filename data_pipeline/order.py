@@ -187,11 +187,14 @@ def _key(seed: int, epoch: int, numbers: NDArray[np.uint64]) -> NDArray[np.uint6
 
 
 def _splitmix64(state: NDArray[Any]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on uint64, elementwise, modulo 2**64."""
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on uint64, elementwise, modulo 2**64, in place."""
+    state += np.uint64(0x9E3779B97F4A7C15)
+    state ^= state >> np.uint64(30)
+    state *= np.uint64(0xBF58476D1CE4E5B9)
+    state ^= state >> np.uint64(27)
+    state *= np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return state
 
 
 def _extents(
