@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,10 +129,11 @@ class Order:
         """The blocks that units start … stop - 1 of an epoch lie in."""
         permuted = self._epochs.get(epoch) or self._permuted(epoch)
         start, stop = start + permuted.opened_at, stop + permuted.opened_at
-        if stop <= self.units:
-            return self._pieces(permuted, start, stop)
-        before = self._pieces(permuted, start, self.units)  # nothing, where all is past the ring's seam
-        return chain(before, self._pieces(permuted, max(0, start - self.units), stop - self.units))
+        if stop > self.units:  # past the ring's seam
+            if start < self.units:
+                yield from self._pieces(permuted, start, self.units)
+            start, stop = max(0, start - self.units), stop - self.units
+        yield from self._pieces(permuted, start, stop)
 
     def _pieces(self, permuted: _Epoch, start: int, stop: int) -> Iterator[Piece]:
         slot = int(permuted.starts.searchsorted(start, "right")) - 1
