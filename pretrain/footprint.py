@@ -45,8 +45,10 @@ USABLE = 0.9
 NODE = 8
 """GPUs of a node, within which HSDP shards."""
 MANY_ROWS = 64
-"""The most for which activations are measured; straight lines between are right to some hundredths."""
+"""Activations are measured up to so many, or what fills two chunks of the loss; straight lines between are right to some
+hundredths."""
 MOST_ROWS = 1 << 40
+"""More than any memory holds: where the search for the largest micro-batch ends."""
 GRADIENT, MASTER, MOMENTS = 4, 4, 8
 """Bytes a parameter, in any precision."""
 
