@@ -45,7 +45,7 @@ USABLE = 0.9
 NODE = 8
 """GPUs of a node, within which HSDP shards."""
 MANY_ROWS = 64
-"""Activations are measured up to so many, or what fills two chunks of the loss; straight lines between are right to some
+"""Activations are measured up to so many rows, or what fills two chunks of the loss. Lines between are right to some
 hundredths."""
 MOST_ROWS = 1 << 40
 """More than any memory holds: where the search for the largest micro-batch ends."""
