@@ -19,22 +19,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already")
-    staging = target.with_name(target.name + ".partial")
-    if staging.exists():
-        with _held(staging):
-            shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    with _held(staging):
+    folder = staging(target)
+    if folder.exists():
+        with _held(folder):
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    with _held(folder):
         try:
-            yield staging
-            for path in [*staging.rglob("*"), staging]:
+            yield folder
+            for path in [*folder.rglob("*"), folder]:
                 sync(path)
-            staging.rename(target)
+            folder.rename(target)
             sync(target.parent)
             sync(target.parent.parent)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def staging(target: Path) -> Path:
+    """Where a folder is written until it is whole."""
+    return target.with_name(target.name + ".partial")
 
 
 @contextmanager

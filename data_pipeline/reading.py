@@ -9,7 +9,7 @@ weights, damaged blocks, withdrawn documents) is recorded with the sequence it c
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -134,7 +134,8 @@ class Record:
     """By source: (sequence, count, digest): from the source's own sequence on, that many entries of its list of
     withdrawn documents were in force; `prefix_digest` of them."""
     digest: str = "0" * 64
-    """Rows.digest of all sequences read, in hexadecimal."""
+    """Rows.digest of all sequences read, in hexadecimal. A rank's own holds what it has read since the start; the
+    first rank's, also what the run had read before."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -283,6 +284,20 @@ def open_streams(config: DataConfig, sequence_length: int) -> dict[str, ByteStre
             )
         opened.pop_all()  # all are open: they stay so
     return streams
+
+
+def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all ranks have read, of what `Reading.state` gave each of them: they differ in holes and digest."""
+    state = dict(states[0])
+    state["digest"] = f"{sum(int(each['digest'], 16) for each in states) % DIGEST_MODULUS:064x}"
+    holes: dict[str, dict[int, int]] = {}
+    for each in states:
+        for source, entries in each["holes"].items():
+            known = holes.setdefault(source, {})
+            for block, since in entries:
+                known[block] = min(since, known.get(block, since))
+    state["holes"] = {source: sorted(known.items()) for source, known in holes.items()}
+    return state
 
 
 def _in_words(stages: list[tuple[int, dict[str, float]]]) -> str:

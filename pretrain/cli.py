@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
@@ -19,7 +20,7 @@ from pretrain import config as configuration
 from pretrain import corpus_commands, inspect_commands, model_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
-from pretrain.console import byte_progress, run, said, say
+from pretrain.console import byte_progress, run, said, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation_report import Report
@@ -31,6 +32,7 @@ from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
 from pretrain.words import count_words
+from pretrain.world import World, WorldError
 
 app = typer.Typer(
     name="byteloom",
@@ -102,7 +104,13 @@ def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 def start(recipe: Path) -> int:
     """The train entry that launchers call by name, once a rank."""
-    return train(configuration.load(recipe), said)
+    config = configuration.load(recipe)
+    world = World.join(choose_device(config.engine.device).type)
+    speak_as(world.rank)
+    try:
+        return train(config, said if world.is_first else Console(quiet=True), world)
+    finally:
+        world.leave()
 
 
 def _words(text: str | None) -> str | None:
@@ -307,6 +315,7 @@ def main() -> None:
         RunFolderError,
         SamplingError,
         TrainingError,
+        WorldError,
     )
     run(app, faults)
 

@@ -24,9 +24,16 @@ PLAIN_LINE_SECONDS = 30.0
 said = Console(stderr=True)
 
 
+def speak_as(rank: int) -> None:
+    """Where several processes share a terminal: all but the first say only what is wrong, and who they are."""
+    if rank:
+        _handler.setLevel(logging.WARNING)
+        _handler.speaker = f"rank {rank}: "
+
+
 def say(text: str) -> None:
     """A line for people, as it is: file names are no markup."""
-    said.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    said.print(printable(_handler.speaker + text), markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
@@ -40,10 +47,9 @@ def run(command: Callable[[], object], faults: tuple[type[Exception], ...]) -> N
     Args:
         faults: those errors, besides OSError.
     """
-    handler = _ConsoleHandler(logging.INFO)
     for name in ("pretrain", "data_pipeline"):
         logging.getLogger(name).setLevel(logging.DEBUG)
-        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).addHandler(_handler)
     # What the operating system says: a full disk, a folder that may not be written.
     mendable: tuple[type[Exception], ...] = (*faults, OSError)
     try:
@@ -57,9 +63,15 @@ def run(command: Callable[[], object], faults: tuple[type[Exception], ...]) -> N
 class _ConsoleHandler(logging.Handler):
     """Log lines for people, above a live progress line where there is one."""
 
+    speaker = ""
+    """Before each line, where several processes speak."""
+
     def emit(self, record: logging.LogRecord) -> None:
         mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         say(f"{mark}{record.getMessage()}")
+
+
+_handler = _ConsoleHandler(logging.INFO)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ on how windows are batched.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 import numpy as np
 import torch
@@ -190,17 +191,26 @@ def evaluate(
     group_of: GroupOf = lambda key: "all",
     progress: Progress = lambda done: None,
     stride: int | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Evaluation:
-    """Scores every byte of a corpus once.
+    """Scores every byte of a corpus once, or this rank's part of them.
 
     Args:
         nats_of: (rows, T) int16 ids, padded at the end of rows, to (rows, T) fp32 nats on the CPU.
         rows: windows scored at once.
         stride: bytes scored at the end of a window; all of it if None. `stride_of` gives a model's own.
+        rank, world_size: who calls this, of how many. All call `nats_of` equally often, as sharded models need it.
     """
     evaluation = Evaluation()
-    for windows in _batched(document_windows(corpus, sequence_length, stride), rows):
-        progress(evaluation.add(windows, nats_of(_side_by_side(windows)), group_of))
+    batches = _batched(document_windows(corpus, sequence_length, stride), rows)
+    while batch := list(islice(batches, world_size)):
+        if rank < len(batch):
+            windows = batch[rank]
+            progress(evaluation.add(windows, nats_of(_side_by_side(windows)), group_of))
+        else:
+            nats_of(_side_by_side(batch[0]))  # another rank's
     return evaluation
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fragment:
-    """A range, contiguous in the flattened tensor, that this process owns.
+    """A range, contiguous in the flattened tensor, that this process holds.
 
     Every engine keeps its masters and moments so: whole (one process, DDP), rows (FSDP2), any range (ZeRO).
     """
@@ -20,6 +20,11 @@ class Fragment:
     """Of the range in the flattened tensor."""
     data: Tensor
     """Flat fp32 view of the live values; reading a checkpoint writes into it."""
+
+    def share(self, part: int, parts: int) -> "Fragment":
+        """One of so many parts of it, about as long as the others; together they are all of it."""
+        first, last = (len(self.data) * number // parts for number in (part, part + 1))
+        return Fragment(self.name, self.shape, self.start + first, self.data[first:last])
 
 
 def whole(name: str, tensor: Tensor) -> Fragment:

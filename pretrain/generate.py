@@ -1,6 +1,5 @@
 """Bytes out of a model, one at a time in each of several rows, through its cached decoder."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.models.byte_model import ByteModel, Decoder
+from pretrain.seeds import seed_of
 
 
 class SamplingError(Exception):
@@ -100,8 +100,7 @@ def _last_half(model: ByteModel, history: list[int]) -> list[int]:
 
 def row_generator(seed: int, row: int) -> torch.Generator:
     """The random generator of one row, so that its draws are the same beside any others."""
-    digest = hashlib.sha256(f"row {seed} {row}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(seed_of("row", seed, row))
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:

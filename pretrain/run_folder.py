@@ -2,7 +2,7 @@
 
 ROOT/NAME/
     config.yaml        the resolved recipe of the last start
-    train.log          what was said
+    train.log          what was said; train.rank-00001.log and so on, by the other ranks
     metrics.jsonl      one line a step
     run.json           the run's identity
     mlflow.json        how far the tracker has been told
@@ -39,10 +39,13 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
-        self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
         self.mlflow = path / "mlflow.json"
         self.checkpoints = path / "checkpoints"
+
+    def log_of(self, rank: int) -> Path:
+        """What a rank said."""
+        return self.path / (f"train.rank-{rank:05d}.log" if rank else "train.log")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

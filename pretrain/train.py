@@ -4,15 +4,20 @@
        │                        │
        └───────────────▶ CheckpointStore: tensors, and the record of what was read
 
+Every rank runs this loop. They say to each other before each step whether they have data and may go on, so that all
+leave it together; the first one alone writes numbers, and talks.
+
 A start of a run whose folder holds a valid checkpoint goes on from it; the bytes it then reads, the dropout it draws
 and so its losses are those of the uninterrupted run.
 """
 
 import logging
 import platform
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +28,10 @@ from rich.console import Console
 from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.mixture import fingerprint_of
-from data_pipeline.reading import DataConfig, Reading, Record, open_streams
+from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
-from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read, read_metadata
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
@@ -43,8 +48,10 @@ from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.progress import TrainingProgress, duration
 from pretrain.provenance import changes, environment, flatten, git_state
 from pretrain.run_folder import RunConfig, RunFolder
+from pretrain.scores import Score
 from pretrain.stop import StopRequest
 from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, open_tracker
+from pretrain.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -97,22 +104,27 @@ class TrainingError(Exception):
     """A run cannot go on."""
 
 
-def train(recipe: Recipe, console: Console) -> int:
+def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
 
     Raises:
-        TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError: it cannot start or go on; says why.
+        TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError, WorldError: it cannot start or go on;
+            says why.
     """
+    _check_same_recipe(recipe, world)
     # Everything that can be refused without a run folder is, before one is made.
     streams = open_streams(recipe.data, recipe.model.sequence_length)
     if carries_memory(recipe.model):
         _check_lanes(streams, recipe.train.global_batch)
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
-    choose_device(recipe.engine.device)
+    choose_device(recipe.engine.device, world.local_rank)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     stop = StopRequest()
-    with folder.locked(), _log_to(folder.log), stop.listening():
-        return Run(recipe, folder, streams, validation, stop).go(console)
+    with ExitStack() as stack:
+        world.on_first(lambda: stack.enter_context(folder.locked()))
+        stack.enter_context(_log_to(folder.log_of(world.rank)))
+        stack.enter_context(stop.listening())
+        return Run(recipe, folder, streams, validation, stop, world).go(console)
 
 
 class Run:
@@ -125,38 +137,46 @@ class Run:
         streams: dict[str, ByteStream],
         validation: Corpus | None,
         stop: StopRequest,
+        world: World,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.fingerprint = fingerprint_of(streams)
         self.validation = validation
         self.stop = stop
+        self.world = world
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
-        self.identity = folder.identity(made_of)
+        self.identity = world.on_first(lambda: folder.identity(made_of))
         self._refuse_another_run()
-        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep)
-        self.store.sweep()
-        self.checkpoint = self.store.newest_valid(set_aside=True)
-        torch.manual_seed(recipe.train.seed)
-        self.model = build_model(recipe.model)
+        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, world)
+        newest = world.on_first(self._newest_checkpoint)
+        self.checkpoint = read_metadata(Path(newest)) if newest else None
+        with torch.device("meta"):
+            self.model = build_model(recipe.model)
         self.engine = build_engine(
             recipe.engine,
             self.model,
             recipe.optimizer,
             recipe.train.seed,
+            world,
             global_batch=recipe.train.global_batch,
             micro_batch=recipe.train.micro_batch,
         )
         record = Record()
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            self.engine.begin()
+        else:
             read(self.checkpoint, self.engine.fragments())
             state = self.checkpoint.state
             self.engine.restore(state["counters"])
             record = Record.from_state(state["reading"])
+            if not world.is_first:
+                record.digest = Record().digest  # of what this rank reads from here on
         self.reading = Reading(recipe.data, streams, record, recipe.train.global_batch)
         self.saved_step = self.step
-        replace_file(folder.config, recipe.as_yaml())
+        if world.is_first:
+            replace_file(folder.config, recipe.as_yaml())
 
     @property
     def step(self) -> int:
@@ -171,14 +191,15 @@ class Run:
         """From the rehearsal to the last word; returns the exit code."""
         recipe = self.recipe
         meter = self._rehearse()
-        journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
-        tracker = self._open_tracker(journal)
+        tracker = self._open_tracker() if self.world.is_first else None
         loader = Loader(
             self.reading.mixture,
             recipe.loader,
             global_batch=recipe.train.global_batch,
             micro_batch=recipe.train.micro_batch,
             first_sequence=self.reading.record.next_sequence,
+            rank=self.world.rank,
+            world_size=self.world.size,
             digest=True,
             give_up=lambda: self.stop.signal is not None,
         )
@@ -186,40 +207,77 @@ class Run:
         try:
             with loader, TrainingProgress(console, recipe.train.steps, self.step) as progress:
                 if self.checkpoint is None and self.validation is not None:
-                    tracker.log(0, self._validate(self.validation))
+                    self._log(tracker, self._validate(self.validation))
+                agreed = self.world.size == 1
                 try:
                     self._loop(iter(loader), meter, tracker, progress)
+                    agreed = True
+                except TrainingError:
+                    agreed = True
+                    raise
                 finally:
                     self.reading.close()  # so that the loader's threads wait for nothing any more
-                    if self.step != self.saved_step:  # also where data cannot be read on: no step is lost
+                    # Also where data cannot be read on: no step is lost. But the others must know of it, to take part.
+                    if self.step != self.saved_step and agreed:
                         self._save(tracker)
             status = "FINISHED" if self.finished else "KILLED"
         finally:
-            tracker.close(status)
+            if tracker is not None:
+                tracker.close(status)
         return self._farewell()
 
-    def _loop(self, batches: Iterator[Batch], meter: Meter, tracker: Tracker, progress: TrainingProgress) -> None:
+    def _loop(
+        self, batches: Iterator[Batch], meter: Meter, tracker: Tracker | None, progress: TrainingProgress
+    ) -> None:
         recipe = self.recipe
-        while not self.finished and not self.stop.signal:
+        while not self.finished:
             meter.start()
-            batch = next(batches, None)
-            if batch is None:  # asked to stop while it waited
+            batch = self._next_batch(batches)
+            if batch is None:
                 return
             meter.data_is_here()
             rate = learning_rate_at(recipe.optimizer, self.step, recipe.train.steps)
             result = self._step(batch, rate)
             self.reading.advance(batch)
             metrics = meter.numbers(result)
-            metrics |= {"learning_rate": rate, "masked_bytes": batch.masked, "holes": self.reading.holes}
+            (masked,) = self.world.sum(batch.masked)
+            metrics |= {"learning_rate": rate, "masked_bytes": int(masked), "holes": self.reading.holes}
             metrics |= self._epochs()
             seconds_left = meter.seconds_a_step * (recipe.train.steps - self.step)
             if line := progress.update(self.step, metrics, seconds_left):
                 log.debug(line)
             if self.validation is not None and (self.finished or self.step % recipe.validation.every == 0):
                 metrics |= self._validate(self.validation)
-            tracker.log(self.step, metrics)
+            self._log(tracker, metrics)
             if self.step % recipe.checkpoint.every == 0:
                 self._save(tracker)
+
+    def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
+        if tracker is not None:
+            tracker.log(self.step, metrics)
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """This rank's part of the next batch; None on all ranks once one of them is asked to stop.
+
+        Raises:
+            TrainingError: a rank cannot read on; on all of them.
+        """
+        batch, fault = None, None
+        try:
+            batch = None if self.stop.signal else next(batches, None)  # none when asked to stop while it waited
+        except Exception as error:
+            if self.world.size == 1:
+                raise
+            fault = error
+        stops, faults = self.world.sum(batch is None and fault is None, fault is not None)
+        if faults:
+            told = self.world.gather(str(fault) if fault else None)
+            rank = next(rank for rank, text in enumerate(told) if text is not None)
+            raise TrainingError(f"rank {rank} of {self.world.size}: {told[rank]}") from fault
+        if stops:
+            self.stop.signal = signal.Signals(max(self.world.gather(self.stop.signal or 0)))
+            return None
+        return batch
 
     def _epochs(self) -> dict[str, float]:
         """How often the corpus has been read, or each source of a mixture."""
@@ -245,8 +303,18 @@ class Run:
     def _validate(self, corpus: Corpus) -> dict[str, float]:
         started = time.perf_counter()
         rows = self.recipe.train.micro_batch
-        stride = stride_of(self.model)
-        total = evaluate(self.engine.nats, corpus, self.recipe.model.sequence_length, rows, stride=stride).total
+        part = evaluate(
+            self.engine.nats,
+            corpus,
+            self.recipe.model.sequence_length,
+            rows,
+            stride=stride_of(self.model),
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        total = Score()
+        for score in self.world.gather(asdict(part.total)):
+            total.add(Score(**score))
         log.info(
             "step %d: validation %.4f bits/byte over %s bytes in %s",
             self.step,
@@ -256,18 +324,25 @@ class Run:
         )
         return {"validation/bits_per_byte": total.bits_per_byte}
 
-    def _save(self, tracker: Tracker) -> None:
-        tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
+    def _save(self, tracker: Tracker | None) -> None:
+        if tracker is not None:
+            tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
-            "reading": self.reading.state(),
+            "reading": merged(self.world.gather(self.reading.state())),
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
             "config": self.recipe.as_tree(),
             "environment": environment(),
         }
-        path = self.store.save(self.step, self.engine.fragments(), state)
+        path = self.store.save(self.step, self.engine.owned_fragments(), state)
         self.saved_step = self.step
         log.info("checkpoint %s", path)
+
+    def _newest_checkpoint(self) -> str | None:
+        """The folder of the newest valid checkpoint."""
+        self.store.sweep()
+        newest = self.store.newest_valid(set_aside=True)
+        return str(newest.folder) if newest else None
 
     def _refuse_another_run(self) -> None:
         """A folder goes on with the model and the stream of bytes that it began with.
@@ -299,9 +374,10 @@ class Run:
         rehearsal = time.perf_counter() - started
         peak, source = peak_flops(self.engine.device, self.engine.dtype)
         log.info(
-            "%s, %s parameters, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
+            "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
             recipe.model.family,
             f"{self.model.parameter_count():,}",
+            f"{recipe.engine.name} of {self.world.size} ranks" if self.world.size > 1 else "one process",
             recipe.engine.precision,
             self.engine.device,
             rehearsal,
@@ -324,9 +400,10 @@ class Run:
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
         flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
-        return Meter(flops_a_step, peak, self.engine.device)
+        return Meter(flops_a_step, peak * self.world.size, self.engine.device)
 
-    def _open_tracker(self, journal: Journal) -> Tracker:
+    def _open_tracker(self) -> Tracker:
+        journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
         description = RunDescription(
             name=self.recipe.run.name,
             identity=self.identity["id"],
@@ -357,6 +434,14 @@ class Run:
             "a" if self.step else "no",
         )
         return 128 + self.stop.signal
+
+
+def _check_same_recipe(recipe: Recipe, world: World) -> None:
+    """Raises TrainingError if another rank was started with another recipe."""
+    trees = world.gather(recipe.as_tree())
+    for rank, tree in enumerate(trees):
+        if differences := changes(trees[0], tree):
+            raise TrainingError(f"rank {rank} was started with another recipe than rank 0: {'; '.join(differences)}")
 
 
 def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:

@@ -12,6 +12,7 @@ CHUNK_ELEMENTS long, so that a reader of a small range need not read a large ten
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,10 +62,14 @@ class Metadata:
     """What the run needs beside tensors to go on; JSON."""
 
 
-def write(folder: Path, fragments: Sequence[Fragment], state: dict[str, Any]) -> None:
-    """Writes a checkpoint of one process's fragments into an existing, empty folder."""
-    file_name = "rank-00000.bin"
-    tensors: dict[str, dict[str, Any]] = {}
+Tensors = dict[str, dict[str, Any]]
+"""Of each tensor by name: shape, dtype and chunks, as JSON."""
+
+
+def write_data(folder: Path, rank: int, fragments: Sequence[Fragment]) -> Tensors:
+    """Writes one rank's data file into a folder, and puts it on disk; returns what is in it."""
+    file_name = f"rank-{rank:05d}.bin"
+    tensors: Tensors = {}
     with (folder / file_name).open("wb") as file:
         for fragment in fragments:
             stored = tensors.setdefault(fragment.name, {"shape": fragment.shape, "dtype": "float32", "chunks": []})
@@ -75,6 +80,17 @@ def write(folder: Path, fragments: Sequence[Fragment], state: dict[str, Any]) ->
                 chunk = Chunk(file_name, file.tell(), fragment.start + begin, len(piece) // ELEMENT.itemsize, digest)
                 stored["chunks"].append(asdict(chunk))
                 file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return tensors
+
+
+def write_metadata(folder: Path, of_ranks: Sequence[Tensors], state: dict[str, Any]) -> None:
+    """Writes what makes a checkpoint of the ranks' data files."""
+    tensors: Tensors = {}
+    for rank in of_ranks:
+        for name, stored in rank.items():
+            tensors.setdefault(name, {**stored, "chunks": []})["chunks"].extend(stored["chunks"])
     metadata = {"format": FORMAT, "tensors": tensors, "state": state}
     metadata["sha256"] = digest_of(metadata)
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")

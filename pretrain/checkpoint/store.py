@@ -4,14 +4,23 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from data_pipeline.atomic import atomic_folder
-from pretrain.checkpoint.format import CheckpointError, InvalidCheckpointError, Metadata, verify, write
+from data_pipeline.atomic import atomic_folder, staging
+from pretrain.checkpoint.format import (
+    CheckpointError,
+    InvalidCheckpointError,
+    Metadata,
+    verify,
+    write_data,
+    write_metadata,
+)
 from pretrain.fragments import Fragment
+from pretrain.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +35,35 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
 
 
 class CheckpointStore:
-    """The checkpoints in one folder, named by their step."""
+    """The checkpoints in one folder, named by their step. All ranks of a run have one, and save together."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, world: World = ALONE) -> None:
         self.folder = folder
         self._keep = keep
+        self._world = world
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, which is there, whole and on disk, when this returns; then deletes the oldest."""
-        with atomic_folder(self.path(step)) as staging:
-            write(staging, fragments, state)
-        for old in self.committed()[: -self._keep]:
-            shutil.rmtree(old.rename(old.with_name(f"{old.name}.deleting")))  # half a checkpoint never looks whole
-        return self.path(step)
+        """Writes a checkpoint, which is there, whole and on disk, when this returns; then deletes the oldest.
+
+        Args:
+            fragments: that this rank owns.
+            state: of the run; the first rank's is kept.
+        """
+        target = self.path(step)
+        with ExitStack() as stack:
+            folder = stack.enter_context(atomic_folder(target)) if self._world.is_first else staging(target)
+            self._world.gather(None)  # the folder is there
+            of_ranks = self._world.gather(write_data(folder, self._world.rank, fragments))
+            if self._world.is_first:
+                write_metadata(folder, of_ranks, state)
+        self._world.gather(None)  # it is committed
+        if self._world.is_first:
+            for old in self.committed()[: -self._keep]:
+                shutil.rmtree(old.rename(old.with_name(f"{old.name}.deleting")))  # half a checkpoint never looks whole
+        return target
 
     def sweep(self) -> None:
         """Removes what a killed process was writing or deleting. For the run's own process, before it saves."""

@@ -1,9 +1,11 @@
 """Engines, behind one protocol (engine.py)."""
 
+from pretrain.engines.base import choose_device, compute_dtype
 from pretrain.engines.engine import Engine, EngineConfig, EngineError, NonFiniteError, StepResult
-from pretrain.engines.pytorch import SingleProcessEngine, choose_device, compute_dtype
+from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
+from pretrain.world import ALONE, World
 
 __all__ = [
     "Engine",
@@ -22,16 +24,14 @@ def build_engine(
     model: ByteModel,
     optimizer: OptimizerConfig,
     seed: int,
+    world: World = ALONE,
     *,
     global_batch: int = 1,
     micro_batch: int = 1,
 ) -> Engine:
-    """The engine of a config, with the model in it.
-
-    Args:
-        global_batch, micro_batch: sequences of each, for a model that carries memory: it has one for every row.
+    """The engine of a config, with the model in it; arguments as of `BaseEngine`.
 
     Raises:
         EngineError: it cannot be had here.
     """
-    return SingleProcessEngine(config, model, optimizer, seed, global_batch=global_batch, micro_batch=micro_batch)
+    return PyTorchEngine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)

@@ -5,24 +5,36 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Ids
 from pretrain.fragments import Fragment
 
+EngineName = Literal["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+
 
 class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How a model is held and updated."""
 
-    name: Literal["pytorch"] = "pytorch"
-    """Which engine: pytorch (one process)."""
+    name: EngineName = "ddp"
+    """What each rank holds. ddp: everything; in one process there is no other rank to talk to. fsdp: a share of
+    parameters, gradients and moments (PyTorch's FSDP2). hsdp: the same within groups of `shards` ranks, each of which
+    holds all. zero1, zero2, zero3: DeepSpeed's stages: a share of masters and moments, of gradients too, of parameters
+    too."""
+    shards: int | None = Field(default=None, ge=1)
+    """Of hsdp: ranks that hold one whole model between them; divides their number."""
+    reshard_after_forward: bool = True
+    """Of fsdp and hsdp: drop a block's gathered parameters after its forward pass, and gather them again for backward.
+    Without it each rank holds the model in the precision of the passes, and communicates a third less."""
+    offload: bool = False
+    """Keep what the optimizer works on (masters, gradients, moments) in the host's memory. Not for ddp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients and the
-    loss are fp32 either way."""
+    """Of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients, sums over
+    ranks and the loss are fp32 either way."""
     activation_checkpointing: bool = False
     """Keep only the input of each block in forward, and compute the rest again in backward: less memory for a third
     more work, and the same gradient bit for bit."""
@@ -50,9 +62,14 @@ class StepResult:
 
 
 class Engine(Protocol):
+    """What each rank calls, all of them alike and in the same order."""
+
     device: torch.device
     dtype: torch.dtype
     """Of parameters and activations in forward and backward passes."""
+
+    def begin(self) -> None:
+        """Gives every parameter its first values: a function of seed and name, on any number of ranks."""
 
     def rehearse(self, rows: int) -> None:
         """Forward and backward of one micro-batch of `rows` made-up rows; changes nothing that training depends on.
@@ -70,7 +87,7 @@ class Engine(Protocol):
         model carries from each row goes to the same row of the next step.
 
         Raises:
-            NonFiniteError: before any parameter is changed.
+            NonFiniteError: before any parameter is changed; on all ranks.
         """
 
     def nats(self, ids: Ids) -> Tensor:
@@ -80,7 +97,10 @@ class Engine(Protocol):
         """Empties what the model carries: the next step's rows do not go on where the last step's ended."""
 
     def fragments(self) -> list[Fragment]:
-        """What this rank owns of every master and moment, and of the memory of every row of the global batch."""
+        """What this rank holds of every master and moment, and of the memory of its rows of the global batch."""
+
+    def owned_fragments(self) -> list[Fragment]:
+        """Of these, this rank's part: what all ranks own is everything, each element once."""
 
     def counters(self) -> dict[str, int]:
         """The engine's few integers that a checkpoint keeps beside the fragments."""

@@ -1,174 +1,175 @@
-"""The PyTorch engine, for one process."""
+"""The PyTorch engine: one process, DDP, FSDP2 and HSDP.
 
-import hashlib
-from collections.abc import Sequence
+fp32 masters are the model's own parameters. In one process and under DDP, each pass runs on copies cast to the
+precision; the cast is part of the graph, so gradients arrive at the masters in fp32 and accumulate there. FSDP2 casts
+as it gathers, and adds up over ranks and passes in fp32.
+"""
 
-import numpy as np
+import math
+import warnings
+from typing import Any
+
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Ids, Rows
-from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
-from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
-from pretrain.fragments import Fragment, whole
+from pretrain.engines.base import BaseEngine, materialize
+from pretrain.engines.engine import EngineConfig, EngineError
+from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.optimizers import OptimizerConfig, build_optimizer
+from pretrain.world import ALONE, World
 
 
-class SingleProcessEngine:
-    """fp32 masters in the model itself; the forward pass runs on copies cast to the precision.
-
-    The cast is part of the graph, so gradients arrive at the masters in fp32 and accumulate there.
-    """
-
+class PyTorchEngine(BaseEngine):
     def __init__(
         self,
         config: EngineConfig,
         model: ByteModel,
         optimizer: OptimizerConfig,
         seed: int,
+        world: World = ALONE,
         *,
         global_batch: int = 1,
         micro_batch: int = 1,
     ) -> None:
-        self.device = choose_device(config.device)
-        self.dtype = compute_dtype(config.precision)
-        self.model = model.to(self.device).train()
-        for block in model.units():
-            block.recomputed = config.activation_checkpointing
+        super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
+        model.train()
+        for unit in model.units():
+            # The order matters: what is recomputed is compiled, and what is gathered is neither.
+            unit.recomputed = config.activation_checkpointing
             if config.compile:
-                block.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
-        self.optimizer = build_optimizer(optimizer, model.parameters())
+                unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
+        self._shards = 1 if config.name == "ddp" else _shards(config, world.size)
+        """Ranks that hold one whole model between them."""
+        if config.name == "ddp":
+            materialize(model, self.device)
+            for unit in model.units():
+                unit.cast = self.dtype
+            self._module: nn.Module = _Cast(model, self.dtype)
+            if world.size > 1:
+                self._module = DistributedDataParallel(self._module, gradient_as_bucket_view=True, init_sync=False)
+        else:
+            self._module = self._sharded(config)
+            materialize(model, torch.device("cpu") if config.offload else self.device)
+        self._optimizer = build_optimizer(optimizer, model.parameters())
         self._clip_norm = optimizer.clip_norm
-        self._seed = seed
-        self._global_batch, self._micro_batch = global_batch, micro_batch
-        empty = self.model.empty_memory(global_batch)
-        self._memory: Memory = {name: tensor.float() for name, tensor in empty.items()}
-        """Of every row of the global batch."""
+        self.forget()
 
-    def rehearse(self, rows: int) -> None:
-        ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
-        try:
-            self._forward(ids, self.model.empty_memory(rows))[0].mean().backward()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
-                raise EngineError(
-                    f"a micro-batch of {rows} rows of {self.model.sequence_length:,} bytes does not fit into the "
-                    f"memory of {self.device}; lower train.micro_batch"
-                ) from error
-            raise
-        self.optimizer.zero_grad()
-
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
-        scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
-        target_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        carried: list[tuple[slice, Memory]] = []
-        for micro_batch, scored in zip(micro_batches, scored_targets, strict=True):
-            torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
-            ids = _widened(micro_batch.rows, self.device)
-            targets = torch.from_numpy(scored).to(self.device)
-            first = micro_batch.index * self._micro_batch
-            rows = slice(first, first + len(ids))
-            row_nats, memory = self._forward(ids, {name: tensor[rows] for name, tensor in self._memory.items()})
-            carried.append((rows, memory))
-            batch_nats = torch.where(targets, row_nats, 0.0).sum()
-            (batch_nats / max(target_bytes, 1)).backward()
-            nats += batch_nats.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
-        if not torch.isfinite(norm):
-            fault = self._describe_non_finite(nats.item())
-            self.optimizer.zero_grad()
-            raise NonFiniteError(fault)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for rows, memory in carried:  # not before: a step that is refused leaves it as it was
-            self._remember(rows, memory)
-        return StepResult(nats.item(), target_bytes, norm.item())
-
-    def nats(self, ids: Ids) -> Tensor:
-        self.model.eval()
-        with torch.no_grad():
-            result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
-        self.model.train()
-        return result.cpu()
-
-    def forget(self) -> None:
-        self._remember(slice(None), self.model.empty_memory(self._global_batch))
+    def _sharded(self, config: EngineConfig) -> nn.Module:
+        """The model, with each block gathered when it is used, and the rest of it together."""
+        sizes = {"replicate": self._world.size // self._shards, "shard": self._shards}
+        if config.name == "fsdp":
+            del sizes["replicate"]
+        how: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)),
+            "mp_policy": MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "reshard_after_forward": config.reshard_after_forward,
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if config.offload
+            else OffloadPolicy(),
+        }
+        for unit in self.model.units():
+            fully_shard(unit, **how)
+        fully_shard(self.model, **how)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
+        return self.model
 
     def fragments(self) -> list[Fragment]:
-        fragments = []
-        for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state[parameter]
-            fragments.append(whole(f"model/{name}", parameter))
-            fragments.extend(whole(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
-        return fragments + [whole(f"memory/{name}", tensor) for name, tensor in self._memory.items()]
+        return self._parameter_fragments() + self._memory_fragments()
+
+    def owned_fragments(self) -> list[Fragment]:
+        replica, replicas = self._world.rank // self._shards, self._world.size // self._shards
+        own = [fragment.share(replica, replicas) for fragment in self._parameter_fragments()]
+        return own + self._memory_fragments()
 
     def counters(self) -> dict[str, int]:
-        return {"optimizer_steps": int(next(iter(self.optimizer.state.values()))["step"])}
+        return {"optimizer_steps": int(next(iter(self._optimizer.state.values()))["step"])}
 
     def restore(self, counters: dict[str, int]) -> None:
-        for state in self.optimizer.state.values():
+        for state in self._optimizer.state.values():
             state["step"].fill_(counters["optimizer_steps"])
 
-    def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
-        """The targets of a micro-batch that the model will score: (rows, T)."""
-        torch.manual_seed(_micro_batch_seed(self._seed, step, micro_batch.index))
-        rows, length = micro_batch.targets.shape
-        return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
+    def _parameter_fragments(self) -> list[Fragment]:
+        fragments = []
+        for name, parameter in self.model.named_parameters():
+            state = self._optimizer.state[parameter]
+            fragments.append(self._fragment(f"model/{name}", parameter))
+            fragments.extend(self._fragment(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
+        return fragments
+
+    def _fragment(self, name: str, tensor: Tensor) -> Fragment:
+        """All of a tensor, or this rank's rows of it: FSDP2 deals them out as torch.chunk does."""
+        length, *rest = tensor.shape
+        rows = -(-length // self._shards)
+        start = min(self._world.rank % self._shards * rows, length) * math.prod(rest)
+        return Fragment(name, tuple(tensor.shape), start, _local_part(tensor.detach()).view(-1))
 
     def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """The nats, and the next memory if the model carries one."""
-        parameters = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
         if memory:
-            return functional_call(self.model, parameters, (ids, memory))
-        return functional_call(self.model, parameters, (ids,)), {}
+            return self._module(ids, memory)
+        return self._module(ids), {}
 
-    def _remember(self, rows: slice, memory: Memory) -> None:
-        for name, tensor in memory.items():
-            self._memory[name][rows].copy_(tensor)
+    def _prepare(self, *, last: bool) -> None:
+        if isinstance(self._module, FSDPModule):
+            self._module.set_requires_gradient_sync(last)
+        elif isinstance(self._module, DistributedDataParallel):
+            self._module.require_backward_grad_sync = last  # as no_sync does it, which is a context manager
 
-    def _describe_non_finite(self, nats: float) -> str:
-        bad = [
-            name for name, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _update(self, learning_rate: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._drop_gradient()
+        return norm.item()
+
+    def _not_finite(self) -> list[str]:
+        return [
+            name
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not torch.isfinite(_local_part(p.grad)).all()
         ]
-        where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
-        return f"the gradient is not finite (loss {nats} nats){where}"
+
+    def _drop_gradient(self) -> None:
+        self._optimizer.zero_grad()
 
 
-def _widened(rows: Rows, device: torch.device) -> Tensor:
-    """(rows, T) int16 ids on the device, where they come as bytes."""
-    ids = torch.from_numpy(rows.bytes).to(device).to(torch.int16, memory_format=torch.contiguous_format)
-    ids.view(-1)[torch.from_numpy(rows.separators).to(device)] = SEPARATOR
-    if rows.padding is not None:
-        ids[torch.from_numpy(rows.padding).to(device)] = PADDING
-    return ids
+class _Cast(nn.Module):
+    """A model that runs on copies of its parameters in another type. Units cast their own."""
+
+    def __init__(self, model: ByteModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self._dtype = dtype
+        in_units = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
+        self._outside = [name for name, p in model.named_parameters() if id(p) not in in_units]
+
+    def forward(self, *arguments: Any) -> Any:
+        parameters = {name: self.model.get_parameter(name).to(self._dtype) for name in self._outside}
+        return functional_call(self.model, parameters, arguments)
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """The type of parameters and activations under a precision of EngineConfig."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of EngineConfig's name for it.
+def _shards(config: EngineConfig, ranks: int) -> int:
+    """Into how many shards a model is cut.
 
     Raises:
-        EngineError: it is not there.
+        EngineError: the ranks cannot be dealt out so.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EngineError("the device is to be cuda, and this machine has none that torch can use")
-    return torch.device(name)
+    shards = (config.shards if config.name == "hsdp" else None) or ranks
+    if ranks % shards:
+        raise EngineError(f"engine.shards ({shards}) does not divide the {ranks} ranks")
+    return shards
 
 
-def _micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """The random generator's seed of one micro-batch, so that crops and dropout are the same on any number of ranks."""
-    digest = hashlib.sha256(f"micro-batch {seed} {step} {index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def _local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,7 @@
 """The contract of every model: bytes in, nats of every byte out."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.models.nats import linear_nats
 from pretrain.models.unit import Unit
+from pretrain.seeds import seed_of
 
 
 class Decoder(Protocol):
@@ -33,6 +35,14 @@ class Decoder(Protocol):
         Raises:
             ValueError: the context is full.
         """
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A normal distribution cut at two deviations; with a deviation of 0, one number."""
+
+    std: float = 0.0
+    mean: float = 0.0
 
 
 Memory = dict[str, Tensor]
@@ -107,8 +117,29 @@ class ByteModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def initial(self, name: str) -> Initial:
+        """What a parameter's first values are drawn from."""
+
+    def first_values(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """A parameter's values before training: fp32, on the CPU.
+
+        They depend on the seed and the name alone, so any rank can draw the part that it holds of any model.
+        """
+        initial = self.initial(name)
+        if not initial.std:
+            return torch.full(shape, initial.mean)
+        generator = torch.Generator().manual_seed(seed_of("parameter", seed, name))
+        values = torch.empty(shape)
+        low, high = initial.mean - 2 * initial.std, initial.mean + 2 * initial.std
+        return nn.init.trunc_normal_(values, initial.mean, initial.std, low, high, generator=generator)
+
+    @torch.no_grad()
     def initialize(self) -> None:
-        """Draws every parameter anew from torch's default generator."""
+        """Gives every parameter its first values, by a seed from torch's default generator."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                parameter.copy_(self.first_values(name, tuple(parameter.shape), seed))
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if a row of `length` bytes is more than the model can read."""

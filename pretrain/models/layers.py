@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from pretrain.models.byte_model import Initial
 from pretrain.models.unit import Unit, run_unit
 
 Activation = Literal["relu", "squared_relu", "gelu", "swiglu"]
@@ -337,14 +338,11 @@ def linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def draw_parameters(model: nn.Module, std: float) -> None:
-    """Norms as they begin; all else from a normal distribution cut at two deviations, by torch's default generator."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+def initial_of(name: str, std: float) -> Initial:
+    """What a parameter begins as: norms as the identity, all else drawn with a deviation."""
+    if "norm" in name:
+        return Initial(mean=float(name.endswith("weight")))
+    return Initial(std)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

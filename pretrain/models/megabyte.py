@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.models.byte_model import ByteModel
+from pretrain.models.byte_model import ByteModel, Initial
 from pretrain.models.layers import (
     Activation,
     Attention,
@@ -33,7 +33,7 @@ from pretrain.models.layers import (
     Stack,
     StackConfig,
     attention,
-    draw_parameters,
+    initial_of,
     rotate,
 )
 
@@ -119,8 +119,8 @@ class Megabyte(ByteModel):
             self.local_positions = nn.Parameter(torch.empty(config.patch_size, config.local_model.width))
         self.initialize()
 
-    def initialize(self) -> None:
-        draw_parameters(self, self.initial_std)
+    def initial(self, name: str) -> Initial:
+        return initial_of(name, self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, length = ids.shape

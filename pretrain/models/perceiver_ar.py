@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
-from pretrain.models.byte_model import ByteModel
+from pretrain.models.byte_model import ByteModel, Initial
 from pretrain.models.layers import (
     Activation,
     Attention,
@@ -35,6 +35,7 @@ from pretrain.models.layers import (
     LayerCache,
     Rotary,
     StackConfig,
+    initial_of,
     linear_weights,
     sinusoids,
 )
@@ -154,19 +155,13 @@ class PerceiverAR(ByteModel):
         self.head = nn.Linear(width, VOCABULARY + 1)
         self.initialize()
 
-    def initialize(self) -> None:
+    def initial(self, name: str) -> Initial:
         """As the authors' library does: weights of variance 1/inputs, tables of deviation 1, cut at two deviations."""
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                cut = module.in_features**-0.5 / 0.8796  # the deviation of a normal cut at two deviations
-                nn.init.trunc_normal_(module.weight, std=cut, a=-2 * cut, b=2 * cut)
-                nn.init.zeros_(module.bias)
-        for table in (self.embedding.weight, *self.position_tables):
-            nn.init.trunc_normal_(table)
-        if self.config.zero_head:
-            nn.init.zeros_(self.head.weight)
+        if name.endswith("bias") or (name == "head.weight" and self.config.zero_head):
+            return Initial()
+        module = self.get_submodule(name.rpartition(".")[0])
+        cut = 0.8796  # the deviation of a standard normal distribution that is cut at two deviations
+        return initial_of(name, module.in_features**-0.5 / cut if isinstance(module, nn.Linear) else 1.0)
 
     def forward(self, ids: Tensor) -> Tensor:
         """As `ByteModel.forward`; a row padded at its end is scored at the end of its own ids."""

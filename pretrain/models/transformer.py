@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import VOCABULARY
-from pretrain.models.byte_model import ByteModel
-from pretrain.models.layers import Activation, Attention, Rotary, Stack, StackConfig, draw_parameters, window_pairs
+from pretrain.models.byte_model import ByteModel, Initial
+from pretrain.models.layers import Activation, Attention, Rotary, Stack, StackConfig, initial_of, window_pairs
 
 
 class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -55,8 +55,8 @@ class Transformer(ByteModel):
         self.stack = Stack(config, config.activation, config.dropout, attention)
         self.initialize()
 
-    def initialize(self) -> None:
-        draw_parameters(self, self.initial_std)
+    def initial(self, name: str) -> Initial:
+        return initial_of(name, self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
         self.check_length(ids.shape[1])

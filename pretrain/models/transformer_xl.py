@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
-from pretrain.models.byte_model import ByteModel, Memory
+from pretrain.models.byte_model import ByteModel, Initial, Memory
 from pretrain.models.layers import (
     Activation,
     FeedForward,
@@ -31,7 +31,7 @@ from pretrain.models.layers import (
     Rotary,
     StackConfig,
     attention,
-    draw_parameters,
+    initial_of,
     linear_weights,
     rotate,
     sinusoids,
@@ -94,8 +94,8 @@ class TransformerXL(ByteModel):
         self.norm = nn.LayerNorm(config.width)
         self.initialize()
 
-    def initialize(self) -> None:
-        draw_parameters(self, self.initial_std)
+    def initial(self, name: str) -> Initial:
+        return initial_of(name, self.initial_std)
 
     @overload
     def forward(self, ids: Tensor) -> Tensor: ...

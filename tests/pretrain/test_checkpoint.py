@@ -66,7 +66,8 @@ def test_any_range_can_be_read_from_any_ranges(tmp_path_factory, cuts, chunk, st
     parts = [Fragment("model/a", (7, 5), a, tensor.view(-1)[a:b]) for a, b in pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_format, "CHUNK_ELEMENTS", chunk)
-        checkpoint_format.write(folder, random.Random(0).sample(parts, len(parts)), {})
+        tensors_of = checkpoint_format.write_data(folder, 0, random.Random(0).sample(parts, len(parts)))
+        checkpoint_format.write_metadata(folder, [tensors_of], {})
     length = data.draw(st.integers(0, 35 - start))
     target = torch.zeros(length)
     read(verify(folder), [Fragment("model/a", (7, 5), start, target)])
@@ -75,7 +76,8 @@ def test_any_range_can_be_read_from_any_ranges(tmp_path_factory, cuts, chunk, st
 
 def test_a_tensor_with_a_gap_is_invalid(tmp_path: Path):
     tensor = torch.arange(35.0)
-    checkpoint_format.write(tmp_path, [Fragment("model/a", (35,), 0, tensor[:10])], {})
+    written = checkpoint_format.write_data(tmp_path, 0, [Fragment("model/a", (35,), 0, tensor[:10])])
+    checkpoint_format.write_metadata(tmp_path, [written], {})
     with pytest.raises(InvalidCheckpointError, match="does not hold all of tensor model/a"):
         verify(tmp_path)
 

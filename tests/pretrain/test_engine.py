@@ -9,7 +9,7 @@ import torch
 from data_pipeline.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.engines import EngineConfig, NonFiniteError
-from pretrain.engines.pytorch import SingleProcessEngine
+from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from tests.pretrain.rows import rows_of
@@ -32,13 +32,13 @@ def engine(
     family: str = "megabyte",
     ways: tuple[str, ...] = (),
     **optimizer: object,
-) -> SingleProcessEngine:
+) -> PyTorchEngine:
     """`ways` are switches of EngineConfig to turn on."""
     torch.manual_seed(0)
     tree = {"family": family, "sequence_length": T, "dropout": dropout} | FAMILIES[family]
     config = EngineConfig.model_validate({"precision": precision, "device": "cpu"} | dict.fromkeys(ways, True))
     model = build_model(model_config(tree))
-    return SingleProcessEngine(config, model, OptimizerConfig(**optimizer), seed=3, global_batch=8, micro_batch=8)
+    return PyTorchEngine(config, model, OptimizerConfig(**optimizer), seed=3, global_batch=8, micro_batch=8)
 
 
 def batch(micro_batch: int, rows: int = 8, seed: int = 0) -> list[MicroBatch]:
@@ -48,7 +48,7 @@ def batch(micro_batch: int, rows: int = 8, seed: int = 0) -> list[MicroBatch]:
     return [MicroBatch(index, rows_of(ids[part]), targets[part]) for index, part in enumerate(parts)]
 
 
-def train(engine: SingleProcessEngine, micro_batch: int, steps: int = 3) -> list[float]:
+def train(engine: PyTorchEngine, micro_batch: int, steps: int = 3) -> list[float]:
     return [
         engine.train_step(batch(micro_batch, seed=step), step=step, learning_rate=1e-2).nats for step in range(steps)
     ]

@@ -15,7 +15,7 @@ from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.config import load
 from pretrain.engines import EngineConfig
-from pretrain.engines.pytorch import SingleProcessEngine, _micro_batch_seed
+from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.evaluate import document_windows, evaluate, stride_of
 from pretrain.generate import Sampling, generate, row_generator, sample
 from pretrain.models import build_model
@@ -32,6 +32,7 @@ from pretrain.models.layers import (
 )
 from pretrain.models.perceiver_ar import START, PerceiverAR, PerceiverARConfig, image_axes, late
 from pretrain.optimizers import OptimizerConfig
+from pretrain.seeds import seed_of
 from tests.pretrain.rows import rows_of
 from tests.test_project import ROOT
 
@@ -353,9 +354,9 @@ def test_b9_how_often_each_position_is_trained(policy: str):
         assert (scored.sum(1) == N).all()
 
 
-def engine(**changes: object) -> SingleProcessEngine:
+def engine(**changes: object) -> PyTorchEngine:
     config = EngineConfig(precision="fp32", device="cpu")
-    return SingleProcessEngine(config, build(double=False, **changes), OptimizerConfig(), seed=3)
+    return PyTorchEngine(config, build(double=False, **changes), OptimizerConfig(), seed=3)
 
 
 @crops
@@ -370,7 +371,7 @@ def test_training_counts_scored_targets_only_and_crops_by_seed_step_and_micro_ba
     it = engine(**CROPS[policy])
     nats, count = 0.0, 0
     for index, micro_batch in enumerate(batch):
-        seed = _micro_batch_seed(3, 0, index)
+        seed = seed_of("micro-batch", 3, 0, index)
         torch.manual_seed(seed)
         scored = micro_batch.targets & it.model.draw_scored(3, T).numpy()
         torch.manual_seed(seed)

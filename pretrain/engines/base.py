@@ -1,0 +1,237 @@
+"""What all engines do alike: the passes of a step over this rank's micro-batches.
+
+    micro-batches   0  1  2  3  4        of the global batch
+    rank 0 of 2     0     2     4
+    rank 1 of 2        1     3     –     takes part in the last pass with weight zero
+
+Engines differ in how they hold parameters, in the backward pass and in the update.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.loader import MicroBatch
+from data_pipeline.rows import Ids, Rows
+from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
+from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.fragments import Fragment
+from pretrain.models.byte_model import ByteModel, Memory
+from pretrain.seeds import seed_of
+from pretrain.world import World
+
+
+class BaseEngine(ABC):
+    """One rank's engine, but for what the docstring above leaves to each.
+
+    Args:
+        model: on the meta device, or with values in it, the same on all ranks.
+        global_batch, micro_batch: sequences of each.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ByteModel,
+        seed: int,
+        world: World,
+        *,
+        global_batch: int,
+        micro_batch: int,
+    ) -> None:
+        self.device = choose_device(config.device, world.local_rank)
+        self.dtype = compute_dtype(config.precision)
+        torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over such numbers, which softmax makes
+        self.model = model
+        self._seed = seed
+        self._world = world
+        self._micro_batch = micro_batch
+        indices = range(-(-global_batch // micro_batch))
+        self._passes = len(indices[:: world.size])
+        self._rows_of = {
+            index: range(index * micro_batch, min((index + 1) * micro_batch, global_batch))
+            for index in indices[world.rank :: world.size]
+        }
+        """By this rank's micro-batches: their rows of the global batch."""
+        self._global_batch = global_batch
+        self._memory: dict[int, Memory] = {}
+
+    @abstractmethod
+    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """The nats, and the next memory if the model carries one."""
+
+    @abstractmethod
+    def _prepare(self, *, last: bool) -> None:
+        """Called before each pass of a step. After the last one, gradients are to be the mean over ranks."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss to what is accumulated."""
+
+    @abstractmethod
+    def _update(self, learning_rate: float) -> float:
+        """Clips the gradient, steps, and forgets the gradient; returns the global norm before clipping.
+
+        Where the norm is not finite, nothing is stepped.
+        """
+
+    @abstractmethod
+    def _not_finite(self) -> list[str]:
+        """The parameters whose gradient on this rank is not finite."""
+
+    @abstractmethod
+    def _drop_gradient(self) -> None:
+        """Forgets what is accumulated."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment]: ...
+
+    @abstractmethod
+    def restore(self, counters: dict[str, int]) -> None: ...
+
+    def begin(self) -> None:
+        for fragment in self.fragments():
+            kind, _, name = fragment.name.partition("/")
+            if kind == "model":
+                values = self.model.first_values(name, fragment.shape, self._seed).view(-1)
+                fragment.data.copy_(values[fragment.start : fragment.start + len(fragment.data)])
+        self.restore({"optimizer_steps": 0})
+
+    def rehearse(self, rows: int) -> None:
+        ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
+        try:
+            self._prepare(last=True)
+            self._backward(self._forward(ids, self._empty_memory(rows))[0].mean())
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+                raise EngineError(
+                    f"a micro-batch of {rows} rows of {self.model.sequence_length:,} bytes does not fit into the "
+                    f"memory of {self.device}; lower train.micro_batch"
+                ) from error
+            raise
+        self._drop_gradient()
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
+        scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
+        own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
+        target_bytes = int(self._world.sum(own_bytes)[0])
+        scale = self._world.size / max(target_bytes, 1)  # engines take the mean over ranks of what is a sum
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        carried: dict[int, Memory] = {}
+        for number, (micro_batch, scored) in enumerate(zip(micro_batches, scored_targets, strict=True), 1):
+            self._prepare(last=number == self._passes)
+            torch.manual_seed(self._seed_of(micro_batch, step))
+            ids = _widened(micro_batch.rows, self.device)
+            targets = torch.from_numpy(scored).to(self.device)
+            row_nats, carried[micro_batch.index] = self._forward(ids, self._memory.get(micro_batch.index, {}))
+            batch_nats = torch.where(targets, row_nats, 0.0).sum()
+            self._backward(batch_nats * scale)
+            nats += batch_nats.detach()
+        for number in range(len(micro_batches) + 1, self._passes + 1):
+            self._idle_pass(last=number == self._passes)
+        (all_nats,) = self._world.sum(nats.item())
+        norm = self._update(learning_rate)
+        if not np.isfinite(norm):
+            fault = self._describe_non_finite(all_nats)
+            self._drop_gradient()
+            raise NonFiniteError(fault)
+        for index, memory in carried.items():
+            for name, tensor in memory.items():
+                self._memory[index][name].copy_(tensor)
+        return StepResult(all_nats, target_bytes, norm)
+
+    def nats(self, ids: Ids) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
+        self.model.train()
+        return result.cpu()
+
+    def forget(self) -> None:
+        self._memory = {index: self._empty_memory(len(rows)) for index, rows in self._rows_of.items()}
+
+    def _empty_memory(self, rows: int) -> Memory:
+        return {name: tensor.float() for name, tensor in self.model.empty_memory(rows).items()}
+
+    def _memory_fragments(self) -> list[Fragment]:
+        """Of this rank's rows of the global batch, which no other rank holds."""
+        return [
+            Fragment(
+                f"memory/{name}",
+                (self._global_batch, *tensor.shape[1:]),
+                self._rows_of[index].start * math.prod(tensor.shape[1:]),
+                tensor.view(-1),
+            )
+            for index, memory in self._memory.items()
+            for name, tensor in memory.items()
+        ]
+
+    def _idle_pass(self, *, last: bool) -> None:
+        """Takes part in a pass for which the other ranks have a micro-batch, and this one has none."""
+        self._prepare(last=last)
+        ids = torch.zeros(1, self.model.sequence_length, dtype=torch.long, device=self.device)
+        nats, _ = self._forward(ids, self._empty_memory(1))
+        self._backward(0.0 * nats.sum())
+
+    def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
+        """The targets of a micro-batch that the model will score: (rows, T)."""
+        torch.manual_seed(self._seed_of(micro_batch, step))
+        rows, length = micro_batch.targets.shape
+        return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
+
+    def _seed_of(self, micro_batch: MicroBatch, step: int) -> int:
+        """So that crops and dropout are the same on any number of ranks."""
+        return seed_of("micro-batch", self._seed, step, micro_batch.index)
+
+    def _describe_non_finite(self, nats: float) -> str:
+        bad = sorted({name for names in self._world.gather(self._not_finite()) for name in names})
+        where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
+        return f"the gradient is not finite (loss {nats} nats){where}"
+
+
+def materialize(model: ByteModel, device: torch.device) -> None:
+    """Moves a model to a device, or gives it room there if it has no values yet."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+    else:
+        model.to(device)
+
+
+def _widened(rows: Rows, device: torch.device) -> Tensor:
+    """(rows, T) int16 ids on the device, where they come as bytes."""
+    ids = torch.from_numpy(rows.bytes).to(device).to(torch.int16, memory_format=torch.contiguous_format)
+    ids.view(-1)[torch.from_numpy(rows.separators).to(device)] = SEPARATOR
+    if rows.padding is not None:
+        ids[torch.from_numpy(rows.padding).to(device)] = PADDING
+    return ids
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type of parameters and activations under a precision of EngineConfig."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of EngineConfig's name for it; on CUDA, this rank's own.
+
+    Raises:
+        EngineError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EngineError("the device is to be cuda, and this machine has none that torch can use")
+    if local_rank >= torch.cuda.device_count():
+        raise EngineError(
+            f"rank {local_rank} of this machine has no CUDA device: it has {torch.cuda.device_count()}; "
+            "start as many ranks as there are devices"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,64 @@
+"""The same training on any engine and any number of ranks: what tests run on each rank."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.loader import MicroBatch
+from pretrain.engines import Engine, EngineConfig, build_engine
+from pretrain.models import build_model, model_config
+from pretrain.optimizers import OptimizerConfig
+from pretrain.world import ALONE, World
+from tests.pretrain.rows import rows_of
+
+T, ROWS, MICRO_BATCH, STEPS = 32, 7, 2, 30
+"""Four micro-batches, the last of one row."""
+WARM_UP = 10
+"""Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
+STACK = {"width": 32, "layers": 2, "heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},
+    "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},
+    "transformer": STACK | {"window": 8},
+    "transformer_xl": STACK | {"memory_length": 8},
+}
+
+
+def build(family: str, world: World = ALONE, **engine: Any) -> Engine:
+    """An engine with the first values in it, dropout on."""
+    with torch.device("meta"):
+        tree = {"family": family, "sequence_length": T, "dropout": 0.1} | FAMILIES[family]
+        model = build_model(model_config(tree))
+    config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
+    it = build_engine(config, model, OptimizerConfig(), 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
+    it.begin()
+    return it
+
+
+def micro_batches(step: int, world: World = ALONE) -> list[MicroBatch]:
+    """A rank's part of the batch of a step, in which some positions are no targets."""
+    ids = np.random.default_rng(step).integers(0, 257, (ROWS, T)).astype(np.int16)
+    targets = np.random.default_rng(1000 + step).random((ROWS, T)) < 0.7
+    parts = [slice(first, first + MICRO_BATCH) for first in range(0, ROWS, MICRO_BATCH)]
+    batch = [MicroBatch(index, rows_of(ids[part]), targets[part]) for index, part in enumerate(parts)]
+    return batch[world.rank :: world.size]
+
+
+def losses(it: Engine, steps: range = range(STEPS), world: World = ALONE) -> list[float]:
+    """Nats a byte of each step."""
+    told = []
+    for step in steps:
+        learning_rate = 1e-3 * min(1.0, (step + 1) / WARM_UP)
+        result = it.train_step(micro_batches(step, world), step=step, learning_rate=learning_rate)
+        told.append(result.nats / result.target_bytes)
+    return told
+
+
+def losses_of_all(world: World, cases: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """The losses of every family under each of some engine configs."""
+    return {
+        f"{family} {name}": losses(build(family, world, **engine), world=world)
+        for family in FAMILIES
+        for name, engine in cases.items()
+    }

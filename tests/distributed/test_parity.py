@@ -1,0 +1,40 @@
+"""Every engine on any number of ranks trains as one process does: same recipe, seed and bytes, same losses."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.distributed.parity import FAMILIES, build, losses, losses_of_all
+from tests.distributed.ranks import on_ranks
+
+ENGINES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp"}, "fsdp offloaded": {"name": "fsdp", "offload": True}},
+    3: {"ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp", "reshard_after_forward": False}},
+    4: {"fsdp": {"name": "fsdp"}, "hsdp": {"name": "hsdp", "shards": 2}},
+}
+"""By number of ranks; 3 does not divide the 4 micro-batches of a batch."""
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+"""Relative. Sums are taken in another order; in bf16, gradients are also rounded after other sums."""
+
+
+@cache
+def alone(family: str, precision: str) -> list[float]:
+    return losses(build(family, precision=precision))
+
+
+@pytest.fixture(scope="module", params=[(ranks, precision) for ranks in ENGINES for precision in TOLERANCE], ids=str)
+def together(request: pytest.FixtureRequest) -> tuple[int, str, list[dict[str, list[float]]]]:
+    """Number of ranks, precision, and the losses of all engines and families on each rank."""
+    ranks, precision = request.param
+    cases = {name: engine | {"precision": precision} for name, engine in ENGINES[ranks].items()}
+    return ranks, precision, on_ranks(ranks, losses_of_all, cases)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_one_process(together: tuple[int, str, list[dict[str, list[float]]]], family: str):
+    ranks, precision, of_ranks = together
+    expected = alone(family, precision)
+    for of_rank in of_ranks:
+        for engine in ENGINES[ranks]:
+            assert of_rank[f"{family} {engine}"] == pytest.approx(expected, rel=TOLERANCE[precision]), engine
