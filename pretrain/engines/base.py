@@ -46,7 +46,6 @@ class BaseEngine(ABC):
     ) -> None:
         self.device = choose_device(config.device, world.local_rank)
         self.dtype = compute_dtype(config.precision)
-        torch.set_flush_denormal(True)  # a CPU takes a hundred times as long over such numbers, which softmax makes
         self.model = model
         self._seed = seed
         self._world = world
