@@ -47,10 +47,13 @@ class World:
         rank, size, local_rank, address, port = place
         if size == 1:
             return cls()
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         try:
             dist.init_process_group(
-                backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=size, timeout=PATIENCE
+                _backend(device_type),
+                init_method=f"tcp://{address}:{port}",
+                rank=rank,
+                world_size=size,
+                timeout=PATIENCE,
             )
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             raise WorldError(f"rank {rank} of {size} cannot meet the others at {address}:{port}: {error}") from error
@@ -106,14 +109,23 @@ class World:
             raise WorldError(f"rank 0: {answer['fault']}")
         return answer["value"]
 
+    def ensure_group(self, device_type: str) -> None:
+        """Makes a process group of one for a process on its own, where a library asks for a group."""
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(device_type), store=dist.HashStore(), rank=0, world_size=1)
+
     def leave(self) -> None:
         """Closes the process group, if there is one."""
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
 ALONE = World()
 """Of a process that no launcher started."""
+
+
+def _backend(device_type: str) -> str:
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int, str, int] | None:

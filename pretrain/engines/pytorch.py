@@ -62,6 +62,7 @@ class PyTorchEngine(BaseEngine):
 
     def _sharded(self, config: EngineConfig) -> nn.Module:
         """The model, with each block gathered when it is used, and the rest of it together."""
+        self._world.ensure_group(self.device.type)
         sizes = {"replicate": self._world.size // self._shards, "shard": self._shards}
         if config.name == "fsdp":
             del sizes["replicate"]
