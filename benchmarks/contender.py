@@ -10,7 +10,8 @@ library lets it. Words after the precision are settings:
 
     cast        (bf16) weights and optimizer in bf16; without it, fp32 weights under autocast
     flash       the library's fused attention
-    compile     torch.compile of the whole model
+    compile     torch.compile of the whole model; of ours, block by block
+    recompute   (ours, mblm) activation checkpointing
 """
 
 import json
@@ -31,6 +32,8 @@ PATCH = 8
 LATENTS = 1024
 GLOBAL_WIDTH, GLOBAL_LAYERS, GLOBAL_HEADS = 512, 8, 8
 LOCAL_WIDTH, LOCAL_LAYERS, LOCAL_HEADS = 256, 4, 4
+RECOMPUTED_CHUNKS = 8
+"""Of mblm's local stage, computed again one at a time."""
 VOCABULARY = 258
 PADDING = 257
 
@@ -64,9 +67,8 @@ def resident_bytes() -> int:
 
 def ours(family: str) -> Build:
     def build(ids: Tensor, precision: str, settings: list[str]) -> tuple[Callable[[], object], dict[str, object]]:
-        import numpy as np
+        from batch import random_batch
 
-        from data_pipeline.loader import MicroBatch
         from pretrain.engines import EngineConfig, build_engine
         from pretrain.models import build_model, model_config
         from pretrain.optimizers import OptimizerConfig
@@ -78,18 +80,19 @@ def ours(family: str) -> Build:
             sizes = {"latents": LATENTS, "latent_model": wide, "cross_heads": GLOBAL_HEADS}
         tree = {"family": family, "sequence_length": LENGTH, "dropout": 0.0}
         model = build_model(model_config(tree | sizes))
-        config = EngineConfig.model_validate({"precision": precision} | dict.fromkeys(settings, True))
+        ways = {"activation_checkpointing": "recompute" in settings, "compile": "compile" in settings}
+        config = EngineConfig.model_validate({"precision": precision} | ways)
         engine = build_engine(config, model, OptimizerConfig(), seed=0)
-        batch = [MicroBatch(0, ids.numpy().astype(np.int16), np.ones(ids.shape, bool))]
+        batch = random_batch(*ids.shape)
         facts = {"parameters": model.parameter_count(), "flops": 3 * BATCH * model.flops(LENGTH)}
         return lambda: engine.train_step(batch, step=0, learning_rate=1e-4), facts
 
     return build
 
 
-def peer(library: str, make: Callable[[bool], tuple[nn.Module, Loss]]) -> Build:
+def peer(library: str, make: Callable[[bool, bool], tuple[nn.Module, Loss]]) -> Build:
     def build(ids: Tensor, precision: str, settings: list[str]) -> tuple[Callable[[], object], dict[str, object]]:
-        model, loss = make("flash" in settings)
+        model, loss = make("flash" in settings, "recompute" in settings)
         if "cast" in settings:
             model.bfloat16()
         if "compile" in settings:
@@ -110,7 +113,7 @@ def peer(library: str, make: Callable[[bool], tuple[nn.Module, Loss]]) -> Build:
     return build
 
 
-def megabyte_pytorch(flash: bool) -> tuple[nn.Module, Loss]:
+def megabyte_pytorch(flash: bool, recompute: bool) -> tuple[nn.Module, Loss]:
     from MEGABYTE_pytorch import MEGABYTE
 
     model = MEGABYTE(
@@ -127,7 +130,7 @@ def megabyte_pytorch(flash: bool) -> tuple[nn.Module, Loss]:
     return model, lambda ids: model(ids, return_loss=True)
 
 
-def mblm(flash: bool) -> tuple[nn.Module, Loss]:
+def mblm(flash: bool, recompute: bool) -> tuple[nn.Module, Loss]:
     from mblm import MBLM, MBLMModelConfig, MBLMReturnType, TransformerBlock
 
     def block(width: int, heads: int) -> TransformerBlock:
@@ -145,14 +148,14 @@ def mblm(flash: bool) -> tuple[nn.Module, Loss]:
         hidden_dims=[GLOBAL_WIDTH, LOCAL_WIDTH],
         num_layers=[GLOBAL_LAYERS, LOCAL_LAYERS],
         seq_lens=[LENGTH // PATCH, PATCH],
-        train_checkpoint_chunks=None,
+        train_checkpoint_chunks=[RECOMPUTED_CHUNKS] if recompute else None,
         block=[block(GLOBAL_WIDTH, GLOBAL_HEADS), block(LOCAL_WIDTH, LOCAL_HEADS)],
     )
     model = MBLM(config)
     return model, lambda ids: model(ids, return_type=MBLMReturnType.LOSS)
 
 
-def perceiver_ar_pytorch(flash: bool) -> tuple[nn.Module, Loss]:
+def perceiver_ar_pytorch(flash: bool, recompute: bool) -> tuple[nn.Module, Loss]:
     from perceiver_ar_pytorch import PerceiverAR
 
     model = PerceiverAR(

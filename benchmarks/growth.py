@@ -15,11 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from batch import random_batch
 from matplotlib.figure import Figure
 
-from data_pipeline.loader import MicroBatch
 from pretrain.engines import EngineConfig, build_engine
 from pretrain.meter import peak_memory_bytes
 from pretrain.models import build_model, model_config
@@ -76,8 +75,7 @@ def step(family: str, length: int) -> dict[str, float | str | None]:
     }[family]
     model = build_model(model_config({"family": family, "sequence_length": length, "dropout": 0.0} | sizes))
     engine = build_engine(EngineConfig(activation_checkpointing=True), model, OptimizerConfig(), seed=0)
-    ids = np.random.default_rng(0).integers(0, 256, (1, length)).astype(np.int16)
-    batch = [MicroBatch(0, ids, np.ones(ids.shape, bool))]
+    batch = random_batch(1, length)
     seconds = 0.0
     for _ in range(2 if length < ALONE else 1):
         start = time.perf_counter()

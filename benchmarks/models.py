@@ -5,8 +5,9 @@ python benchmarks/models.py [--quick] [--json PATH]
 A MEGABYTE (patches of 8; global 512 wide, 8 layers; local 256 wide, 4 layers) and a Perceiver AR (1,024 latents, 512
 wide, 8 layers) over 2 rows of 8,192 bytes: forward, backward, clipping and AdamW, in fp32 and bf16. Steps of all
 contenders are taken in turn, with a product of 2048-cubed matrices between. Each is a process of its own (see
-contender.py), whose peak memory counts all beyond what it has imported. Each peer is
-measured in several settings, of which the fastest counts. --quick measures bf16 alone, and one setting each.
+contender.py), whose peak memory counts all beyond what it has imported. Ours and each peer are measured in several
+settings, of which the fastest counts for speed and the leanest for memory. --quick measures bf16 alone, and one or two
+settings each.
 
 The peers are in a virtual environment of their own; a missing one is named in the table. mblm is installed without what
 it asks for beside its models:
@@ -36,14 +37,18 @@ PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 SIZE = 2048
 
 OURS = {"MEGABYTE": "megabyte", "Perceiver AR": "perceiver_ar"}
+OUR_SETTINGS = [[], ["recompute"], ["compile"]]
 PEERS = {
     "MEGABYTE": {
-        "MEGABYTE-pytorch": {"fp32": [[], ["flash"]], "bf16": [["cast"], ["cast", "flash"], []]},
-        "mblm": {"fp32": [["flash"], []], "bf16": [["cast", "flash"], ["cast"], ["flash"]]},
+        "MEGABYTE-pytorch": {"fp32": [[], ["flash"]], "bf16": [["cast"], ["cast", "flash"], ["cast", "compile"], []]},
+        "mblm": {
+            "fp32": [["flash"], [], ["flash", "recompute"]],
+            "bf16": [["cast", "flash"], ["cast"], ["cast", "compile"], ["flash"], ["cast", "flash", "recompute"]],
+        },
     },
-    "Perceiver AR": {"perceiver-ar-pytorch": {"fp32": [[]], "bf16": [["cast"], []]}},
+    "Perceiver AR": {"perceiver-ar-pytorch": {"fp32": [[]], "bf16": [["cast"], ["cast", "compile"], []]}},
 }
-"""Of each family, other libraries with their settings; --quick has the first of each."""
+"""Of each family, other libraries with their settings; --quick has the first of each, and our first two."""
 
 
 class Contender:
@@ -89,56 +94,67 @@ def main() -> None:
 def measure(family: str, precision: str, quick: bool) -> list[Metric]:
     title = f"{family}, {precision}"
     with ExitStack() as stack:
-        ours = stack.enter_context(Contender(OURS[family], precision, [], Path(sys.executable)))
-        facts = ours.facts()
-        assert facts is not None
-        peers, missing = {}, []
+
+        def begun(name: str, settings: list[str], python: Path) -> tuple[Contender, dict[str, Any]] | None:
+            contender = stack.enter_context(Contender(name, precision, settings, python))
+            facts = contender.facts()
+            return None if facts is None else (contender, facts)
+
+        ours: dict[str, Contender] = {}
+        for settings in OUR_SETTINGS[: 2 if quick else None]:
+            own = begun(OURS[family], settings, Path(sys.executable))
+            assert own is not None
+            ours[" ".join(["ours", *settings])], facts = own
+        peers: dict[str, Contender] = {}
+        what, missing = dict.fromkeys(ours, f"{facts['parameters']:,} parameters"), []
         for name, choices in PEERS[family].items():
             for settings in choices[precision][: 1 if quick else None]:
-                said = None
-                if PEERS_PYTHON.exists():
-                    peer = stack.enter_context(Contender(name, precision, settings, PEERS_PYTHON))
-                    said = peer.facts()
-                if said is None:
+                peer = begun(name, settings, PEERS_PYTHON) if PEERS_PYTHON.exists() else None
+                if peer is None:
                     missing.append(Metric(f"{title}: {name}", float("nan"), "kB/s", "missing; see the docstring"))
                     break
-                label = " ".join([name, said["version"], *settings])
-                peers[label] = (peer, f"{said['parameters']:,} parameters")
-        everyone = [ours, *(peer for peer, _ in peers.values())]
+                label = " ".join([name, peer[1]["version"], *settings])
+                peers[label], what[label] = peer[0], f"{peer[1]['parameters']:,} parameters"
+        everyone = ours | peers
         square = torch.randn(SIZE, SIZE, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         products = [product(square)]
-        for one in everyone:  # the first step compiles kernels and allocates
+        for one in everyone.values():  # the first step compiles kernels and allocates
             one.step()
             one.seconds.clear()
         for _ in range(1 if quick else 3):
-            for one in everyone:
+            for one in everyone.values():
                 products += [product(square) for _ in range(6)]
                 one.step()
     peak = 2 * SIZE**3 / statistics.median(products)
-    rate = BATCH * LENGTH / statistics.median(ours.seconds)
-    mfu = facts["flops"] / statistics.median(ours.seconds) / peak
-    rates = {name: BATCH * LENGTH / statistics.median(peer.seconds) for name, (peer, _) in peers.items()}
+    seconds = {name: statistics.median(one.seconds) for name, one in everyone.items()}
+    memory = {name: one.peak_bytes for name, one in everyone.items()}
+    fastest, leanest = min(ours, key=seconds.__getitem__), min(ours, key=memory.__getitem__)
     metrics = [
-        Metric(f"{title}: ours", rate / 1e3, "kB/s", f"{facts['parameters']:,} parameters"),
-        *(Metric(f"{title}: {name}", rates[name] / 1e3, "kB/s", what) for name, (_, what) in peers.items()),
+        *(
+            Metric(
+                f"{title}: {name}",
+                BATCH * LENGTH / seconds[name] / 1e3,
+                "kB/s",
+                f"{memory[name] / 2**20:.0f} MiB beyond what is imported; {what[name]}",
+            )
+            for name in everyone
+        ),
         *missing,
-        Metric(f"{title}: MFU", mfu, "", f"of {peak / 1e9:.0f} GFLOP/s, a {SIZE}-cubed product", goal=0.5),
-        Metric(f"{title}: peak memory", ours.peak_bytes / 2**20, "MiB", "beyond what is imported"),
+        Metric(
+            f"{title}: MFU",
+            facts["flops"] / seconds[fastest] / peak,
+            "",
+            f"{fastest}; of {peak / 1e9:.0f} GFLOP/s, a {SIZE}-cubed product",
+            goal=0.5,
+        ),
     ]
     if peers:
-        best = max(rates, key=rates.__getitem__)
-        least = min(peers, key=lambda name: peers[name][0].peak_bytes)
-        lean = peers[least][0].peak_bytes
+        best, least = min(peers, key=seconds.__getitem__), min(peers, key=memory.__getitem__)
+        speed = Metric(f"{title}: speed", seconds[best] / seconds[fastest], "times", f"{fastest} / {best}", goal=2.5)
+        lean = memory[leanest] / memory[least]
         metrics += [
-            Metric(f"{title}: ours / best peer", rate / rates[best], "", best, goal=2.5),
-            Metric(
-                f"{title}: memory / leanest peer",
-                ours.peak_bytes / lean,
-                "",
-                f"{least}: {lean / 2**20:.0f} MiB",
-                goal=0.5,
-                better="lower",
-            ),
+            speed,
+            Metric(f"{title}: memory", lean, "times", f"{leanest} / {least}", goal=0.5, better="lower"),
         ]
     return metrics
 

@@ -6,11 +6,9 @@ python benchmarks/training.py [--quick] [--json PATH]
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from batch import random_batch
 
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Rows
 from pretrain.config import load
 from pretrain.engines import build_engine
 from pretrain.models import build_model
@@ -33,8 +31,7 @@ def main() -> None:
         model = build_model(config.model)
         engine = build_engine(config.engine, model, config.optimizer, seed=0)
         rows, length = config.train.micro_batch, config.model.sequence_length
-        content = np.random.default_rng(0).integers(0, 256, (rows, length), np.uint8)
-        batch = [MicroBatch(0, Rows(content, np.empty(0, np.int64), None), np.ones(content.shape, bool))]
+        batch = random_batch(rows, length)
         square = torch.randn(SIZE, SIZE, device=engine.device).to(dtype)
         work = {
             "step": partial(engine.train_step, batch, step=0, learning_rate=1e-4),
