@@ -1,7 +1,8 @@
 """Generation of 8,192 bytes: MEGABYTE against a Transformer of a quarter of its parameters, and caches against none.
 
 The pair is the paper's (arXiv:2305.07185, table 9: 132 s and 93 s), with all widths divided by WIDTH_DIVISOR. As there,
-the Transformer's context is 1,024 bytes: when it is full, its last half is read anew. Sampling is in the time.
+the Transformer's context is 1,024 bytes: when it is full, its last half is read anew. A third model is that Transformer
+with a context of all 8,192. Sampling is in the time.
 
 Without caches every byte is a forward pass over all before it. Its whole cost is told from passes at a few lengths: the
 sum, over all lengths, of a line between each two that were measured.
@@ -12,6 +13,7 @@ python benchmarks/generation.py [--quick] [--json PATH]
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,10 +45,10 @@ def megabyte() -> Megabyte:
     return Megabyte(MegabyteConfig.model_validate(sizes))
 
 
-def transformer() -> Transformer:
+def transformer(context: int = CONTEXT) -> Transformer:
     """350M in the paper: 24 layers of 1,024, with a learned table of positions, as MEGABYTE has."""
     sizes = {"width": width(1024), "layers": 24, "heads": HEADS, "positions": "learned"}
-    return Transformer(TransformerConfig.model_validate({"sequence_length": CONTEXT, **sizes}))
+    return Transformer(TransformerConfig.model_validate({"sequence_length": context, **sizes}))
 
 
 def build(make: Callable[[], ByteModel]) -> ByteModel:
@@ -93,7 +95,11 @@ def seconds_without_caches(model: ByteModel, count: int, rounds: int) -> float:
 def main() -> None:
     chosen = options(__doc__)
     count, chunk = (1024, 256) if chosen.quick else (LENGTH, CONTEXT)
-    models = {"MEGABYTE": build(megabyte), "Transformer": build(transformer)}
+    models = {
+        "MEGABYTE": build(megabyte),
+        "Transformer": build(transformer),
+        f"Transformer, context {LENGTH:,}": build(partial(transformer, LENGTH)),
+    }
     side_by_side(models, rows=1, count=32, chunk=32)
     seconds = side_by_side(models, 1, count, chunk)
     sizes = {name: model.parameter_count() for name, model in models.items()}
