@@ -24,6 +24,7 @@ from pretrain.console import byte_progress, run, said, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation_report import Report
+from pretrain.fence import FencedError
 from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
@@ -312,6 +313,7 @@ def main() -> None:
         CheckpointError,
         EngineError,
         EvaluationError,
+        FencedError,
         RunFolderError,
         SamplingError,
         TrainingError,

@@ -5,6 +5,7 @@ ROOT/NAME/
     train.log          what was said; train.rank-00001.log and so on, by the other ranks
     metrics.jsonl      one line a step
     run.json           the run's identity
+    generation         how often the run has been started; see fence.py
     mlflow.json        how far the tracker has been told
     checkpoints/       step-00001200/, …
 """
@@ -39,6 +40,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.generation = path / "generation"
         self.metrics = path / "metrics.jsonl"
         self.mlflow = path / "mlflow.json"
         self.checkpoints = path / "checkpoints"

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,10 +254,17 @@ class MlflowShipper:
 
 
 class Tracker:
-    """Takes numbers from the loop; never raises into it and never makes it wait."""
+    """Takes numbers from the loop; never raises into it and never makes it wait.
 
-    def __init__(self, journal: Journal, shipper: MlflowShipper | None) -> None:
+    Args:
+        may_write: asked before MLflow and mlflow.json are touched: whether the run is still this process's.
+    """
+
+    def __init__(
+        self, journal: Journal, shipper: MlflowShipper | None, may_write: Callable[[], bool] = lambda: True
+    ) -> None:
         self.journal = journal
+        self._may_write = may_write
         self._shipper = shipper
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -275,7 +282,7 @@ class Tracker:
             status: MLflow's word for how it ended: FINISHED, KILLED or FAILED.
         """
         self.journal.close()
-        if self._shipper is None or self._thread is None:
+        if self._shipper is None or self._thread is None or not self._may_write():
             return
         try:
             self._shipper.set_status(status)
@@ -297,6 +304,8 @@ class Tracker:
         pause, failing = POLL_SECONDS, False
         while True:
             ending = self._end.wait(pause)
+            if not self._may_write():
+                return
             try:
                 if ending:
                     shipper.finish()
@@ -320,16 +329,22 @@ class Tracker:
 
 
 def open_tracker(
-    config: TrackingConfig, journal: Journal, state: Path, store_folder: Path, description: RunDescription
+    config: TrackingConfig,
+    journal: Journal,
+    state: Path,
+    store_folder: Path,
+    description: RunDescription,
+    may_write: Callable[[], bool] = lambda: True,
 ) -> Tracker:
     """The tracker of a start of a run.
 
     Args:
+        may_write: as of Tracker.
         state: the run's mlflow.json.
         store_folder: where the embedded store lies, when the config names no server.
     """
     if not config.enabled:
-        return Tracker(journal, None)
+        return Tracker(journal, None, may_write)
     delivery = Delivery.load(state)
     uri = config.uri or f"sqlite:///{(store_folder / 'mlflow.db').resolve()}"
     place = (uri, config.experiment, description.identity)
@@ -343,7 +358,7 @@ def open_tracker(
     delivery.params = params
     delivery.tags = dict(description.tags)
     delivery.save(state)
-    return Tracker(journal, MlflowShipper(journal.path, state))
+    return Tracker(journal, MlflowShipper(journal.path, state), may_write)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ A start of a run whose folder holds a valid checkpoint goes on from it; the byte
 and so its losses are those of the uninterrupted run.
 """
 
+import contextlib
 import logging
 import platform
 import signal
@@ -31,9 +32,10 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
-from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read, read_metadata
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
+from pretrain.fence import Fence
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
 from pretrain.models import (
@@ -121,10 +123,15 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     stop = StopRequest()
     with ExitStack() as stack:
-        world.on_first(lambda: stack.enter_context(folder.locked()))
-        stack.enter_context(_log_to(folder.log_of(world.rank)))
+
+        def claim() -> int:
+            stack.enter_context(folder.locked())
+            return Fence.claim(folder.generation)
+
+        fence = Fence(folder.generation, world.on_first(claim))
+        stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, stop, world).go(console)
+        return Run(recipe, folder, streams, validation, stop, world, fence).go(console)
 
 
 class Run:
@@ -138,6 +145,7 @@ class Run:
         validation: Corpus | None,
         stop: StopRequest,
         world: World,
+        fence: Fence,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -145,13 +153,20 @@ class Run:
         self.validation = validation
         self.stop = stop
         self.world = world
+        self.fence = fence
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
         self._refuse_another_run()
-        self.store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, world)
-        newest = world.on_first(self._newest_checkpoint)
-        self.checkpoint = read_metadata(Path(newest)) if newest else None
+        self.store = CheckpointStore(
+            folder.checkpoints,
+            recipe.checkpoint.keep,
+            world,
+            keep_every=recipe.checkpoint.keep_every,
+            fence=fence.check,
+        )
+        world.on_first(self.store.sweep)
+        self.checkpoint = self.store.newest_valid(set_aside=True)
         with torch.device("meta"):
             self.model = build_model(recipe.model)
         self.engine = build_engine(
@@ -174,7 +189,8 @@ class Run:
             if not world.is_first:
                 record.digest = Record().digest  # of what this rank reads from here on
         self.reading = Reading(recipe.data, streams, record, recipe.train.global_batch)
-        self.saved_step = self.step
+        self.saved_step = self.begun_step = self.step
+        """Of the newest checkpoint that is on disk, and of the one that was begun last."""
         if world.is_first:
             replace_file(folder.config, recipe.as_yaml())
 
@@ -218,8 +234,8 @@ class Run:
                 finally:
                     self.reading.close()  # so that the loader's threads wait for nothing any more
                     # Also where data cannot be read on: no step is lost. But the others must know of it, to take part.
-                    if self.step != self.saved_step and agreed:
-                        self._save(tracker)
+                    if agreed and self.fence.holds:
+                        self._save_the_last(tracker)
             status = "FINISHED" if self.finished else "KILLED"
         finally:
             if tracker is not None:
@@ -250,10 +266,14 @@ class Run:
                 metrics |= self._validate(self.validation)
             self._log(tracker, metrics)
             if self.step % recipe.checkpoint.every == 0:
-                self._save(tracker)
+                with contextlib.suppress(CheckpointError):  # it has been told; the run goes on, and tries again
+                    self._finish_save()
+                with contextlib.suppress(CheckpointError):
+                    self._save(tracker)
 
     def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
         if tracker is not None:
+            self.fence.check()
             tracker.log(self.step, metrics)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
@@ -264,6 +284,7 @@ class Run:
         """
         batch, fault = None, None
         try:
+            self.fence.look()
             batch = None if self.stop.signal else next(batches, None)  # none when asked to stop while it waited
         except Exception as error:
             if self.world.size == 1:
@@ -334,15 +355,37 @@ class Run:
             "config": self.recipe.as_tree(),
             "environment": environment(),
         }
-        path = self.store.save(self.step, self.engine.owned_fragments(), state)
-        self.saved_step = self.step
-        log.info("checkpoint %s", path)
+        self.store.begin(self.step, self.engine.owned_fragments(), state)
+        self.begun_step = self.step
+        if not self.recipe.checkpoint.asynchronous:
+            self._finish_save()
 
-    def _newest_checkpoint(self) -> str | None:
-        """The folder of the newest valid checkpoint."""
-        self.store.sweep()
-        newest = self.store.newest_valid(set_aside=True)
-        return str(newest.folder) if newest else None
+    def _finish_save(self) -> None:
+        """Waits for the save under way, if there is one.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        try:
+            self.store.finish()
+        except CheckpointError:
+            self.begun_step = self.saved_step
+            raise
+        if self.begun_step != self.saved_step:
+            self.saved_step = self.begun_step
+            log.info("checkpoint %s", self.store.path(self.saved_step))
+
+    def _save_the_last(self, tracker: Tracker | None) -> None:
+        """Leaves no step unsaved; what a save before could not write is tried again.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        with contextlib.suppress(CheckpointError):  # it has been told
+            self._finish_save()
+        if self.step != self.saved_step:
+            self._save(tracker)
+            self._finish_save()
 
     def _refuse_another_run(self) -> None:
         """A folder goes on with the model and the stream of bytes that it began with.
@@ -419,7 +462,14 @@ class Run:
             },
             begins_after=self.step if self.checkpoint else -1,
         )
-        return open_tracker(self.recipe.tracking, journal, self.folder.mlflow, Path(self.recipe.run.root), description)
+        return open_tracker(
+            self.recipe.tracking,
+            journal,
+            self.folder.mlflow,
+            Path(self.recipe.run.root),
+            description,
+            lambda: self.fence.holds,
+        )
 
     def _farewell(self) -> int:
         if self.finished:
@@ -456,10 +506,11 @@ def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
 
 
 @contextmanager
-def _log_to(path: Path) -> Iterator[None]:
+def _log_to(path: Path, fence: Fence) -> Iterator[None]:
     """Writes what is logged, with the progress lines that a terminal does not show, to a file too."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(lambda record: fence.holds)
     loggers = [logging.getLogger(name) for name in ("pretrain", "data_pipeline")]
     for logger in loggers:
         logger.addHandler(handler)

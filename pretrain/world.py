@@ -29,8 +29,12 @@ class World:
     Everything here goes by way of the hosts (gloo), whatever device the run computes on.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._group = group
+        """None: the default one."""
 
     @classmethod
     def join(cls, device_type: str, environment: Mapping[str, str] = os.environ) -> Self:
@@ -63,12 +67,18 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def beside(self) -> "World":
+        """The same ranks with a way of their own to talk, for a thread that talks while the loop does. All call it."""
+        if self.size == 1:
+            return self
+        return World(self.rank, self.size, self.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+
     def sum(self, *numbers: float) -> list[float]:
         """The sums over all ranks, in double precision: whole numbers up to 2^53 exactly."""
         if self.size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._group)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -77,12 +87,12 @@ class World:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(mine)]))
+        dist.all_gather(lengths, torch.tensor([len(mine)]), group=self._group)
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(mine)] = mine
         all_padded = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(all_padded, padded)
+        dist.all_gather(all_padded, padded, group=self._group)
         return [
             json.loads(data[: int(length)].numpy().tobytes()) for data, length in zip(all_padded, lengths, strict=True)
         ]

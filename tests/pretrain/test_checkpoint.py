@@ -20,6 +20,7 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint import (
     format as checkpoint_format,
 )
+from pretrain.fence import Fence, FencedError
 from pretrain.fragments import Fragment, whole
 
 
@@ -155,6 +156,60 @@ def test_the_newest_are_kept(store: CheckpointStore):
     for step in range(1, 6):
         store.save(step, fragments(tensors()), {})
     assert store.committed() == [store.path(step) for step in (3, 4, 5)]
+
+
+def test_every_so_many_steps_one_is_kept_for_ever(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=1, keep_every=3)
+    for step in range(1, 8):
+        store.save(step, fragments(tensors()), {})
+    assert store.committed() == [store.path(step) for step in (3, 6, 7)]
+
+
+def test_what_is_saved_is_what_was_there_when_the_save_began(store: CheckpointStore):
+    live = tensors()
+    for step in (1, 2):
+        store.begin(step, fragments(live), {"step": step})
+        for tensor in live.values():
+            tensor.add_(1)
+    store.finish()
+    for step in (1, 2):
+        target = zeros()
+        read(verify(store.path(step)), fragments(target))
+        for name, tensor in tensors().items():
+            assert torch.equal(target[name], tensor + (step - 1))
+
+
+def test_a_save_that_fails_behind_training_is_told_and_leaves_the_one_before(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+):
+    store.save(1, fragments(tensors()), {})
+    store.begin(2, fragments(tensors()), {"not JSON": object()})
+    with pytest.raises(CheckpointError, match="no checkpoint could be written: Object of type object"):
+        store.finish()
+    assert "checkpoint of step 2: " in caplog.text
+    store.finish()
+    assert store.committed() == [store.path(1)] and not list(store.folder.glob("*.partial"))
+    store.save(2, fragments(tensors()), {})
+    assert store.newest_valid(set_aside=False).folder == store.path(2)
+
+
+def test_only_the_newest_start_of_a_run_commits(tmp_path: Path):
+    generation = tmp_path / "generation"
+
+    def start() -> tuple[Fence, CheckpointStore]:
+        fence = Fence(generation, Fence.claim(generation))
+        return fence, CheckpointStore(tmp_path / "checkpoints", keep=3, fence=fence.check)
+
+    old, old_store = start()
+    old_store.save(1, fragments(tensors()), {})
+    new, new_store = start()
+    assert (old.holds, new.holds) == (False, True)
+    with pytest.raises(FencedError, match="start 2 of this run has taken over from this one, start 1"):
+        old.check()
+    with pytest.raises(CheckpointError, match="has taken over"):
+        old_store.save(2, fragments(tensors()), {})
+    assert new_store.committed() == [new_store.path(1)]
+    new_store.save(2, fragments(tensors()), {})
 
 
 def test_another_model_is_refused_and_nothing_is_changed(store: CheckpointStore):
