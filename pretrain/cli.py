@@ -16,8 +16,8 @@ from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process
+from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands
 from pretrain import config as configuration
-from pretrain import corpus_commands, inspect_commands, model_commands
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
 from pretrain.console import byte_progress, run, said, say, speak_as
@@ -45,6 +45,7 @@ app = typer.Typer(
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
 app.add_typer(model_commands.app, name="models")
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 

@@ -1,0 +1,136 @@
+"""The commands that look after a run's checkpoints."""
+
+import json
+import math
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pretrain.checkpoint import CheckpointError, CheckpointStore, InvalidCheckpointError, read_metadata, verify
+from pretrain.console import printable, say
+from pretrain.progress import size
+from pretrain.run_folder import RunFolder
+
+app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder (all its checkpoints) or a checkpoint folder.")
+]
+
+
+@app.command("list")
+def list_command(
+    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False
+) -> None:
+    """The checkpoints of a run, oldest first. Their metadata is checked, their data is not read."""
+    facts = [_facts(path) for path in _of_run(run).committed()]
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    table = Table(title=escape(printable(str(run))), title_justify="left")
+    for name in ("step", "written", "size", "ranks", "engine", "state"):
+        table.add_column(name, justify="right" if name in ("step", "size", "ranks") else "left")
+    for fact in facts:
+        fault = fact["fault"]
+        told = ["", "", ""] if fault else [size(fact["bytes"]), str(fact["ranks"]), fact["engine"]]
+        table.add_row(str(fact["step"]), fact["written"], *told, escape(fault) if fault else "whole")
+    Console().print(table)
+
+
+@app.command("verify")
+def verify_command(path: RunOrCheckpoint) -> None:
+    """Read every byte of a run's checkpoints, or of one, and compare digests; exit code 1 if one is not valid."""
+    invalid = 0
+    for checkpoint in _chosen(path):
+        try:
+            verify(checkpoint)
+            say(f"{checkpoint}: every byte is as it was written")
+        except InvalidCheckpointError as error:
+            say(f"{checkpoint}: not valid: {error}")
+            invalid += 1
+    if invalid:
+        raise CheckpointError(f"{invalid} of the checkpoints are not valid")
+
+
+@app.command("show")
+def show_command(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (its newest) or a checkpoint folder.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
+) -> None:
+    """What is in a checkpoint: what the run had read, its recipe's main numbers, versions, tensors."""
+    metadata = read_metadata(_chosen(path)[-1])
+    state = metadata.state
+    elements: Counter[str] = Counter()
+    for name, tensor in metadata.tensors.items():
+        elements[name.partition("/")[0]] += math.prod(tensor.shape)
+    table = Table(title=escape(printable(str(metadata.folder))), show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    rows = {
+        "step": f"{state['reading']['step']:,} of {state['config']['train']['steps']:,}",
+        "sequences read": f"{state['reading']['next_sequence']:,}",
+        "model": state["config"]["model"]["family"],
+        "engine": state["config"]["engine"]["name"],
+        "stream": state["fingerprint"],
+        **{f"{kind} (fp32)": f"{count:,} numbers" for kind, count in elements.items()},
+        **{name: str(value) for name, value in state["environment"].items()},
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    out = Console()
+    out.print(table)
+    if tensors:
+        for name, tensor in metadata.tensors.items():
+            out.print(f"{name} {list(tensor.shape)}", markup=False, highlight=False)
+
+
+@app.command("prune")
+def prune_command(
+    run: RunPath,
+    keep: Annotated[int, typer.Option(min=1, help="The newest that stay.")],
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Those of multiples of so many steps stay as well.")
+    ] = None,
+) -> None:
+    """Delete old checkpoints of a run that nobody trains now. Only valid ones count among those that stay."""
+    with RunFolder(run).locked():
+        store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
+        for path in store.committed()[-keep:]:
+            verify(path)
+        for path in store.prune():
+            say(f"deleted {path.name}")
+        say(f"{len(store.committed())} checkpoints stay in {run}")
+
+
+def _of_run(run: Path) -> CheckpointStore:
+    store = CheckpointStore(RunFolder(run).checkpoints, keep=1)
+    if not store.committed():
+        raise CheckpointError(f"{run} is no run that has a checkpoint")
+    return store
+
+
+def _chosen(path: Path) -> list[Path]:
+    return [path] if (path / "metadata.json").exists() else _of_run(path).committed()
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Of a checkpoint, as JSON."""
+    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-")), "fault": None}
+    facts["written"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(" ", "seconds")
+    try:
+        metadata = read_metadata(path)
+    except InvalidCheckpointError as error:
+        return facts | {"fault": str(error)}
+    chunks = [chunk for tensor in metadata.tensors.values() for chunk in tensor.chunks]
+    return facts | {
+        "bytes": sum(4 * chunk.length for chunk in chunks),
+        "ranks": len({chunk.file for chunk in chunks}),
+        "engine": metadata.state["config"]["engine"]["name"],
+    }
