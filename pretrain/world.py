@@ -7,9 +7,11 @@ without any of them is a world of its own, and needs no process group.
 
 import json
 import os
+import queue
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import torch.distributed as dist
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up. A launcher ends them all much sooner when one has died."""
-HANDSHAKE = timedelta(seconds=20)
+HANDSHAKE_SECONDS = 20.0
 """How long whoever listens where ranks meet may take to answer like one of them."""
 COURTESY_SECONDS = 10.0
 """How long a rank that lost contact keeps it to itself. A launcher has ended it by then, and shows what came first."""
@@ -64,7 +66,8 @@ class World:
         # torchrun listens itself, so that ranks it starts again find it there.
         listens = place.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            store = _meet(place, listens, meeting)
+            with _hushed():
+                store = _meet(place, listens, meeting)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE)
         except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
             raise WorldError(f"{place} cannot meet the others: {_first_line(error)}") from error
@@ -84,8 +87,7 @@ class World:
                 raise
             time.sleep(COURTESY_SECONDS)
             raise WorldError(
-                f"rank {self.rank} of {self.size} lost contact with another rank, which says why it ended if it could: "
-                f"{_first_line(error)}"
+                f"rank {self.rank} of {self.size} lost contact with another rank: {_first_line(error)}"
             ) from error
 
     @property
@@ -223,17 +225,7 @@ def _meet(place: Place, listens: bool, limit: timedelta) -> dist.Store:
     deadline = time.monotonic() + limit.total_seconds()
     if not listens:
         _wait_for_listener(place, deadline)
-    try:
-        with _hushed():
-            store = dist.TCPStore(
-                place.address, place.port, is_master=listens, timeout=HANDSHAKE, wait_for_workers=False
-            )
-    except dist.DistNetworkError as error:
-        if listens and "EADDRINUSE" in str(error):
-            raise WorldError(f"{place}: the port is in use by another process; choose another MASTER_PORT") from error
-        if not listens:
-            raise WorldError(f"{place}: what listens there is no rank of a run; choose another MASTER_PORT") from error
-        raise
+    store = _connect(place, listens)
     store.set(f"here/{place.rank}", "")
     left = max(deadline - time.monotonic(), 1.0)
     try:
@@ -246,8 +238,37 @@ def _meet(place: Place, listens: bool, limit: timedelta) -> dist.Store:
     return store
 
 
+def _connect(place: Place, listens: bool) -> dist.Store:
+    """The store, where there is a listener.
+
+    Raises:
+        WorldError: it is none of ours.
+    """
+    answers: queue.SimpleQueue[dist.Store | RuntimeError] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            answers.put(dist.TCPStore(place.address, place.port, is_master=listens, wait_for_workers=False))
+        except RuntimeError as error:
+            answers.put(error)
+
+    # In a thread, as torch waits for ever for a listener that says nothing.
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        answer = answers.get(timeout=HANDSHAKE_SECONDS)
+    except queue.Empty:
+        answer = RuntimeError("no answer")
+    if not isinstance(answer, RuntimeError):
+        return answer
+    if not listens:
+        raise WorldError(f"{place}: what listens there is no rank of a run; choose another MASTER_PORT") from answer
+    if "EADDRINUSE" in str(answer):
+        raise WorldError(f"{place}: the port is in use by another process; choose another MASTER_PORT") from answer
+    raise answer
+
+
 def _wait_for_listener(place: Place, deadline: float) -> None:
-    """Returns once somebody listens where the ranks meet; torch waits for it too, but cannot do so quietly.
+    """Returns once somebody listens where the ranks meet; torch would wait a multiple of its limit.
 
     Raises:
         OSError: nobody does in time.
