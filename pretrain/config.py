@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.reading import DataConfig
+from launchers.local import LaunchConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
@@ -45,6 +46,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _memory_finds_its_rows(self) -> Self:

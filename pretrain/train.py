@@ -465,6 +465,9 @@ def _log_to(path: Path) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except Exception:
+        log.debug("the end", exc_info=True)  # in the file, not on the terminal, which is told in a line
+        raise
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
