@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.engines.base import BaseEngine, materialize
+from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.engine import EngineConfig, EngineError
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
@@ -39,11 +40,7 @@ class PyTorchEngine(BaseEngine):
     ) -> None:
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
         model.train()
-        for unit in model.units():
-            # The order matters: what is recomputed is compiled, and what is gathered is neither.
-            unit.recomputed = config.activation_checkpointing
-            if config.compile:
-                unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
+        prepare_blocks(config, model, self.device)
         self._shards = 1 if config.name == "ddp" else _shards(config, world.size)
         """Ranks that hold one whole model between them."""
         if config.name == "ddp":

@@ -30,13 +30,13 @@ def engine(
     precision: str = "fp32",
     dropout: float = 0.0,
     family: str = "megabyte",
-    ways: tuple[str, ...] = (),
+    ways: dict[str, object] | None = None,
     **optimizer: object,
 ) -> PyTorchEngine:
-    """`ways` are switches of EngineConfig to turn on."""
+    """`ways` are further fields of EngineConfig."""
     torch.manual_seed(0)
     tree = {"family": family, "sequence_length": T, "dropout": dropout} | FAMILIES[family]
-    config = EngineConfig.model_validate({"precision": precision, "device": "cpu"} | dict.fromkeys(ways, True))
+    config = EngineConfig.model_validate({"precision": precision, "device": "cpu"} | (ways or {}))
     model = build_model(model_config(tree))
     return PyTorchEngine(config, model, OptimizerConfig(**optimizer), seed=3, global_batch=8, micro_batch=8)
 
@@ -124,21 +124,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_names_a_parameter():
         assert torch.equal(fragment.data.nan_to_num(), earlier.nan_to_num())
 
 
+CHECKPOINTING: list[object] = ["full", "selective", {"mode": "selective", "every": 2}]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_changes_no_bit(family: str, precision: str):
     """Dropout and random crops included."""
     plain = engine(precision, dropout=0.3, family=family)
-    again = engine(precision, dropout=0.3, family=family, ways=("activation_checkpointing",))
-    assert train(again, 8) == train(plain, 8)
-    for a, b in zip(again.fragments(), plain.fragments(), strict=True):
-        assert torch.equal(a.data, b.data), a.name
+    expected = train(plain, 8)
+    for how in CHECKPOINTING:
+        again = engine(precision, dropout=0.3, family=family, ways={"activation_checkpointing": how})
+        assert train(again, 8) == expected, how
+        for a, b in zip(again.fragments(), plain.fragments(), strict=True):
+            assert torch.equal(a.data, b.data), (how, a.name)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("checkpointing", ["none", "full", "budget"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_blocks_compute_the_same_up_to_rounding(family: str):
-    plain, compiled = engine(family=family), engine(family=family, ways=("compile", "activation_checkpointing"))
+def test_compiled_blocks_compute_the_same_up_to_rounding(family: str, checkpointing: str):
+    ways = {"compile": True, "activation_checkpointing": checkpointing}
+    plain, compiled = engine(family=family), engine(family=family, ways=ways)
     assert train(compiled, 8, steps=1) == pytest.approx(train(plain, 8, steps=1), rel=1e-6)
     for a, b in zip(compiled.fragments(), plain.fragments(), strict=True):
         if a.name.startswith("exp_avg/"):
