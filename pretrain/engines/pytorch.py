@@ -22,7 +22,7 @@ from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.engine import EngineConfig, EngineError
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
-from pretrain.optimizers import OptimizerConfig, build_optimizer
+from pretrain.optimizers import OptimizerConfig, build_optimizers
 from pretrain.world import ALONE, World
 
 
@@ -53,7 +53,7 @@ class PyTorchEngine(BaseEngine):
         else:
             self._module = self._sharded(config)
             materialize(model, torch.device("cpu") if config.offload else self.device)
-        self._optimizer = build_optimizer(optimizer, model.parameters())
+        self._optimizers = build_optimizers(optimizer, model)
         self._clip_norm = optimizer.clip_norm
         self.forget()
 
@@ -85,18 +85,22 @@ class PyTorchEngine(BaseEngine):
         return own + self._memory_fragments()
 
     def counters(self) -> dict[str, int]:
-        return {"optimizer_steps": int(next(iter(self._optimizer.state.values()))["step"])}
+        return {"optimizer_steps": int(next(state["step"] for state in self._states().values() if "step" in state))}
 
     def restore(self, counters: dict[str, int]) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(counters["optimizer_steps"])
+        for state in self._states().values():
+            if "step" in state:
+                state["step"].fill_(counters["optimizer_steps"])
+
+    def _states(self) -> dict[Tensor, dict[str, Tensor]]:
+        return {parameter: state for optimizer in self._optimizers for parameter, state in optimizer.state.items()}
 
     def _parameter_fragments(self) -> list[Fragment]:
-        fragments = []
+        fragments, states = [], self._states()
         for name, parameter in self.model.named_parameters():
-            state = self._optimizer.state[parameter]
+            moments = {kind: tensor for kind, tensor in states[parameter].items() if kind != "step"}
             fragments.append(self._fragment(f"model/{name}", parameter))
-            fragments.extend(self._fragment(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
+            fragments.extend(self._fragment(f"{kind}/{name}", moment) for kind, moment in moments.items())
         return fragments
 
     def _fragment(self, name: str, tensor: Tensor) -> Fragment:
@@ -124,9 +128,10 @@ class PyTorchEngine(BaseEngine):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
             self._drop_gradient()
         return norm.item()
 
@@ -138,7 +143,7 @@ class PyTorchEngine(BaseEngine):
         ]
 
     def _drop_gradient(self) -> None:
-        self._optimizer.zero_grad()
+        self.model.zero_grad()
 
 
 class _Cast(nn.Module):
