@@ -64,6 +64,15 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             )
         return self
 
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> Self:
+        if self.optimizer.name == "muon" and self.engine.name != "ddp":
+            raise ValueError(
+                f"optimizer.name muon works on whole matrices, which engine.name {self.engine.name} cuts up; set the "
+                "engine to ddp, or the optimizer to adamw"
+            )
+        return self
+
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
         return self.model_dump(mode="json")

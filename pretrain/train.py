@@ -31,7 +31,7 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
-from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read, read_metadata
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read, read_metadata
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.flops import peak_flops
@@ -167,6 +167,7 @@ class Run:
         if self.checkpoint is None:
             self.engine.begin()
         else:
+            self._refuse_another_optimizer(self.checkpoint)
             read(self.checkpoint, self.engine.fragments())
             state = self.checkpoint.state
             self.engine.restore(state["counters"])
@@ -364,6 +365,19 @@ class Run:
                 f"{self.folder.path} reads another stream of bytes "
                 f"({why or 'the content of a corpus changed'}); "
                 "restore what was, or choose another run.name for a new run"
+            )
+
+    def _refuse_another_optimizer(self, checkpoint: Metadata) -> None:
+        """Moments are one optimizer's. Its rates and decays may change.
+
+        Raises:
+            CheckpointError: the checkpoint has another's.
+        """
+        then, now = checkpoint.state["config"]["optimizer"]["name"], self.recipe.optimizer.name
+        if then != now:
+            raise CheckpointError(
+                f"{checkpoint.folder} has moments of optimizer.name {then}, not {now}; set it back, or choose another "
+                "run.name for a new run"
             )
 
     def _rehearse(self) -> Meter:

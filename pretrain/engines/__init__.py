@@ -1,13 +1,14 @@
 """Engines, behind one protocol (engine.py)."""
 
 from pretrain.engines.base import choose_device, compute_dtype
-from pretrain.engines.engine import Engine, EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
 
 __all__ = [
+    "CheckpointingConfig",
     "Engine",
     "EngineConfig",
     "EngineError",

@@ -212,7 +212,7 @@ def _widened(rows: Rows, device: torch.device) -> Tensor:
 
 def compute_dtype(precision: str) -> torch.dtype:
     """The type of parameters and activations under a precision of EngineConfig."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -1,5 +1,6 @@
 """The same training on any engine and any number of ranks: what tests run on each rank."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,3 +63,17 @@ def losses_of_all(world: World, cases: dict[str, dict[str, Any]]) -> dict[str, l
         for family in FAMILIES
         for name, engine in cases.items()
     }
+
+
+def checkpointing_of_all(world: World, modes: Sequence[str], precision: str) -> dict[str, tuple[list[float], bytes]]:
+    """The losses of a few steps of every family under FSDP2 with each mode of activation checkpointing.
+
+    And all bits of this rank's masters and moments after them.
+    """
+    told = {}
+    for family in FAMILIES:
+        for mode in modes:
+            it = build(family, world, name="fsdp", precision=precision, activation_checkpointing=mode)
+            of_steps = losses(it, range(4), world)
+            told[f"{family} {mode}"] = of_steps, b"".join(f.data.numpy().tobytes() for f in it.fragments())
+    return told

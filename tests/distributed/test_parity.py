@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.parity import FAMILIES, build, losses, losses_of_all
+from tests.distributed.parity import FAMILIES, build, checkpointing_of_all, losses, losses_of_all
 from tests.distributed.ranks import on_ranks
 
 ENGINES: dict[int, dict[str, dict[str, Any]]] = {
@@ -38,3 +38,12 @@ def test_losses_are_those_of_one_process(together: tuple[int, str, list[dict[str
     for of_rank in of_ranks:
         for engine in ENGINES[ranks]:
             assert of_rank[f"{family} {engine}"] == pytest.approx(expected, rel=TOLERANCE[precision]), engine
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_activation_checkpointing_changes_no_bit_under_fsdp(precision: str):
+    modes = ("none", "full", "selective")
+    for of_rank in on_ranks(2, checkpointing_of_all, modes, precision):
+        for family in FAMILIES:
+            plain, *others = (of_rank[f"{family} {mode}"] for mode in modes)
+            assert all(other == plain for other in others), family
