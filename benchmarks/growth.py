@@ -20,8 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data_pipeline.loader import MicroBatch
-from pretrain.engines import EngineConfig, build_engine
-from pretrain.meter import peak_memory_bytes
+from pretrain.engines import EngineConfig, build_engine, peak_memory_bytes
 from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from report import Metric, report

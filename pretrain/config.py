@@ -27,6 +27,7 @@ from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
 from pretrain.models import ModelConfig, carries_memory
 from pretrain.optimizers import OptimizerConfig
+from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.train import TrainConfig
@@ -45,6 +46,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _memory_finds_its_rows(self) -> Self:
