@@ -74,7 +74,7 @@ class World:
         if self.size == 1:
             return [own.tolist()]
         told = torch.empty(self.size * len(numbers), dtype=torch.float64)
-        dist.all_gather_into_tensor(told, own)
+        dist.all_gather_single(told, own)
         return told.view(self.size, -1).tolist()
 
     def gather(self, value: Any) -> list[Any]:

@@ -82,8 +82,8 @@ class PyTorchEngine(BaseEngine):
         if self.device.type == "cpu":
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    gather: Any = _Blocking(dist.all_gather_into_tensor, self._waited)
-                    scatter: Any = _Blocking(dist.reduce_scatter_tensor, self._waited)
+                    gather: Any = _Blocking(dist.all_gather_single, self._waited)
+                    scatter: Any = _Blocking(dist.reduce_scatter_single, self._waited)
                     module.set_custom_all_gather(gather)
                     module.set_custom_reduce_scatter(scatter)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
