@@ -19,8 +19,7 @@ import torch
 from batch import random_batch
 from matplotlib.figure import Figure
 
-from pretrain.engines import EngineConfig, build_engine
-from pretrain.meter import peak_memory_bytes
+from pretrain.engines import EngineConfig, build_engine, peak_memory_bytes
 from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from report import Metric, report

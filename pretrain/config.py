@@ -28,6 +28,7 @@ from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
 from pretrain.models import ModelConfig, carries_memory
 from pretrain.optimizers import OptimizerConfig
+from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.train import TrainConfig
@@ -47,6 +48,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _memory_finds_its_rows(self) -> Self:

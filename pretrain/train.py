@@ -45,7 +45,8 @@ from pretrain.models import (
     model_config,
 )
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
-from pretrain.progress import TrainingProgress, duration
+from pretrain.profiling import ProfileConfig, StepProfiler
+from pretrain.progress import TrainingProgress, duration, size
 from pretrain.provenance import changes, environment, flatten, git_state
 from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
@@ -93,6 +94,8 @@ class Recipe(Protocol):
     def checkpoint(self) -> CheckpointConfig: ...
     @property
     def tracking(self) -> TrackingConfig: ...
+    @property
+    def profile(self) -> ProfileConfig: ...
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
 
@@ -225,25 +228,21 @@ class Run:
         finally:
             if tracker is not None:
                 tracker.close(status)
+        if self.world.size > 1 and meter.peak_memory_by_rank:
+            log.info("peak memory by rank: %s", ", ".join(size(peak) for peak in meter.peak_memory_by_rank))
         return self._farewell()
 
     def _loop(
         self, batches: Iterator[Batch], meter: Meter, tracker: Tracker | None, progress: TrainingProgress
     ) -> None:
         recipe = self.recipe
+        profiler = StepProfiler(recipe.profile, self.folder.profile_of(self.world.rank), self.engine.device)
+        profiler.announce(self.step, recipe.train.steps)
         while not self.finished:
-            meter.start()
-            batch = self._next_batch(batches)
-            if batch is None:
+            with profiler.step(self.step + 1):
+                metrics = self._do_step(batches, meter)
+            if metrics is None:
                 return
-            meter.data_is_here()
-            rate = learning_rate_at(recipe.optimizer, self.step, recipe.train.steps)
-            result = self._step(batch, rate)
-            self.reading.advance(batch)
-            metrics = meter.numbers(result)
-            (masked,) = self.world.sum(batch.masked)
-            metrics |= {"learning_rate": rate, "masked_bytes": int(masked), "holes": self.reading.holes}
-            metrics |= self._epochs()
             seconds_left = meter.seconds_a_step * (recipe.train.steps - self.step)
             if line := progress.update(self.step, metrics, seconds_left):
                 log.debug(line)
@@ -253,13 +252,28 @@ class Run:
             if self.step % recipe.checkpoint.every == 0:
                 self._save(tracker)
 
+    def _do_step(self, batches: Iterator[Batch], meter: Meter) -> dict[str, float] | None:
+        """A batch and a step of the optimizer; returns their numbers. None: the run is to stop, and did no step."""
+        meter.start()
+        batch, masked, data_seconds = self._next_batch(batches, meter)
+        if batch is None:
+            return None
+        rate = learning_rate_at(self.recipe.optimizer, self.step, self.recipe.train.steps)
+        result = self._step(batch, rate)
+        self.reading.advance(batch)
+        metrics = meter.numbers(result, data_seconds)
+        metrics |= {"learning_rate": rate, "masked_bytes": masked, "holes": self.reading.holes}
+        return metrics | self._epochs()
+
     def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(self.step, metrics)
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """This rank's part of the next batch; None on all ranks once one of them is asked to stop.
+    def _next_batch(self, batches: Iterator[Batch], meter: Meter) -> tuple[Batch | None, int, list[float]]:
+        """This rank's part of the next batch; none on all ranks once one of them is asked to stop.
 
+        Returns:
+            The batch, the bytes masked in it on all ranks, and the seconds that each rank waited for it.
         Raises:
             TrainingError: a rank cannot read on; on all of them.
         """
@@ -270,15 +284,21 @@ class Run:
             if self.world.size == 1:
                 raise
             fault = error
-        stops, faults = self.world.sum(batch is None and fault is None, fault is not None)
-        if faults:
+        meter.data_is_here()
+        stops, faults, masked, data_seconds = zip(
+            *self.world.gather_numbers(
+                batch is None and fault is None, fault is not None, batch.masked if batch else 0, meter.data_seconds
+            ),
+            strict=True,
+        )
+        if any(faults):
             told = self.world.gather(str(fault) if fault else None)
             rank = next(rank for rank, text in enumerate(told) if text is not None)
             raise TrainingError(f"rank {rank} of {self.world.size}: {told[rank]}") from fault
-        if stops:
+        if any(stops):
             self.stop.signal = signal.Signals(max(self.world.gather(self.stop.signal or 0)))
-            return None
-        return batch
+            batch = None
+        return batch, int(sum(masked)), list(data_seconds)
 
     def _epochs(self) -> dict[str, float]:
         """How often the corpus has been read, or each source of a mixture."""
@@ -414,7 +434,7 @@ class Run:
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
         flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
-        return Meter(flops_a_step, peak * self.world.size, self.engine.device)
+        return Meter(flops_a_step, peak * self.world.size)
 
     def _open_tracker(self) -> Tracker:
         journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)

@@ -2,6 +2,7 @@
 
 from pretrain.engines.base import choose_device, compute_dtype
 from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.phases import RankStep, peak_memory_bytes
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
@@ -13,10 +14,12 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "NonFiniteError",
+    "RankStep",
     "StepResult",
     "build_engine",
     "choose_device",
     "compute_dtype",
+    "peak_memory_bytes",
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Ids
+from pretrain.engines.phases import RankStep
 from pretrain.fragments import Fragment
 
 EngineName = Literal["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
@@ -108,6 +109,8 @@ class StepResult:
     target_bytes: int
     gradient_norm: float
     """Before clipping."""
+    ranks: list[RankStep]
+    """What the step went to on each rank, by rank."""
 
 
 class Engine(Protocol):

@@ -6,10 +6,13 @@ as it gathers, and adds up over ranks and passes in fp32.
 """
 
 import math
+import time
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -74,8 +77,18 @@ class PyTorchEngine(BaseEngine):
         for unit in self.model.units():
             fully_shard(unit, **how)
         fully_shard(self.model, **how)
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    gather: Any = _Blocking(dist.all_gather_single, self._waited)
+                    scatter: Any = _Blocking(dist.reduce_scatter_single, self._waited)
+                    module.set_custom_all_gather(gather)
+                    module.set_custom_reduce_scatter(scatter)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
         return self.model
+
+    def _waited(self, seconds: float) -> None:
+        self._pass_times.wait(seconds)
 
     def fragments(self) -> list[Fragment]:
         return self._parameter_fragments() + self._memory_fragments()
@@ -145,6 +158,22 @@ class PyTorchEngine(BaseEngine):
 
     def _drop_gradient(self) -> None:
         self.model.zero_grad()
+
+
+class _Blocking:
+    """A collective of FSDP2 that blocks the host, as all of gloo's do, and tells for how long."""
+
+    def __init__(self, collective: Callable[..., Any], waited: Callable[[float], None]) -> None:
+        self._collective, self._waited = collective, waited
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **how: Any) -> Any:
+        begin = time.perf_counter()
+        work = self._collective(output_tensor, input_tensor, **how)
+        self._waited(time.perf_counter() - begin)
+        return work
 
 
 class _Cast(nn.Module):
