@@ -2,13 +2,13 @@
 
 python benchmarks/mirrored.py [RECIPE...] [--rows N] [--fresh N] [--runs FOLDER]
 
-For each recipe (configs/perceiver_ar/mirrored-2048.yaml if none is named) this makes the corpus it reads, trains it by
+For each recipe (configs/perceiver_ar/mirrored-512.yaml if none is named) this makes the corpus it reads, trains it by
 `byteloom train`, and prints how much of the second halves of fresh rows, of bytes drawn from all 256, it gets right:
 the share of bytes that are the model's first choice. A start after the first goes on where the last one was.
 
 A training row draws its bytes from a few values, as many as 2 to 256 (log-uniform), other ones in each row. Where few
-values occur, an attention that still looks everywhere tells something of the next byte, so there is a slope to learn
-from; from rows of all 256 alone, the model has none to speak of for about three times as long.
+values occur, an attention that still looks everywhere tells something of the next byte, and so what it reads begins to
+reach the head. With 128 random bytes this starts after a third of the bytes that rows of all 256 values take.
 """
 
 import argparse
@@ -32,9 +32,10 @@ from pretrain.models import build_model
 from pretrain.models.perceiver_ar import PerceiverAR
 from pretrain.run_folder import RunFolder
 
-RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-2048.yaml"
+RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-512.yaml"
 SEED, FRESH_SEED = 0, 1
 FEWEST_VALUES = 2
+"""Of a training row."""
 
 
 @dataclass(frozen=True)
