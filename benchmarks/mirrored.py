@@ -8,7 +8,7 @@ the share of bytes that are the model's first choice. A start after the first go
 
 A training row draws its bytes from a few values, as many as 2 to 256 (log-uniform), other ones in each row. Where few
 values occur, an attention that still looks everywhere tells something of the next byte, and so what it reads begins to
-reach the head. With 128 random bytes this starts after a third of the bytes that rows of all 256 values take.
+reach the head. With 128 random bytes this starts after half of the bytes that rows of all 256 values take.
 """
 
 import argparse
