@@ -12,7 +12,7 @@ from launchers.local import run_in_process
 def end_with_the_launcher() -> None:
     """Ends this process when the launcher, which holds the other end of standard input, is gone."""
     os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ GRACE_SECONDS = 2.0
 POLL_SECONDS = 0.05
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 """Exit codes of ranks that were asked to stop, and agreed to."""
+ERASE_LINE, SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ def run_processes(entry: str, recipe: Path, count: int, log_of: Callable[[int], 
             ranks.extend(_Rank(rank, count, port, entry, recipe) for rank in range(count))
             return _watch(ranks, requests, log_of)
         finally:
-            for each in ranks:
-                each.kill()
+            _end(ranks)
 
 
 class _Rank:
@@ -110,6 +110,10 @@ class _Rank:
         """Exit code, negative if a signal killed it; None while it runs."""
         return self.process.poll()
 
+    @property
+    def failed(self) -> bool:
+        return self.code not in (None, 0, *STOPPED)
+
     def say_last_words(self) -> None:
         self._reader.join(1.0)  # longer only if a process that it started holds the pipe open
         _say(self._last_words)
@@ -135,7 +139,7 @@ def _watch(ranks: Sequence[_Rank], requests: Sequence[signal.Signals], log_of: C
             for each in ranks:
                 each.send(requests[0])
         ended = [each for each in ranks if each.code is not None]
-        failed = [each for each in ended if each.code and each.code not in STOPPED]
+        failed = [each for each in ended if each.failed]
         if failed and requests and failed[0].code == -requests[0]:
             log.warning("%s: stopped before training began", requests[0].name)
             return 128 + requests[0]
@@ -153,15 +157,24 @@ def _fail(ranks: Sequence[_Rank], first: _Rank, log_of: Callable[[int], Path]) -
     deadline = time.monotonic() + GRACE_SECONDS
     while ranks[0].code is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    culprit = ranks[0] if ranks[0].code else first
+    culprit = ranks[0] if ranks[0].failed else first
     code = culprit.code
     assert code is not None
-    for each in ranks:
-        each.kill()
+    _end(ranks)
     culprit.say_last_words()
     ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log.error("rank %d of %d %s; its log: %s", culprit.rank, len(ranks), ending, log_of(culprit.rank))
     return 128 - code if code < 0 else code
+
+
+def _end(ranks: Sequence[_Rank]) -> None:
+    """Kills those that run, and clears away what the first one may have left on the terminal."""
+    cut_short = any(each.rank == 0 and each.code != 0 for each in ranks)
+    for each in ranks:
+        each.kill()
+    if cut_short and sys.stderr.isatty():
+        sys.stderr.write(f"{ERASE_LINE}{SHOW_CURSOR}")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -194,6 +207,6 @@ def _free_port() -> int:
 
 def _say(lines: Sequence[str]) -> None:
     """Lines on standard error, in the place of a live line of the first rank, which draws it again below."""
-    erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+    erase = ERASE_LINE if sys.stderr.isatty() else ""
     sys.stderr.write("".join(f"{erase}{line}\n" for line in lines))
     sys.stderr.flush()

@@ -500,7 +500,7 @@ def _log_to(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        log.debug("the end", exc_info=True)  # in the file, not on the terminal, which is told in a line
+        log.debug("it cannot go on", exc_info=True)  # in the file; the terminal is told in a line
         raise
     finally:
         for logger in loggers:

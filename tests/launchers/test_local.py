@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -60,14 +62,6 @@ def test_whatever_ends_them_three_ranks_go_on_and_train_as_one_process_does(reci
     assert "lost contact" not in said and "Traceback" not in said
     assert not any(map(lives, ranks))
 
-    launcher, ranks = start_and_wait(run, steps=3)
-    launcher.kill()
-    launcher.communicate(timeout=30)
-    deadline = time.monotonic() + 30
-    while any(map(lives, ranks)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(lives, ranks))
-
     assert "goes on after step" in run.finish()
     alone = RunUnderTest(recipe, tmp_path, "alone")
     alone.finish()
@@ -75,6 +69,17 @@ def test_whatever_ends_them_three_ranks_go_on_and_train_as_one_process_does(reci
     for name in LOSSES:
         told = [numbers[name] for _, numbers in run.numbers() if name in numbers]
         assert told == pytest.approx([numbers[name] for _, numbers in alone.numbers() if name in numbers], rel=1e-5)
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(recipe: Path, tmp_path: Path):
+    launcher = RunUnderTest(recipe, tmp_path, "orphans", "launch.processes=2").start()
+    while len(ranks := ranks_of(launcher)) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    while any(map(lives, ranks)):
+        time.sleep(0.05)
 
 
 def test_what_is_wrong_for_all_is_said_once(byteloom: Run, recipe: Path):
@@ -113,3 +118,46 @@ def test_a_rank_with_another_config_is_refused(recipe: Path):
     assert first == "error: rank 1 was started with another recipe than rank 0: train.seed: 0 -> 5"
     assert second == f"rank 1: {first}"
     assert not (recipe.parent / "runs").exists()
+
+
+def test_a_rank_that_never_comes_is_named(recipe: Path):
+    port = free_port()
+    (said,) = refusals(by_hand(recipe, 2, [["launch.meeting_seconds=1"]], port))
+    assert said == f"error: rank 0 of 2 at 127.0.0.1:{port}: not here within 1 s: rank 1"
+
+
+def test_a_port_in_use_is_refused_by_all_ranks(recipe: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        first, second = refusals(by_hand(recipe, 2, [[], []], port))
+    assert first == (
+        f"error: rank 0 of 2 at 127.0.0.1:{port}: the port is in use by another process; choose another MASTER_PORT"
+    )
+    assert second.startswith(f"rank 1: error: rank 1 of 2 at 127.0.0.1:{port}: what listens there is no rank of a run")
+
+
+def test_two_launchers_that_disagree_are_refused(recipe: Path):
+    (said,) = refusals(by_hand(recipe, 2, [["launch.processes=3"]], free_port()))
+    assert said == "error: launch.processes is 3, and another launcher has started 2 ranks; leave it to one"
+
+
+@pytest.mark.long
+def test_torchrun_starts_the_same_entry_and_a_dead_rank_is_told_in_a_line(recipe: Path, tmp_path: Path):
+    run = RunUnderTest(recipe, tmp_path, "torchrun")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    run.command = [*torchrun, *run.command]
+    assert f"finished at step {STEPS}" in run.finish()
+
+    run = RunUnderTest(recipe, tmp_path, "by-hand", "train.steps=100000")
+    first, second = by_hand(recipe, 2, [list(map(str, run.command[3:]))] * 2, free_port())
+    while run.last_step() < 1:
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()
+    _, said = second.communicate(timeout=60)
+    first.communicate()
+    assert second.returncode == 1
+    (line,) = said.splitlines()
+    assert line.startswith("rank 1: error: rank 1 of 2 lost contact with another rank: ")
