@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data_pipeline.loader import MicroBatch
-from pretrain.engines import EngineConfig, build_engine
+from pretrain.engines import CheckpointingConfig, EngineConfig, build_engine
 from pretrain.meter import peak_memory_bytes
 from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
@@ -75,7 +75,8 @@ def step(family: str, length: int) -> dict[str, float | str | None]:
         "transformer": wide,
     }[family]
     model = build_model(model_config({"family": family, "sequence_length": length, "dropout": 0.0} | sizes))
-    engine = build_engine(EngineConfig(activation_checkpointing=True), model, OptimizerConfig(), seed=0)
+    config = EngineConfig(activation_checkpointing=CheckpointingConfig(mode="full"))
+    engine = build_engine(config, model, OptimizerConfig(), seed=0)
     ids = np.random.default_rng(0).integers(0, 256, (1, length)).astype(np.int16)
     batch = [MicroBatch(0, ids, np.ones(ids.shape, bool))]
     seconds = 0.0

@@ -124,6 +124,14 @@ def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Pat
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_checkpoint_of_another_optimizer(byteloom: Run, recipe: Path, trained: Path):
+    config = (trained / "config.yaml").read_text()
+    for name in ("adam", "muon"):
+        message = refused(byteloom, "train", recipe, "train.steps=1000", f"optimizer.name={name}")
+        assert f"has moments of optimizer.name adamw, not {name}; set it back" in message
+    assert (trained / "config.yaml").read_text() == config
+
+
 def test_a_changed_corpus_under_a_resumed_run(byteloom: Run, recipe: Path, trained: Path, folder: Path):
     config = (trained / "config.yaml").read_text()
     byteloom("prepare", "files", "--out", "out")

@@ -208,9 +208,9 @@ def test_each_optimizer_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_pat
     read(verify(folder), second.fragments())
     second.restore(first.counters())
     assert second.counters() == {"optimizer_steps": 2}
-    assert [
-        second.train_step(batch(4, seed=step), step=step, learning_rate=1e-2).nats for step in (2, 3)
-    ] == expected[2:]
+    assert [second.train_step(batch(4, seed=step), step=step, learning_rate=1e-2).nats for step in (2, 3)] == expected[
+        2:
+    ]
     for a, b in zip(second.fragments(), whole.fragments(), strict=True):
         assert torch.equal(a.data, b.data), a.name
 
