@@ -126,9 +126,8 @@ def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Pat
 
 def test_a_checkpoint_of_another_optimizer(byteloom: Run, recipe: Path, trained: Path):
     config = (trained / "config.yaml").read_text()
-    for name in ("adam", "muon"):
-        message = refused(byteloom, "train", recipe, "train.steps=1000", f"optimizer.name={name}")
-        assert f"has moments of optimizer.name adamw, not {name}; set it back" in message
+    message = refused(byteloom, "train", recipe, "train.steps=1000", "optimizer.name=adam")
+    assert "has moments of optimizer.name adamw, not adam; set it back" in message
     assert (trained / "config.yaml").read_text() == config
 
 
