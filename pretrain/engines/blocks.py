@@ -57,9 +57,9 @@ def recompute(config: CheckpointingConfig, model: ByteModel) -> None:
 def _check_float8(device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        needed = ".".join(map(str, FLOAT8_CAPABILITY))
         raise EngineError(
-            f"engine.precision fp8 needs CUDA of compute capability {needed} or more, which {name} is not; set it to bf16"
+            f"engine.precision fp8 needs CUDA of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))} or more, "
+            f"which {name} is not; set it to bf16"
         )
 
 
