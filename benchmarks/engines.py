@@ -140,7 +140,9 @@ def times_on_rank(world: World, rounds: int) -> dict[str, Any]:
     micro_batches = batch(world, ROWS, config.model.sequence_length)
     ids = torch.from_numpy(micro_batches[0].ids)
     work: dict[str, Callable[[], Any]] = {"bare": lambda: bare.step(ids)}
-    for name, overrides in ENGINES.items() if world.size > 1 else [("ddp", ENGINES["ddp"])]:
+    for name, overrides in ENGINES.items():
+        if name.startswith("hsdp") or (world.size == 1 and name != "ddp"):
+            continue  # one process has nothing to share, and groups of 2 are all of 2 ranks
         engine = engine_of(overrides, world, ROWS)
         if not isinstance(engine, str):
             work[name] = partial(engine.train_step, micro_batches, step=0, learning_rate=1e-4)
