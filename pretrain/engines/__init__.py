@@ -34,4 +34,9 @@ def build_engine(
     Raises:
         EngineError: it cannot be had here.
     """
-    return PyTorchEngine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)
+    engine: type[BaseEngine] = PyTorchEngine
+    if config.name.startswith("zero"):
+        from pretrain.engines.deepspeed import DeepSpeedEngine
+
+        engine = DeepSpeedEngine
+    return engine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)

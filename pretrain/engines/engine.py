@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
@@ -40,7 +40,44 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     more work, and the same gradient bit for bit."""
     compile: bool = False
     """Compile each block with torch.compile. It takes a minute or more at the start, and on a CPU a C++ compiler; the
-    gradient then differs by roundings."""
+    gradient then differs by roundings. Not for zero3."""
+    deepspeed: dict[str, Any] = {}
+    """Of zero1, zero2 and zero3: further keys of DeepSpeed's own config, laid over those that follow from the recipe."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        zero = self.name.startswith("zero")
+        if self.shards is not None and self.name != "hsdp":
+            raise ValueError(f"engine.shards ({self.shards}) is for hsdp, not for {self.name}")
+        if self.offload and self.name == "ddp":
+            raise ValueError("engine.offload is not for ddp, which holds everything on every rank")
+        if zero and not self.reshard_after_forward:
+            raise ValueError(f"engine.reshard_after_forward=false is for fsdp and hsdp, not for {self.name}")
+        if self.compile and self.name == "zero3":
+            raise ValueError("engine.compile is not for zero3, which gathers parameters from within a block's call")
+        if self.deepspeed and not zero:
+            raise ValueError(f"engine.deepspeed is for zero1, zero2 and zero3, not for {self.name}")
+        for key, field in _SAID_ELSEWHERE.items():
+            section, _, entry = key.rpartition(".")
+            node = self.deepspeed.get(section, {}) if section else self.deepspeed
+            if isinstance(node, dict) and entry in node:
+                raise ValueError(f"engine.deepspeed has {key}, which {field} says")
+        return self
+
+
+_SAID_ELSEWHERE = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "zero_optimization.stage": "engine.name",
+    "zero_optimization.offload_optimizer": "engine.offload",
+}
+"""Keys of DeepSpeed's config that follow from the recipe and cannot differ from it, and what says them."""
 
 
 class EngineError(Exception):
