@@ -1,6 +1,6 @@
 """Engines, behind one protocol (engine.py)."""
 
-from pretrain.engines.base import choose_device, compute_dtype
+from pretrain.engines.base import BaseEngine, choose_device, compute_dtype
 from pretrain.engines.engine import Engine, EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
@@ -36,7 +36,7 @@ def build_engine(
     """
     engine: type[BaseEngine] = PyTorchEngine
     if config.name.startswith("zero"):
-        from pretrain.engines.deepspeed import DeepSpeedEngine
+        from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 its library takes seconds to import
 
         engine = DeepSpeedEngine
     return engine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)

@@ -16,9 +16,12 @@ listed in tests/distributed/test_deepspeed.py, so that another version fails the
 """
 
 import importlib
+import io
 import math
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -63,15 +66,16 @@ class DeepSpeedEngine(BaseEngine):
         model.to(self.dtype)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if self._stage == 3:
-            _partition(model, self.device, settings)
+            _partition(deepspeed, model, self.device, settings)
         else:
             materialize(model, self.device)
-        self._deepspeed, self._zero, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=_without_state(optimizer, shapes, model),
-            config=settings,
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # to which it tells how much memory is in use
+            self._deepspeed, self._zero, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=_without_state(optimizer, shapes, model),
+                config=settings,
+                dist_init_required=False,
+            )
         if self._stage == 3:
             in_units = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
             for parameter in model.parameters():
@@ -93,6 +97,7 @@ class DeepSpeedEngine(BaseEngine):
             self._state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
+        self._full_gradient = deepspeed.utils.safe_get_full_grad
         self.forget()
 
     def fragments(self) -> list[Fragment]:
@@ -151,7 +156,7 @@ class DeepSpeedEngine(BaseEngine):
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def _update(self, learning_rate: float) -> float:
-        # DeepSpeed too steps over a gradient that is not finite, but forgets it, and with it where the fault is.
+        # DeepSpeed would not step either where it is not finite, but forget it, and with it where the fault is.
         finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients()]).all().item()
         if self._world.sum(not finite)[0]:
             return math.inf
@@ -169,9 +174,7 @@ class DeepSpeedEngine(BaseEngine):
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
 
     def _not_finite(self) -> list[str]:
-        import deepspeed
-
-        gradients = ((name, deepspeed.utils.safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())
+        gradients = ((name, self._full_gradient(parameter)) for name, parameter in self.model.named_parameters())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
     def _drop_gradient(self) -> None:
@@ -195,6 +198,7 @@ def _import_deepspeed(device_type: str, local_rank: int) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     deepspeed = importlib.import_module("deepspeed")
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # called by DeepSpeed
     # An all-reduce for inference on CPUs, which would be compiled here for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -234,13 +238,11 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | both
 
 
-def _partition(model: ByteModel, device: torch.device, settings: dict[str, Any]) -> None:
+def _partition(deepspeed: Any, model: ByteModel, device: torch.device, settings: dict[str, Any]) -> None:
     """Deals parameters out to ranks, a module at a time, so that no rank ever holds more of them.
 
     Each block is then gathered as a whole when it is used.
     """
-    import deepspeed
-
     for unit in model.units():
         deepspeed.utils.set_z3_leaf_module(unit, True)
     for module in reversed(list(model.modules())):  # those within a module come before it

@@ -42,7 +42,7 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     """Compile each block with torch.compile. It takes a minute or more at the start, and on a CPU a C++ compiler; the
     gradient then differs by roundings. Not for zero3."""
     deepspeed: dict[str, Any] = {}
-    """Of zero1, zero2 and zero3: further keys of DeepSpeed's own config, laid over those that follow from the recipe."""
+    """Of zero1, zero2 and zero3: further keys of DeepSpeed's own config, laid over what follows from the recipe."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
