@@ -1,6 +1,6 @@
 """Engines, behind one protocol (engine.py)."""
 
-from pretrain.engines.base import BaseEngine, choose_device, compute_dtype
+from pretrain.engines.base import choose_device, compute_dtype
 from pretrain.engines.engine import Engine, EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
@@ -34,9 +34,9 @@ def build_engine(
     Raises:
         EngineError: it cannot be had here.
     """
-    engine: type[BaseEngine] = PyTorchEngine
+    sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
     if config.name.startswith("zero"):
         from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 its library takes seconds to import
 
-        engine = DeepSpeedEngine
-    return engine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)
+        return DeepSpeedEngine(config, model, optimizer, seed, world, **sizes)
+    return PyTorchEngine(config, model, optimizer, seed, world, **sizes)
