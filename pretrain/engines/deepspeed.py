@@ -15,6 +15,7 @@ DeepSpeed keeps masters and moments in flat ranges that disregard where paramete
 listed in tests/distributed/test_deepspeed.py, so that another version fails there first.
 """
 
+import copy
 import importlib
 import io
 import math
@@ -56,6 +57,11 @@ class DeepSpeedEngine(BaseEngine):
             raise EngineError(f"engine.name {config.name} shards over the ranks of a run, and this is one process")
         deepspeed = _import_deepspeed(self.device.type, world.local_rank)
         settings = _settings(config, model, micro_batch, optimizer.clip_norm)
+        try:
+            deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            reason = " ".join(str(error).split())
+            raise EngineError(f"DeepSpeed does not take its config, with engine.deepspeed in it: {reason}") from error
         model.train()
         for unit in model.units():
             unit.recomputed = config.activation_checkpointing
@@ -122,6 +128,7 @@ class DeepSpeedEngine(BaseEngine):
             if self._stage < 3:
                 self._zero.update_lp_params()
                 return
+            self._zero._partition_all_parameters()
             for group in range(len(self._masters)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             if persistent := self._zero.persistent_parameters:  # some only if engine.deepspeed asks for them

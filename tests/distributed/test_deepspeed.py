@@ -52,6 +52,8 @@ CLASS_OF = {
 
 def inside(world: World) -> list[dict[str, Any]]:
     """What is found in the engine of each of CLASS_OF, and the bytes that it holds."""
+    with pytest.raises(EngineError, match=r"engine\.deepspeed in it.*bucket"):
+        build("transformer", world, name="zero2", deepspeed={"zero_optimization": {"reduce_buckets": 1}})
     found = []
     for name, precision in CLASS_OF:
         it: Any = build("transformer", world, name=name, precision=precision)
