@@ -157,6 +157,8 @@ class Run:
         self.checkpoint = read_metadata(Path(newest)) if newest else None
         with torch.device("meta"):
             self.model = build_model(recipe.model)
+        self.parameters = self.model.parameter_count()  # while the model is whole
+        self.flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
         self.engine = build_engine(
             recipe.engine,
             self.model,
@@ -410,7 +412,7 @@ class Run:
         log.info(
             "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
             recipe.model.family,
-            f"{self.model.parameter_count():,}",
+            f"{self.parameters:,}",
             f"{recipe.engine.name} of {self.world.size} ranks" if self.world.size > 1 else "one process",
             recipe.engine.precision,
             self.engine.device,
@@ -433,15 +435,14 @@ class Run:
             for name, now in (("config", recipe.as_tree()), ("environment", environment())):
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
-        flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
-        return Meter(flops_a_step, peak * self.world.size)
+        return Meter(self.flops_a_step, peak * self.world.size)
 
     def _open_tracker(self) -> Tracker:
         journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
         description = RunDescription(
             name=self.recipe.run.name,
             identity=self.identity["id"],
-            params=flatten(self.recipe.as_tree()) | {"parameters": self.model.parameter_count()},
+            params=flatten(self.recipe.as_tree()) | {"parameters": self.parameters},
             tags={
                 "corpus.fingerprint": self.fingerprint,
                 "corpus.content_sha256": " ".join(

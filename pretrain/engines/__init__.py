@@ -38,4 +38,9 @@ def build_engine(
     Raises:
         EngineError: it cannot be had here.
     """
-    return PyTorchEngine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)
+    sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
+    if config.name.startswith("zero"):
+        from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 its library takes seconds to import
+
+        return DeepSpeedEngine(config, model, optimizer, seed, world, **sizes)
+    return PyTorchEngine(config, model, optimizer, seed, world, **sizes)

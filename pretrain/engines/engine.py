@@ -79,7 +79,29 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     compile: bool = False
     """Compile each block with torch.compile. It takes a minute or more at the start, and on a CPU a C++ compiler; the
-    gradient then differs by roundings."""
+    gradient then differs by roundings. Not for zero3."""
+    deepspeed: dict[str, Any] = {}
+    """Of zero1, zero2 and zero3: further keys of DeepSpeed's own config, laid over what follows from the recipe."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        zero = self.name.startswith("zero")
+        if self.shards is not None and self.name != "hsdp":
+            raise ValueError(f"engine.shards ({self.shards}) is for hsdp, not for {self.name}")
+        if self.offload and self.name == "ddp":
+            raise ValueError("engine.offload is not for ddp, which holds everything on every rank")
+        if zero and not self.reshard_after_forward:
+            raise ValueError(f"engine.reshard_after_forward=false is for fsdp and hsdp, not for {self.name}")
+        if self.compile and self.name == "zero3":
+            raise ValueError("engine.compile is not for zero3, which gathers parameters from within a block's call")
+        if self.deepspeed and not zero:
+            raise ValueError(f"engine.deepspeed is for zero1, zero2 and zero3, not for {self.name}")
+        for key, field in _SAID_ELSEWHERE.items():
+            section, _, entry = key.rpartition(".")
+            node = self.deepspeed.get(section, {}) if section else self.deepspeed
+            if isinstance(node, dict) and entry in node:
+                raise ValueError(f"engine.deepspeed has {key}, which {field} says")
+        return self
 
     @model_validator(mode="after")
     def _ways_go_together(self) -> Self:
@@ -91,6 +113,21 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
         if self.precision == "fp8" and self.name.startswith("zero"):
             raise ValueError(f"precision fp8 is for ddp, fsdp and hsdp, not for {self.name}; set it to bf16")
         return self
+
+
+_SAID_ELSEWHERE = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "zero_optimization.stage": "engine.name",
+    "zero_optimization.offload_optimizer": "engine.offload",
+}
+"""Keys of DeepSpeed's config that follow from the recipe and cannot differ from it, and what says them."""
 
 
 class EngineError(Exception):

@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.loader import MicroBatch
 from pretrain.engines import Engine, EngineConfig, build_engine
-from pretrain.models import build_model, model_config
+from pretrain.models import ByteModel, build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
 from tests.pretrain.rows import rows_of
@@ -18,21 +18,26 @@ T, ROWS, MICRO_BATCH, STEPS = 32, 7, 2, 30
 WARM_UP = 10
 """Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
 STACK = {"width": 32, "layers": 2, "heads": 2}
+MEGABYTE = {"patch_size": 4, "initial_std": 0.05, "activation": "gelu"}
+"""Of relu, the default, a rounding decides whether what is next to its kink has a gradient."""
 FAMILIES: dict[str, dict[str, Any]] = {
-    "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},
+    "megabyte": MEGABYTE | {"global_model": STACK, "local_model": STACK | {"width": 16}},
     "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},
     "transformer": STACK | {"window": 8},
     "transformer_xl": STACK | {"memory_length": 8},
 }
 
 
-def build(family: str, world: World = ALONE, **engine: Any) -> Engine:
-    """An engine with the first values in it, dropout on."""
+def model(family: str) -> ByteModel:
+    """On the meta device, dropout on."""
     with torch.device("meta"):
-        tree = {"family": family, "sequence_length": T, "dropout": 0.1} | FAMILIES[family]
-        model = build_model(model_config(tree))
+        return build_model(model_config({"family": family, "sequence_length": T, "dropout": 0.1} | FAMILIES[family]))
+
+
+def build(family: str, world: World = ALONE, **engine: Any) -> Engine:
+    """An engine with the first values in it."""
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
-    it = build_engine(config, model, OptimizerConfig(), 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
+    it = build_engine(config, model(family), OptimizerConfig(), 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
     it.begin()
     return it
 

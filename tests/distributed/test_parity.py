@@ -9,8 +9,20 @@ from tests.distributed.parity import FAMILIES, build, checkpointing_of_all, loss
 from tests.distributed.ranks import on_ranks
 
 ENGINES: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp"}, "fsdp offloaded": {"name": "fsdp", "offload": True}},
-    3: {"ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp", "reshard_after_forward": False}},
+    2: {
+        "ddp": {"name": "ddp"},
+        "fsdp": {"name": "fsdp"},
+        "fsdp offloaded": {"name": "fsdp", "offload": True},
+        "zero1": {"name": "zero1"},
+        "zero2": {"name": "zero2"},
+        "zero3": {"name": "zero3"},
+    },
+    3: {
+        "ddp": {"name": "ddp"},
+        "fsdp": {"name": "fsdp", "reshard_after_forward": False},
+        "zero3": {"name": "zero3"},
+        "zero3 checkpointed": {"name": "zero3", "activation_checkpointing": True},
+    },
     4: {"fsdp": {"name": "fsdp"}, "hsdp": {"name": "hsdp", "shards": 2}},
 }
 """By number of ranks; 3 does not divide the 4 micro-batches of a batch."""
