@@ -13,7 +13,7 @@ from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
 from tests.pretrain.rows import rows_of
 
-T, ROWS, MICRO_BATCH, STEPS = 32, 7, 2, 30
+T, ROWS, MICRO_BATCH = 32, 7, 2
 """Four micro-batches, the last of one row."""
 WARM_UP = 10
 """Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
@@ -51,7 +51,7 @@ def micro_batches(step: int, world: World = ALONE) -> list[MicroBatch]:
     return batch[world.rank :: world.size]
 
 
-def losses(it: Engine, steps: range = range(STEPS), world: World = ALONE) -> list[float]:
+def losses(it: Engine, steps: range, world: World = ALONE) -> list[float]:
     """Nats a byte of each step."""
     told = []
     for step in steps:
@@ -61,10 +61,10 @@ def losses(it: Engine, steps: range = range(STEPS), world: World = ALONE) -> lis
     return told
 
 
-def losses_of_all(world: World, cases: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+def losses_of_all(world: World, cases: dict[str, dict[str, Any]], steps: int) -> dict[str, list[float]]:
     """The losses of every family under each of some engine configs."""
     return {
-        f"{family} {name}": losses(build(family, world, **engine), world=world)
+        f"{family} {name}": losses(build(family, world, **engine), range(steps), world)
         for family in FAMILIES
         for name, engine in cases.items()
     }
