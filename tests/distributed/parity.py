@@ -61,11 +61,13 @@ def losses(it: Engine, steps: range, world: World = ALONE) -> list[float]:
     return told
 
 
-def losses_of_all(world: World, cases: dict[str, dict[str, Any]], steps: int) -> dict[str, list[float]]:
+def losses_of_all(
+    world: World, cases: dict[str, dict[str, Any]], families: Sequence[str], steps: int
+) -> dict[str, list[float]]:
     """The losses of every family under each of some engine configs."""
     return {
         f"{family} {name}": losses(build(family, world, **engine), range(steps), world)
-        for family in FAMILIES
+        for family in families
         for name, engine in cases.items()
     }
 

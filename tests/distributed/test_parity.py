@@ -26,6 +26,8 @@ ENGINES: dict[int, dict[str, dict[str, Any]]] = {
     4: {"fsdp": {"name": "fsdp"}, "hsdp": {"name": "hsdp", "shards": 2}},
 }
 """By number of ranks; 3 does not divide the 4 micro-batches of a batch."""
+FAMILIES_OF = {2: tuple(FAMILIES), 3: ("megabyte", "transformer_xl"), 4: tuple(FAMILIES)}
+"""Three ranks are told apart by how micro-batches are dealt, of which a memory makes the most."""
 STEPS = {"fp32": 30, "bf16": 8}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 """Relative. Sums are taken in another order; in bf16, gradients are also rounded after other sums."""
@@ -41,12 +43,14 @@ def together(request: pytest.FixtureRequest) -> tuple[int, str, list[dict[str, l
     """Number of ranks, precision, and the losses of all engines and families on each rank."""
     ranks, precision = request.param
     cases = {name: engine | {"precision": precision} for name, engine in ENGINES[ranks].items()}
-    return ranks, precision, on_ranks(ranks, losses_of_all, cases, STEPS[precision])
+    return ranks, precision, on_ranks(ranks, losses_of_all, cases, FAMILIES_OF[ranks], STEPS[precision])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_those_of_one_process(together: tuple[int, str, list[dict[str, list[float]]]], family: str):
     ranks, precision, of_ranks = together
+    if family not in FAMILIES_OF[ranks]:
+        pytest.skip(f"{family} trains on other numbers of ranks")
     expected = alone(family, precision)
     for of_rank in of_ranks:
         for engine in ENGINES[ranks]:
