@@ -8,6 +8,7 @@ import pytest
 from tests.distributed.parity import FAMILIES, build, checkpointing_of_all, losses, losses_of_all
 from tests.distributed.ranks import on_ranks
 
+pytestmark = pytest.mark.timeout(1500)  # a start of ranks serves many cases
 ENGINES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "ddp": {"name": "ddp"},
