@@ -50,6 +50,8 @@ check: setup ## lint, formatting, types, and the walls between packages
 bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
 	$(BIN)/python benchmarks/training.py --quick
 	$(BIN)/python benchmarks/models.py --quick
+	$(BIN)/python benchmarks/checkpointing.py --quick
+	$(BIN)/python benchmarks/engines.py --quick
 	$(BIN)/python benchmarks/generation.py --quick
 	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/loader.py --quick

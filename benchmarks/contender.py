@@ -80,7 +80,10 @@ def ours(family: str) -> Build:
             sizes = {"latents": LATENTS, "latent_model": wide, "cross_heads": GLOBAL_HEADS}
         tree = {"family": family, "sequence_length": LENGTH, "dropout": 0.0}
         model = build_model(model_config(tree | sizes))
-        ways = {"activation_checkpointing": "recompute" in settings, "compile": "compile" in settings}
+        ways = {
+            "activation_checkpointing": "full" if "recompute" in settings else "none",
+            "compile": "compile" in settings,
+        }
         config = EngineConfig.model_validate({"precision": precision} | ways)
         engine = build_engine(config, model, OptimizerConfig(), seed=0)
         batch = random_batch(*ids.shape)

@@ -19,8 +19,7 @@ import torch
 from batch import random_batch
 from matplotlib.figure import Figure
 
-from pretrain.engines import EngineConfig, build_engine
-from pretrain.meter import peak_memory_bytes
+from pretrain.engines import EngineConfig, build_engine, peak_memory_bytes
 from pretrain.models import build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from report import Metric, report
@@ -74,7 +73,9 @@ def step(family: str, length: int) -> dict[str, float | str | None]:
         "transformer": wide,
     }[family]
     model = build_model(model_config({"family": family, "sequence_length": length, "dropout": 0.0} | sizes))
-    engine = build_engine(EngineConfig(activation_checkpointing=True), model, OptimizerConfig(), seed=0)
+    engine = build_engine(
+        EngineConfig.model_validate({"activation_checkpointing": "full"}), model, OptimizerConfig(), seed=0
+    )
     batch = random_batch(1, length)
     seconds = 0.0
     for _ in range(2 if length < ALONE else 1):

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +17,7 @@ from rich.console import Console
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
-from launchers.local import run_in_process
+from launchers.local import run_in_process, run_processes
 from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
@@ -33,7 +35,7 @@ from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
 from pretrain.words import count_words
-from pretrain.world import World, WorldError
+from pretrain.world import World, WorldError, place_of
 
 app = typer.Typer(
     name="byteloom",
@@ -48,6 +50,21 @@ app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+
+FAULTS = (
+    CorpusError,
+    ConfigError,
+    CheckpointError,
+    EngineError,
+    EvaluationError,
+    FencedError,
+    RunFolderError,
+    SamplingError,
+    TrainingError,
+    WorldError,
+)
+"""What a person can mend, and is told in a line."""
+TRAIN_ENTRY = "pretrain.cli:start"
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
 Overrides = Annotated[
@@ -101,16 +118,31 @@ def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
         resolved.write_text(config.as_yaml(), encoding="utf-8")
-        raise typer.Exit(run_in_process("pretrain.cli:start", resolved))
+        place, processes = place_of(os.environ), config.launch.processes
+        if place is None and processes > 1:
+            log_of = RunFolder(Path(config.run.root) / config.run.name).log_of
+            raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
+        if place is not None and processes not in (1, place.size):
+            raise WorldError(
+                f"launch.processes is {processes}, and another launcher has started {place.size} ranks; leave it to one"
+            )
+        raise typer.Exit(run_in_process(TRAIN_ENTRY, resolved))
 
 
 def start(recipe: Path) -> int:
-    """The train entry that launchers call by name, once a rank."""
+    """The train entry that launchers call by name, once a rank; returns the exit code."""
+    return run(lambda: _train(recipe), FAULTS)
+
+
+def _train(recipe: Path) -> int:
+    place = place_of(os.environ)
+    speak_as(place.rank if place else 0)
     config = configuration.load(recipe)
-    world = World.join(choose_device(config.engine.device).type)
-    speak_as(world.rank)
+    meeting = timedelta(seconds=config.launch.meeting_seconds)
+    world = World.join(choose_device(config.engine.device).type, meeting=meeting)
     try:
-        return train(config, said if world.is_first else Console(quiet=True), world)
+        with world.in_contact():
+            return train(config, said if world.is_first else Console(quiet=True), world)
     finally:
         world.leave()
 
@@ -308,19 +340,7 @@ def _load_model(
 
 def main() -> None:
     """Runs a command."""
-    faults = (
-        CorpusError,
-        ConfigError,
-        CheckpointError,
-        EngineError,
-        EvaluationError,
-        FencedError,
-        RunFolderError,
-        SamplingError,
-        TrainingError,
-        WorldError,
-    )
-    run(app, faults)
+    run(app, FAULTS)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ from pydantic_core import ErrorDetails
 
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.reading import DataConfig
+from launchers.local import LaunchConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
 from pretrain.models import ModelConfig, carries_memory
 from pretrain.optimizers import OptimizerConfig
+from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.train import TrainConfig
@@ -45,6 +47,8 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _memory_finds_its_rows(self) -> Self:
@@ -59,6 +63,15 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             raise ValueError(
                 f"model.memory_length carries each row on into the next batch, for which data.lanes "
                 f"({self.data.lanes}) is to be train.global_batch ({self.train.global_batch})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> Self:
+        if self.optimizer.name == "muon" and self.engine.name != "ddp":
+            raise ValueError(
+                f"optimizer.name muon works on whole matrices, which engine.name {self.engine.name} cuts up; set the "
+                "engine to ddp, or the optimizer to adamw"
             )
         return self
 

@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,8 @@ PLAIN_LINE_SECONDS = 30.0
 """Where there is no terminal, progress is told this often."""
 
 said = Console(stderr=True)
+
+Result = TypeVar("Result")
 
 
 def speak_as(rank: int) -> None:
@@ -41,19 +44,19 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def run(command: Callable[[], object], faults: tuple[type[Exception], ...]) -> None:
+def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> Result:
     """Runs a command, and shows what it logs; a fault that a person can mend is one line and exit code 1.
 
     Args:
         faults: those errors, besides OSError.
     """
-    for name in ("pretrain", "data_pipeline"):
+    for name in ("pretrain", "data_pipeline", "launchers"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         logging.getLogger(name).addHandler(_handler)
     # What the operating system says: a full disk, a folder that may not be written.
     mendable: tuple[type[Exception], ...] = (*faults, OSError)
     try:
-        command()
+        return command()
     except mendable as error:
         for line in str(error).splitlines():
             say(f"error: {line}")

@@ -23,7 +23,6 @@ them.
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,8 +33,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
+from pretrain.engines import CheckpointingConfig
+from pretrain.engines.blocks import recompute
 from pretrain.models import ByteModel, ModelConfig, build_model
 from pretrain.models.nats import CHUNK
 from pretrain.models.unit import Unit
@@ -49,6 +49,7 @@ MANY_ROWS = 64
 hundredths."""
 MOST_ROWS = 1 << 40
 """More than any memory holds: where the search for the largest micro-batch ends."""
+KEEP_ALL = CheckpointingConfig()
 GRADIENT, MASTER, MOMENTS = 4, 4, 8
 """Bytes a parameter, in any precision."""
 
@@ -142,38 +143,37 @@ def _gathered_parameters(model: ByteModel) -> int:
     return model.parameter_count() - sum(blocks) + sum(blocks[:2]) + sum(blocks[:1])
 
 
-def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: bool) -> Line:
+def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig) -> Line:
     """Measured for 1 row, for as many as fill the chunk in which the loss is computed, and for many."""
     chunk = -(-CHUNK // config.sequence_length)
     rows = sorted({1, chunk, max(MANY_ROWS, 2 * chunk)})
     return Line(tuple((count, measure_activations(config, count, dtype, checkpointing).peak) for count in rows))
 
 
-def measure_activations(config: ModelConfig, rows: int, dtype: torch.dtype, checkpointing: bool = False) -> Activations:
-    """Of a micro-batch of full rows, with parameters and activations of a type; see `activations_of`."""
-    ids = torch.empty(rows, config.sequence_length, dtype=torch.int16, device="meta")
-    return activations_of(on_meta(config).to(dtype), ids, checkpointing)
-
-
-def activations_of(model: ByteModel, ids: Tensor, checkpointing: bool = False) -> Activations:
-    """Of a pass over (rows, T) ids, on the meta device or a real one. Use the model for nothing else afterwards.
+def measure_activations(
+    config: ModelConfig, rows: int, dtype: torch.dtype, checkpointing: CheckpointingConfig = KEEP_ALL
+) -> Activations:
+    """Of a micro-batch of full rows, with parameters and activations of a type; see `activations_of`.
 
     Args:
-        checkpointing: each block keeps its inputs alone, and is computed again in the backward pass.
+        checkpointing: not of mode budget, which only a compiler can tell.
     """
-    attention = _FusedAttentionMode if ids.is_meta else nullcontext
+    model = on_meta(config).to(dtype)
+    recompute(checkpointing, model)
+    return activations_of(model, torch.empty(rows, config.sequence_length, dtype=torch.int16, device="meta"))
+
+
+def activations_of(model: ByteModel, ids: Tensor) -> Activations:
+    """Of a pass over (rows, T) ids, on the meta device or a real one. Use the model for nothing else afterwards.
+
+    Its blocks keep for backward what they are told to (`Unit.keeps`).
+    """
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    if checkpointing:
-        again = partial(
-            checkpoint,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), attention()),
-        )
+    if ids.is_meta:
         for block in model.units():
-            block.forward = partial(again, block.forward)
-    with attention(), _LiveTensors() as live:
+            block.forward = partial(_with_fused_attention, block.forward)  # in backward too, where it runs again
+    with _LiveTensors() as live:
         loss = mean_price(model, ids)
         kept = live.bytes
         loss.backward()
@@ -205,6 +205,11 @@ def on_meta(config: ModelConfig) -> ByteModel:
     """A model of shapes without data: the largest costs nothing."""
     with torch.device("meta"):
         return build_model(config)
+
+
+def _with_fused_attention(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    with _FusedAttentionMode():
+        return forward(*arguments)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -286,16 +291,15 @@ class _FusedAttentionMode(TorchFunctionMode):
         bias = kwargs.get("attn_mask")
         if bias is not None and bias.dtype == torch.bool:
             bias = bias.to(q.dtype)  # as the kernels take it
-        return _FusedAttention.apply(q, k, v, bias)
+        return _FusedAttention.apply(q, k, v, bias, kwargs.get("dropout_p", 0.0))
 
 
 class _FusedAttention(torch.autograd.Function):
     """The shapes that go into and out of a fused kernel, and what it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        output = torch.empty_like(q)
-        log_sum = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout)  # of the shapes
         ctx.save_for_backward(q, k, v, bias, output, log_sum)
         return output
 
@@ -303,4 +307,4 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, _, _ = ctx.saved_tensors
         of_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_bias
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_bias, None

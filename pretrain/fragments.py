@@ -13,7 +13,8 @@ class Fragment:
     """
 
     name: str
-    """KIND/PARAMETER, with kind model, exp_avg or exp_avg_sq; memory/NAME for what the model carries in each row."""
+    """KIND/PARAMETER, with kind model, exp_avg and exp_avg_sq (Adam's moments) or momentum_buffer (Muon's); memory/NAME
+    for what the model carries in each row."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
     start: int

@@ -1,11 +1,8 @@
 """Times of a training step, and what follows from them."""
 
 import math
-import resource
-import sys
 import time
-
-import torch
+from collections.abc import Sequence
 
 from pretrain.engines import StepResult
 
@@ -15,39 +12,55 @@ class Meter:
 
     Args:
         flops_a_step: of forward and backward over a global batch.
-        peak: FLOP/s that the device could do.
+        peak: FLOP/s that all devices of the run could do.
     """
 
-    def __init__(self, flops_a_step: float, peak: float, device: torch.device) -> None:
-        self._flops_a_step, self._peak, self._device = flops_a_step, peak, device
-        self._begin = self._data = 0.0
+    def __init__(self, flops_a_step: float, peak: float) -> None:
+        self._flops_a_step, self._peak = flops_a_step, peak
+        self._begin = 0.0
+        self.data_seconds = 0.0
+        """That this rank waited for the step's batch."""
         self.seconds_a_step = 0.0
         """Moving average over about ten steps."""
+        self.peak_memory_by_rank: list[float] = []
 
     def start(self) -> None:
         self._begin = time.perf_counter()
 
     def data_is_here(self) -> None:
-        self._data = time.perf_counter()
+        self.data_seconds = time.perf_counter() - self._begin
 
-    def numbers(self, result: StepResult) -> dict[str, float]:
-        """The step's metrics, by the names the journal and the tracker know them."""
+    def numbers(self, result: StepResult, data_seconds: Sequence[float]) -> dict[str, float]:
+        """The step's metrics, by the names the journal and the tracker know them.
+
+        Those of all ranks together are `bytes_per_second` and `mfu`; of what differs by rank, a name is of the largest,
+        and NAME/least of the smallest, which one process does not have.
+
+        Args:
+            data_seconds: of each rank.
+        """
         seconds = time.perf_counter() - self._begin
         self.seconds_a_step = 0.9 * self.seconds_a_step + 0.1 * seconds if self.seconds_a_step else seconds
-        return {
+        ranks = result.ranks
+        self.peak_memory_by_rank = [rank.peak_memory_bytes for rank in ranks]
+        numbers = {
             "train/bits_per_byte": result.nats / max(result.target_bytes, 1) / math.log(2),
             "gradient_norm": result.gradient_norm,
             "bytes_per_second": result.target_bytes / seconds,
             "step_seconds": seconds,
-            "data_wait_share": (self._data - self._begin) / seconds,
+            "data_wait_share": max(data_seconds) / seconds,
+            "forward_backward_seconds": max(rank.forward_backward for rank in ranks),
+            "optimizer_seconds": max(rank.optimizer for rank in ranks),
             "mfu": self._flops_a_step / seconds / self._peak,
-            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "peak_memory_bytes": max(self.peak_memory_by_rank),
         }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on a CUDA device, or else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+        if len(ranks) > 1:
+            numbers |= {
+                "bytes_per_second/per_rank": numbers["bytes_per_second"] / len(ranks),
+                "communication_seconds": max(rank.communication for rank in ranks),
+                "communication_seconds/least": min(rank.communication for rank in ranks),
+                "forward_backward_seconds/least": min(rank.forward_backward for rank in ranks),
+                "peak_memory_bytes/least": min(self.peak_memory_by_rank),
+                "slowest_rank": max(range(len(ranks)), key=lambda rank: ranks[rank].forward_backward),
+            }
+        return numbers

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from pretrain import config as configuration
 from pretrain.console import printable
-from pretrain.engines import compute_dtype
-from pretrain.footprint import USABLE, Line, Sharding, activation_line, on_meta, shardings
+from pretrain.engines import CheckpointingConfig, compute_dtype
+from pretrain.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
 from pretrain.models import families
 from pretrain.recipes import Recipe, read_recipes
 
@@ -54,12 +54,15 @@ def estimate(
 ) -> None:
     """Say whether a recipe fits into GPUs, sharded in each way, and the largest micro-batch that does.
 
-    Activations are measured without a GPU, with and without activation checkpointing.
+    Activations are measured without a GPU, with and without activation checkpointing: the recipe's, or of every block.
     """
     config = configuration.load(recipe, overrides or [])
     dtype = compute_dtype(config.engine.precision)
     rows = micro_batch or config.train.micro_batch
-    plain, checkpointed = (activation_line(config.model, dtype, checkpointing) for checkpointing in (False, True))
+    checkpointing = config.engine.activation_checkpointing
+    if checkpointing.mode not in ("full", "selective"):
+        checkpointing = CheckpointingConfig(mode="full")
+    plain, checkpointed = (activation_line(config.model, dtype, way) for way in (KEEP_ALL, checkpointing))
     found = shardings(on_meta(config.model), dtype, gpus)
     usable = memory * 2**30 * USABLE
     title = f"{recipe}, GPUs: {gpus} of {memory:g} GiB, micro-batch {rows}, {config.engine.precision}"

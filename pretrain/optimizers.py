@@ -1,12 +1,15 @@
 """The optimizer and its learning rate, a function of the step."""
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Container, Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
 from torch import nn
+from torch.optim import Optimizer
+
+from pretrain.models.byte_model import ByteModel
 
 
 class ScheduleConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -25,11 +28,17 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
     """Share of the run that decays, for wsd."""
 
 
-class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """AdamW (Loshchilov and Hutter 2019), its defaults the MEGABYTE paper's (A.1)."""
+OptimizerName = Literal["adamw", "adam", "muon"]
 
-    name: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+
+class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """The optimizer, its defaults the MEGABYTE paper's (A.1)."""
+
+    name: OptimizerName = "adamw"
+    """Which one. adamw: with decoupled decay (Loshchilov and Hutter 2019), which is also what the MEGABYTE paper's code
+    calls Adam. adam: Kingma and Ba 2015, as Perceiver AR's and Transformer-XL's, without decay. muon: Muon (Jordan
+    2024) for the matrices within blocks, at updates of AdamW's size (Liu et al. 2025), so that one rate serves both,
+    and AdamW for all else. It needs whole matrices: engine.name ddp."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -38,11 +47,22 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
     """Decay of the mean of squared gradients, a step."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay of tensors with two or more axes; norms and pads have none."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Of muon: decay of the mean of its matrices' gradients, a step."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Of matrices, and of tables if `decay_embeddings`; norms, biases and pads have none. Decoupled from the gradient,
+    but with adam a part of it (L2). Null is 0.1, and 0 with adam."""
+    decay_embeddings: bool = True
+    """Whether tables decay too: embeddings, of which most are the output layer as well, and learned positions."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm when theirs is larger."""
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def decay(self) -> float:
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.0 if self.name == "adam" else 0.1
 
 
 def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -62,20 +82,68 @@ def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * (schedule.final_fraction + (1 - schedule.final_fraction) * height)
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with its moments in place (zeros), so that a checkpoint can be read into them before the first step."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+def build_optimizers(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
+    """What together updates every parameter, with moments in place (zeros).
+
+    So a checkpoint can be read into them before the first step. `Optimizer.state` of a parameter has its moments by the
+    names that they have in checkpoints and, but for Muon's, the number of steps done as `step`, an fp32 scalar.
+    """
+    named = dict(model.named_parameters())
+    decays = decaying(config, model)
+    if config.name != "muon":
+        return [_with_moments(adam_of(config, named, decays), "exp_avg", "exp_avg_sq", "step")]
+    in_blocks = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
+    matrices = {name: p for name, p in named.items() if id(p) in in_blocks and p.dim() == 2}
+    rest = {name: p for name, p in named.items() if name not in matrices}
+    muon = torch.optim.Muon(
+        _groups(config, matrices, decays),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
     )
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    adamw = adam_of(config, rest, decays)
+    return [_with_moments(muon, "momentum_buffer"), _with_moments(adamw, "exp_avg", "exp_avg_sq", "step")]
+
+
+def decaying(config: OptimizerConfig, model: ByteModel) -> set[str]:
+    """The names of parameters that decay; told by their modules and shapes, so before an engine cuts them up."""
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        is_table = parameter.dim() >= 2 and not name.endswith("bias")  # where it is no matrix
+        return id(parameter) in matrices or (is_table and config.decay_embeddings)
+
+    return {name for name, parameter in model.named_parameters() if decays(name, parameter)}
+
+
+def adam_of(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Container[str]) -> Optimizer:
+    """Adam, or AdamW, of some parameters by name, without moments."""
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(
+        _groups(config, parameters, decays),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def _groups(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Container[str]
+) -> list[dict[str, Any]]:
+    """Those that decay, and those that do not; either may be missing."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in parameters.items() if name in decays], "weight_decay": config.decay},
+        {"params": [p for name, p in parameters.items() if name not in decays], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _with_moments(optimizer: Optimizer, *names: str) -> Optimizer:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+                for name in names
+            }
     return optimizer

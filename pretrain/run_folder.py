@@ -8,6 +8,7 @@ ROOT/NAME/
     generation         how often the run has been started; see fence.py
     mlflow.json        how far the tracker has been told
     checkpoints/       step-00001200/, …
+    profile/           rank-00000/, …, if the recipe asks for it
 """
 
 import fcntl
@@ -48,6 +49,10 @@ class RunFolder:
     def log_of(self, rank: int) -> Path:
         """What a rank said."""
         return self.path / (f"train.rank-{rank:05d}.log" if rank else "train.log")
+
+    def profile_of(self, rank: int) -> Path:
+        """What a rank's profiler found."""
+        return self.path / "profile" / f"rank-{rank:05d}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -28,4 +28,4 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
-        log.warning("%s: stopping at the next step; once more stops at once, without a checkpoint", self.signal.name)
+        log.info("%s: stopping at the next step; once more stops at once, without a checkpoint", self.signal.name)

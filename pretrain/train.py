@@ -32,7 +32,7 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
-from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, read
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.fence import Fence
@@ -47,7 +47,8 @@ from pretrain.models import (
     model_config,
 )
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
-from pretrain.progress import TrainingProgress, duration
+from pretrain.profiling import ProfileConfig, StepProfiler
+from pretrain.progress import TrainingProgress, duration, size
 from pretrain.provenance import changes, environment, flatten, git_state
 from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
@@ -95,6 +96,8 @@ class Recipe(Protocol):
     def checkpoint(self) -> CheckpointConfig: ...
     @property
     def tracking(self) -> TrackingConfig: ...
+    @property
+    def profile(self) -> ProfileConfig: ...
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
 
@@ -169,6 +172,8 @@ class Run:
         self.checkpoint = self.store.newest_valid(set_aside=True)
         with torch.device("meta"):
             self.model = build_model(recipe.model)
+        self.parameters = self.model.parameter_count()  # while the model is whole
+        self.flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
         self.engine = build_engine(
             recipe.engine,
             self.model,
@@ -182,6 +187,7 @@ class Run:
         if self.checkpoint is None:
             self.engine.begin()
         else:
+            self._refuse_another_optimizer(self.checkpoint)
             read(self.checkpoint, self.engine.fragments())
             state = self.checkpoint.state
             self.engine.restore(state["counters"])
@@ -240,25 +246,21 @@ class Run:
         finally:
             if tracker is not None:
                 tracker.close(status)
+        if self.world.size > 1 and meter.peak_memory_by_rank:
+            log.info("peak memory by rank: %s", ", ".join(size(peak) for peak in meter.peak_memory_by_rank))
         return self._farewell()
 
     def _loop(
         self, batches: Iterator[Batch], meter: Meter, tracker: Tracker | None, progress: TrainingProgress
     ) -> None:
         recipe = self.recipe
+        profiler = StepProfiler(recipe.profile, self.folder.profile_of(self.world.rank), self.engine.device)
+        profiler.announce(self.step, recipe.train.steps)
         while not self.finished:
-            meter.start()
-            batch = self._next_batch(batches)
-            if batch is None:
+            with profiler.step(self.step + 1):
+                metrics = self._do_step(batches, meter)
+            if metrics is None:
                 return
-            meter.data_is_here()
-            rate = learning_rate_at(recipe.optimizer, self.step, recipe.train.steps)
-            result = self._step(batch, rate)
-            self.reading.advance(batch)
-            metrics = meter.numbers(result)
-            (masked,) = self.world.sum(batch.masked)
-            metrics |= {"learning_rate": rate, "masked_bytes": int(masked), "holes": self.reading.holes}
-            metrics |= self._epochs()
             seconds_left = meter.seconds_a_step * (recipe.train.steps - self.step)
             if line := progress.update(self.step, metrics, seconds_left):
                 log.debug(line)
@@ -271,14 +273,29 @@ class Run:
                 with contextlib.suppress(CheckpointError):
                     self._save(tracker)
 
+    def _do_step(self, batches: Iterator[Batch], meter: Meter) -> dict[str, float] | None:
+        """A batch and a step of the optimizer; returns their numbers. None: the run is to stop, and did no step."""
+        meter.start()
+        batch, masked, data_seconds = self._next_batch(batches, meter)
+        if batch is None:
+            return None
+        rate = learning_rate_at(self.recipe.optimizer, self.step, self.recipe.train.steps)
+        result = self._step(batch, rate)
+        self.reading.advance(batch)
+        metrics = meter.numbers(result, data_seconds)
+        metrics |= {"learning_rate": rate, "masked_bytes": masked, "holes": self.reading.holes}
+        return metrics | self._epochs()
+
     def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
         if tracker is not None:
             self.fence.check()
             tracker.log(self.step, metrics)
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """This rank's part of the next batch; None on all ranks once one of them is asked to stop.
+    def _next_batch(self, batches: Iterator[Batch], meter: Meter) -> tuple[Batch | None, int, list[float]]:
+        """This rank's part of the next batch; none on all ranks once one of them is asked to stop.
 
+        Returns:
+            The batch, the bytes masked in it on all ranks, and the seconds that each rank waited for it.
         Raises:
             TrainingError: a rank cannot read on; on all of them.
         """
@@ -290,15 +307,21 @@ class Run:
             if self.world.size == 1:
                 raise
             fault = error
-        stops, faults = self.world.sum(batch is None and fault is None, fault is not None)
-        if faults:
+        meter.data_is_here()
+        stops, faults, masked, data_seconds = zip(
+            *self.world.gather_numbers(
+                batch is None and fault is None, fault is not None, batch.masked if batch else 0, meter.data_seconds
+            ),
+            strict=True,
+        )
+        if any(faults):
             told = self.world.gather(str(fault) if fault else None)
             rank = next(rank for rank, text in enumerate(told) if text is not None)
             raise TrainingError(f"rank {rank} of {self.world.size}: {told[rank]}") from fault
-        if stops:
+        if any(stops):
             self.stop.signal = signal.Signals(max(self.world.gather(self.stop.signal or 0)))
-            return None
-        return batch
+            batch = None
+        return batch, int(sum(masked)), list(data_seconds)
 
     def _epochs(self) -> dict[str, float]:
         """How often the corpus has been read, or each source of a mixture."""
@@ -371,9 +394,7 @@ class Run:
         except CheckpointError:
             self.begun_step = self.saved_step
             raise
-        if self.begun_step != self.saved_step:
-            self.saved_step = self.begun_step
-            log.info("checkpoint %s", self.store.path(self.saved_step))
+        self.saved_step = self.begun_step
 
     def _save_the_last(self, tracker: Tracker | None) -> None:
         """Leaves no step unsaved; what a save before could not write is tried again.
@@ -409,6 +430,19 @@ class Run:
                 "restore what was, or choose another run.name for a new run"
             )
 
+    def _refuse_another_optimizer(self, checkpoint: Metadata) -> None:
+        """Moments are one optimizer's. Its rates and decays may change.
+
+        Raises:
+            CheckpointError: the checkpoint has another's.
+        """
+        then, now = checkpoint.state["config"]["optimizer"]["name"], self.recipe.optimizer.name
+        if then != now:
+            raise CheckpointError(
+                f"{checkpoint.folder} has moments of optimizer.name {then}, not {now}; set it back, or choose another "
+                "run.name for a new run"
+            )
+
     def _rehearse(self) -> Meter:
         """One made-up micro-batch, before data is touched, and what there is to say at the start."""
         recipe = self.recipe
@@ -419,7 +453,7 @@ class Run:
         log.info(
             "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
             recipe.model.family,
-            f"{self.model.parameter_count():,}",
+            f"{self.parameters:,}",
             f"{recipe.engine.name} of {self.world.size} ranks" if self.world.size > 1 else "one process",
             recipe.engine.precision,
             self.engine.device,
@@ -442,15 +476,14 @@ class Run:
             for name, now in (("config", recipe.as_tree()), ("environment", environment())):
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
-        flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
-        return Meter(flops_a_step, peak * self.world.size, self.engine.device)
+        return Meter(self.flops_a_step, peak * self.world.size)
 
     def _open_tracker(self) -> Tracker:
         journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
         description = RunDescription(
             name=self.recipe.run.name,
             identity=self.identity["id"],
-            params=flatten(self.recipe.as_tree()) | {"parameters": self.model.parameter_count()},
+            params=flatten(self.recipe.as_tree()) | {"parameters": self.parameters},
             tags={
                 "corpus.fingerprint": self.fingerprint,
                 "corpus.content_sha256": " ".join(
@@ -516,6 +549,9 @@ def _log_to(path: Path, fence: Fence) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except Exception:
+        log.debug("it cannot go on", exc_info=True)  # in the file; the terminal is told in a line
+        raise
     finally:
         for logger in loggers:
             logger.removeHandler(handler)

@@ -7,20 +7,31 @@ without any of them is a world of its own, and needs no process group.
 
 import json
 import os
+import queue
 import re
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up. A launcher ends them all much sooner when one has died."""
+HANDSHAKE_SECONDS = 20.0
+"""How long whoever listens where ranks meet may take to answer like one of them."""
+COURTESY_SECONDS = 10.0
+"""How long a rank that lost contact keeps it to itself. A launcher has ended it by then, and shows what came first."""
 
 
 class WorldError(Exception):
-    """The processes of a run do not come together."""
+    """The processes of a run do not come together, or have lost each other."""
 
 
 class World:
@@ -37,31 +48,51 @@ class World:
         """None: the default one."""
 
     @classmethod
-    def join(cls, device_type: str, environment: Mapping[str, str] = os.environ) -> Self:
+    def join(
+        cls,
+        device_type: str,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        meeting: timedelta = timedelta(minutes=5),
+    ) -> Self:
         """Comes together with the other processes of the run that the environment speaks of.
 
         Args:
             device_type: cpu or cuda: what tensors of collectives will lie on, beside the hosts' memory.
+            meeting: how long to wait until all are there.
         Raises:
-            WorldError: the environment is incomplete, or the others do not come.
+            WorldError: the environment is wrong, or the others do not come.
         """
-        place = _place(environment)
-        if place is None:
+        place = place_of(environment)
+        if place is None or place.size == 1:
             return cls()
-        rank, size, local_rank, address, port = place
-        if size == 1:
-            return cls()
+        backend = _backend(device_type)
+        # torchrun listens itself, so that ranks it starts again find it there.
+        listens = place.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            dist.init_process_group(
-                _backend(device_type),
-                init_method=f"tcp://{address}:{port}",
-                rank=rank,
-                world_size=size,
-                timeout=PATIENCE,
-            )
-        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-            raise WorldError(f"rank {rank} of {size} cannot meet the others at {address}:{port}: {error}") from error
-        return cls(rank, size, local_rank)
+            with _hushed():
+                store = _meet(place, listens, meeting)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE)
+        except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
+            raise WorldError(f"{place} cannot meet the others: {_first_line(error)}") from error
+        return cls(place.rank, place.size, place.local_rank)
+
+    @contextmanager
+    def in_contact(self) -> Iterator[None]:
+        """Collectives within fail in one line when another rank is gone.
+
+        Raises:
+            WorldError: it is. Not at once: the rank that failed speaks first.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_lost_contact(error):
+                raise
+            time.sleep(COURTESY_SECONDS)
+            raise WorldError(
+                f"rank {self.rank} of {self.size} lost contact with another rank: {_first_line(error)}"
+            ) from error
 
     @property
     def is_first(self) -> bool:
@@ -80,6 +111,15 @@ class World:
         total = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(total, group=self._group)
         return total.tolist()
+
+    def gather_numbers(self, *numbers: float) -> list[list[float]]:
+        """What each rank says, by rank, on all of them: as many numbers from each, in double precision."""
+        own = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return [own.tolist()]
+        told = torch.empty(self.size * len(numbers), dtype=torch.float64)
+        dist.all_gather_single(told, own)
+        return told.view(self.size, -1).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank says, by rank, on all of them. A value is JSON."""
@@ -138,31 +178,157 @@ def _backend(device_type: str) -> str:
     return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
-def _place(environment: Mapping[str, str]) -> tuple[int, int, int, str, int] | None:
-    """Rank, world size, local rank, address and port; None in a process that no launcher started."""
+class Place(NamedTuple):
+    """Of one process among those that a launcher started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+    """Where the first rank waits for the others."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size} at {self.address}:{self.port}"
+
+
+def place_of(environment: Mapping[str, str]) -> Place | None:
+    """The place that a launcher gave this process; None if none did.
+
+    Raises:
+        WorldError: the environment is incomplete, or makes no sense.
+    """
     if "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in names if name not in environment]:
             raise WorldError(f"WORLD_SIZE is set, but not {', '.join(missing)}; a launcher sets all of {names}")
-        rank, size, local_rank, address, port = (environment[name] for name in names)
-        return int(rank), int(size), int(local_rank), address, int(port)
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return (
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_STEP_NUM_TASKS"]),
-            int(environment["SLURM_LOCALID"]),
-            environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-            int(environment.get("MASTER_PORT") or slurm_port(environment)),
+        rank, size, local_rank, port = (_number(environment, name) for name in names if name != "MASTER_ADDR")
+        place = Place(rank, size, local_rank, environment["MASTER_ADDR"], port)
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1:
+        place = Place(
+            _number(environment, "SLURM_PROCID"),
+            _number(environment, "SLURM_STEP_NUM_TASKS"),
+            _number(environment, "SLURM_LOCALID"),
+            environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "")),
+            _number(environment, "MASTER_PORT", str(slurm_port(environment))),
         )
-    return None
+    else:
+        return None
+    if not (0 <= place.rank < place.size and 0 < place.port < 2**16):
+        raise WorldError(f"the environment makes no sense: {place}")
+    return place
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name) or default
+    if not text.isdecimal():
+        raise WorldError(f"{name} is {text!r} in the environment; a launcher sets a whole number")
+    return int(text)
 
 
 def first_host(nodes: str) -> str:
-    """The first of a Slurm list of hosts, such as node[03-05,9],login1."""
-    name, bracket, rest = re.match(r"([^\[,]+)(\[?)(.*)", nodes).groups()  # type: ignore[union-attr]
-    return name + re.split(r"[-,\]]", rest)[0] if bracket else name
+    """The first of a Slurm list of hosts, such as node[03-05,9],login1.
+
+    Raises:
+        WorldError: there is none.
+    """
+    first = re.match(r"([^\[,]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise WorldError(f"SLURM_STEP_NODELIST is {nodes!r} in the environment; Slurm sets a list of hosts")
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
     """A port for a job step to meet at: the same on all its nodes, and another for the step after it."""
-    return 20_000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])) % 20_000
+    step = _number(environment, "SLURM_JOB_ID") * 7 + _number(environment, "SLURM_STEP_ID")
+    return 20_000 + step % 12_000  # below those that Linux gives to connections
+
+
+def _meet(place: Place, listens: bool, limit: timedelta) -> dist.Store:
+    """The store in which the ranks leave each other notes, once all of them are there.
+
+    Raises:
+        WorldError, RuntimeError, OSError: the place is taken, or some do not come.
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    if not listens:
+        _wait_for_listener(place, deadline)
+    store = _connect(place, listens)
+    store.set(f"here/{place.rank}", "")
+    left = max(deadline - time.monotonic(), 1.0)
+    try:
+        store.wait([f"here/{rank}" for rank in range(place.size)], timedelta(seconds=left))
+    except dist.DistStoreError as error:
+        missing = [str(rank) for rank in range(place.size) if not store.check([f"here/{rank}"])]
+        raise WorldError(
+            f"{place}: not here within {limit.total_seconds():.0f} s: rank {', '.join(missing)}"
+        ) from error
+    return store
+
+
+def _connect(place: Place, listens: bool) -> dist.Store:
+    """The store, where there is a listener.
+
+    Raises:
+        WorldError: it is none of ours.
+    """
+    answers: queue.SimpleQueue[dist.Store | RuntimeError] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            answers.put(dist.TCPStore(place.address, place.port, is_master=listens, wait_for_workers=False))
+        except RuntimeError as error:
+            answers.put(error)
+
+    # In a thread, as torch waits for ever for a listener that says nothing.
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        answer = answers.get(timeout=HANDSHAKE_SECONDS)
+    except queue.Empty:
+        answer = RuntimeError("no answer")
+    if not isinstance(answer, RuntimeError):
+        return answer
+    if not listens:
+        raise WorldError(f"{place}: what listens there is no rank of a run; choose another MASTER_PORT") from answer
+    if "EADDRINUSE" in str(answer):
+        raise WorldError(f"{place}: the port is in use by another process; choose another MASTER_PORT") from answer
+    raise answer
+
+
+def _wait_for_listener(place: Place, deadline: float) -> None:
+    """Returns once somebody listens where the ranks meet; torch would wait a multiple of its limit.
+
+    Raises:
+        OSError: nobody does in time.
+    """
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Within, native code writes nothing on standard error: what it has to say is in what it raises."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether this is what gloo or NCCL raise when another rank is gone: they say so in the text alone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -150,11 +150,16 @@ def read(metadata: Metadata, fragments: Sequence[Fragment]) -> None:
     """Fills live fragments from a verified checkpoint, whatever ranges it was written in.
 
     Raises:
-        CheckpointError: the checkpoint is of another model; nothing was changed.
+        CheckpointError: the checkpoint is of another model or optimizer; nothing was changed.
     """
     for fragment in fragments:
         stored = metadata.tensors.get(fragment.name)
         if stored is None:
+            kind, _, parameter = fragment.name.partition("/")
+            if f"model/{parameter}" in metadata.tensors:
+                raise CheckpointError(
+                    f"{metadata.folder} is of another optimizer: it has no {kind} of parameter {parameter}"
+                )
             raise CheckpointError(f"{metadata.folder} is of another model: it has no tensor {fragment.name}")
         if stored.shape != fragment.shape:
             raise CheckpointError(

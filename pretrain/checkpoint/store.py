@@ -130,6 +130,7 @@ class CheckpointStore:
     def _write_behind(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> None:
         try:
             self._write(self.path(step), fragments, state)
+            log.info("checkpoint %s", self.path(step))
         except Exception as error:  # told at once, and raised by `finish`
             self._fault = error
             log.error("checkpoint of step %d: %s", step, error)

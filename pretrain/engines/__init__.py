@@ -1,21 +1,25 @@
 """Engines, behind one protocol (engine.py)."""
 
 from pretrain.engines.base import choose_device, compute_dtype
-from pretrain.engines.engine import Engine, EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.phases import RankStep, peak_memory_bytes
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
 
 __all__ = [
+    "CheckpointingConfig",
     "Engine",
     "EngineConfig",
     "EngineError",
     "NonFiniteError",
+    "RankStep",
     "StepResult",
     "build_engine",
     "choose_device",
     "compute_dtype",
+    "peak_memory_bytes",
 ]
 
 
@@ -34,4 +38,9 @@ def build_engine(
     Raises:
         EngineError: it cannot be had here.
     """
-    return PyTorchEngine(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)
+    sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
+    if config.name.startswith("zero"):
+        from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 its library takes seconds to import
+
+        return DeepSpeedEngine(config, model, optimizer, seed, world, **sizes)
+    return PyTorchEngine(config, model, optimizer, seed, world, **sizes)

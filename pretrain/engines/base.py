@@ -8,6 +8,7 @@ Engines differ in how they hold parameters, in the backward pass and in the upda
 """
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.seeds import seed_of
@@ -59,6 +61,9 @@ class BaseEngine(ABC):
         """By this rank's micro-batches: their rows of the global batch."""
         self._global_batch = global_batch
         self._memory: dict[int, Memory] = {}
+        self._clock = Clock(self.device)
+        self._pass_times = PassTimes(self._clock)
+        """Of the step that is under way."""
 
     @abstractmethod
     def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -118,10 +123,13 @@ class BaseEngine(ABC):
     def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
         scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
         own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
+        counted = time.perf_counter()
         target_bytes = int(self._world.sum(own_bytes)[0])
+        waited = time.perf_counter() - counted
         scale = self._world.size / max(target_bytes, 1)  # engines take the mean over ranks of what is a sum
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         carried: dict[int, Memory] = {}
+        times = self._pass_times = PassTimes(self._clock)
         for number, (micro_batch, scored) in enumerate(zip(micro_batches, scored_targets, strict=True), 1):
             self._prepare(last=number == self._passes)
             torch.manual_seed(self._seed_of(micro_batch, step))
@@ -129,12 +137,22 @@ class BaseEngine(ABC):
             targets = torch.from_numpy(scored).to(self.device)
             row_nats, carried[micro_batch.index] = self._forward(ids, self._memory.get(micro_batch.index, {}))
             batch_nats = torch.where(targets, row_nats, 0.0).sum()
-            self._backward(batch_nats * scale)
+            self._backward_watched(batch_nats * scale)
             nats += batch_nats.detach()
         for number in range(len(micro_batches) + 1, self._passes + 1):
             self._idle_pass(last=number == self._passes)
-        (all_nats,) = self._world.sum(nats.item())
+        passed = self._clock.mark()
         norm = self._update(learning_rate)
+        updated = self._clock.mark()
+        own = RankStep(
+            nats=nats.item(),
+            forward_backward=self._clock.seconds(times.begin, times.computed) - times.waited,
+            optimizer=self._clock.seconds(passed, updated),
+            communication=waited + times.waited + self._clock.seconds(times.computed, passed),
+            peak_memory_bytes=peak_memory_bytes(self.device),
+        )
+        ranks = own.told_to_all(self._world)
+        all_nats = math.fsum(rank.nats for rank in ranks)
         if not np.isfinite(norm):
             fault = self._describe_non_finite(all_nats)
             self._drop_gradient()
@@ -142,7 +160,7 @@ class BaseEngine(ABC):
         for index, memory in carried.items():
             for name, tensor in memory.items():
                 self._memory[index][name].copy_(tensor)
-        return StepResult(all_nats, target_bytes, norm)
+        return StepResult(all_nats, target_bytes, norm, ranks)
 
     def nats(self, ids: Ids) -> Tensor:
         self.model.eval()
@@ -175,7 +193,11 @@ class BaseEngine(ABC):
         self._prepare(last=last)
         ids = torch.zeros(1, self.model.sequence_length, dtype=torch.long, device=self.device)
         nats, _ = self._forward(ids, self._empty_memory(1))
-        self._backward(0.0 * nats.sum())
+        self._backward_watched(0.0 * nats.sum())
+
+    def _backward_watched(self, loss: Tensor) -> None:
+        self._pass_times.watch(loss)
+        self._backward(loss)
 
     def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
         """The targets of a micro-batch that the model will score: (rows, T)."""
@@ -212,7 +234,7 @@ def _widened(rows: Rows, device: torch.device) -> Tensor:
 
 def compute_dtype(precision: str) -> torch.dtype:
     """The type of parameters and activations under a precision of EngineConfig."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -6,10 +6,13 @@ as it gathers, and adds up over ranks and passes in fp32.
 """
 
 import math
+import time
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -18,10 +21,11 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.engines.base import BaseEngine, materialize
+from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.engine import EngineConfig, EngineError
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
-from pretrain.optimizers import OptimizerConfig, build_optimizer
+from pretrain.optimizers import OptimizerConfig, build_optimizers
 from pretrain.world import ALONE, World
 
 
@@ -39,11 +43,7 @@ class PyTorchEngine(BaseEngine):
     ) -> None:
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
         model.train()
-        for unit in model.units():
-            # The order matters: what is recomputed is compiled, and what is gathered is neither.
-            unit.recomputed = config.activation_checkpointing
-            if config.compile:
-                unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
+        prepare_blocks(config, model, self.device)
         self._shards = 1 if config.name == "ddp" else _shards(config, world.size)
         """Ranks that hold one whole model between them."""
         if config.name == "ddp":
@@ -56,7 +56,7 @@ class PyTorchEngine(BaseEngine):
         else:
             self._module = self._sharded(config)
             materialize(model, torch.device("cpu") if config.offload else self.device)
-        self._optimizer = build_optimizer(optimizer, model.parameters())
+        self._optimizers = build_optimizers(optimizer, model)
         self._clip_norm = optimizer.clip_norm
         self.forget()
 
@@ -77,8 +77,18 @@ class PyTorchEngine(BaseEngine):
         for unit in self.model.units():
             fully_shard(unit, **how)
         fully_shard(self.model, **how)
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    gather: Any = _Blocking(dist.all_gather_single, self._waited)
+                    scatter: Any = _Blocking(dist.reduce_scatter_single, self._waited)
+                    module.set_custom_all_gather(gather)
+                    module.set_custom_reduce_scatter(scatter)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
         return self.model
+
+    def _waited(self, seconds: float) -> None:
+        self._pass_times.wait(seconds)
 
     def fragments(self) -> list[Fragment]:
         return self._parameter_fragments() + self._memory_fragments()
@@ -89,18 +99,22 @@ class PyTorchEngine(BaseEngine):
         return own + self._memory_fragments()
 
     def counters(self) -> dict[str, int]:
-        return {"optimizer_steps": int(next(iter(self._optimizer.state.values()))["step"])}
+        return {"optimizer_steps": int(next(state["step"] for state in self._states().values() if "step" in state))}
 
     def restore(self, counters: dict[str, int]) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(counters["optimizer_steps"])
+        for state in self._states().values():
+            if "step" in state:
+                state["step"].fill_(counters["optimizer_steps"])
+
+    def _states(self) -> dict[Tensor, dict[str, Tensor]]:
+        return {parameter: state for optimizer in self._optimizers for parameter, state in optimizer.state.items()}
 
     def _parameter_fragments(self) -> list[Fragment]:
-        fragments = []
+        fragments, states = [], self._states()
         for name, parameter in self.model.named_parameters():
-            state = self._optimizer.state[parameter]
+            moments = {kind: tensor for kind, tensor in states[parameter].items() if kind != "step"}
             fragments.append(self._fragment(f"model/{name}", parameter))
-            fragments.extend(self._fragment(f"{moment}/{name}", state[moment]) for moment in ("exp_avg", "exp_avg_sq"))
+            fragments.extend(self._fragment(f"{kind}/{name}", moment) for kind, moment in moments.items())
         return fragments
 
     def _fragment(self, name: str, tensor: Tensor) -> Fragment:
@@ -128,9 +142,10 @@ class PyTorchEngine(BaseEngine):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
             self._drop_gradient()
         return norm.item()
 
@@ -142,7 +157,23 @@ class PyTorchEngine(BaseEngine):
         ]
 
     def _drop_gradient(self) -> None:
-        self._optimizer.zero_grad()
+        self.model.zero_grad()
+
+
+class _Blocking:
+    """A collective of FSDP2 that blocks the host, as all of gloo's do, and tells for how long."""
+
+    def __init__(self, collective: Callable[..., Any], waited: Callable[[float], None]) -> None:
+        self._collective, self._waited = collective, waited
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **how: Any) -> Any:
+        begin = time.perf_counter()
+        work = self._collective(output_tensor, input_tensor, **how)
+        self._waited(time.perf_counter() - begin)
+        return work
 
 
 class _Cast(nn.Module):

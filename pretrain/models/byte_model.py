@@ -89,7 +89,11 @@ class ByteModel(nn.Module, ABC):
 
     def units(self) -> list[Unit]:
         """Its blocks: what is compiled, and what is computed again in backward, one at a time."""
-        return [module for module in self.modules() if isinstance(module, Unit)]
+        return [unit for stack in self.stacks().values() for unit in stack]
+
+    def stacks(self) -> dict[str, list[Unit]]:
+        """Its blocks by the name of their pile, each from its first to its last; most models have one."""
+        return {"blocks": units_of(self)}
 
     @abstractmethod
     def scored(self, length: int) -> slice:
@@ -153,3 +157,8 @@ class ByteModel(nn.Module, ABC):
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def units_of(module: nn.Module) -> list[Unit]:
+    """The blocks within a module, in order."""
+    return [inner for inner in module.modules() if isinstance(inner, Unit)]

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.models.byte_model import ByteModel, Initial
+from pretrain.models.byte_model import ByteModel, Initial, units_of
 from pretrain.models.layers import (
     Activation,
     Attention,
@@ -36,6 +36,7 @@ from pretrain.models.layers import (
     initial_of,
     rotate,
 )
+from pretrain.models.unit import Unit
 
 FILTER_SIZES = (3, 5, 7)
 """Of the convolutional patch encoder, in order (section 2.3.1)."""
@@ -185,6 +186,9 @@ class Megabyte(ByteModel):
     def head_weights(self) -> tuple[Tensor, None]:
         """The local embedding table itself (equation 6)."""
         return self.local_embedding.weight, None
+
+    def stacks(self) -> dict[str, list[Unit]]:
+        return {"global": units_of(self.global_stack), "local": units_of(self.local_stack)}
 
     def scored(self, length: int) -> slice:
         return slice(0, length)

@@ -1,5 +1,6 @@
 """The same training on any engine and any number of ranks: what tests run on each rank."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,31 +8,36 @@ import torch
 
 from data_pipeline.loader import MicroBatch
 from pretrain.engines import Engine, EngineConfig, build_engine
-from pretrain.models import build_model, model_config
+from pretrain.models import ByteModel, build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
 from tests.pretrain.rows import rows_of
 
-T, ROWS, MICRO_BATCH, STEPS = 32, 7, 2, 30
+T, ROWS, MICRO_BATCH = 32, 7, 2
 """Four micro-batches, the last of one row."""
 WARM_UP = 10
 """Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
 STACK = {"width": 32, "layers": 2, "heads": 2}
+MEGABYTE = {"patch_size": 4, "initial_std": 0.05, "activation": "gelu"}
+"""Of relu, the default, a rounding decides whether what is next to its kink has a gradient."""
 FAMILIES: dict[str, dict[str, Any]] = {
-    "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},
+    "megabyte": MEGABYTE | {"global_model": STACK, "local_model": STACK | {"width": 16}},
     "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},
     "transformer": STACK | {"window": 8},
     "transformer_xl": STACK | {"memory_length": 8},
 }
 
 
-def build(family: str, world: World = ALONE, **engine: Any) -> Engine:
-    """An engine with the first values in it, dropout on."""
+def model(family: str) -> ByteModel:
+    """On the meta device, dropout on."""
     with torch.device("meta"):
-        tree = {"family": family, "sequence_length": T, "dropout": 0.1} | FAMILIES[family]
-        model = build_model(model_config(tree))
+        return build_model(model_config({"family": family, "sequence_length": T, "dropout": 0.1} | FAMILIES[family]))
+
+
+def build(family: str, world: World = ALONE, **engine: Any) -> Engine:
+    """An engine with the first values in it."""
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
-    it = build_engine(config, model, OptimizerConfig(), 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
+    it = build_engine(config, model(family), OptimizerConfig(), 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
     it.begin()
     return it
 
@@ -45,7 +51,7 @@ def micro_batches(step: int, world: World = ALONE) -> list[MicroBatch]:
     return batch[world.rank :: world.size]
 
 
-def losses(it: Engine, steps: range = range(STEPS), world: World = ALONE) -> list[float]:
+def losses(it: Engine, steps: range, world: World = ALONE) -> list[float]:
     """Nats a byte of each step."""
     told = []
     for step in steps:
@@ -55,10 +61,26 @@ def losses(it: Engine, steps: range = range(STEPS), world: World = ALONE) -> lis
     return told
 
 
-def losses_of_all(world: World, cases: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+def losses_of_all(
+    world: World, cases: dict[str, dict[str, Any]], families: Sequence[str], steps: int
+) -> dict[str, list[float]]:
     """The losses of every family under each of some engine configs."""
     return {
-        f"{family} {name}": losses(build(family, world, **engine), world=world)
-        for family in FAMILIES
+        f"{family} {name}": losses(build(family, world, **engine), range(steps), world)
+        for family in families
         for name, engine in cases.items()
     }
+
+
+def checkpointing_of_all(world: World, modes: Sequence[str], precision: str) -> dict[str, tuple[list[float], bytes]]:
+    """The losses of a few steps of every family under FSDP2 with each mode of activation checkpointing.
+
+    And all bits of this rank's masters and moments after them.
+    """
+    told = {}
+    for family in FAMILIES:
+        for mode in modes:
+            it = build(family, world, name="fsdp", precision=precision, activation_checkpointing=mode)
+            of_steps = losses(it, range(4), world)
+            told[f"{family} {mode}"] = of_steps, b"".join(f.data.numpy().tobytes() for f in it.fragments())
+    return told

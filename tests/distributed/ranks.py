@@ -30,7 +30,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     try:
         told = {}
         for _ in processes:
-            rank, fault, value = answers.get(timeout=300)
+            rank, fault, value = answers.get(timeout=900)
             assert fault is None, f"rank {rank}:\n{fault}"
             told[rank] = value
         for process in processes:

@@ -124,6 +124,13 @@ def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Pat
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_checkpoint_of_another_optimizer(byteloom: Run, recipe: Path, trained: Path):
+    config = (trained / "config.yaml").read_text()
+    message = refused(byteloom, "train", recipe, "train.steps=1000", "optimizer.name=adam")
+    assert "has moments of optimizer.name adamw, not adam; set it back" in message
+    assert (trained / "config.yaml").read_text() == config
+
+
 def test_a_changed_corpus_under_a_resumed_run(byteloom: Run, recipe: Path, trained: Path, folder: Path):
     config = (trained / "config.yaml").read_text()
     byteloom("prepare", "files", "--out", "out")

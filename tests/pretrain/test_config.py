@@ -109,6 +109,35 @@ def test_each_family_has_its_own_fields(file: Path):
     assert refusal(file, "model.family=transformer_xl").endswith("model.memory_length is missing")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("optimizer.name=muon", "engine.name=fsdp"), "optimizer.name muon works on whole matrices, which engine.name"),
+        (("engine.activation_checkpointing=budget",), "mode budget needs compile"),
+        (("engine.activation_checkpointing=selective", "engine.compile=true"), "take budget, or full"),
+        (("engine.precision=fp8", "engine.name=zero2"), "precision fp8 is for ddp, fsdp and hsdp, not for zero2"),
+        (("engine.activation_checkpointing=fll",), 'engine.activation_checkpointing.mode is "fll"; input should be'),
+        (("engine.activation_checkpointing=true",), "engine.activation_checkpointing is true; input should be an obj"),
+        (("engine.activation_checkpointing={mod: full}",), "CheckpointingConfig (did you mean mode?)"),
+        (
+            ("engine.compile=true", "engine.activation_checkpointing={mode: budget, every: 2}"),
+            "mode budget is for all blocks",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_a_line(file: Path, overrides: tuple[str, ...], said: str):
+    message = refusal(file, *overrides)
+    assert said in message
+    assert "\n" not in message
+
+
+def test_the_mode_of_checkpointing_stands_for_its_section(file: Path):
+    short = load(file, ["engine.activation_checkpointing=full"])
+    assert short == load(file, ["engine.activation_checkpointing.mode=full"])
+    named = load(file, ["engine.activation_checkpointing={mode: full, every: 2, stacks: [global]}"])
+    assert named.engine.activation_checkpointing.stacks == ("global",)
+
+
 def test_a_wrong_type_in_the_file_names_its_line(file: Path):
     file.write_text(file.read_text().replace("sequence_length: 64", "sequence_length: long"))
     assert refusal(file).startswith(f'{file}:5: model.sequence_length is "long"')

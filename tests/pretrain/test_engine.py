@@ -1,17 +1,24 @@
 """The engine's laws: accumulation, determinism, precision, refusal of broken gradients."""
 
+import importlib.util
+import typing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR
-from pretrain.engines import EngineConfig, NonFiniteError
+from pretrain.checkpoint import CheckpointError, CheckpointStore, read, verify
+from pretrain.engines import EngineConfig, EngineError, NonFiniteError
+from pretrain.engines.blocks import multiply_in_float8
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models import build_model, model_config
-from pretrain.optimizers import OptimizerConfig
+from pretrain.models.unit import keeps
+from pretrain.optimizers import OptimizerConfig, OptimizerName
 from tests.pretrain.rows import rows_of
 
 T = 32
@@ -30,13 +37,14 @@ def engine(
     precision: str = "fp32",
     dropout: float = 0.0,
     family: str = "megabyte",
-    ways: tuple[str, ...] = (),
+    ways: dict[str, object] | None = None,
+    changes: dict[str, object] | None = None,
     **optimizer: object,
 ) -> PyTorchEngine:
-    """`ways` are switches of EngineConfig to turn on."""
+    """`ways` are further fields of EngineConfig, `changes` of the model's."""
     torch.manual_seed(0)
-    tree = {"family": family, "sequence_length": T, "dropout": dropout} | FAMILIES[family]
-    config = EngineConfig.model_validate({"precision": precision, "device": "cpu"} | dict.fromkeys(ways, True))
+    tree = {"family": family, "sequence_length": T, "dropout": dropout} | FAMILIES[family] | (changes or {})
+    config = EngineConfig.model_validate({"precision": precision, "device": "cpu"} | (ways or {}))
     model = build_model(model_config(tree))
     return PyTorchEngine(config, model, OptimizerConfig(**optimizer), seed=3, global_batch=8, micro_batch=8)
 
@@ -124,21 +132,101 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_names_a_parameter():
         assert torch.equal(fragment.data.nan_to_num(), earlier.nan_to_num())
 
 
+CHECKPOINTING: list[object] = ["full", "selective", {"mode": "selective", "every": 2}]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_changes_no_bit(family: str, precision: str):
     """Dropout and random crops included."""
     plain = engine(precision, dropout=0.3, family=family)
-    again = engine(precision, dropout=0.3, family=family, ways=("activation_checkpointing",))
+    expected = train(plain, 8)
+    for how in CHECKPOINTING:
+        again = engine(precision, dropout=0.3, family=family, ways={"activation_checkpointing": how})
+        assert train(again, 8) == expected, how
+        for a, b in zip(again.fragments(), plain.fragments(), strict=True):
+            assert torch.equal(a.data, b.data), (how, a.name)
+
+
+@pytest.mark.parametrize("activation", ["relu", "squared_relu", "gelu", "swiglu"])
+def test_what_is_kept_of_a_block_is_what_it_was(activation: str):
+    """Also where an activation writes over a product that is kept."""
+    plain, again = (
+        engine(dropout=0.3, ways={"activation_checkpointing": mode}, changes={"activation": activation})
+        for mode in ("none", "selective")
+    )
     assert train(again, 8) == train(plain, 8)
-    for a, b in zip(again.fragments(), plain.fragments(), strict=True):
+
+
+def test_blocks_are_chosen_by_stack_and_number():
+    def kept(**how: object) -> list[str]:
+        three = STACK | {"layers": 3}
+        it = engine(ways={"activation_checkpointing": how}, changes={"global_model": three, "local_model": three})
+        return [unit.keeps for units in it.model.stacks().values() for unit in units]
+
+    assert kept(mode="none") == ["all"] * 6
+    assert kept(mode="full") == ["input"] * 6
+    assert kept(mode="selective", every=2) == ["products", "all", "products"] * 2
+    assert kept(mode="full", every=3, stacks=["local"]) == ["all"] * 3 + ["input", "all", "all"]
+    with pytest.raises(EngineError, match="the model has no stack gobal; it has global, local"):
+        kept(mode="full", stacks=["gobal"])
+    with pytest.raises(EngineError, match="has no stack global; it has blocks"):
+        engine(family="transformer", ways={"activation_checkpointing": {"mode": "full", "stacks": ["global"]}})
+
+
+def test_selective_checkpointing_keeps_attention_that_draws_nothing():
+    """Attention that drops weights takes random numbers, in the recomputed pass as well."""
+    q = torch.zeros(1, 1, 2, 8)
+    for attention in (
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ):
+        assert keeps(None, attention, q, q, q) == CheckpointPolicy.MUST_SAVE
+        assert keeps(None, attention, q, q, q, 0.0, is_causal=True) == CheckpointPolicy.MUST_SAVE
+        assert keeps(None, attention, q, q, q, 0.1, is_causal=True) == CheckpointPolicy.PREFER_RECOMPUTE
+        assert keeps(None, attention, q, q, q, dropout_p=0.1) == CheckpointPolicy.PREFER_RECOMPUTE
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    assert keeps(None, efficient, q, q, q, None, True, 0.1) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert keeps(None, torch.ops.aten.add.Tensor, q, q) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_float8_is_refused_where_it_cannot_be_had():
+    with pytest.raises(EngineError, match=r"needs CUDA of compute capability 8\.9 or more, which cpu is not"):
+        engine("fp8")
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(EngineError, match="needs torchao: pip install torchao"):
+            multiply_in_float8(engine().model)
+
+
+@pytest.mark.parametrize("name", typing.get_args(OptimizerName))
+def test_each_optimizer_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_path: Path):
+    whole, first, second = (engine(dropout=0.3, name=name) for _ in range(3))
+    expected = train(whole, 4, steps=4)
+    train(first, 4, steps=2)
+    store = CheckpointStore(tmp_path, keep=1)
+    folder = store.save(2, first.owned_fragments(), {})
+    read(verify(folder), second.fragments())
+    second.restore(first.counters())
+    assert second.counters() == {"optimizer_steps": 2}
+    assert [second.train_step(batch(4, seed=step), step=step, learning_rate=1e-2).nats for step in (2, 3)] == expected[
+        2:
+    ]
+    for a, b in zip(second.fragments(), whole.fragments(), strict=True):
         assert torch.equal(a.data, b.data), a.name
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path):
+    folder = CheckpointStore(tmp_path, keep=1).save(0, engine().owned_fragments(), {})
+    with pytest.raises(CheckpointError, match="is of another optimizer: it has no momentum_buffer of parameter "):
+        read(verify(folder), engine(name="muon").fragments())
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("checkpointing", ["none", "full", "budget"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_blocks_compute_the_same_up_to_rounding(family: str):
-    plain, compiled = engine(family=family), engine(family=family, ways=("compile", "activation_checkpointing"))
+def test_compiled_blocks_compute_the_same_up_to_rounding(family: str, checkpointing: str):
+    ways = {"compile": True, "activation_checkpointing": checkpointing}
+    plain, compiled = engine(family=family), engine(family=family, ways=ways)
     assert train(compiled, 8, steps=1) == pytest.approx(train(plain, 8, steps=1), rel=1e-6)
     for a, b in zip(compiled.fragments(), plain.fragments(), strict=True):
         if a.name.startswith("exp_avg/"):

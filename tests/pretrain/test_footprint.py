@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.config import load
+from pretrain.engines import CheckpointingConfig
+from pretrain.engines.blocks import recompute
+from pretrain.engines.engine import CheckpointingMode
 from pretrain.footprint import (
     MANY_ROWS,
     States,
@@ -68,12 +71,12 @@ def test_what_is_kept_is_what_autograd_saves_on_a_cpu(name: str, overrides: tupl
 
 
 @small_recipes
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_meta_device_holds_what_a_cpu_holds(name: str, overrides: tuple[str, ...], checkpointing: bool):
-    config = model_of(name, overrides)
-    assert measure_activations(config, ROWS, torch.float32, checkpointing) == activations_of(
-        *passes_on_cpu(config), checkpointing
-    )
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_the_meta_device_holds_what_a_cpu_holds(name: str, overrides: tuple[str, ...], mode: CheckpointingMode):
+    config, checkpointing = model_of(name, overrides), CheckpointingConfig(mode=mode)
+    model, ids = passes_on_cpu(config)
+    recompute(checkpointing, model)
+    assert measure_activations(config, ROWS, torch.float32, checkpointing) == activations_of(model, ids)
 
 
 @small_recipes
@@ -95,12 +98,12 @@ def test_the_peak_is_what_the_cpus_allocator_sees_to_a_twentieth(name: str, over
     assert measure_activations(config, ROWS, torch.float32).peak == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full"])
 @small_recipes
 def test_the_line_through_measurements_is_the_truth_to_a_fiftieth(
-    name: str, overrides: tuple[str, ...], checkpointing: bool
+    name: str, overrides: tuple[str, ...], mode: CheckpointingMode
 ):
-    config = model_of(name, overrides)
+    config, checkpointing = model_of(name, overrides), CheckpointingConfig(mode=mode)
     line = activation_line(config, torch.bfloat16, checkpointing)
     for rows in (1, 2, 7, MANY_ROWS):
         truth = measure_activations(config, rows, torch.bfloat16, checkpointing).peak
@@ -144,7 +147,8 @@ def test_the_estimate_command_says_what_fits(tmp_path: Path):
     ]
     written = json.loads(figures.read_text())
     config = load(Path(recipe))
-    for kind, checkpointing in (("plain", False), ("checkpointing", True)):
+    for kind, mode in (("plain", "none"), ("checkpointing", "full")):
+        checkpointing = CheckpointingConfig(mode=mode)
         for sharding in written["shardings"].values():
             states = sum(sharding[name] for name in States._fields)
             most = sharding["largest_micro_batch"][kind]

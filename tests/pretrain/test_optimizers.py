@@ -1,15 +1,22 @@
 """Learning rates, and what decays."""
 
 import math
+import typing
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from pretrain.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_at
+from pretrain.models import ByteModel, build_model, model_config
+from pretrain.models.unit import Unit
+from pretrain.optimizers import OptimizerConfig, OptimizerName, ScheduleConfig, build_optimizers, learning_rate_at
 
 STEPS, WARMUP = 100, 10
+RATE = 1e-2
+STACK = {"width": 16, "layers": 1, "heads": 2}
 
 
 def rates(**schedule: object) -> list[float]:
@@ -47,25 +54,126 @@ def test_shapes_are_what_their_names_say():
     assert stable[STEPS // 2 + 10] == pytest.approx(0.8)
 
 
-def test_only_matrices_and_tables_decay():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), model.parameters())
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert [decays[id(p)] for p in model.parameters()] == [0.1, 0.0, 0.0, 0.0]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "megabyte": {
+        "patch_size": 4,
+        "global_model": STACK,
+        "local_model": STACK | {"width": 8},
+        "patch_encoder": "convolution",
+    },
+    "perceiver_ar": {"latents": 8, "latent_model": STACK, "cross_heads": 2, "positions": "learned"},
+    "transformer": STACK | {"positions": "learned"},
+    "transformer_xl": STACK | {"memory_length": 8},
+}
+TABLES = {
+    "megabyte": {"global_embedding.weight", "local_embedding.weight", "global_positions", "local_positions"},
+    "perceiver_ar": {"embedding.weight", "position_tables.0"},
+    "transformer": {"embedding.weight", "positions"},
+    "transformer_xl": {"embedding.weight"},
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+names = pytest.mark.parametrize("name", typing.get_args(OptimizerName))
 
 
-def test_moments_in_place_before_the_first_step_change_nothing():
-    """AdamW's state is laid out by us, so that a checkpoint can be read into it; the steps are torch's own."""
+def model_of(family: str) -> ByteModel:
     torch.manual_seed(0)
-    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    return build_model(model_config({"family": family, "sequence_length": 16, "dropout": 0.0} | FAMILIES[family]))
+
+
+def decays_of(model: ByteModel, **config: Any) -> dict[str, float]:
+    """The decay of each parameter, all of which are in one group of one optimizer."""
+    groups = [group for it in build_optimizers(OptimizerConfig(**config), model) for group in it.param_groups]
+    decays = [(id(parameter), group["weight_decay"]) for group in groups for parameter in group["params"]]
+    assert len(decays) == len(dict(decays)) == len(list(model.parameters()))
+    return {name: dict(decays)[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+@names
+@families
+def test_norms_biases_and_pads_do_not_decay_and_tables_by_option(family: str, name: str):
+    model = model_of(family)
+    decays = decays_of(model, name=name, weight_decay=0.3)
+    still = {parameter for parameter, decay in decays.items() if decay == 0.0}
+    assert {decays[parameter] for parameter in decays.keys() - still} == {0.3}
+    assert still == {
+        parameter
+        for parameter in decays
+        if "norm" in parameter or parameter.endswith(("bias", "pad")) or parameter == "start"
+    }
+    without = decays_of(model, name=name, weight_decay=0.3, decay_embeddings=False)
+    assert {parameter for parameter, decay in without.items() if decay == 0.0} == still | TABLES[family]
+
+
+@families
+def test_adam_decays_nothing_unless_told_to(family: str):
+    assert set(decays_of(model_of(family), name="adam").values()) == {0.0}
+    assert set(decays_of(model_of(family), name="adamw").values()) == {0.0, 0.1}
+
+
+@families
+def test_muon_has_the_matrices_within_blocks(family: str):
+    model = model_of(family)
+    muon, adamw = build_optimizers(OptimizerConfig(name="muon"), model)
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    of_muon = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_matrix = "blocks" in name and name.endswith("weight") and "norm" not in name
+        assert (id(parameter) in of_muon) == is_matrix, name
+
+
+class OneBlock(nn.Module):
+    """A matrix within a block, and its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Unit()
+        self.block.linear = nn.Linear(5, 3)
+
+    def units(self) -> list[Unit]:
+        return [self.block]
+
+
+def torchs_own(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Of a model of one matrix within a block, made by torch alone."""
+    matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
+    adam: dict[str, Any] = {"lr": RATE, "betas": (0.9, 0.98), "fused": True}
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    if name == "adam":
+        return [torch.optim.Adam(groups, weight_decay=0.1, **adam)]
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, weight_decay=0.1, **adam)]
+    return [
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, weight_decay=0.0, **adam),
+    ]
+
+
+@names
+def test_moments_in_place_before_the_first_step_change_nothing(name: str):
+    """The state is laid out by us, so that a checkpoint can be read into it; the steps are torch's own."""
+    ours, theirs = OneBlock(), OneBlock()
     theirs.load_state_dict(ours.state_dict())
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
-    mine = build_optimizer(config, ours.parameters())
-    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    mine = build_optimizers(OptimizerConfig(name=name, learning_rate=RATE, weight_decay=0.1), ours)
+    reference = torchs_own(name, theirs)
     for step in range(4):
         x = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
-        for model, optimizer in ((ours, mine), (theirs, reference)):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
+        for model, optimizers in ((ours, mine), (theirs, reference)):
+            model.zero_grad()
+            model.block.linear(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix_at_the_size_of_adamws_steps():
+    """Jordan 2024; scaled by 0.2 · sqrt(max(rows, columns)) as Liu et al. 2025, 0.2 being AdamW's usual step."""
+    model = OneBlock()
+    (weight,) = (p for p in model.parameters() if p.dim() == 2)
+    muon, _ = build_optimizers(OptimizerConfig(name="muon", learning_rate=RATE, weight_decay=0.0), model)
+    before = weight.detach().clone()
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    step = (before - weight.detach()) / (RATE * 0.2 * max(weight.shape) ** 0.5)
+    u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+    torch.testing.assert_close(torch.linalg.svdvals(step), torch.ones(3), rtol=0, atol=0.35)  # of five iterations
+    assert F.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97

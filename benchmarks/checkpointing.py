@@ -1,0 +1,108 @@
+"""What each mode of activation checkpointing costs in time, and saves in memory, at 65,536 bytes of context.
+
+python benchmarks/checkpointing.py [--quick] [--compile] [--json PATH]
+
+A MEGABYTE with patches of 32 (global 512 wide, 4 layers; local 128 wide, 2 layers), one row, bf16, dropout as in its
+paper. A step is one of the engine, update included; modes take turns, and a time is told as the median of its ratios to
+the step without checkpointing in the same round. Peak memory is that of all tensors beside parameters, gradients and
+moments in a forward and a backward pass, counted and not sampled, by `pretrain.footprint`: of this CPU, and as on a GPU
+with fused attention. `--compile` adds compiled blocks and budgets, which take minutes; their memory a counter cannot
+see. `--quick` is one round at 16,384 bytes.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.loader import MicroBatch
+from data_pipeline.rows import Rows
+from pretrain.engines import CheckpointingConfig, Engine, EngineConfig, build_engine
+from pretrain.engines.blocks import recompute
+from pretrain.footprint import activations_of, measure_activations
+from pretrain.models import ModelConfig, build_model, model_config
+from pretrain.optimizers import OptimizerConfig
+from report import Metric, report
+
+WAYS = {
+    "none": CheckpointingConfig(),
+    "full": CheckpointingConfig(mode="full"),
+    "full, every 2nd block": CheckpointingConfig(mode="full", every=2),
+    "full, global stack": CheckpointingConfig(mode="full", stacks=("global",)),
+    "full, local stack": CheckpointingConfig(mode="full", stacks=("local",)),
+    "selective": CheckpointingConfig(mode="selective"),
+}
+MEMORY_GOAL, TIME_GOAL = 0.5, 1.35
+ROUNDS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="end within a minute: one round at 16,384 bytes")
+    parser.add_argument("--compile", action="store_true", help="also compiled blocks, with budgets")
+    parser.add_argument("--json", type=Path, help="write the metrics here as well")
+    chosen = parser.parse_args()
+    length = 2**14 if chosen.quick else 2**16
+    config = megabyte(length)
+    engines = {name: engine_of(config, way) for name, way in WAYS.items()}
+    if chosen.compile:
+        engines["compiled"] = engine_of(config, CheckpointingConfig(), compiles=True)
+    times = step_times(engines, length, 1 if chosen.quick else ROUNDS)
+    plain = statistics.median(times["none"])
+    most = {name: peaks(config, way) for name, way in WAYS.items()}
+    metrics = []
+    for name, seconds in times.items():
+        ratio = statistics.median(own / base for own, base in zip(seconds, times["none"], strict=True))
+        goal = TIME_GOAL if name == "full" and not chosen.quick else None
+        metrics.append(Metric(f"{name}: step", ratio, "of none's", f"none: {plain:.2f} s", goal, "lower"))
+        if name in most:
+            cpu, gpu = (own / base for own, base in zip(most[name], most["none"], strict=True))
+            goal = MEMORY_GOAL if name == "full" and not chosen.quick else None
+            sizes = ", ".join(f"{size / 2**20:,.0f} MiB" for size in most[name])
+            metrics.append(Metric(f"{name}: peak", cpu, "of none's", f"{sizes} as on a GPU: {gpu:.2f}", goal, "lower"))
+    report(f"Activation checkpointing at T = {length:,}", metrics, chosen.json)
+
+
+def megabyte(length: int) -> ModelConfig:
+    stacks = {
+        "global_model": {"width": 512, "layers": 4, "heads": 8},
+        "local_model": {"width": 128, "layers": 2, "heads": 2},
+    }
+    return model_config({"family": "megabyte", "sequence_length": length, "patch_size": 32} | stacks)
+
+
+def engine_of(config: ModelConfig, way: CheckpointingConfig, compiles: bool = False) -> Engine:
+    how = EngineConfig(activation_checkpointing=way, compile=compiles)
+    with torch.device("meta"):
+        model = build_model(config)
+    engine = build_engine(how, model, OptimizerConfig(), seed=0)
+    engine.begin()
+    return engine
+
+
+def step_times(engines: dict[str, Engine], length: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each engine's steps, which take turns; the first, which may compile, does not count."""
+    content = np.random.default_rng(0).integers(0, 256, (1, length), np.uint8)
+    batch = [MicroBatch(0, Rows(content, np.empty(0, np.int64), None), np.ones(content.shape, bool))]
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(1 + rounds):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.train_step(batch, step=0, learning_rate=1e-4)
+            times[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def peaks(config: ModelConfig, way: CheckpointingConfig) -> tuple[int, int]:
+    """Peak bytes of activations, of this CPU and as on a GPU."""
+    model = build_model(config).bfloat16()
+    recompute(way, model)
+    on_cpu = activations_of(model, torch.zeros(1, config.sequence_length, dtype=torch.int16))
+    return on_cpu.peak, measure_activations(config, 1, torch.bfloat16, way).peak
+
+
+if __name__ == "__main__":
+    main()

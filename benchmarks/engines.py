@@ -1,0 +1,310 @@
+"""Engines against each other, and against loops written without one: memory of a rank, and time of a step.
+
+python benchmarks/engines.py [--quick] [--json PATH]
+
+Ranks are processes of one thread each that meet over gloo on this machine; the model is that of
+configs/megabyte/books-10m.yaml, in bf16; for memory, half as wide.
+
+Memory, on 4 ranks: the bytes of all tensors that live on a rank between backward and the update (masters, moments,
+gradients, copies, and whatever an engine left unsharded), beyond those that lived before the engine was built. The
+largest rank counts. Theory is docs/engines.md's.
+
+Time, on 1 and 2 ranks: each takes a step of 4 rows of 1,024 bytes with every contender in turn, each round in another
+order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the same mathematics with
+nothing of Byteloom but the model: `BareLoop` below. Ratios are medians over rounds of steps in the same round; where
+others use the machine too, the ratio of CPU times says more than that by the clock.
+"""
+
+import gc
+import multiprocessing
+import queue
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from data_pipeline.loader import MicroBatch
+from data_pipeline.rows import Rows
+from pretrain.config import Config, load
+from pretrain.engines import Engine, EngineError, StepResult, build_engine
+from pretrain.models import ByteModel, build_model
+from pretrain.world import ALONE, World
+from report import Metric, options, report
+
+RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
+MEMORY_RANKS, TIME_RANKS, ROWS = 4, 2, 4
+SMALLER = ["model.sequence_length=256", "model.global_model.width=256", "model.local_model.width=64"]
+ENGINES = {
+    "ddp": ["engine.name=ddp"],
+    "fsdp": ["engine.name=fsdp"],
+    "fsdp, kept": ["engine.name=fsdp", "engine.reshard_after_forward=false"],
+    "hsdp of 2": ["engine.name=hsdp", "engine.shards=2"],
+    "zero1": ["engine.name=zero1"],
+    "zero2": ["engine.name=zero2"],
+    "zero3": ["engine.name=zero3"],
+}
+BYTES_PER_PARAMETER: dict[str, Callable[[int], float]] = {
+    "ddp": lambda ranks: 16,
+    "fsdp": lambda ranks: 16 / ranks,
+    "fsdp, kept": lambda ranks: 16 / ranks,
+    "hsdp of 2": lambda ranks: 16 / 2,
+    "zero1": lambda ranks: 2 + 4 + 12 / ranks,
+    "zero2": lambda ranks: 2 + (4 + 12) / ranks,
+    "zero3": lambda ranks: (2 + 4 + 12) / ranks,
+}
+"""Between backward and the update, in bf16: 4 of gradients, 4 of masters, 8 of moments; ZeRO holds 2 of weights."""
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    rounds = 5 if chosen.quick else 25
+    metrics = memory_metrics(on_ranks(MEMORY_RANKS, memory_on_rank))
+    for ranks in (1, TIME_RANKS):
+        metrics += time_metrics(on_ranks(ranks, times_on_rank, rounds))
+    report("Engines", metrics, chosen.json)
+
+
+def memory_metrics(told: list[dict[str, Any]]) -> list[Metric]:
+    parameters, alone = told[0].pop("parameters"), told[0].pop("one process")
+    metrics = [Metric("one process: state", alone / 2**20, "MiB", f"{alone / parameters:.2f} bytes a parameter")]
+    for name, own in told[0].items():
+        title = f"{name} of {len(told)}"
+        if isinstance(own, str):
+            print(f"{title} is left out: {own}")
+            continue
+        held = max(of_rank[name] for of_rank in told)
+        theory = BYTES_PER_PARAMETER[name](len(told))
+        detail = f"{held / parameters:.2f} bytes a parameter; theory {theory:g}"
+        metrics.append(Metric(f"{title}: state / one process", held / alone, "", detail))
+        goal = 1.1 if name in ("fsdp", "zero3") else None
+        metrics.append(Metric(f"{title}: state / theory", held / parameters / theory, "", "", goal, "lower"))
+    return metrics
+
+
+def time_metrics(told: list[dict[str, Any]]) -> list[Metric]:
+    ranks = f"{len(told)} ranks" if len(told) > 1 else "one process"
+    seconds, cpu_seconds = (
+        {
+            name: [max(times) for times in zip(*(of_rank[name][kind] for of_rank in told), strict=True)]
+            for name in told[0]
+        }
+        for kind in ("seconds", "cpu_seconds")
+    )
+    metrics = []
+    for name, own in told[0].items():
+        metrics.append(Metric(f"{ranks}, {name}: step", statistics.median(seconds[name]) * 1e3, "ms", own["phases"]))
+        if name != "bare":
+            goal = 1.03 if name == "ddp" else None
+            for title, of in ((f"{name} / bare", seconds), (f"{name} / bare, CPU time", cpu_seconds)):
+                ratios = [ours / bare for ours, bare in zip(of[name], of["bare"], strict=True)]
+                first, _, third = statistics.quantiles(ratios)
+                spread = f"quartiles {first:.3f} and {third:.3f}"
+                metrics.append(Metric(f"{ranks}, {title}", statistics.median(ratios), "", spread, goal, "lower"))
+    return metrics
+
+
+def memory_on_rank(world: World) -> dict[str, Any]:
+    """The bytes of each engine's tensors on this rank, or why it cannot be had."""
+    found: list[int] = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: found.append(live_bytes(optimizer)))
+    told: dict[str, Any] = {"parameters": the_model(load(RECIPE, SMALLER)).parameter_count()}
+    for name, overrides in {"one process": [], **ENGINES}.items():
+        place = ALONE if name == "one process" else world
+        gc.collect()
+        before = live_bytes()
+        engine = engine_of([*SMALLER, *overrides], place, rows=1)
+        if not isinstance(engine, str):
+            for step in range(2):  # DDP lays its buckets out anew after the first
+                engine.train_step(batch(place, 1, 256), step=step, learning_rate=1e-4)
+        told[name] = engine if isinstance(engine, str) else found[-1] - before
+        del engine
+    handle.remove()
+    return told
+
+
+def times_on_rank(world: World, rounds: int) -> dict[str, Any]:
+    """By the clock and of the CPU, this rank's seconds of each contender's steps; and their phases."""
+    config = load(RECIPE)
+    bare = BareLoop(the_model(config), config, world)
+    micro_batches = batch(world, ROWS, config.model.sequence_length)
+    ids = torch.from_numpy(micro_batches[0].ids)
+    work: dict[str, Callable[[], Any]] = {"bare": lambda: bare.step(ids)}
+    for name, overrides in ENGINES.items():
+        if name.startswith("hsdp") or (world.size == 1 and name != "ddp"):
+            continue  # one process has nothing to share, and groups of 2 are all of 2 ranks
+        engine = engine_of(overrides, world, ROWS)
+        if not isinstance(engine, str):
+            work[name] = partial(engine.train_step, micro_batches, step=0, learning_rate=1e-4)
+    for function in work.values():
+        function()
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in work}
+    results: dict[str, list[Any]] = {name: [] for name in work}
+    names = list(work)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if world.size > 1:
+                dist.barrier()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            results[name].append(work[name]())
+            seconds[name].append(time.perf_counter() - begin)
+            cpu_seconds[name].append(time.process_time() - cpu_begin)
+    check_same_work(results)
+    return {
+        name: {
+            "seconds": seconds[name],
+            "cpu_seconds": cpu_seconds[name],
+            "phases": describe(results[name], world.rank),
+        }
+        for name in work
+    }
+
+
+class BareLoop:
+    """Plain PyTorch: bf16 copies in the graph, DDP on several ranks, clipping, fused AdamW on fp32 masters."""
+
+    def __init__(self, model: ByteModel, config: Config, world: World) -> None:
+        self._module: nn.Module = _InLowPrecision(model)
+        if world.size > 1:
+            self._module = DistributedDataParallel(self._module, gradient_as_bucket_view=True)
+        self._parameters = list(model.parameters())
+        adam = config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=1e-4,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.epsilon,
+            weight_decay=adam.weight_decay,
+            fused=True,
+        )
+
+    def step(self, ids: Tensor) -> float:
+        """Returns this rank's nats a byte."""
+        loss = self._module(ids)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+
+class _InLowPrecision(nn.Module):
+    def __init__(self, model: ByteModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        copies = {name: parameter.bfloat16() for name, parameter in self.model.named_parameters()}
+        return functional_call(self.model, copies, (ids,)).mean()
+
+
+def check_same_work(results: dict[str, list[Any]]) -> None:
+    """All contenders learn the same rows, so their losses fall alike."""
+    for name, of_name in results.items():
+        if name == "bare":
+            continue
+        last: StepResult = of_name[-1]
+        loss = last.nats / last.target_bytes
+        assert abs(loss / results["bare"][-1] - 1) < 0.05, (name, loss, results["bare"][-1])
+
+
+def describe(results: list[Any], rank: int) -> str:
+    if not isinstance(results[0], StepResult):
+        return ""
+    own = [result.ranks[rank] for result in results]
+    phases = {
+        "forward and backward": [each.forward_backward for each in own],
+        "optimizer": [each.optimizer for each in own],
+        "communication": [each.communication for each in own],
+    }
+    return ", ".join(f"{name} {statistics.median(times) * 1e3:.1f}" for name, times in phases.items())
+
+
+def the_model(config: Config) -> ByteModel:
+    """The same on all ranks."""
+    torch.manual_seed(0)
+    return build_model(config.model)
+
+
+def engine_of(overrides: list[str], world: World, rows: int) -> Engine | str:
+    """An engine, or why it cannot be had."""
+    config = load(RECIPE, overrides)
+    try:
+        return build_engine(
+            config.engine,
+            the_model(config),
+            config.optimizer,
+            seed=0,
+            world=world,
+            global_batch=rows * world.size,
+            micro_batch=rows,
+        )
+    except EngineError as error:
+        return str(error)
+
+
+def batch(world: World, rows: int, length: int) -> list[MicroBatch]:
+    """The same rows on each rank, so that ranks have the same loss."""
+    content = np.random.default_rng(0).integers(0, 256, (rows, length), np.uint8)
+    return [MicroBatch(world.rank, Rows(content, np.empty(0, np.int64), None), np.ones(content.shape, bool))]
+
+
+def live_bytes(optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Of the storages of all tensors that Python knows, and of an optimizer's gradients, which it may not know yet."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    gradients = [parameter.grad for group in groups for parameter in group["params"]]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages.pop(0, None)
+    del gradients
+    return sum(storages.values())
+
+
+def on_ranks(size: int, function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
+    """What a function of this module tells on each of so many ranks."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = [
+        context.Process(target=_on_rank, args=(rank, size, port, function, arguments, answers), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    told: dict[int, dict[str, Any]] = {}
+    while len(told) < size:
+        try:
+            rank, answer = answers.get(timeout=1)
+            told[rank] = answer
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                raise SystemExit("a rank failed; what it said is above") from None
+    for process in processes:
+        process.join()
+    return [told[rank] for rank in range(size)]
+
+
+def _on_rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: Any, answers: Any) -> None:
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    world = World.join("cpu", {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    answers.put((rank, function(world, *arguments)))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

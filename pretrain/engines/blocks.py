@@ -1,0 +1,83 @@
+"""How an engine has a model's blocks run: what backward computes again, compiled or not, in float8 or not."""
+
+import torch
+from torch import nn
+
+from pretrain.engines.engine import CheckpointingConfig, EngineConfig, EngineError
+from pretrain.models.byte_model import ByteModel
+
+FLOAT8_CAPABILITY = (8, 9)
+"""Of CUDA: the first that multiplies in float8."""
+FLOAT8_MULTIPLE = 16
+"""Of the dimensions of matrices that it multiplies."""
+
+
+def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device) -> None:
+    """Has blocks run as a config says. For any engine, before it places, casts or cuts parameters.
+
+    The order matters: what is recomputed is compiled, and what is gathered is neither.
+
+    Raises:
+        EngineError: it cannot be had of this model, or here.
+    """
+    if config.precision == "fp8":
+        _check_float8(device)
+        multiply_in_float8(model)
+    recompute(config.activation_checkpointing, model)
+    if config.compile:
+        checkpointing = config.activation_checkpointing
+        # Read when a block is compiled, in its first pass.
+        torch._functorch.config.activation_memory_budget = (
+            checkpointing.budget if checkpointing.mode == "budget" else 1.0
+        )
+        for unit in model.units():
+            unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
+
+
+def recompute(config: CheckpointingConfig, model: ByteModel) -> None:
+    """Tells each block of a model what to keep for backward.
+
+    Raises:
+        EngineError: the model has no such stack.
+    """
+    stacks = model.stacks()
+    if unknown := [name for name in config.stacks if name not in stacks]:
+        raise EngineError(
+            f"engine.activation_checkpointing.stacks: the model has no stack {unknown[0]}; it has {', '.join(stacks)}"
+        )
+    for name, units in stacks.items():
+        for number, unit in enumerate(units):
+            chosen = number % config.every == 0 and (not config.stacks or name in config.stacks)
+            if chosen and config.mode == "full":
+                unit.keeps = "input"
+            elif chosen and config.mode == "selective":
+                unit.keeps = "products"
+
+
+def _check_float8(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise EngineError(
+            f"engine.precision fp8 needs CUDA of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))} or more, "
+            f"which {name} is not; set it to bf16"
+        )
+
+
+def multiply_in_float8(model: ByteModel) -> None:
+    """Puts torchao's linear maps in the place of those within blocks. Parameters and their names stay.
+
+    Raises:
+        EngineError: there is no torchao.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: PLC0415 not a dependency
+    except ImportError as error:
+        raise EngineError(f"engine.precision fp8 needs torchao: pip install torchao ({error})") from error
+
+    def fits(module: nn.Module, _: str) -> bool:
+        return isinstance(module, nn.Linear) and not any(size % FLOAT8_MULTIPLE for size in module.weight.shape)
+
+    # Padded, as the gradient of a weight is a product over positions, of which there may be any number.
+    how = Float8LinearConfig(pad_inner_dim=True)
+    for unit in model.units():
+        convert_to_float8_training(unit, module_filter_fn=fits, config=how)

@@ -1,0 +1,257 @@
+"""The DeepSpeed engine: ZeRO-1, -2 and -3.
+
+What each of W ranks holds of N parameters, in numbers:
+
+              weights              gradients              masters, moments
+    zero1        N                     N                     N/W, 2N/W
+    zero2        N                    N/W                    N/W, 2N/W
+    zero3   N/W, and a block          N/W                    N/W, 2N/W
+
+Weights are in the precision of the passes, and so is the gradient of one pass; all else is fp32. Under zero1 each rank
+adds up the gradients of its passes, and the ranks add theirs up once, after the last. Under zero2 and zero3 they do
+after each pass, some blocks at a time, and each rank adds up its share over passes. A sum over ranks is taken in fp32.
+
+DeepSpeed keeps masters and moments in flat ranges that disregard where parameters end. What is used of its inside is
+listed in tests/distributed/test_deepspeed.py, so that another version fails there first.
+"""
+
+import copy
+import importlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.engines.base import BaseEngine, materialize
+from pretrain.engines.blocks import prepare_blocks
+from pretrain.engines.engine import EngineConfig, EngineError
+from pretrain.fragments import Fragment
+from pretrain.models.byte_model import ByteModel, Memory
+from pretrain.optimizers import OptimizerConfig, adam_of, decaying
+from pretrain.world import World
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = {"model": None} | {moment: moment for moment in _MOMENTS}
+"""What fragments are named, and what DeepSpeed calls it."""
+
+
+class DeepSpeedEngine(BaseEngine):
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ByteModel,
+        optimizer: OptimizerConfig,
+        seed: int,
+        world: World,
+        *,
+        global_batch: int,
+        micro_batch: int,
+    ) -> None:
+        super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
+        if world.size == 1:
+            raise EngineError(f"engine.name {config.name} shards over the ranks of a run, and this is one process")
+        deepspeed = _import_deepspeed(self.device.type, world.local_rank)
+        settings = _settings(config, model, micro_batch, optimizer.clip_norm)
+        try:
+            deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            reason = " ".join(str(error).split())
+            raise EngineError(f"DeepSpeed does not take its config, with engine.deepspeed in it: {reason}") from error
+        model.train()
+        prepare_blocks(config, model, self.device)
+        decays = decaying(optimizer, model)
+        self._stage = int(config.name[-1])
+        self._offloads = config.offload
+        model.to(self.dtype)
+        if self._stage == 3:
+            _partition(deepspeed, model, self.device, settings)
+        else:
+            materialize(model, self.device)
+        with redirect_stdout(io.StringIO()):  # to which it tells how much memory is in use
+            self._deepspeed, self._zero, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=adam_of(optimizer, dict(model.named_parameters()), decays),
+                config=settings,
+                dist_init_required=False,
+            )
+        if self._stage == 3:
+            in_units = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
+            for parameter in model.parameters():
+                if id(parameter) not in in_units:  # used wherever the model's own forward pass needs it
+                    deepspeed.zero.register_external_parameter(model, parameter)
+        self._is_bf16_stage_1 = hasattr(self._zero, "fp32_groups_flat_partition")
+        """DeepSpeed has a class of its own for it, unless it offloads."""
+        self._masters: list[Tensor] = (
+            self._zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else self._zero.fp32_groups_flat_partition
+            if self._is_bf16_stage_1
+            else self._zero.single_partition_of_fp32_groups
+        )
+        """This rank's share of each group of parameters, flat, and padded to the length of the others'."""
+        self._state = self._zero.optimizer.state
+        for flat in self._masters:
+            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in _MOMENTS}
+            self._state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+        self._full_gradient = deepspeed.utils.safe_get_full_grad
+        self.forget()
+
+    def fragments(self) -> list[Fragment]:
+        find = self._shares_of_stage_3 if self._stage == 3 else self._shares
+        own = [
+            Fragment(f"{kind}/{name}", shape, start, data.detach())
+            for name, parameter in self.model.named_parameters()
+            for kind, shape, start, data in find(parameter)
+        ]
+        return own + self._memory_fragments()
+
+    def owned_fragments(self) -> list[Fragment]:
+        return self.fragments()  # masters and moments are on one rank each
+
+    def counters(self) -> dict[str, int]:
+        return {"optimizer_steps": int(self._state[self._masters[0]]["step"])}
+
+    def restore(self, counters: dict[str, int]) -> None:
+        for flat in self._masters:
+            self._state[flat]["step"].fill_(counters["optimizer_steps"])
+        with torch.no_grad():
+            if self._stage < 3:
+                self._zero.update_lp_params()
+                return
+            self._zero._partition_all_parameters()
+            for group in range(len(self._masters)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self._zero.persistent_parameters:  # some only if engine.deepspeed asks for them
+                persistent[0].all_gather(persistent)
+
+    def _shares(self, parameter: Tensor) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
+        """Of stages 1 and 2: kind, shape, start and values of what this rank holds of a parameter's fp32 state."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            for kind, key in _KINDS.items():
+                start = mapping.lp_fragment_address.start
+                yield kind, tuple(parameter.shape), start, mapping.get_hp_fragment(key)
+
+    def _shares_of_stage_3(self, parameter: Any) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
+        """As `_shares`. All ranks have equally long parts, of which the last ones may be padding."""
+        start = self._world.rank * parameter.ds_tensor.ds_numel
+        length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
+        if length > 0:
+            for kind, key in _KINDS.items():
+                part, _ = self._zero._get_fp32_opt_state_partition(parameter, True, key)
+                yield kind, tuple(parameter.ds_shape), start, part[:length]
+
+    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        if memory:
+            return self._deepspeed(ids, memory)
+        return self._deepspeed(ids), {}
+
+    def _prepare(self, *, last: bool) -> None:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+
+    def _backward(self, loss: Tensor) -> None:
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def _update(self, learning_rate: float) -> float:
+        # DeepSpeed would not step either where it is not finite, but forget it, and with it where the fault is.
+        finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients()]).all().item()
+        if self._world.sum(not finite)[0]:
+            return math.inf
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm())
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's share of the accumulated gradient, after the last pass."""
+        if self._offloads:
+            return [flat.grad for flat in self._masters if flat.grad is not None]
+        if self._is_bf16_stage_1:
+            return list(self._zero.fp32_groups_gradient_flat_partition)
+        return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+
+    def _not_finite(self) -> list[str]:
+        gradients = ((name, self._full_gradient(parameter)) for name, parameter in self.model.named_parameters())
+        return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
+
+    def _drop_gradient(self) -> None:
+        zero = self._zero
+        if self._stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+        zero.zero_grad()
+        if self._is_bf16_stage_1:
+            return
+        if self._stage < 3:
+            zero.micro_step_id = -1
+        for gradients in (zero.averaged_gradients, getattr(zero, "all_grad_tensors", {})):
+            gradients.update(dict.fromkeys(gradients))
+        if self._offloads:
+            zero.reset_cpu_buffers()
+
+
+def _import_deepspeed(device_type: str, local_rank: int) -> Any:
+    """DeepSpeed, set to compute on a device and to use the process group that there is."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    deepspeed = importlib.import_module("deepspeed")
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # called by DeepSpeed
+    # An all-reduce for inference on CPUs, which would be compiled here for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _settings(config: EngineConfig, model: ByteModel, micro_batch: int, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's config for a recipe's."""
+    block = max(sum(parameter.numel() for parameter in unit.parameters()) for unit in model.units())
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # passes are counted by BaseEngine, and sums of nats are not to be averaged
+        "gradient_clipping": clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": int(config.name[-1]),
+            "offload_optimizer": {"device": "cpu" if config.offload else "none"},
+            "reduce_bucket_size": block,
+            "allgather_bucket_size": block + block % 2,
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 2 * block,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+    return _laid_over(ours, config.deepspeed)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The one mapping with the other's entries in it; where both have mappings, these alike."""
+    both = {
+        key: _laid_over(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+    return below | both
+
+
+def _partition(deepspeed: Any, model: ByteModel, device: torch.device, settings: dict[str, Any]) -> None:
+    """Deals parameters out to ranks, a module at a time, so that no rank ever holds more of them.
+
+    Each block is then gathered as a whole when it is used.
+    """
+    for unit in model.units():
+        deepspeed.utils.set_z3_leaf_module(unit, True)
+    for module in reversed(list(model.modules())):  # those within a module come before it
+        for name, parameter in module.named_parameters(recurse=False):
+            values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.to(device)
+            module.register_parameter(name, nn.Parameter(values.detach()))
+        deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)

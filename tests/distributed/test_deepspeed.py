@@ -1,0 +1,133 @@
+"""What the DeepSpeed engine uses of DeepSpeed's inside, how its config follows from a recipe, and what is refused."""
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pretrain.engines import EngineConfig, EngineError
+from pretrain.engines.deepspeed import _settings
+from pretrain.world import World
+from tests.distributed.parity import build, model
+from tests.distributed.ranks import on_ranks
+
+OF_EACH_STAGE = ("optimizer", "zero_grad", "step")
+"""Attributes of DeepSpeed's ZeRO optimizers."""
+INSIDE = {
+    "DeepSpeedZeroOptimizer": (
+        "single_partition_of_fp32_groups",
+        "averaged_gradients",
+        "all_grad_tensors",
+        "micro_step_id",
+        "_lazy_init_hp_params_optimizer_state",
+        "update_lp_params",
+        "reset_cpu_buffers",
+    ),
+    "BF16_Optimizer": (
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradient_flat_partition",
+        "_lazy_init_hp_params_optimizer_state",
+        "update_lp_params",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "fp32_partitioned_groups_flat",
+        "averaged_gradients",
+        "persistent_parameters",
+        "_get_fp32_opt_state_partition",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_partition_all_parameters",
+        "_pre_step",
+        "reset_cpu_buffers",
+    ),
+}
+"""Of the class that each stage has; BF16_Optimizer is zero1's in bf16."""
+CLASS_OF = {
+    ("zero1", "fp32"): "DeepSpeedZeroOptimizer",
+    ("zero1", "bf16"): "BF16_Optimizer",
+    ("zero2", "bf16"): "DeepSpeedZeroOptimizer",
+    ("zero3", "bf16"): "DeepSpeedZeroOptimizer_Stage3",
+}
+
+
+def inside(world: World) -> list[dict[str, Any]]:
+    """What is found in the engine of each of CLASS_OF, and the bytes that it holds."""
+    with pytest.raises(EngineError, match=r"engine\.deepspeed in it.*bucket"):
+        build("transformer", world, name="zero2", deepspeed={"zero_optimization": {"reduce_buckets": 1}})
+    found = []
+    for name, precision in CLASS_OF:
+        it: Any = build("transformer", world, name=name, precision=precision)
+        zero = it._zero
+        wanted = OF_EACH_STAGE + INSIDE[type(zero).__name__]
+        parameter: Any = next(it.model.parameters())
+        own = "ds_tensor" if name == "zero3" else "_hp_mapping"
+        state = [value for flat in it._masters for value in it._state[flat].values() if value.dim()]
+        found.append(
+            {
+                "class": type(zero).__name__,
+                "missing": [attribute for attribute in wanted if not hasattr(zero, attribute)],
+                "of a parameter": hasattr(parameter, own),
+                "optimizer": sum(tensor.nbytes for tensor in (*it._masters, *state)),
+                "states": len(it._state),
+                "groups": len(it._masters),
+                "weights": sum((p.ds_tensor if name == "zero3" else p).nbytes for p in it.model.parameters()),
+            }
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_ranks() -> list[list[dict[str, Any]]]:
+    return on_ranks(2, inside)
+
+
+def test_what_is_used_of_its_inside_is_there(of_ranks: list[list[dict[str, Any]]]):
+    for found, name in zip(of_ranks[0], CLASS_OF.values(), strict=True):
+        assert found["class"] == name
+        assert not found["missing"]
+        assert found["of a parameter"]
+
+
+@pytest.mark.parametrize("number", range(len(CLASS_OF)), ids=map(" ".join, CLASS_OF))
+def test_each_rank_holds_its_share(of_ranks: list[list[dict[str, Any]]], number: int):
+    (name, precision), ranks = list(CLASS_OF)[number], len(of_ranks)
+    parameters = build("transformer").model.parameter_count()
+    width = {"fp32": 4, "bf16": 2}[precision]
+    for of_rank in of_ranks:
+        found = of_rank[number]
+        assert found["optimizer"] == pytest.approx(12 * parameters / ranks, rel=0.1)
+        assert found["weights"] == pytest.approx(width * parameters / (ranks if name == "zero3" else 1), rel=0.1)
+        assert found["states"] == found["groups"]  # no moments of whole parameters beside those of flat ranges
+
+
+def test_more_keys_are_laid_over_those_of_the_recipe():
+    more = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    config = EngineConfig(name="zero2", precision="bf16", deepspeed=more)
+    settings = _settings(config, model("transformer"), micro_batch=2, clip_norm=0.5)
+    assert settings["zero_optimization"]["overlap_comm"] is False
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["wall_clock_breakdown"] is True
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ({"name": "zero2", "shards": 2}, "engine.shards (2) is for hsdp, not for zero2"),
+        ({"name": "zero3", "reshard_after_forward": False}, "engine.reshard_after_forward=false is for fsdp and hsdp"),
+        ({"name": "zero3", "compile": True}, "engine.compile is not for zero3"),
+        ({"name": "ddp", "offload": True}, "engine.offload is not for ddp"),
+        ({"name": "fsdp", "deepspeed": {"dump_state": True}}, "engine.deepspeed is for zero1, zero2 and zero3"),
+        ({"name": "zero1", "deepspeed": {"gradient_clipping": 2}}, "gradient_clipping, which optimizer.clip_norm says"),
+        ({"name": "zero1", "deepspeed": {"zero_optimization": {"stage": 3}}}, "stage, which engine.name says"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(engine: dict[str, Any], told: str):
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        EngineConfig.model_validate(engine)
+
+
+def test_one_process_is_refused():
+    with pytest.raises(EngineError, match="zero2 shards over the ranks of a run, and this is one process"):
+        build("transformer", name="zero2")
