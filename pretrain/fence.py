@@ -19,24 +19,25 @@ class FencedError(Exception):
 
 
 class Fence:
-    """A start's generation, in a file of the run folder."""
+    """A start's generation, in a file of the run folder. It holds nobody off until it has one."""
 
-    def __init__(self, path: Path, generation: int) -> None:
-        self._path, self.generation = path, generation
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.generation: int | None = None
+        """The same on all ranks of a start."""
         self._looked = float("-inf")
 
-    @staticmethod
-    def claim(path: Path) -> int:
-        """Takes the next generation: for the first rank of a start, once it holds the folder."""
-        generation = int(path.read_text(encoding="utf-8")) + 1 if path.exists() else 1
-        replace_file(path, f"{generation}\n")
+    def claim(self) -> int:
+        """Takes the next generation: for the first rank of a start that will go on, once it holds the folder."""
+        generation = self._newest() + 1 if self._path.exists() else 1
+        replace_file(self._path, f"{generation}\n")
         return generation
 
     @property
     def holds(self) -> bool:
         """Whether this start is the newest."""
         self._looked = time.monotonic()
-        return self._newest() == self.generation
+        return self.generation is None or self._newest() == self.generation
 
     def check(self) -> None:
         """Called before anything is written.

@@ -126,12 +126,8 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     stop = StopRequest()
     with ExitStack() as stack:
-
-        def claim() -> int:
-            stack.enter_context(folder.locked())
-            return Fence.claim(folder.generation)
-
-        fence = Fence(folder.generation, world.on_first(claim))
+        world.on_first(lambda: stack.enter_context(folder.locked()))
+        fence = Fence(folder.generation)
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
         return Run(recipe, folder, streams, validation, stop, world, fence).go(console)
@@ -161,6 +157,7 @@ class Run:
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
         self._refuse_another_run()
+        fence.generation = world.on_first(fence.claim)
         self.store = CheckpointStore(
             folder.checkpoints,
             recipe.checkpoint.keep,

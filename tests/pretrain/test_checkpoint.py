@@ -197,7 +197,8 @@ def test_only_the_newest_start_of_a_run_commits(tmp_path: Path):
     generation = tmp_path / "generation"
 
     def start() -> tuple[Fence, CheckpointStore]:
-        fence = Fence(generation, Fence.claim(generation))
+        fence = Fence(generation)
+        fence.generation = fence.claim()
         return fence, CheckpointStore(tmp_path / "checkpoints", keep=3, fence=fence.check)
 
     old, old_store = start()
