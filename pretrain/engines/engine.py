@@ -1,7 +1,7 @@
 """The contract of every engine: it owns device, precision, sharding, accumulation and the optimizer step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -146,7 +146,7 @@ class StepResult:
     target_bytes: int
     gradient_norm: float
     """Before clipping."""
-    ranks: list[RankStep]
+    ranks: list[RankStep] = field(compare=False)
     """What the step went to on each rank, by rank."""
 
 
