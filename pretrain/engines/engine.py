@@ -96,11 +96,11 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
             raise ValueError("engine.compile is not for zero3, which gathers parameters from within a block's call")
         if self.deepspeed and not zero:
             raise ValueError(f"engine.deepspeed is for zero1, zero2 and zero3, not for {self.name}")
-        for key, field in _SAID_ELSEWHERE.items():
+        for key, says in _SAID_ELSEWHERE.items():
             section, _, entry = key.rpartition(".")
             node = self.deepspeed.get(section, {}) if section else self.deepspeed
             if isinstance(node, dict) and entry in node:
-                raise ValueError(f"engine.deepspeed has {key}, which {field} says")
+                raise ValueError(f"engine.deepspeed has {key}, which {says} says")
         return self
 
     @model_validator(mode="after")
