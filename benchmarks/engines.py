@@ -186,7 +186,7 @@ class BareLoop:
             lr=1e-4,
             betas=(adam.beta1, adam.beta2),
             eps=adam.epsilon,
-            weight_decay=adam.weight_decay,
+            weight_decay=adam.decay,
             fused=True,
         )
 
