@@ -92,8 +92,8 @@ def build_optimizers(config: OptimizerConfig, model: ByteModel) -> list[Optimize
     decays = decaying(config, model)
     if config.name != "muon":
         return [_with_moments(adam_of(config, named, decays), "exp_avg", "exp_avg_sq", "step")]
-    in_blocks = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
-    matrices = {name: p for name, p in named.items() if id(p) in in_blocks and p.dim() == 2}
+    outside = model.outside_units()
+    matrices = {name: p for name, p in named.items() if name not in outside and p.dim() == 2}
     rest = {name: p for name, p in named.items() if name not in matrices}
     muon = torch.optim.Muon(
         _groups(config, matrices, decays),

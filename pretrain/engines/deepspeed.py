@@ -81,10 +81,8 @@ class DeepSpeedEngine(BaseEngine):
                 dist_init_required=False,
             )
         if self._stage == 3:
-            in_units = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
-            for parameter in model.parameters():
-                if id(parameter) not in in_units:  # used wherever the model's own forward pass needs it
-                    deepspeed.zero.register_external_parameter(model, parameter)
+            for parameter in model.outside_units().values():  # used wherever the model's own forward pass needs it
+                deepspeed.zero.register_external_parameter(model, parameter)
         self._is_bf16_stage_1 = hasattr(self._zero, "fp32_groups_flat_partition")
         """DeepSpeed has a class of its own for it, unless it offloads."""
         self._masters: list[Tensor] = (

@@ -183,8 +183,7 @@ class _Cast(nn.Module):
         super().__init__()
         self.model = model
         self._dtype = dtype
-        in_units = {id(parameter) for unit in model.units() for parameter in unit.parameters()}
-        self._outside = [name for name, p in model.named_parameters() if id(p) not in in_units]
+        self._outside = list(model.outside_units())
 
     def forward(self, *arguments: Any) -> Any:
         parameters = {name: self.model.get_parameter(name).to(self._dtype) for name in self._outside}

@@ -95,6 +95,11 @@ class ByteModel(nn.Module, ABC):
         """Its blocks by the name of their pile, each from its first to its last; most models have one."""
         return {"blocks": units_of(self)}
 
+    def outside_units(self) -> dict[str, nn.Parameter]:
+        """The parameters of no block, by name."""
+        within = {id(parameter) for unit in self.units() for parameter in unit.parameters()}
+        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) not in within}
+
     @abstractmethod
     def scored(self, length: int) -> slice:
         """The positions of a row of `length` ids, without padding at its end, that are scored outside training."""
