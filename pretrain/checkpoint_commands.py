@@ -12,10 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain.checkpoint import CheckpointError, CheckpointStore, InvalidCheckpointError, read_metadata, verify
+from pretrain.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    InvalidCheckpointError,
+    Metadata,
+    read_metadata,
+    verify,
+)
 from pretrain.console import printable, say
+from pretrain.exports import export, is_export
 from pretrain.progress import size
 from pretrain.run_folder import RunFolder
+from pretrain.weights import find_checkpoint
 
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
 
@@ -23,6 +32,10 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrCheckpoint = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder (all its checkpoints) or a checkpoint folder.")
 ]
+
+
+BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
+"""Of the journal: of a step's batch, and of the validation corpus."""
 
 
 @app.command("list")
@@ -107,6 +120,31 @@ def prune_command(
         for path in store.prune():
             say(f"deleted {path.name}")
         say(f"{len(store.committed())} checkpoints stay in {run}")
+
+
+@app.command("export")
+def export_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder (its newest valid) or a checkpoint folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+) -> None:
+    """Write a checkpoint's weights as safetensors and a card in JSON, for other programs and for initialize.weights."""
+    checkpoint = find_checkpoint(path)
+    if is_export(path):
+        raise CheckpointError(f"{path} is an export already")
+    card = export(checkpoint, out, _bits_per_byte(checkpoint))
+    say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,}, in {', '.join(card['files'])}")
+
+
+def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
+    """What the journal of the checkpoint's run last said at its step; nothing if the checkpoint lies elsewhere."""
+    metrics = RunFolder(checkpoint.folder.parent.parent).metrics
+    last: dict[str, float] = {}
+    for record in map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ()):
+        if record["step"] <= checkpoint.state["reading"]["step"]:
+            last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
+    return last
 
 
 def _of_run(run: Path) -> CheckpointStore:

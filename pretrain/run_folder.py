@@ -54,6 +54,10 @@ class RunFolder:
         """What a rank's profiler found."""
         return self.path / "profile" / f"rank-{rank:05d}"
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, which need not be valid."""
+        return any(self.checkpoints.glob("step-*[0-9]"))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the folder if need be, and holds it for this process alone.

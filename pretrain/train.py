@@ -39,12 +39,10 @@ from pretrain.fence import Fence
 from pretrain.flops import peak_flops
 from pretrain.meter import Meter
 from pretrain.models import (
-    FREE_FIELDS,
     ModelConfig,
     build_model,
     carries_memory,
     describe_attention,
-    model_config,
 )
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.profiling import ProfileConfig, StepProfiler
@@ -54,6 +52,7 @@ from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
 from pretrain.stop import StopRequest
 from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, open_tracker
+from pretrain.weights import InitializeConfig, Origin, find_origin, model_changes
 from pretrain.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -84,6 +83,8 @@ class Recipe(Protocol):
     def loader(self) -> LoaderConfig: ...
     @property
     def model(self) -> ModelConfig: ...
+    @property
+    def initialize(self) -> InitializeConfig: ...
     @property
     def train(self) -> TrainConfig: ...
     @property
@@ -124,13 +125,14 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device, world.local_rank)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
+    origin = _find_origin(recipe, folder, world)
     stop = StopRequest()
     with ExitStack() as stack:
         world.on_first(lambda: stack.enter_context(folder.locked()))
         fence = Fence(folder.generation)
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, stop, world, fence).go(console)
+        return Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence).go(console)
 
 
 class Run:
@@ -142,7 +144,9 @@ class Run:
         folder: RunFolder,
         streams: dict[str, ByteStream],
         validation: Corpus | None,
+        origin: Origin | None,
         stop: StopRequest,
+        *,
         world: World,
         fence: Fence,
     ) -> None:
@@ -150,6 +154,7 @@ class Run:
         self.folder = folder
         self.fingerprint = fingerprint_of(streams)
         self.validation = validation
+        self.origin = origin
         self.stop = stop
         self.world = world
         self.fence = fence
@@ -183,6 +188,8 @@ class Run:
         record = Record()
         if self.checkpoint is None:
             self.engine.begin()
+            if origin is not None:
+                origin.give(self.engine)
         else:
             self._refuse_another_optimizer(self.checkpoint)
             read(self.checkpoint, self.engine.fragments())
@@ -412,9 +419,7 @@ class Run:
             CheckpointError: this start has others.
         """
         began, now = self.identity, self.recipe.as_tree()
-        model = model_config(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
-        own = self.recipe.model.model_dump(mode="json", exclude=FREE_FIELDS)
-        if differences := changes({"model": model}, {"model": own}):
+        if differences := model_changes(began["model"], self.recipe.model):
             raise CheckpointError(
                 f"{self.folder.path} is of another model ({'; '.join(differences)}); "
                 "choose another run.name for a new run"
@@ -473,6 +478,11 @@ class Run:
             for name, now in (("config", recipe.as_tree()), ("environment", environment())):
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
+        elif self.origin is not None:
+            moments = "" if self.origin.optimizer_steps is None else " and moments"
+            log.info("begins with the weights%s of %s", moments, self.origin.checkpoint.folder)
+            for difference in self.origin.differences:
+                log.info("not the same as there: %s", difference)
         return Meter(self.flops_a_step, peak * self.world.size)
 
     def _open_tracker(self) -> Tracker:
@@ -522,6 +532,15 @@ def _check_same_recipe(recipe: Recipe, world: World) -> None:
     for rank, tree in enumerate(trees):
         if differences := changes(trees[0], tree):
             raise TrainingError(f"rank {rank} was started with another recipe than rank 0: {'; '.join(differences)}")
+
+
+def _find_origin(recipe: Recipe, folder: RunFolder, world: World) -> Origin | None:
+    """What a new run begins with; None if that is first values, or the run goes on from a checkpoint of its own."""
+    if recipe.initialize.weights is None or world.on_first(folder.has_checkpoint):
+        return None
+    with torch.device("meta"):
+        model = build_model(recipe.model)
+    return find_origin(recipe.initialize, recipe.model, model, recipe.optimizer.name, world)
 
 
 def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:

@@ -2,8 +2,10 @@
 
 from pretrain.checkpoint.format import (
     CheckpointError,
+    Chunk,
     InvalidCheckpointError,
     Metadata,
+    StoredTensor,
     read,
     read_metadata,
     verify,
@@ -14,8 +16,10 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointStore",
+    "Chunk",
     "InvalidCheckpointError",
     "Metadata",
+    "StoredTensor",
     "read",
     "read_metadata",
     "verify",
