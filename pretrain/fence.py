@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import NoReturn
 
-from pretrain.checkpoint.home import Location, read_note, replace_note
+from pretrain.checkpoint.home import Location, Note
 
 PAUSE = 1.0
 """Seconds between two looks of a rank that is about to write nothing."""
@@ -30,7 +30,7 @@ class Fence:
     """
 
     def __init__(self, near: Location, *far: Location) -> None:
-        self._near, self._far = near, far
+        self._near, self._far = Note(near), [Note(place) for place in far]
         self.mark: str | None = None
         """The same on all ranks of a start."""
         self._looked = float("-inf")
@@ -39,11 +39,18 @@ class Fence:
         """Takes the next generation: for the first rank of a start that will go on, once it holds the folder.
 
         Of two starts that do so at once, the one that writes last has it.
+
+        Raises:
+            FencedError: it cannot be noted.
         """
-        places = (*self._far, self._near)
-        mark = f"{1 + max(_generation(read_note(place)) for place in places)} {uuid.uuid4().hex}"
-        for place in places:
-            replace_note(place, f"{mark}\n")
+        notes = (*self._far, self._near)
+        try:
+            mark = f"{1 + max(_generation(note.read()) for note in notes)} {uuid.uuid4().hex}"
+            for note in notes:
+                note.replace(f"{mark}\n")
+        except OSError as error:
+            places = " and ".join(str(note.place) for note in notes)
+            raise FencedError(f"this start cannot be noted at {places}: {error.strerror or error}") from error
         return mark
 
     @property
@@ -64,25 +71,25 @@ class Fence:
     def check_everywhere(self) -> None:
         """Called before anything of a checkpoint is written. Raises as `check`."""
         self.check()
-        for place in self._far:
-            if self.mark is not None and _mark_in(place) != self.mark:
-                self._refuse(place)
+        for note in self._far:
+            if self.mark is not None and _mark_in(note) != self.mark:
+                self._refuse(note)
 
     def look(self) -> None:
         """As `check`, now and then."""
         if time.monotonic() - self._looked > PAUSE:
             self.check()
 
-    def _refuse(self, place: Location) -> NoReturn:
+    def _refuse(self, note: Note) -> NoReturn:
         raise FencedError(
-            f"start {_generation(_mark_in(place))} of this run has taken over from this one, start "
+            f"start {_generation(note.read())} of this run has taken over from this one, start "
             f"{_generation(self.mark)}, which writes nothing more"
         )
 
 
-def _mark_in(place: Location) -> str | None:
-    note = read_note(place)
-    return None if note is None else note.rstrip("\n")
+def _mark_in(note: Note) -> str | None:
+    text = note.read()
+    return None if text is None else text.rstrip("\n")
 
 
 def _generation(mark: str | None) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints that belong to no engine."""
 
 from pretrain.checkpoint.data import described, read, read_metadata, verify
-from pretrain.checkpoint.format import CheckpointError, InvalidCheckpointError, Metadata, StoredTensor
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
+from pretrain.checkpoint.format import Metadata, StoredTensor
 from pretrain.checkpoint.home import Location, Url, locate
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 

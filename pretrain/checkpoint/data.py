@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
     ELEMENT,
-    CheckpointError,
-    InvalidCheckpointError,
     Metadata,
     Piece,
     StoredFile,
@@ -63,9 +62,7 @@ def read_metadata(path: str | Location) -> Metadata:
         CheckpointError: it cannot be read, or has another format.
     """
     place = locate(path)
-    with _told(place):
-        home = open_home(place.parent)
-    return metadata_in(home, place.name)
+    return metadata_in(open_home(place.parent), place.name)
 
 
 def metadata_in(home: Home, name: str) -> Metadata:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import blake3
 import numpy as np
 
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.home import Home, Location
 from pretrain.fragments import Fragment
 
@@ -27,14 +28,6 @@ ELEMENT = np.dtype("<f4")
 BLOCK_BYTES = 1 << 20
 """What has a digest of its own: a reader of a small range reads little more than that."""
 LAYOUT = "layout.json"
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used as asked."""
-
-
-class InvalidCheckpointError(CheckpointError):
-    """A checkpoint is damaged or incomplete."""
 
 
 @dataclass(frozen=True, eq=False)

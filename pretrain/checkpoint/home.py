@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from data_pipeline.atomic import replace_file, sync
+from pretrain.checkpoint.errors import CheckpointError
 
 MARKER = "metadata.json"
 REASON = "invalid.txt"
@@ -124,7 +125,7 @@ def open_home(location: str | Location) -> Home:
     """The home at a path or URL.
 
     Raises:
-        OSError: nothing here opens URLs of this kind.
+        CheckpointError: nothing here opens URLs of this kind.
     """
     place = locate(location)
     return Bucket(place) if isinstance(place, Url) else Folder(place)
@@ -284,13 +285,22 @@ class Bucket:
 
     @_os_errors()
     def commit(self, name: str, draft: str, marker: bytes) -> None:
-        self._files.pipe_file(f"{self._root}/{name}/{MARKER}", marker, mode="create")
+        path = f"{self._root}/{name}/{MARKER}"
+        try:
+            self._files.pipe_file(path, marker, mode="create")
+        except Exception:
+            if self._files.exists(path) and self._files.cat_file(path) == marker:
+                return  # only the answer was lost on the way
+            raise
 
     @_os_errors()
     def abandon(self, draft: str) -> None:
         folder, _, tag = f"{self._root}/{draft}".rpartition("/")
-        for path in self._files.ls(folder, detail=False):
-            if path.rpartition("/")[2].startswith(tag):
+        files = {path.rpartition("/")[2]: path for path in self._files.ls(folder, detail=False)}
+        if MARKER in files:  # of this draft, maybe: its commit failed in a way that does not say
+            return
+        for name, path in files.items():
+            if name.startswith(tag):
                 self._files.rm_file(path)
 
     @_os_errors()
@@ -337,31 +347,42 @@ def _file_system(url: Url) -> tuple[Any, str]:
     """The file system of a URL and the path in it, without caches.
 
     Raises:
-        OSError: nothing here opens URLs of this kind.
+        CheckpointError: nothing here opens URLs of this kind.
     """
     from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs are worth it
 
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if str(url).startswith("s3"):
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # s3fs has attempts of its own
     try:
-        files, root = url_to_fs(str(url), use_listings_cache=False, skip_instance_cache=True)
+        files, root = url_to_fs(str(url), **options)
     except (ImportError, ValueError) as error:
-        raise OSError(f"{url} cannot be opened: {error}") from error
+        raise CheckpointError(f"{url} cannot be opened: {error}") from error
     return files, root.rstrip("/")
 
 
-def read_note(place: Location) -> str | None:
-    """A small text that lies somewhere; None where there is none. Raises OSError."""
-    try:
-        if isinstance(place, Url):
-            return Bucket(place.parent).read(place.name).decode()
-        return place.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
+class Note:
+    """A small text at a place. Both ways raise OSError."""
 
+    def __init__(self, place: Location) -> None:
+        self.place = place
+        self._bucket = Bucket(place.parent) if isinstance(place, Url) else None
 
-def replace_note(place: Location, text: str) -> None:
-    """Writes it, so that readers find either what was or what is now. Raises OSError."""
-    if isinstance(place, Url):
-        Bucket(place.parent).replace(place.name, text.encode())
-    else:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, text)
+    def read(self) -> str | None:
+        """None where there is none."""
+        try:
+            if isinstance(self.place, Path):
+                return self.place.read_text(encoding="utf-8")
+            assert self._bucket is not None
+            return self._bucket.read(self.place.name).decode()
+        except FileNotFoundError:
+            return None
+
+    def replace(self, text: str) -> None:
+        """Readers find either what was or what is now."""
+        if isinstance(self.place, Path):
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.place, text)
+        else:
+            assert self._bucket is not None
+            self._bucket.replace(self.place.name, text.encode())

@@ -28,10 +28,9 @@ from pretrain.checkpoint.data import (
     verify_data,
     write_file,
 )
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.format import (
     LAYOUT,
-    CheckpointError,
-    InvalidCheckpointError,
     Metadata,
     OwnedRange,
     StoredFile,
@@ -85,10 +84,7 @@ class CheckpointStore:
         keep_every: int | None = None,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
-        try:
-            self._home = open_home(home)
-        except OSError as error:
-            raise CheckpointError(str(error)) from error
+        self._home = open_home(home)
         self._keep, self._keep_every = keep, keep_every
         self._world = world.beside()
         self._fence = fence
@@ -209,7 +205,15 @@ class CheckpointStore:
 
     def _begin(self, name: str) -> str:
         self._fence()
-        return self._home.begin(name)
+        try:
+            return self._home.begin(name)
+        except FileExistsError:  # at a URL, the marker of a start that was fenced off, if nothing is left to mark
+            try:
+                verify_data(metadata_in(self._home, name))
+            except InvalidCheckpointError as error:
+                self._set_aside(name, str(error))
+                return self._home.begin(name)
+            raise
 
     def _tried(self, draft: str, values: Tensor) -> dict[str, Any]:
         """The file that this rank wrote, or why it could not, as JSON."""
@@ -285,10 +289,10 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are some, and none is valid.
         """
-        for name in self._world.on_first(lambda: self._home.names()[::-1]):
+        for name in reversed(self._world.on_first(self._names)):
             if (found := self._found_by_all(name, attempt, set_aside=set_aside)) is not None:
                 return found
-        if self._world.on_first(lambda: bool(self._home.names()) or self._home.has_set_aside()):
+        if self._world.on_first(lambda: bool(self._names()) or self._home.has_set_aside()):
             raise CheckpointError(f"no checkpoint in {self.folder} is valid; remove the folder to begin anew")
         return None
 
@@ -327,7 +331,7 @@ class CheckpointStore:
 
         Those that this start has not written are verified before they count among the newest that stay.
         """
-        names = self._world.on_first(self._home.names)
+        names = self._world.on_first(self._names)
         if self._keep is None:
             return []
         kept = 0
@@ -359,7 +363,13 @@ class CheckpointStore:
 
     def committed(self) -> list[Location]:
         """The checkpoints there are, oldest first; their content has not been verified."""
-        return [self.folder / name for name in self._home.names()]
+        return [self.folder / name for name in self._names()]
+
+    def _names(self) -> list[str]:
+        try:
+            return self._home.names()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
 
 
 def step_of(checkpoint: Location) -> int:

@@ -121,6 +121,52 @@ def test_what_ranks_do_not_own_once_is_not_written(store: CheckpointStore, range
     assert store.committed() == []
 
 
+def damage(folder: Path, draw: random.Random) -> str:
+    """A bit, the end or all of a file of a checkpoint; says what."""
+    file = draw.choice(sorted(folder.iterdir()))
+    content = bytearray(file.read_bytes())
+    kind = draw.choice(["flip", "cut", "grow", "delete"])
+    if kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        del content[draw.randrange(len(content)) :]
+    elif kind == "grow":
+        content += b"more"
+    if kind == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    return f"{kind} in {file.name}"
+
+
+def test_every_kind_of_damage_is_found_before_anything_is_loaded(tmp_path: Path):
+    """400 times in all files of a checkpoint of three ranks: the one before it is loaded, and nothing else is."""
+    store = CheckpointStore(tmp_path / "home", keep=3)
+    before = tensors()
+    after = {name: tensor + 1 for name, tensor in before.items()}
+    for step, values in ((1, before), (2, after)):
+        owned = [[fragment.share(rank, 3) for fragment in fragments(values)] for rank in range(3)]
+        write_by_hand(tmp_path / "home", store.path(step).name, owned, {"step": step})
+    kept = shutil.copytree(store.path(2), tmp_path / "kept")
+    draw = random.Random(0)
+    live = zeros()
+
+    def untouched(checkpoint: Metadata) -> list[Fragment]:
+        assert not any(tensor.any() for tensor in live.values())
+        return fragments(live)
+
+    for number in range(400):
+        what = damage(store.path(2), draw)
+        loaded = store.load(untouched)
+        assert loaded.state == {"step": 1}, f"round {number}: {what} went unnoticed"
+        for name, tensor in live.items():
+            assert torch.equal(tensor, before[name])
+            tensor.zero_()
+        shutil.rmtree(store.path(2))
+        shutil.copytree(kept, store.path(2))
+    assert store.load(untouched).state == {"step": 2}
+
+
 def test_an_invalid_checkpoint_is_set_aside_with_its_reason_and_the_one_before_is_taken(store: CheckpointStore):
     for step in (1, 2, 3):
         store.save(step, fragments(tensors()), {"step": step})
