@@ -8,6 +8,9 @@ Live tensors change after the last block has been found whole, and where ranks l
 said so.
 """
 
+import contextlib
+import mmap
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +41,8 @@ from pretrain.fragments import Fragment
 
 WINDOW_BYTES = 16 * BLOCK_BYTES
 """What is written at once, and read at most."""
+COPY_ELEMENTS = 4 << 20
+"""What one thread copies at a time."""
 
 
 def write_file(home: Home, path: str, content: memoryview) -> tuple[str, ...]:
@@ -119,7 +124,7 @@ def read(metadata: Metadata, fragments: Sequence[Fragment]) -> None:
         InvalidCheckpointError: something they need is damaged; nothing was changed.
         CheckpointError: the checkpoint is of another model or optimizer, or cannot be read; nothing was changed.
     """
-    values = torch.empty(sum(len(fragment.data) for fragment in fragments))
+    values = host_buffer(sum(len(fragment.data) for fragment in fragments))
     read_verified(metadata, fragments, values)
     fill(fragments, values)
 
@@ -128,14 +133,38 @@ def read_verified(metadata: Metadata, fragments: Sequence[Fragment], values: Ten
     """Reads what fragments need into a buffer, one after another, and compares digests. Raises as `read`."""
     pieces = plan_reads(metadata, fragments)
     _check_sizes(metadata, {piece.file for piece in pieces})
-    _read_windows(metadata, _windows(pieces), values.numpy().view(np.uint8))
+    _read_windows(metadata, windows_of(pieces), values.numpy().view(np.uint8))
 
 
 def fill(fragments: Sequence[Fragment], values: Tensor) -> None:
     """Copies what `read_verified` read to where it belongs."""
     own = torch.from_numpy(values.numpy().view(ELEMENT).astype(np.float32, copy=False))
-    for fragment, read_values in zip(fragments, own.split([len(f.data) for f in fragments]), strict=True):
-        fragment.data.copy_(read_values)
+    copy([fragment.data for fragment in fragments], own.split([len(fragment.data) for fragment in fragments]))
+
+
+def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies flat tensors to others; those in the host's memory in a few threads, which a loop waits for."""
+    here: list[tuple[Tensor, Tensor]] = []
+    for target, source in zip(targets, sources, strict=True):
+        if target.is_cuda or source.is_cuda:
+            target.copy_(source, non_blocking=True)
+        else:
+            here += zip(target.split(COPY_ELEMENTS), source.split(COPY_ELEMENTS), strict=True)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda part: np.copyto(part[0].numpy(), part[1].numpy()), here):
+            pass
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def host_buffer(length: int) -> Tensor:
+    """So many fp32 values in pages as large as the machine has: these take less time to come and to fill."""
+    if not length:
+        return torch.empty(0)
+    pages = mmap.mmap(-1, 4 * length)
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 class Window(NamedTuple):
@@ -149,7 +178,7 @@ class Window(NamedTuple):
     pieces: list[Piece]
 
 
-def _windows(pieces: Sequence[Piece]) -> list[Window]:
+def windows_of(pieces: Sequence[Piece]) -> list[Window]:
     """What to read, each window of a file once."""
     wanted: dict[tuple[int, int], list[Piece]] = {}
     for piece in pieces:

@@ -13,9 +13,11 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from data_pipeline.atomic import replace_file, sync
 from pretrain.checkpoint.errors import CheckpointError
@@ -64,6 +66,12 @@ def locate(text: str | Location) -> Location:
     return text
 
 
+class Writable(Protocol):
+    """A new file."""
+
+    def write(self, content: memoryview, /) -> object: ...
+
+
 class Home(Protocol):
     """The files of the checkpoints of one run. Paths are relative to it. Safe to use from many threads.
 
@@ -90,7 +98,7 @@ class Home(Protocol):
     def stored_name(self, name: str, draft: str, file: str) -> str:
         """A file's name in the checkpoint, once that is committed."""
 
-    def create(self, path: str) -> AbstractContextManager[BinaryIO]:
+    def create(self, path: str) -> AbstractContextManager[Writable]:
         """A new file; it is durable when the block ends, and need not be there when it raises."""
 
     def commit(self, name: str, draft: str, marker: bytes) -> None:
@@ -139,6 +147,33 @@ def _tag() -> str:
     return uuid.uuid4().hex[:12]
 
 
+class _EagerFile:
+    """Has the disk begin with what was written while more is written; otherwise it would wait for the fsync."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._beside = ThreadPoolExecutor(1)
+        self._syncing = self._sync()
+
+    def write(self, content: memoryview) -> None:
+        while content:
+            content = content[self._file.write(content) :]
+        if self._syncing.done():
+            self._syncing.result()  # a fault of the disk, which is told once
+            self._syncing = self._sync()
+
+    def _sync(self) -> Future[None]:
+        return self._beside.submit(os.fdatasync, self._file.fileno())
+
+    def finish(self) -> None:
+        """Returns when all of it is on disk."""
+        self._syncing.result()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._beside.shutdown()
+
+
 class Folder:
     """A folder of this machine, or one that it shares with others."""
 
@@ -165,15 +200,14 @@ class Folder:
         return file
 
     @contextmanager
-    def create(self, path: str) -> Iterator[BinaryIO]:
-        with (self._path / path).open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    def create(self, path: str) -> Iterator[Writable]:
+        with (self._path / path).open("xb", buffering=0) as file, contextlib.closing(_EagerFile(file)) as eager:
+            yield eager
+            eager.finish()
 
     def commit(self, name: str, draft: str, marker: bytes) -> None:
         with self.create(draft + MARKER) as file:
-            file.write(marker)
+            file.write(memoryview(marker))
         folder = self._path / draft
         sync(folder)
         folder.rename(self._path / name)  # fails where a folder of that name has anything in it
@@ -270,7 +304,7 @@ class Bucket:
         return (draft + file).removeprefix(f"{name}/")
 
     @contextmanager
-    def create(self, path: str) -> Iterator[BinaryIO]:
+    def create(self, path: str) -> Iterator[Writable]:
         with _os_errors():
             file = self._files.open(f"{self._root}/{path}", "wb", block_size=PART_BYTES, autocommit=False)
             try:

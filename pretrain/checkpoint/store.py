@@ -22,7 +22,9 @@ from torch import Tensor
 
 from pretrain.checkpoint.data import (
     bytes_of,
+    copy,
     fill,
+    host_buffer,
     metadata_in,
     read_verified,
     verify_data,
@@ -148,10 +150,7 @@ class CheckpointStore:
         """The values as they are now, one fragment after another, in a buffer that is used again."""
         values = self._buffer(fragments)
         lengths = [len(fragment.data) for fragment in fragments]
-        for fragment, data in zip(fragments, values.split(lengths), strict=True):
-            data.copy_(fragment.data, non_blocking=True)
-        if values.is_pinned():
-            torch.cuda.synchronize()
+        copy(values.split(lengths), [fragment.data for fragment in fragments])
         return values
 
     def _buffer(self, fragments: Sequence[Fragment]) -> Tensor:
@@ -159,7 +158,7 @@ class CheckpointStore:
         if len(self._staged) != length:
             self._staged = torch.empty(0)  # first one goes, then the other comes
             on_cuda = any(fragment.data.is_cuda for fragment in fragments)
-            self._staged = torch.empty(length, pin_memory=on_cuda)
+            self._staged = torch.empty(length, pin_memory=True) if on_cuda else host_buffer(length)
         return self._staged
 
     def _write_behind(self, name: str, values: Tensor, owned: Sequence[OwnedRange], state: dict[str, Any]) -> None:
