@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.checkpoint import CheckpointStore, read
+from pretrain.checkpoint import CheckpointStore
 from pretrain.config import Config, load
 from pretrain.engines.pytorch import compute_dtype
 from pretrain.fragments import whole
@@ -98,11 +98,10 @@ def mirrored(half: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def trained(run: Path, config: Config) -> PerceiverAR:
     """The model of a run's newest checkpoint, in the precision it was trained in."""
-    checkpoint = CheckpointStore(RunFolder(run).checkpoints, keep=1).newest_valid(set_aside=False)
-    assert checkpoint is not None
     model = build_model(config.model).eval()
     assert isinstance(model, PerceiverAR)
-    read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
+    parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]
+    assert CheckpointStore(RunFolder(run).checkpoints, keep=1).load(lambda checkpoint: parameters) is not None
     return model.to(compute_dtype(config.engine.precision))
 
 

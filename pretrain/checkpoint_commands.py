@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,9 @@ from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,
     InvalidCheckpointError,
+    Location,
     Metadata,
+    Url,
     read_metadata,
     verify,
 )
@@ -115,8 +116,6 @@ def prune_command(
     """Delete old checkpoints of a run that nobody trains now. Only valid ones count among those that stay."""
     with RunFolder(run).locked():
         store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
-        for path in store.committed()[-keep:]:
-            verify(path)
         for path in store.prune():
             say(f"deleted {path.name}")
         say(f"{len(store.committed())} checkpoints stay in {run}")
@@ -139,6 +138,8 @@ def export_command(
 
 def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
     """What the journal of the checkpoint's run last said at its step; nothing if the checkpoint lies elsewhere."""
+    if isinstance(checkpoint.folder, Url):
+        return {}
     metrics = RunFolder(checkpoint.folder.parent.parent).metrics
     last: dict[str, float] = {}
     for record in map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ()):
@@ -154,21 +155,21 @@ def _of_run(run: Path) -> CheckpointStore:
     return store
 
 
-def _chosen(path: Path) -> list[Path]:
+def _chosen(path: Path) -> list[Location]:
     return [path] if (path / "metadata.json").exists() else _of_run(path).committed()
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Location) -> dict[str, Any]:
     """Of a checkpoint, as JSON."""
-    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-")), "fault": None}
-    facts["written"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(" ", "seconds")
+    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-"))}
     try:
         metadata = read_metadata(path)
     except InvalidCheckpointError as error:
-        return facts | {"fault": str(error)}
-    chunks = [chunk for tensor in metadata.tensors.values() for chunk in tensor.chunks]
+        return facts | {"fault": str(error), "written": ""}
     return facts | {
-        "bytes": sum(4 * chunk.length for chunk in chunks),
-        "ranks": len({chunk.file for chunk in chunks}),
+        "fault": None,
+        "written": metadata.written,
+        "bytes": sum(file.bytes for file in metadata.files),
+        "ranks": len(metadata.files),
         "engine": metadata.state["config"]["engine"]["name"],
     }

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from data_pipeline.atomic import atomic_folder
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.checkpoint import Chunk, InvalidCheckpointError, Metadata, StoredTensor, read
+from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, described, read
 from pretrain.fragments import whole
 
 FORMAT = "byteloom-export/1"
@@ -77,17 +78,17 @@ def read_export(folder: Path) -> Metadata:
         if card["format"] != FORMAT:
             raise InvalidCheckpointError(f"{path} has format {card['format']!r}; this version reads {FORMAT!r}")
         tensors = {}
-        for name, digest in card["files"].items():
+        for number, (name, digest) in enumerate(card["files"].items()):
             if digest not in (None, _sha256(folder / name)):  # null, where a person put other weights there
                 raise InvalidCheckpointError(f"{folder / name} is not the file that {CARD} has the digest of")
-            tensors.update(_tensors_in(folder, name))
-        return Metadata(folder, tensors, {"config": card["recipe"]})
+            tensors.update(_tensors_in(folder, name, number))
+        return described(folder, list(card["files"]), tensors, {"config": card["recipe"]})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidCheckpointError(f"{folder} is no whole export: {error!r}") from error
 
 
-def _tensors_in(folder: Path, name: str) -> dict[str, StoredTensor]:
-    """Where the values of each tensor of a safetensors file lie."""
+def _tensors_in(folder: Path, name: str, number: int) -> dict[str, StoredTensor]:
+    """Where the values of each tensor of a safetensors file lie, which has this number among the files."""
     with (folder / name).open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
@@ -98,7 +99,7 @@ def _tensors_in(folder: Path, name: str) -> dict[str, StoredTensor]:
         if told["dtype"] != "F32":
             raise InvalidCheckpointError(f"{folder / name}: {tensor} is in {told['dtype']}; weights are taken in F32")
         shape, offset = tuple(told["shape"]), 8 + header_bytes + told["data_offsets"][0]
-        tensors[KIND + tensor] = StoredTensor(shape, (Chunk(name, offset, 0, math.prod(shape), ""),))
+        tensors[KIND + tensor] = StoredTensor(shape, np.array([[number, offset, math.prod(shape)]]))
     return tensors
 
 

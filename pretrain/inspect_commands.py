@@ -17,7 +17,7 @@ from data_pipeline.reading import Reading, Record, open_streams, replay
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain import config as configuration
-from pretrain.checkpoint import CheckpointError, CheckpointStore, read_metadata
+from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, read_metadata
 from pretrain.console import byte_progress, printable, say
 from pretrain.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ def inspect(
 class PastReading(NamedTuple):
     """What a run had read at a checkpoint."""
 
-    checkpoint: Path
+    checkpoint: Location
     reading: Reading
 
 

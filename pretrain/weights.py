@@ -111,7 +111,7 @@ def find_checkpoint(path: Path, world: World = ALONE) -> Metadata:
         CheckpointError: it is not there, or not valid; on all ranks.
     """
     if not is_export(path) and not (path / "metadata.json").exists():
-        found = CheckpointStore(RunFolder(path).checkpoints, keep=1, world=world).newest_valid(set_aside=False)
+        found = CheckpointStore(RunFolder(path).checkpoints, keep=1, world=world).newest_valid()
         if found is None:
             raise CheckpointError(f"no valid checkpoint at {path}: it is no run that has one, no checkpoint, no export")
         return found

@@ -1,25 +1,21 @@
 """Checkpoints that belong to no engine."""
 
-from pretrain.checkpoint.format import (
-    CheckpointError,
-    Chunk,
-    InvalidCheckpointError,
-    Metadata,
-    StoredTensor,
-    read,
-    read_metadata,
-    verify,
-)
+from pretrain.checkpoint.data import described, read, read_metadata, verify
+from pretrain.checkpoint.format import CheckpointError, InvalidCheckpointError, Metadata, StoredTensor
+from pretrain.checkpoint.home import Location, Url, locate
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 
 __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointStore",
-    "Chunk",
     "InvalidCheckpointError",
+    "Location",
     "Metadata",
     "StoredTensor",
+    "Url",
+    "described",
+    "locate",
     "read",
     "read_metadata",
     "verify",
