@@ -18,6 +18,7 @@ from pretrain.checkpoint import (
     Location,
     Metadata,
     Url,
+    locate,
     read_metadata,
     verify,
 )
@@ -25,13 +26,18 @@ from pretrain.console import printable, say
 from pretrain.exports import export, is_export
 from pretrain.progress import size
 from pretrain.run_folder import RunFolder
-from pretrain.weights import find_checkpoint
+from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.", show_default=False)
+]
 RunOrCheckpoint = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder (all its checkpoints) or a checkpoint folder.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run (all its checkpoints) or a checkpoint: folder or URL.", show_default=False
+    ),
 ]
 
 
@@ -48,7 +54,7 @@ def list_command(
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    table = Table(title=escape(printable(str(run))), title_justify="left")
+    table = Table(title=escape(printable(run)), title_justify="left")
     for name in ("step", "written", "size", "ranks", "engine", "state"):
         table.add_column(name, justify="right" if name in ("step", "size", "ranks") else "left")
     for fact in facts:
@@ -75,7 +81,10 @@ def verify_command(path: RunOrCheckpoint) -> None:
 
 @app.command("show")
 def show_command(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (its newest) or a checkpoint folder.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run (its newest) or a checkpoint: folder or URL.", show_default=False),
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
 ) -> None:
     """What is in a checkpoint: what the run had read, its recipe's main numbers, versions, tensors."""
@@ -107,7 +116,7 @@ def show_command(
 
 @app.command("prune")
 def prune_command(
-    run: RunPath,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     keep: Annotated[int, typer.Option(min=1, help="The newest that stay.")],
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Those of multiples of so many steps stay as well.")
@@ -124,13 +133,16 @@ def prune_command(
 @app.command("export")
 def export_command(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder (its newest valid) or a checkpoint folder.")
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run (its newest valid) or a checkpoint: folder or URL.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
 ) -> None:
     """Write a checkpoint's weights as safetensors and a card in JSON, for other programs and for initialize.weights."""
     checkpoint = find_checkpoint(path)
-    if is_export(path):
+    if is_export(Path(path)):
         raise CheckpointError(f"{path} is an export already")
     card = export(checkpoint, out, _bits_per_byte(checkpoint))
     say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,}, in {', '.join(card['files'])}")
@@ -148,15 +160,16 @@ def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
     return last
 
 
-def _of_run(run: Path) -> CheckpointStore:
-    store = CheckpointStore(RunFolder(run).checkpoints, keep=1)
+def _of_run(run: str) -> CheckpointStore:
+    store = store_of(locate(run))
     if not store.committed():
         raise CheckpointError(f"{run} is no run that has a checkpoint")
     return store
 
 
-def _chosen(path: Path) -> list[Location]:
-    return [path] if (path / "metadata.json").exists() else _of_run(path).committed()
+def _chosen(path: str) -> list[Location]:
+    place = locate(path)
+    return [place] if is_checkpoint(place) else _of_run(path).committed()
 
 
 def _facts(path: Location) -> dict[str, Any]:

@@ -73,7 +73,12 @@ Overrides = Annotated[
     typer.Argument(help="Fields to change, such as train.steps=50 model.patch_size=4.", show_default=False),
 ]
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint), a checkpoint folder or an export.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run (its newest checkpoint) or a checkpoint: folder or URL; or an export.",
+        show_default=False,
+    ),
 ]
 
 
@@ -316,7 +321,7 @@ def config_explain(
 
 
 def _load_model(
-    path: Path, device: Device, precision: Precision | None, latents: int | None
+    path: str, device: Device, precision: Precision | None, latents: int | None
 ) -> tuple[ByteModel, Metadata]:
     """The model of a run's newest checkpoint, of one checkpoint or of an export, ready to score and generate."""
     checkpoint = find_checkpoint(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
+from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, read, verify
 from pretrain.engines import Engine
 from pretrain.exports import is_export, read_export
 from pretrain.models import FREE_FIELDS, ByteModel, ModelConfig, model_config
@@ -26,8 +26,8 @@ class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
     checkpoint goes on from that, and looks at none of this."""
 
     weights: str | None = Field(default=None, min_length=1)
-    """A run folder (its newest valid checkpoint), a checkpoint folder, or an export; of any corpus, engine and number
-    of ranks. Null: first values, drawn by train.seed."""
+    """A run folder (its newest valid checkpoint), a checkpoint folder (or the URL of either), or an export; of any
+    corpus, engine and number of ranks. Null: first values, drawn by train.seed."""
     moments: bool = False
     """Take the optimizer's moments too, with the count of steps that they are made of: to try another schedule from
     there. Without them the optimizer begins anew."""
@@ -65,7 +65,7 @@ def find_origin(
         CheckpointError: it is not there, or does not fit.
     """
     assert config.weights is not None
-    checkpoint = find_checkpoint(Path(config.weights), world)
+    checkpoint = find_checkpoint(config.weights, world)
     then = checkpoint.state["config"]
     differences = model_changes(then["model"], own)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -102,7 +102,17 @@ def find_origin(
     return Origin(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
 
 
-def find_checkpoint(path: Path, world: World = ALONE) -> Metadata:
+def store_of(run: Location, world: World = ALONE) -> CheckpointStore:
+    """The checkpoints of a run, to look at, by its folder or by the URL of their home."""
+    return CheckpointStore(RunFolder(run).checkpoints if isinstance(run, Path) else run, keep=None, world=world)
+
+
+def is_checkpoint(place: Location) -> bool:
+    """Whether this is one checkpoint, and no run."""
+    return (place / "metadata.json").exists() if isinstance(place, Path) else place.name.startswith("step-")
+
+
+def find_checkpoint(text: str | Path, world: World = ALONE) -> Metadata:
     """The newest valid checkpoint of a run, one checkpoint, or an export, of which every byte is as written.
 
     All ranks call it, and each looks at a part.
@@ -110,14 +120,16 @@ def find_checkpoint(path: Path, world: World = ALONE) -> Metadata:
     Raises:
         CheckpointError: it is not there, or not valid; on all ranks.
     """
-    if not is_export(path) and not (path / "metadata.json").exists():
-        found = CheckpointStore(RunFolder(path).checkpoints, keep=1, world=world).newest_valid()
+    place = locate(text)
+    folder = place if isinstance(place, Path) and is_export(place) else None
+    if folder is None and not is_checkpoint(place):
+        found = store_of(place, world).newest_valid()
         if found is None:
-            raise CheckpointError(f"no valid checkpoint at {path}: it is no run that has one, no checkpoint, no export")
+            raise CheckpointError(f"no valid checkpoint at {text}: it is no run that has one, no checkpoint, no export")
         return found
     checkpoint, fault = None, None
     try:
-        checkpoint = read_export(path) if is_export(path) else verify(path, world.rank, world.size)
+        checkpoint = read_export(folder) if folder else verify(place, world.rank, world.size)
     except CheckpointError as error:
         fault = str(error)
     faults = [text for text in world.gather(fault) if text is not None]

@@ -1,5 +1,7 @@
 """Checkpoints at a URL, on a real local S3 server: the same promise, by a marker that comes last and goes first."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from typer.testing import CliRunner
 
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Url, home, read, read_metadata, verify
 from pretrain.checkpoint.home import Bucket
+from pretrain.cli import app
 from pretrain.fence import Fence, FencedError
 from pretrain.fragments import Fragment, whole
 
@@ -173,6 +177,25 @@ def test_a_server_that_is_away_has_damaged_nothing(url: str, monkeypatch: pytest
         CheckpointStore(url, keep=3).load(lambda checkpoint: [], set_aside=True)
     monkeypatch.undo()
     assert "step-00000001/metadata.json" in keys(url)
+
+
+def said(*arguments: object) -> str:
+    """What the command says, run in this process."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_run_goes_on_from_its_home_in_a_new_run_folder(url: str, recipe: Path, tmp_path: Path):
+    options = (f"run.root={tmp_path}", f"checkpoint.home={url}")
+    said("train", recipe, *options, "train.steps=8")
+    run = tmp_path / "run"
+    assert not (run / "checkpoints").exists()
+    assert [fact["step"] for fact in json.loads(said("checkpoint", "list", run, "--json"))] == [4, 8]
+    shutil.rmtree(run)
+    said("train", recipe, *options, "train.steps=9")
+    assert "goes on after step 8" in (run / "train.log").read_text()
+    assert [fact["step"] for fact in json.loads(said("checkpoint", "list", f"{url}/run", "--json"))] == [4, 8, 9]
 
 
 def test_a_url_that_nothing_opens_is_told():
