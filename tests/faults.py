@@ -373,7 +373,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"seed {arguments.seed}, in {folder}", flush=True)
-    prepare_corpus([STDLIB / "json", STDLIB / "email"], folder / "corpus", include=["*.py"])
+    prepare_corpus([STDLIB / "json", STDLIB / "email"], folder / "corpus", include=["*.py"], holdout=0.1)
     stand = Stand(folder, folder / "corpus")
     begin = time.monotonic()
     for number in range(arguments.first, arguments.first + arguments.rounds):
