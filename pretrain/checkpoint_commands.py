@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +11,38 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain.checkpoint import CheckpointError, CheckpointStore, InvalidCheckpointError, read_metadata, verify
+from pretrain.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    InvalidCheckpointError,
+    Location,
+    Metadata,
+    Url,
+    locate,
+    read_metadata,
+    verify,
+)
 from pretrain.console import printable, say
+from pretrain.exports import export, is_export
 from pretrain.progress import size
 from pretrain.run_folder import RunFolder
+from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-RunOrCheckpoint = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder (all its checkpoints) or a checkpoint folder.")
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.", show_default=False)
 ]
+RunOrCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run (all its checkpoints) or a checkpoint: folder or URL.", show_default=False
+    ),
+]
+
+
+BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
+"""Of the journal: of a step's batch, and of the validation corpus."""
 
 
 @app.command("list")
@@ -34,7 +54,7 @@ def list_command(
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    table = Table(title=escape(printable(str(run))), title_justify="left")
+    table = Table(title=escape(printable(run)), title_justify="left")
     for name in ("step", "written", "size", "ranks", "engine", "state"):
         table.add_column(name, justify="right" if name in ("step", "size", "ranks") else "left")
     for fact in facts:
@@ -61,7 +81,10 @@ def verify_command(path: RunOrCheckpoint) -> None:
 
 @app.command("show")
 def show_command(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (its newest) or a checkpoint folder.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run (its newest) or a checkpoint: folder or URL.", show_default=False),
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
 ) -> None:
     """What is in a checkpoint: what the run had read, its recipe's main numbers, versions, tensors."""
@@ -93,7 +116,7 @@ def show_command(
 
 @app.command("prune")
 def prune_command(
-    run: RunPath,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     keep: Annotated[int, typer.Option(min=1, help="The newest that stay.")],
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Those of multiples of so many steps stay as well.")
@@ -102,35 +125,64 @@ def prune_command(
     """Delete old checkpoints of a run that nobody trains now. Only valid ones count among those that stay."""
     with RunFolder(run).locked():
         store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
-        for path in store.committed()[-keep:]:
-            verify(path)
         for path in store.prune():
             say(f"deleted {path.name}")
         say(f"{len(store.committed())} checkpoints stay in {run}")
 
 
-def _of_run(run: Path) -> CheckpointStore:
-    store = CheckpointStore(RunFolder(run).checkpoints, keep=1)
+@app.command("export")
+def export_command(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run (its newest valid) or a checkpoint: folder or URL.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+) -> None:
+    """Write a checkpoint's weights as safetensors and a card in JSON, for other programs and for initialize.weights."""
+    checkpoint = find_checkpoint(path)
+    if is_export(Path(path)):
+        raise CheckpointError(f"{path} is an export already")
+    card = export(checkpoint, out, _bits_per_byte(checkpoint))
+    say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,}, in {', '.join(card['files'])}")
+
+
+def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
+    """What the journal of the checkpoint's run last said at its step; nothing if the checkpoint lies elsewhere."""
+    if isinstance(checkpoint.folder, Url):
+        return {}
+    metrics = RunFolder(checkpoint.folder.parent.parent).metrics
+    last: dict[str, float] = {}
+    for record in map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ()):
+        if record["step"] <= checkpoint.state["reading"]["step"]:
+            last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
+    return last
+
+
+def _of_run(run: str) -> CheckpointStore:
+    store = store_of(locate(run))
     if not store.committed():
         raise CheckpointError(f"{run} is no run that has a checkpoint")
     return store
 
 
-def _chosen(path: Path) -> list[Path]:
-    return [path] if (path / "metadata.json").exists() else _of_run(path).committed()
+def _chosen(path: str) -> list[Location]:
+    place = locate(path)
+    return [place] if is_checkpoint(place) else _of_run(path).committed()
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Location) -> dict[str, Any]:
     """Of a checkpoint, as JSON."""
-    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-")), "fault": None}
-    facts["written"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(" ", "seconds")
+    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-"))}
     try:
         metadata = read_metadata(path)
     except InvalidCheckpointError as error:
-        return facts | {"fault": str(error)}
-    chunks = [chunk for tensor in metadata.tensors.values() for chunk in tensor.chunks]
+        return facts | {"fault": str(error), "written": ""}
     return facts | {
-        "bytes": sum(4 * chunk.length for chunk in chunks),
-        "ranks": len({chunk.file for chunk in chunks}),
+        "fault": None,
+        "written": metadata.written,
+        "bytes": sum(file.bytes for file in metadata.files),
+        "ranks": len(metadata.files),
         "engine": metadata.state["config"]["engine"]["name"],
     }

@@ -20,7 +20,7 @@ from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process, run_processes
 from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands
 from pretrain import config as configuration
-from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
+from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.config import Config, ConfigError
 from pretrain.console import byte_progress, run, said, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype
@@ -34,6 +34,7 @@ from pretrain.models.megabyte import Megabyte
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
+from pretrain.weights import find_checkpoint
 from pretrain.words import count_words
 from pretrain.world import World, WorldError, place_of
 
@@ -72,7 +73,12 @@ Overrides = Annotated[
     typer.Argument(help="Fields to change, such as train.steps=50 model.patch_size=4.", show_default=False),
 ]
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint) or a checkpoint folder.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run (its newest checkpoint) or a checkpoint: folder or URL; or an export.",
+        show_default=False,
+    ),
 ]
 
 
@@ -315,15 +321,10 @@ def config_explain(
 
 
 def _load_model(
-    path: Path, device: Device, precision: Precision | None, latents: int | None
+    path: str, device: Device, precision: Precision | None, latents: int | None
 ) -> tuple[ByteModel, Metadata]:
-    """The model of a run's newest checkpoint, or of one checkpoint, ready to score and generate."""
-    if (path / "metadata.json").exists():
-        checkpoint: Metadata | None = verify(path)
-    else:
-        checkpoint = CheckpointStore(RunFolder(path).checkpoints, keep=1).newest_valid(set_aside=False)
-    if checkpoint is None:
-        raise CheckpointError(f"no valid checkpoint at {path}: it is neither a checkpoint nor a run that has one")
+    """The model of a run's newest checkpoint, of one checkpoint or of an export, ready to score and generate."""
+    checkpoint = find_checkpoint(path)
     config = checkpoint.state["config"]
     family = model_config(config["model"])
     if latents is not None:

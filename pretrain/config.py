@@ -32,6 +32,7 @@ from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.train import TrainConfig
+from pretrain.weights import InitializeConfig
 
 
 class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -41,6 +42,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     data: DataConfig
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig
+    initialize: InitializeConfig = InitializeConfig()
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()

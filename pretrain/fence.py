@@ -1,14 +1,15 @@
 """The fence: only the newest start of a run writes.
 
-Each start takes the next generation of its run folder. A node that was cut off, whose processes live on while the job
-has been started elsewhere, finds a newer generation there when it is back, and ends. A lock is no help against it: it
-is one machine's, or is lost with the connection.
+Each start takes the next generation of its run folder, and of the home of its checkpoints where that is elsewhere. A
+node that was cut off, whose processes live on while the job has been started elsewhere, finds a newer generation there
+when it is back, and ends. A lock is no help against it: it is one machine's, or is lost with the connection.
 """
 
 import time
-from pathlib import Path
+import uuid
+from typing import NoReturn
 
-from data_pipeline.atomic import replace_file
+from pretrain.checkpoint.home import Location, Note
 
 PAUSE = 1.0
 """Seconds between two looks of a rank that is about to write nothing."""
@@ -19,42 +20,77 @@ class FencedError(Exception):
 
 
 class Fence:
-    """A start's generation, in a file of the run folder. It holds nobody off until it has one."""
+    """A start's mark, its generation and a word of its own, in notes that all starts of the run see.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.generation: int | None = None
+    It holds nobody off until it has a mark.
+
+    Args:
+        near: in the run folder; looked at often.
+        far: where else the run writes, for the case that another start has another run folder.
+    """
+
+    def __init__(self, near: Location, *far: Location) -> None:
+        self._near, self._far = Note(near), [Note(place) for place in far]
+        self.mark: str | None = None
         """The same on all ranks of a start."""
         self._looked = float("-inf")
 
-    def claim(self) -> int:
-        """Takes the next generation: for the first rank of a start that will go on, once it holds the folder."""
-        generation = self._newest() + 1 if self._path.exists() else 1
-        replace_file(self._path, f"{generation}\n")
-        return generation
+    def claim(self) -> str:
+        """Takes the next generation: for the first rank of a start that will go on, once it holds the folder.
+
+        Of two starts that do so at once, the one that writes last has it.
+
+        Raises:
+            FencedError: it cannot be noted.
+        """
+        notes = (*self._far, self._near)
+        try:
+            mark = f"{1 + max(_generation(note.read()) for note in notes)} {uuid.uuid4().hex}"
+            for note in notes:
+                note.replace(f"{mark}\n")
+        except OSError as error:
+            places = " and ".join(str(note.place) for note in notes)
+            raise FencedError(f"this start cannot be noted at {places}: {error.strerror or error}") from error
+        return mark
 
     @property
     def holds(self) -> bool:
-        """Whether this start is the newest."""
+        """Whether this start is the newest, as far as the run folder knows."""
         self._looked = time.monotonic()
-        return self.generation is None or self._newest() == self.generation
+        return self.mark is None or _mark_in(self._near) == self.mark
 
     def check(self) -> None:
-        """Called before anything is written.
+        """Called before anything is written to the run folder.
 
         Raises:
             FencedError: this start is not the newest any more.
         """
         if not self.holds:
-            raise FencedError(
-                f"start {self._newest()} of this run has taken over from this one, start {self.generation}, which "
-                "writes nothing more"
-            )
+            self._refuse(self._near)
+
+    def check_everywhere(self) -> None:
+        """Called before anything of a checkpoint is written. Raises as `check`."""
+        self.check()
+        for note in self._far:
+            if self.mark is not None and _mark_in(note) != self.mark:
+                self._refuse(note)
 
     def look(self) -> None:
         """As `check`, now and then."""
         if time.monotonic() - self._looked > PAUSE:
             self.check()
 
-    def _newest(self) -> int:
-        return int(self._path.read_text(encoding="utf-8"))
+    def _refuse(self, note: Note) -> NoReturn:
+        raise FencedError(
+            f"start {_generation(note.read())} of this run has taken over from this one, start "
+            f"{_generation(self.mark)}, which writes nothing more"
+        )
+
+
+def _mark_in(note: Note) -> str | None:
+    text = note.read()
+    return None if text is None else text.rstrip("\n")
+
+
+def _generation(mark: str | None) -> int:
+    return int(mark.split()[0]) if mark else 0

@@ -17,9 +17,9 @@ from data_pipeline.reading import Reading, Record, open_streams, replay
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain import config as configuration
-from pretrain.checkpoint import CheckpointError, CheckpointStore, read_metadata
+from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
 from pretrain.console import byte_progress, printable, say
-from pretrain.run_folder import RunFolder
+from pretrain.weights import is_checkpoint, store_of
 
 app = typer.Typer()
 
@@ -48,7 +48,7 @@ def inspect(
         with Corpus(path) as corpus:
             _show_corpus(corpus, sample)
         return
-    past = _past_reading(Path(path), overrides or [])
+    past = _past_reading(path, overrides or [])
     if step is not None:
         _show_row(past, step, row)
     if replay:
@@ -58,18 +58,18 @@ def inspect(
 class PastReading(NamedTuple):
     """What a run had read at a checkpoint."""
 
-    checkpoint: Path
+    checkpoint: Location
     reading: Reading
 
 
-def _past_reading(path: Path, overrides: Sequence[str]) -> PastReading:
+def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
     """Opens the corpora of a checkpoint, or of a run's newest, as it knows them. Its tensors are not looked at.
 
     Raises:
         CheckpointError: there is no checkpoint, its metadata is damaged, or the corpora are not those it was made of.
     """
-    one = (path / "metadata.json").exists()
-    checkpoints = [path] if one else CheckpointStore(RunFolder(path).checkpoints, keep=1).committed()
+    place = locate(path)
+    checkpoints = [place] if is_checkpoint(place) else store_of(place).committed()
     if not checkpoints:
         raise CheckpointError(f"{path} is neither a corpus, nor a checkpoint, nor a run that has one")
     metadata = read_metadata(checkpoints[-1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("byteloom", "torch", "numpy", "zstandard", "webdataset", "mlflow")
+PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
 
 
 def environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ ROOT/NAME/
     run.json           the run's identity
     generation         how often the run has been started; see fence.py
     mlflow.json        how far the tracker has been told
-    checkpoints/       step-00001200/, …
+    checkpoints/       step-00001200/, …, unless the recipe has another home for them
     profile/           rank-00000/, …, if the recipe asks for it
 """
 
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, Field
 
 from data_pipeline.atomic import replace_file
@@ -44,7 +45,6 @@ class RunFolder:
         self.generation = path / "generation"
         self.metrics = path / "metrics.jsonl"
         self.mlflow = path / "mlflow.json"
-        self.checkpoints = path / "checkpoints"
 
     def log_of(self, rank: int) -> Path:
         """What a rank said."""
@@ -53,6 +53,16 @@ class RunFolder:
     def profile_of(self, rank: int) -> Path:
         """What a rank's profiler found."""
         return self.path / "profile" / f"rank-{rank:05d}"
+
+    @property
+    def checkpoints(self) -> Path | str:
+        """Where its checkpoints lie, as the recipe of its last start has it: a folder, or a URL."""
+        recipe = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        return self.checkpoints_in(recipe.get("checkpoint", {}).get("home"))
+
+    def checkpoints_in(self, home: str | None) -> Path | str:
+        """Where they lie if the recipe has this `checkpoint.home`."""
+        return self.path / "checkpoints" if home is None else f"{home.rstrip('/')}/{self.path.name}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -32,19 +32,18 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
-from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read
+from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, locate
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.fence import Fence
 from pretrain.flops import peak_flops
+from pretrain.fragments import Fragment
 from pretrain.meter import Meter
 from pretrain.models import (
-    FREE_FIELDS,
     ModelConfig,
     build_model,
     carries_memory,
     describe_attention,
-    model_config,
 )
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.profiling import ProfileConfig, StepProfiler
@@ -54,6 +53,7 @@ from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
 from pretrain.stop import StopRequest
 from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, open_tracker
+from pretrain.weights import InitializeConfig, Origin, find_origin, model_changes
 from pretrain.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ class Recipe(Protocol):
     def loader(self) -> LoaderConfig: ...
     @property
     def model(self) -> ModelConfig: ...
+    @property
+    def initialize(self) -> InitializeConfig: ...
     @property
     def train(self) -> TrainConfig: ...
     @property
@@ -124,13 +126,15 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device, world.local_rank)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
+    origin = _find_origin(recipe, folder, world)
     stop = StopRequest()
     with ExitStack() as stack:
         world.on_first(lambda: stack.enter_context(folder.locked()))
-        fence = Fence(folder.generation)
+        home = locate(folder.checkpoints_in(recipe.checkpoint.home))
+        fence = Fence(folder.generation, *([home / "generation"] if recipe.checkpoint.home else []))
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, stop, world, fence).go(console)
+        return Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence).go(console)
 
 
 class Run:
@@ -142,7 +146,9 @@ class Run:
         folder: RunFolder,
         streams: dict[str, ByteStream],
         validation: Corpus | None,
+        origin: Origin | None,
         stop: StopRequest,
+        *,
         world: World,
         fence: Fence,
     ) -> None:
@@ -150,6 +156,7 @@ class Run:
         self.folder = folder
         self.fingerprint = fingerprint_of(streams)
         self.validation = validation
+        self.origin = origin
         self.stop = stop
         self.world = world
         self.fence = fence
@@ -157,16 +164,15 @@ class Run:
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
         self._refuse_another_run()
-        fence.generation = world.on_first(fence.claim)
+        fence.mark = world.on_first(fence.claim)
         self.store = CheckpointStore(
-            folder.checkpoints,
+            folder.checkpoints_in(recipe.checkpoint.home),
             recipe.checkpoint.keep,
             world,
             keep_every=recipe.checkpoint.keep_every,
-            fence=fence.check,
+            fence=fence.check_everywhere,
         )
         world.on_first(self.store.sweep)
-        self.checkpoint = self.store.newest_valid(set_aside=True)
         with torch.device("meta"):
             self.model = build_model(recipe.model)
         self.parameters = self.model.parameter_count()  # while the model is whole
@@ -181,11 +187,12 @@ class Run:
             micro_batch=recipe.train.micro_batch,
         )
         record = Record()
+        self.checkpoint = self.store.load(self._fragments_of, set_aside=True)
         if self.checkpoint is None:
             self.engine.begin()
+            if origin is not None:
+                origin.give(self.engine)
         else:
-            self._refuse_another_optimizer(self.checkpoint)
-            read(self.checkpoint, self.engine.fragments())
             state = self.checkpoint.state
             self.engine.restore(state["counters"])
             record = Record.from_state(state["reading"])
@@ -366,9 +373,11 @@ class Run:
         return {"validation/bits_per_byte": total.bits_per_byte}
 
     def _save(self, tracker: Tracker | None) -> None:
+        self.world.on_first(self._end_if_fenced_off)
         if tracker is not None:
             tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
+            "run": self.identity["id"],
             "reading": merged(self.world.gather(self.reading.state())),
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
@@ -379,6 +388,10 @@ class Run:
         self.begun_step = self.step
         if not self.recipe.checkpoint.asynchronous:
             self._finish_save()
+
+    def _end_if_fenced_off(self) -> None:
+        with contextlib.suppress(OSError):  # of a home far away; the save itself will tell
+            self.fence.check_everywhere()
 
     def _finish_save(self) -> None:
         """Waits for the save under way, if there is one.
@@ -412,9 +425,7 @@ class Run:
             CheckpointError: this start has others.
         """
         began, now = self.identity, self.recipe.as_tree()
-        model = model_config(began["model"]).model_dump(mode="json", exclude=FREE_FIELDS)
-        own = self.recipe.model.model_dump(mode="json", exclude=FREE_FIELDS)
-        if differences := changes({"model": model}, {"model": own}):
+        if differences := model_changes(began["model"], self.recipe.model):
             raise CheckpointError(
                 f"{self.folder.path} is of another model ({'; '.join(differences)}); "
                 "choose another run.name for a new run"
@@ -427,18 +438,25 @@ class Run:
                 "restore what was, or choose another run.name for a new run"
             )
 
-    def _refuse_another_optimizer(self, checkpoint: Metadata) -> None:
-        """Moments are one optimizer's. Its rates and decays may change.
+    def _fragments_of(self, checkpoint: Metadata) -> list[Fragment]:
+        """What to load from a checkpoint of this run: everything.
 
         Raises:
-            CheckpointError: the checkpoint has another's.
+            CheckpointError: it is of another stream of bytes, which a new run folder does not know; or of another
+                optimizer. Moments are one optimizer's; its rates and decays may change.
         """
+        if checkpoint.state["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.folder} is of a run that reads another stream of bytes; restore what was, or choose "
+                "another run.name for a new run"
+            )
         then, now = checkpoint.state["config"]["optimizer"]["name"], self.recipe.optimizer.name
         if then != now:
             raise CheckpointError(
                 f"{checkpoint.folder} has moments of optimizer.name {then}, not {now}; set it back, or choose another "
                 "run.name for a new run"
             )
+        return self.engine.fragments()
 
     def _rehearse(self) -> Meter:
         """One made-up micro-batch, before data is touched, and what there is to say at the start."""
@@ -473,6 +491,11 @@ class Run:
             for name, now in (("config", recipe.as_tree()), ("environment", environment())):
                 for change in changes(self.checkpoint.state[name], now):
                     log.info("changed since then: %s", change)
+        elif self.origin is not None:
+            moments = "" if self.origin.optimizer_steps is None else " and moments"
+            log.info("begins with the weights%s of %s", moments, self.origin.checkpoint.folder)
+            for difference in self.origin.differences:
+                log.info("not the same as there: %s", difference)
         return Meter(self.flops_a_step, peak * self.world.size)
 
     def _open_tracker(self) -> Tracker:
@@ -522,6 +545,20 @@ def _check_same_recipe(recipe: Recipe, world: World) -> None:
     for rank, tree in enumerate(trees):
         if differences := changes(trees[0], tree):
             raise TrainingError(f"rank {rank} was started with another recipe than rank 0: {'; '.join(differences)}")
+
+
+def _find_origin(recipe: Recipe, folder: RunFolder, world: World) -> Origin | None:
+    """What a new run begins with; None if that is first values, or the run goes on from a checkpoint of its own."""
+    if recipe.initialize.weights is None or world.on_first(lambda: _has_checkpoint(recipe, folder)):
+        return None
+    with torch.device("meta"):
+        model = build_model(recipe.model)
+    return find_origin(recipe.initialize, recipe.model, model, recipe.optimizer.name, world)
+
+
+def _has_checkpoint(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether there is one, which need not be valid."""
+    return bool(CheckpointStore(folder.checkpoints_in(recipe.checkpoint.home), keep=None).committed())
 
 
 def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:

@@ -1,13 +1,9 @@
 """Checkpoints that belong to no engine."""
 
-from pretrain.checkpoint.format import (
-    CheckpointError,
-    InvalidCheckpointError,
-    Metadata,
-    read,
-    read_metadata,
-    verify,
-)
+from pretrain.checkpoint.data import described, read, read_metadata, verify
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
+from pretrain.checkpoint.format import Metadata, StoredTensor
+from pretrain.checkpoint.home import Location, Url, locate
 from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 
 __all__ = [
@@ -15,7 +11,12 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "InvalidCheckpointError",
+    "Location",
     "Metadata",
+    "StoredTensor",
+    "Url",
+    "described",
+    "locate",
     "read",
     "read_metadata",
     "verify",

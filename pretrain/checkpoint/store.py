@@ -1,38 +1,52 @@
-"""A run's checkpoints: save behind training, commit, find the newest valid one, set invalid ones aside, keep some.
+"""A run's checkpoints: save behind training, commit, load the newest valid one, set invalid ones aside, keep some.
 
-    fragments ─▶ staging buffer ─▶ rank-00000.bin, rank-00001.bin, … in step-N.partial ─▶ metadata.json ─▶ step-N
-      live         a copy             each rank its own, on disk, digested                 the first rank     one rename
+    fragments ─▶ staging buffer ─▶ rank-00000.bin, rank-00001.bin, … ─▶ layout.json ─▶ metadata.json
+      live         a copy             each rank its own, durable            the first rank: commit
+
+    newest checkpoint ─▶ staging buffer ─▶ all ranks found it valid ─▶ fragments
+      or the one before      digests          or they go on with the one before
 
 The loop waits for the copy alone. What follows is done by a thread of each rank, and the threads talk by a process
 group of their own.
 """
 
+import contextlib
 import logging
-import re
-import shutil
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
-from data_pipeline.atomic import atomic_folder, staging
-from pretrain.checkpoint.format import (
-    CheckpointError,
-    InvalidCheckpointError,
-    Metadata,
-    verify,
-    write_data,
-    write_metadata,
+from pretrain.checkpoint.data import (
+    bytes_of,
+    copy,
+    fill,
+    host_buffer,
+    metadata_in,
+    read_verified,
+    verify_data,
+    write_file,
 )
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
+from pretrain.checkpoint.format import (
+    LAYOUT,
+    Metadata,
+    OwnedRange,
+    StoredFile,
+    encode_layout,
+    encode_metadata,
+    owned_ranges,
+)
+from pretrain.checkpoint.home import Location, open_home
 from pretrain.fragments import Fragment
 from pretrain.world import ALONE, World, WorldError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -40,43 +54,60 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
 
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
-    keep: int = Field(default=3, ge=1)
-    """The newest checkpoints that are kept; older ones are deleted after a new one is on disk."""
+    keep: int | None = Field(default=3, ge=1)
+    """The newest checkpoints that are kept, all of them found valid; older ones are deleted after a new one is on disk.
+    Null keeps all for ever."""
     keep_every: int | None = Field(default=None, ge=1)
     """Beside those, checkpoints of steps that are multiples of this are kept for ever."""
     asynchronous: bool = True
     """Write behind training. It takes a copy of what a rank owns of masters and moments in the host's memory."""
+    home: str | None = None
+    """Folder or URL (s3://bucket/folder, for one) in which each run has a folder of checkpoints, by its name, and finds
+    them even from a new run folder. Null is the run folder itself."""
 
 
 class CheckpointStore:
-    """The checkpoints in one folder, named by their step. All ranks of a run have one, and call it alike.
+    """The checkpoints of one run, named by their step. All ranks of a run have one, and call it alike.
 
     Args:
+        home: a folder or URL.
         keep, keep_every: as of CheckpointConfig.
         fence: called before anything is written; raises if this process may not write any more.
+    Raises:
+        CheckpointError: there cannot be a home.
     """
 
     def __init__(
         self,
-        folder: Path,
-        keep: int,
+        home: str | Location,
+        keep: int | None,
         world: World = ALONE,
         *,
         keep_every: int | None = None,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder = folder
+        self._home = open_home(home)
         self._keep, self._keep_every = keep, keep_every
         self._world = world.beside()
         self._fence = fence
         self._staged = torch.empty(0)
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
+        self._owned: Sequence[OwnedRange] = ()
+        self._layout = b""
+        """Of the ranges that ranks told last; on the first rank."""
+        self._found_valid: set[str] = set()
+        """Names of those that this start wrote or verified."""
 
-    def path(self, step: int) -> Path:
+    @property
+    def folder(self) -> Location:
+        """The home."""
+        return self._home.location
+
+    def path(self, step: int) -> Location:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> Path:
+    def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> Location:
         """Writes a checkpoint, which is there, whole and on disk, when this returns; then deletes the oldest.
 
         Args:
@@ -96,8 +127,10 @@ class CheckpointStore:
             CheckpointError: the save before failed; this one has not begun.
         """
         self.finish()
-        staged = self._stage(fragments)
-        self._thread = threading.Thread(target=self._write_behind, args=(step, staged, state), daemon=True)
+        values = self._stage(fragments)
+        owned = owned_ranges(fragments)
+        arguments = (self.path(step).name, values, owned, state)
+        self._thread = threading.Thread(target=self._write_behind, args=arguments, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -113,120 +146,231 @@ class CheckpointStore:
         if fault is not None:
             raise CheckpointError(f"no checkpoint could be written: {fault}") from fault
 
-    def _stage(self, fragments: Sequence[Fragment]) -> list[Fragment]:
-        """The fragments as they are now, in a buffer that is used again."""
+    def _stage(self, fragments: Sequence[Fragment]) -> Tensor:
+        """The values as they are now, one fragment after another, in a buffer that is used again."""
+        values = self._buffer(fragments)
         lengths = [len(fragment.data) for fragment in fragments]
-        if len(self._staged) != sum(lengths):
-            on_cuda = any(fragment.data.is_cuda for fragment in fragments)
-            self._staged = torch.empty(sum(lengths), pin_memory=on_cuda)
-        staged = []
-        for fragment, data in zip(fragments, self._staged.split(lengths), strict=True):
-            data.copy_(fragment.data, non_blocking=True)
-            staged.append(Fragment(fragment.name, fragment.shape, fragment.start, data))
-        if self._staged.is_pinned():
-            torch.cuda.synchronize()
-        return staged
+        copy(values.split(lengths), [fragment.data for fragment in fragments])
+        return values
 
-    def _write_behind(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> None:
+    def _buffer(self, fragments: Sequence[Fragment]) -> Tensor:
+        length = sum(len(fragment.data) for fragment in fragments)
+        if len(self._staged) != length:
+            self._staged = torch.empty(0)  # first one goes, then the other comes
+            on_cuda = any(fragment.data.is_cuda for fragment in fragments)
+            self._staged = torch.empty(length, pin_memory=True) if on_cuda else host_buffer(length)
+        return self._staged
+
+    def _write_behind(self, name: str, values: Tensor, owned: Sequence[OwnedRange], state: dict[str, Any]) -> None:
         try:
-            self._write(self.path(step), fragments, state)
-            log.info("checkpoint %s", self.path(step))
+            self._write(name, values, owned, state)
+            log.info("checkpoint %s", self.folder / name)
         except Exception as error:  # told at once, and raised by `finish`
             self._fault = error
-            log.error("checkpoint of step %d: %s", step, error)
+            log.error("checkpoint of %s: %s", name.replace("-", " "), error)
+            return
+        try:
+            self.prune()
+        except Exception as error:
+            log.warning("old checkpoints could not be deleted: %s", error)
 
-    def _write(self, target: Path, fragments: Sequence[Fragment], state: dict[str, Any]) -> None:
+    def _write(self, name: str, values: Tensor, owned: Sequence[OwnedRange], state: dict[str, Any]) -> None:
         world = self._world
-        with ExitStack() as stack:
-
-            def begin() -> None:
-                self._fence()
-                stack.enter_context(atomic_folder(target))
-
-            def commit() -> None:
-                write_metadata(staging(target), [told["tensors"] for told in of_ranks], state)
-                self._fence()
-                stack.close()
-
-            world.on_first(begin)
-            of_ranks = world.gather(self._tried(staging(target), fragments))
+        self._plan(owned)
+        draft = world.on_first(lambda: self._begin(name))
+        try:
+            of_ranks = world.gather(self._tried(draft, values))
             for rank, told in enumerate(of_ranks):
                 if "fault" in told:
                     raise WorldError(f"rank {rank}: {told['fault']}")
-            world.on_first(commit)
-        if world.is_first:
-            self.prune()
+            world.on_first(lambda: self._commit(name, draft, [told["file"] for told in of_ranks], state))
+        except Exception:
+            if world.is_first:
+                with contextlib.suppress(OSError):
+                    self._home.abandon(draft)
+            raise
+        self._found_valid.add(name)
 
-    def _tried(self, folder: Path, fragments: Sequence[Fragment]) -> dict[str, Any]:
-        """What this rank wrote, or why it could not, as JSON."""
+    def _plan(self, owned: Sequence[OwnedRange]) -> None:
+        """Tells the first rank who writes what, where that is not as it was at the save before."""
+        world = self._world
+        if any(world.sum(owned != self._owned)):
+            of_ranks = world.gather(owned)
+            world.on_first(lambda: self._keep_layout(of_ranks))
+            self._owned = owned
+
+    def _keep_layout(self, of_ranks: Sequence[Sequence[Sequence[Any]]]) -> None:
+        self._layout = encode_layout(of_ranks)
+
+    def _begin(self, name: str) -> str:
+        self._fence()
+        try:
+            return self._home.begin(name)
+        except FileExistsError:  # at a URL, the marker of a start that was fenced off, if nothing is left to mark
+            try:
+                verify_data(metadata_in(self._home, name))
+            except InvalidCheckpointError as error:
+                self._set_aside(name, str(error))
+                return self._home.begin(name)
+            raise
+
+    def _tried(self, draft: str, values: Tensor) -> dict[str, Any]:
+        """The file that this rank wrote, or why it could not, as JSON."""
         try:
             self._fence()
-            return {"tensors": write_data(folder, self._world.rank, fragments)}
+            return {"file": self._create(draft, f"rank-{self._world.rank:05d}.bin", bytes_of(values))}
         except Exception as error:
             return {"fault": str(error)}
 
-    def prune(self) -> list[Path]:
-        """Deletes the checkpoints that need not be kept; returns those that were."""
-        old = [path for path in self.committed()[: -self._keep] if not self._is_kept_for_ever(path)]
-        for path in old:
-            shutil.rmtree(path.rename(path.with_name(f"{path.name}.deleting")))  # half a one never looks whole
-        return old
+    def _create(self, draft: str, file: str, content: memoryview) -> tuple[str, int, tuple[str, ...]]:
+        return file, len(content), write_file(self._home, draft + file, content)
 
-    def _is_kept_for_ever(self, path: Path) -> bool:
-        return self._keep_every is not None and step_of(path) % self._keep_every == 0
+    def _commit(
+        self, name: str, draft: str, of_ranks: Sequence[tuple[str, int, Sequence[str]]], state: dict[str, Any]
+    ) -> None:
+        layout = self._create(draft, LAYOUT, memoryview(self._layout))
+        *files, layout_file = (
+            StoredFile(self._home.stored_name(name, draft, file), length, tuple(digests))
+            for file, length, digests in (*of_ranks, layout)
+        )
+        marker = encode_metadata(files, layout_file, state)
+        self._fence()
+        self._home.commit(name, draft, marker)
 
-    def sweep(self) -> None:
-        """Removes what a killed process was writing or deleting. For the run's own process, before it saves."""
-        for suffix in ("partial", "deleting"):
-            for left in self.folder.glob(f"step-*.{suffix}"):
-                shutil.rmtree(left)
+    def load(
+        self, fragments_of: Callable[[Metadata], Sequence[Fragment]], *, set_aside: bool = False
+    ) -> Metadata | None:
+        """Fills fragments from the newest checkpoint in which all that any rank needs is as it was written.
 
-    def committed(self) -> list[Path]:
-        """The checkpoints there are, oldest first; their content has not been verified."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
-
-    def newest_valid(self, set_aside: bool) -> Metadata | None:
-        """The newest checkpoint of which every byte is as written. Each rank looks at a part of it, and all agree.
+        No value of any rank changes before all ranks have found theirs. Where one has not, all go on with the
+        checkpoint before.
 
         Args:
-            set_aside: whether invalid ones on the way are renamed, which is for the run's own processes to do.
+            fragments_of: what to fill from a checkpoint. Called again for the one before, if one is not valid.
+            set_aside: whether invalid ones on the way are none any more, which is for the run's own processes to do.
+        Returns:
+            None where there is no checkpoint.
+        Raises:
+            CheckpointError: there are checkpoints and none is valid, or one cannot be read or is not what fragments
+                are of; on all ranks.
+        """
+
+        def attempt(name: str) -> tuple[Metadata, Sequence[Fragment], Tensor]:
+            metadata = metadata_in(self._home, name)
+            fragments = fragments_of(metadata)
+            values = self._buffer(fragments)
+            read_verified(metadata, fragments, values)
+            return metadata, fragments, values
+
+        found = self._newest(attempt, set_aside=set_aside)
+        if found is None:
+            return None
+        metadata, fragments, values = found
+        fill(fragments, values)
+        return metadata
+
+    def newest_valid(self) -> Metadata | None:
+        """The newest checkpoint of which every byte is as written. Each rank looks at a part of it, and all agree.
 
         Raises:
             CheckpointError: there are checkpoints and none is valid, or one cannot be read.
         """
-        world = self._world
-        for name in world.on_first(lambda: [path.name for path in reversed(self.committed())]):
-            path = self.folder / name
-            metadata, invalid, unreadable = None, None, None
-            try:
-                metadata = verify(path, world.rank, world.size)
-            except InvalidCheckpointError as error:
-                invalid = str(error)
-            except (CheckpointError, OSError) as error:
-                unreadable = str(error)
-            told = world.gather([invalid, unreadable])
-            if not_read := [text for _, text in told if text is not None]:
-                raise CheckpointError(not_read[0])
-            faults = [text for text, _ in told if text is not None]
-            if not faults:
-                return metadata
-            log.warning("checkpoint %s is not valid: %s", name, faults[0])
-            if set_aside:
-                world.on_first(partial(self._set_aside, path))
-        if world.on_first(lambda: any(self.folder.glob("step-*"))):
+        return self._newest(self._verified, set_aside=False)
+
+    def _verified(self, name: str) -> Metadata:
+        metadata = metadata_in(self._home, name)
+        verify_data(metadata, self._world.rank, self._world.size)
+        return metadata
+
+    def _newest(self, attempt: Callable[[str], T], *, set_aside: bool) -> T | None:
+        """What an attempt gives for the newest checkpoint that all ranks find valid; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: there are some, and none is valid.
+        """
+        for name in reversed(self._world.on_first(self._names)):
+            if (found := self._found_by_all(name, attempt, set_aside=set_aside)) is not None:
+                return found
+        if self._world.on_first(lambda: bool(self._names()) or self._home.has_set_aside()):
             raise CheckpointError(f"no checkpoint in {self.folder} is valid; remove the folder to begin anew")
         return None
 
-    def _set_aside(self, path: Path) -> None:
-        aside = path.with_name(f"{path.name}.invalid")
-        if aside.exists():
-            shutil.rmtree(aside)
-        path.rename(aside)
-        log.warning("it is set aside as %s", aside.name)
+    def _found_by_all(self, name: str, attempt: Callable[[str], T], *, set_aside: bool) -> T | None:
+        """What an attempt to read a checkpoint gives on each rank; None on all where one has found it invalid.
+
+        Raises:
+            Exception: it could not be read, or not be used; on ranks where it could, a CheckpointError that says so.
+        """
+        found, invalid, fault = None, None, None
+        try:
+            found = attempt(name)
+        except InvalidCheckpointError as error:
+            invalid = str(error)
+        except Exception as error:
+            fault = error
+        told = self._world.gather([invalid, None if fault is None else str(fault)])
+        if fault is not None:
+            raise fault
+        if faults := [text for _, text in told if text is not None]:
+            raise CheckpointError(faults[0])
+        reasons = [text for text, _ in told if text is not None]
+        if not reasons:
+            return found
+        log.warning("checkpoint %s is not valid: %s", name, reasons[0])
+        if set_aside:
+            self._world.on_first(lambda: self._set_aside(name, reasons[0]))
+        return None
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        self._fence()
+        log.warning("it is set aside as %s", self._home.set_aside(name, reason))
+
+    def prune(self) -> list[Location]:
+        """Deletes the checkpoints that need not be kept; returns those that were. All ranks call it.
+
+        Those that this start has not written are verified before they count among the newest that stay.
+        """
+        names = self._world.on_first(self._names)
+        if self._keep is None:
+            return []
+        kept = 0
+        while len(names) + kept > self._keep and kept < self._keep:
+            kept += self._is_valid(names.pop())
+        old = [name for name in names if kept == self._keep and not self._is_kept_for_ever(name)]
+        self._world.on_first(lambda: self._delete(old))
+        return [self.folder / name for name in old]
+
+    def _is_valid(self, name: str) -> bool:
+        if name not in self._found_valid and self._found_by_all(name, self._verified, set_aside=True) is not None:
+            self._found_valid.add(name)
+        return name in self._found_valid
+
+    def _is_kept_for_ever(self, name: str) -> bool:
+        return self._keep_every is not None and step_of(self.folder / name) % self._keep_every == 0
+
+    def _delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._fence()
+            self._home.delete(name)
+
+    def sweep(self) -> None:
+        """Removes what a killed process was writing or deleting. For the run's own process, before it loads or saves.
+
+        What an older start of the run was about to commit, it cannot commit after this.
+        """
+        self._home.sweep()
+
+    def committed(self) -> list[Location]:
+        """The checkpoints there are, oldest first; their content has not been verified."""
+        return [self.folder / name for name in self._names()]
+
+    def _names(self) -> list[str]:
+        try:
+            return self._home.names()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
 
 
-def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
-    return int(path.name.removeprefix("step-"))
+def step_of(checkpoint: Location) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))

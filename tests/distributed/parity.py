@@ -1,13 +1,17 @@
 """The same training on any engine and any number of ranks: what tests run on each rank."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from data_pipeline.loader import MicroBatch
+from pretrain.checkpoint import CheckpointStore, read, read_metadata, verify
 from pretrain.engines import Engine, EngineConfig, build_engine
+from pretrain.fragments import whole
 from pretrain.models import ByteModel, build_model, model_config
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
@@ -59,6 +63,33 @@ def losses(it: Engine, steps: range, world: World = ALONE) -> list[float]:
         result = it.train_step(micro_batches(step, world), step=step, learning_rate=learning_rate)
         told.append(result.nats / result.target_bytes)
     return told
+
+
+def save(it: Engine, folder: Path, step: int, world: World = ALONE) -> None:
+    """Leaves a checkpoint in a folder of them."""
+    store = CheckpointStore(folder, keep=1, world=world)
+    store.save(step, it.owned_fragments(), {"counters": it.counters()})
+
+
+def load(it: Engine, folder: Path) -> Engine:
+    """An engine, with the newest checkpoint of a folder in it."""
+    metadata = read_metadata(newest(folder))
+    read(metadata, it.fragments())
+    it.restore(metadata.state["counters"])
+    return it
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a folder of them."""
+    return CheckpointStore(folder, keep=1).committed()[-1]
+
+
+def content(checkpoint: Path) -> dict[str, bytes]:
+    """All bits of its tensors, by name."""
+    metadata = verify(checkpoint)
+    tensors = {name: torch.full(stored.shape, math.nan) for name, stored in metadata.tensors.items()}
+    read(metadata, [whole(name, tensor) for name, tensor in tensors.items()])
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def losses_of_all(

@@ -1,4 +1,7 @@
-"""Real ranks: processes that meet over gloo on this machine."""
+"""Real ranks: processes that meet over gloo on this machine.
+
+They are forks of one process that has imported what they need (warm.py), which takes as long as all else together.
+"""
 
 import multiprocessing
 import os
@@ -11,6 +14,9 @@ import torch
 
 from pretrain.world import World
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.warm"])
+
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What a function of a world, which can be imported by name, returns on each of so many ranks.
@@ -18,11 +24,10 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     Raises:
         AssertionError: it raised something on one of them; says what.
     """
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    answers = CONTEXT.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(rank, size, port, function, arguments, answers), daemon=True)
+        CONTEXT.Process(target=_rank, args=(rank, size, port, function, arguments, answers), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -49,10 +54,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: Any, answers: Any) -> None:
+def take_place(rank: int, size: int, port: int) -> None:
+    """Makes this process a rank, as a launcher does by the environment."""
     torch.set_num_threads(1)
-    environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (environment | {"MASTER_PORT": port}).items()})
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+
+
+def _rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: Any, answers: Any) -> None:
+    take_place(rank, size, port)
     try:
         world = World.join("cpu")
         value = function(world, *arguments)

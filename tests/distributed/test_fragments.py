@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import CheckpointStore, read, read_metadata
 from pretrain.engines import Engine, NonFiniteError
-from pretrain.world import ALONE, World
-from tests.distributed.parity import build, losses, micro_batches
+from pretrain.world import World
+from tests.distributed.parity import build, load, losses, micro_batches, save
 from tests.distributed.ranks import on_ranks
 
 RANKS = 2
@@ -28,17 +27,6 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 FAMILY = "transformer_xl"  # whose memory is in a checkpoint too
 BEFORE, AFTER = range(3), range(3, 6)
-
-
-def saved(it: Engine, folder: Path, world: World = ALONE) -> None:
-    CheckpointStore(folder, keep=1, world=world).save(len(BEFORE), it.owned_fragments(), {"counters": it.counters()})
-
-
-def loaded(it: Engine, folder: Path) -> Engine:
-    metadata = read_metadata(CheckpointStore(folder, keep=1).committed()[-1])
-    read(metadata, it.fragments())
-    it.restore(metadata.state["counters"])
-    return it
 
 
 def poisoned_step_changes_nothing(it: Engine, world: World) -> bool:
@@ -66,11 +54,11 @@ def on_one_rank(world: World, folder: Path) -> dict[str, Any]:
         it = build(FAMILY, world, **engine)
         it.rehearse(2)
         losses(it, BEFORE, world)
-        saved(it, folder / name, world)
+        save(it, folder / name, len(BEFORE), world)
         owned = [(f.name, f.shape, f.start, len(f.data)) for f in it.owned_fragments()]
         unchanged = poisoned_step_changes_nothing(it, world)
         went_on = losses(it, AFTER, world)
-        from_alone = losses(loaded(build(FAMILY, world, **engine), folder / "alone"), AFTER, world)
+        from_alone = losses(load(build(FAMILY, world, **engine), folder / "alone"), AFTER, world)
         scored = it.nats(micro_batches(0)[0].rows.bytes.astype("int64")).tolist()
         told[name] = {
             "owned": owned, "unchanged": unchanged, "went_on": went_on, "from_alone": from_alone, "scored": scored
@@ -88,7 +76,7 @@ def alone(folder: Path) -> list[float]:
     """The losses of one process, which left a checkpoint on the way."""
     it = build(FAMILY)
     losses(it, BEFORE)
-    saved(it, folder / "alone")
+    save(it, folder / "alone", len(BEFORE))
     return losses(it, AFTER)
 
 
@@ -125,7 +113,7 @@ def test_an_engine_goes_on_from_the_checkpoint_of_one_process(
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_one_process_goes_on_from_the_checkpoint_of_an_engine(of_ranks: list[dict[str, Any]], folder: Path, name: str):
-    it = loaded(build(FAMILY, precision=ENGINES[name].get("precision", "fp32")), folder / name)
+    it = load(build(FAMILY, precision=ENGINES[name].get("precision", "fp32")), folder / name)
     assert losses(it, AFTER) == pytest.approx(of_ranks[0][name]["went_on"], rel=tolerance(name))
 
 

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,
-    InvalidCheckpointError,
+    Metadata,
     read,
+    read_metadata,
     verify,
 )
-from pretrain.checkpoint import (
-    format as checkpoint_format,
-)
+from pretrain.checkpoint import data as checkpoint_data
+from pretrain.checkpoint import format as checkpoint_format
+from pretrain.checkpoint.data import bytes_of, write_file
+from pretrain.checkpoint.format import LAYOUT, StoredFile, encode_layout, encode_metadata, owned_ranges
+from pretrain.checkpoint.home import Folder
 from pretrain.fence import Fence, FencedError
 from pretrain.fragments import Fragment, whole
 
@@ -38,6 +41,13 @@ def zeros() -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
 
 
+def newest(store: CheckpointStore) -> Metadata:
+    """Of the newest valid checkpoint, which is read whole."""
+    metadata = store.load(lambda checkpoint: fragments(zeros()), set_aside=True)
+    assert metadata is not None
+    return metadata
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints", keep=3)
@@ -53,84 +63,135 @@ def test_what_is_read_is_what_was_written(store: CheckpointStore):
         assert torch.equal(target[name], tensor)
 
 
+def write_by_hand(folder: Path, name: str, of_ranks: list[list[Fragment]], state: dict[str, object]) -> Path:
+    """A checkpoint of some ranks, as they would write it."""
+    home = Folder(folder)
+    draft = home.begin(name)
+    contents = {f"rank-{rank:05d}.bin": owned_values(owned) for rank, owned in enumerate(of_ranks)}
+    contents[LAYOUT] = memoryview(encode_layout([owned_ranges(owned) for owned in of_ranks]))
+    *files, layout = (
+        StoredFile(file, len(content), write_file(home, draft + file, content)) for file, content in contents.items()
+    )
+    home.commit(name, draft, encode_metadata(files, layout, state))
+    return folder / name
+
+
+def owned_values(owned: list[Fragment]) -> memoryview:
+    return bytes_of(torch.cat([fragment.data for fragment in owned] or [torch.empty(0)]))
+
+
 @given(
     cuts=st.lists(st.integers(0, 35), max_size=4),
-    chunk=st.integers(1, 40),
+    ranks=st.integers(1, 3),
+    block=st.integers(1, 40),
     start=st.integers(0, 35),
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_range_can_be_read_from_any_ranges(tmp_path_factory, cuts, chunk, start, data):
+def test_any_range_can_be_read_from_any_ranges(tmp_path_factory, cuts, ranks, block, start, data):
     folder = tmp_path_factory.mktemp("ranges")
     tensor = torch.arange(35.0).view(7, 5)
     edges = sorted({0, 35, *cuts})
     parts = [Fragment("model/a", (7, 5), a, tensor.view(-1)[a:b]) for a, b in pairwise(edges)]
+    parts = random.Random(0).sample(parts, len(parts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_format, "CHUNK_ELEMENTS", chunk)
-        tensors_of = checkpoint_format.write_data(folder, 0, random.Random(0).sample(parts, len(parts)))
-        checkpoint_format.write_metadata(folder, [tensors_of], {})
-    length = data.draw(st.integers(0, 35 - start))
-    target = torch.zeros(length)
-    read(verify(folder), [Fragment("model/a", (7, 5), start, target)])
+        for module in (checkpoint_data, checkpoint_format):
+            patch.setattr(module, "BLOCK_BYTES", block)
+        patch.setattr(checkpoint_data, "WINDOW_BYTES", 2 * block)
+        path = write_by_hand(folder, "step-00000001", [parts[rank::ranks] for rank in range(ranks)], {})
+        length = data.draw(st.integers(0, 35 - start))
+        target = torch.zeros(length)
+        read(verify(path), [Fragment("model/a", (7, 5), start, target)])
     assert torch.equal(target, torch.arange(start, start + length, dtype=torch.float32))
 
 
-def test_a_tensor_with_a_gap_is_invalid(tmp_path: Path):
-    tensor = torch.arange(35.0)
-    written = checkpoint_format.write_data(tmp_path, 0, [Fragment("model/a", (35,), 0, tensor[:10])])
-    checkpoint_format.write_metadata(tmp_path, [written], {})
-    with pytest.raises(InvalidCheckpointError, match="does not hold all of tensor model/a"):
-        verify(tmp_path)
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([(0, 10), (12, 35)], "element 10 of model/a is owned by no rank"),
+        ([(0, 10), (9, 35)], "element 9 of model/a is owned by two ranks"),
+        ([(0, 34)], "element 34 of model/a is owned by no rank"),
+        ([(0, 35), (0, 35)], "element 0 of model/a is owned by two ranks"),
+    ],
+)
+def test_what_ranks_do_not_own_once_is_not_written(store: CheckpointStore, ranges, message):
+    values = torch.arange(35.0)
+    with pytest.raises(CheckpointError, match=message):
+        store.save(1, [Fragment("model/a", (35,), a, values[a:b]) for a, b in ranges], {})
+    assert store.committed() == []
 
 
-def test_every_kind_of_damage_is_found_before_anything_is_loaded(store: CheckpointStore):
-    good = store.save(1, fragments(tensors()), {"note": "x"})
-    draw = random.Random(0)
-    for round_number in range(150):
-        copy = good.with_name("copy")
-        shutil.copytree(good, copy)
-        file = draw.choice(sorted(copy.iterdir()))
-        content = bytearray(file.read_bytes())
-        kind = draw.choice(["flip", "cut", "grow", "delete"])
-        if kind == "flip":
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        elif kind == "cut":
-            del content[draw.randrange(len(content)) :]
-        elif kind == "grow":
-            content += b"more"
+def damage(folder: Path, draw: random.Random) -> str:
+    """A bit, the end or all of a file of a checkpoint; says what."""
+    file = draw.choice(sorted(folder.iterdir()))
+    content = bytearray(file.read_bytes())
+    kind = draw.choice(["flip", "cut", "grow", "delete"])
+    if kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        del content[draw.randrange(len(content)) :]
+    elif kind == "grow":
+        content += b"more"
+    if kind == "delete":
+        file.unlink()
+    else:
         file.write_bytes(content)
-        if kind == "delete":
-            file.unlink()
-        with pytest.raises(InvalidCheckpointError):
-            verify(copy)
-            raise AssertionError(f"round {round_number}: {kind} in {file.name} went unnoticed")
-        shutil.rmtree(copy)
+    return f"{kind} in {file.name}"
 
 
-def test_an_invalid_checkpoint_is_set_aside_and_the_one_before_is_taken(store: CheckpointStore):
+def test_every_kind_of_damage_is_found_before_anything_is_loaded(tmp_path: Path):
+    """400 times in all files of a checkpoint of three ranks: the one before it is loaded, and nothing else is."""
+    store = CheckpointStore(tmp_path / "home", keep=3)
+    before = tensors()
+    after = {name: tensor + 1 for name, tensor in before.items()}
+    for step, values in ((1, before), (2, after)):
+        owned = [[fragment.share(rank, 3) for fragment in fragments(values)] for rank in range(3)]
+        write_by_hand(tmp_path / "home", store.path(step).name, owned, {"step": step})
+    kept = shutil.copytree(store.path(2), tmp_path / "kept")
+    draw = random.Random(0)
+    live = zeros()
+
+    def untouched(checkpoint: Metadata) -> list[Fragment]:
+        assert not any(tensor.any() for tensor in live.values())
+        return fragments(live)
+
+    for number in range(400):
+        what = damage(store.path(2), draw)
+        loaded = store.load(untouched)
+        assert loaded.state == {"step": 1}, f"round {number}: {what} went unnoticed"
+        for name, tensor in live.items():
+            assert torch.equal(tensor, before[name])
+            tensor.zero_()
+        shutil.rmtree(store.path(2))
+        shutil.copytree(kept, store.path(2))
+    assert store.load(untouched).state == {"step": 2}
+
+
+def test_an_invalid_checkpoint_is_set_aside_with_its_reason_and_the_one_before_is_taken(store: CheckpointStore):
     for step in (1, 2, 3):
         store.save(step, fragments(tensors()), {"step": step})
     data = store.path(3) / "rank-00000.bin"
     data.write_bytes(data.read_bytes()[:-1])
     (store.path(2) / "metadata.json").unlink()
-    assert store.newest_valid(set_aside=True).state == {"step": 1}
+    assert newest(store).state == {"step": 1}
     assert sorted(p.name for p in store.folder.iterdir()) == [
         "step-00000001",
         "step-00000002.invalid",
         "step-00000003.invalid",
     ]
+    assert "is shorter than what was written" in (store.folder / "step-00000003.invalid/invalid.txt").read_text()
     store.save(3, fragments(tensors()), {"step": 3})
-    assert store.newest_valid(set_aside=True).state == {"step": 3}
+    assert newest(store).state == {"step": 3}
 
 
 def test_what_a_killed_writer_left_is_not_a_checkpoint(store: CheckpointStore):
     store.save(1, fragments(tensors()), {})
-    half = store.folder / "step-00000002.partial"
+    half = store.folder / "step-00000002.0123456789ab.partial"
     half.mkdir()
     (half / "rank-00000.bin").write_bytes(b"half")
-    assert store.newest_valid(set_aside=True).folder == store.path(1)
+    assert newest(store).folder == store.path(1)
     store.save(2, fragments(tensors()), {})
-    assert store.newest_valid(set_aside=True).folder == store.path(2)
+    assert newest(store).folder == store.path(2)
 
 
 def test_what_killed_processes_left_is_swept(store: CheckpointStore):
@@ -139,7 +200,7 @@ def test_what_killed_processes_left_is_swept(store: CheckpointStore):
         store.save(step, fragments(tensors()), {})
     shutil.copytree(store.path(1), store.folder / "step-00000000.deleting")
     (store.folder / "step-00000000.deleting/metadata.json").unlink()
-    shutil.copytree(store.path(1), store.folder / "step-00000137.partial")
+    shutil.copytree(store.path(1), store.folder / "step-00000137.0123456789ab.partial")
     store.sweep()
     assert sorted(store.folder.iterdir()) == store.committed() == [store.path(step) for step in (1, 2, 3)]
 
@@ -149,7 +210,11 @@ def test_where_no_checkpoint_is_valid_the_run_is_not_begun_anew(store: Checkpoin
     (store.path(1) / "rank-00000.bin").unlink()
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid"):
-            store.newest_valid(set_aside=True)
+            newest(store)
+
+
+def test_where_there_is_no_checkpoint_there_is_nothing_to_load(store: CheckpointStore):
+    assert store.load(lambda checkpoint: []) is None
 
 
 def test_the_newest_are_kept(store: CheckpointStore):
@@ -163,6 +228,25 @@ def test_every_so_many_steps_one_is_kept_for_ever(tmp_path: Path):
     for step in range(1, 8):
         store.save(step, fragments(tensors()), {})
     assert store.committed() == [store.path(step) for step in (3, 6, 7)]
+
+
+def test_all_are_kept_for_ever(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=None)
+    for step in range(1, 8):
+        store.save(step, fragments(tensors()), {})
+    assert len(store.committed()) == 7
+
+
+def test_only_valid_checkpoints_count_among_those_that_stay(store: CheckpointStore):
+    for step in (1, 2, 3):
+        store.save(step, fragments(tensors()), {})
+    data = store.path(2) / "rank-00000.bin"
+    data.write_bytes(bytes(len(data.read_bytes())))
+    again = CheckpointStore(store.folder, keep=3)
+    again.save(4, fragments(tensors()), {})
+    assert again.committed() == [again.path(step) for step in (1, 3, 4)]
+    again.save(5, fragments(tensors()), {})
+    assert again.committed() == [again.path(step) for step in (3, 4, 5)]
 
 
 def test_what_is_saved_is_what_was_there_when_the_save_began(store: CheckpointStore):
@@ -179,6 +263,13 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(store: CheckpointSt
             assert torch.equal(target[name], tensor + (step - 1))
 
 
+def test_what_ranks_own_may_change_between_two_saves(store: CheckpointStore):
+    store.save(1, fragments(tensors()), {})
+    fewer = {"model/a": tensors()["model/a"]}
+    store.save(2, fragments(fewer), {})
+    assert read_metadata(store.path(2)).tensors.keys() == fewer.keys()
+
+
 def test_a_save_that_fails_behind_training_is_told_and_leaves_the_one_before(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture
 ):
@@ -186,24 +277,25 @@ def test_a_save_that_fails_behind_training_is_told_and_leaves_the_one_before(
     store.begin(2, fragments(tensors()), {"not JSON": object()})
     with pytest.raises(CheckpointError, match="no checkpoint could be written: Object of type object"):
         store.finish()
-    assert "checkpoint of step 2: " in caplog.text
+    assert "checkpoint of step 00000002: " in caplog.text
     store.finish()
     assert store.committed() == [store.path(1)] and not list(store.folder.glob("*.partial"))
     store.save(2, fragments(tensors()), {})
-    assert store.newest_valid(set_aside=False).folder == store.path(2)
+    assert newest(store).folder == store.path(2)
+
+
+def start_of(folder: Path) -> tuple[Fence, CheckpointStore]:
+    fence = Fence(folder / "generation")
+    fence.mark = fence.claim()
+    store = CheckpointStore(folder / "checkpoints", keep=3, fence=fence.check_everywhere)
+    store.sweep()
+    return fence, store
 
 
 def test_only_the_newest_start_of_a_run_commits(tmp_path: Path):
-    generation = tmp_path / "generation"
-
-    def start() -> tuple[Fence, CheckpointStore]:
-        fence = Fence(generation)
-        fence.generation = fence.claim()
-        return fence, CheckpointStore(tmp_path / "checkpoints", keep=3, fence=fence.check)
-
-    old, old_store = start()
+    old, old_store = start_of(tmp_path)
     old_store.save(1, fragments(tensors()), {})
-    new, new_store = start()
+    new, new_store = start_of(tmp_path)
     assert (old.holds, new.holds) == (False, True)
     with pytest.raises(FencedError, match="start 2 of this run has taken over from this one, start 1"):
         old.check()
@@ -211,6 +303,29 @@ def test_only_the_newest_start_of_a_run_commits(tmp_path: Path):
         old_store.save(2, fragments(tensors()), {})
     assert new_store.committed() == [new_store.path(1)]
     new_store.save(2, fragments(tensors()), {})
+
+
+def test_of_two_starts_at_the_same_time_one_holds(tmp_path: Path):
+    fences = [Fence(tmp_path / "generation") for _ in range(2)]
+    for fence in fences:
+        fence.mark = fence.claim()
+    (tmp_path / "generation").write_text(fences[1].mark.replace("2 ", "1 ") + "\n")
+    fences[1].mark = fences[1].mark.replace("2 ", "1 ")
+    assert [fence.mark.split()[0] for fence in fences] == ["1", "1"]
+    assert [fence.holds for fence in fences] == [False, True]
+
+
+def test_a_commit_that_was_held_up_while_another_start_took_over_fails(tmp_path: Path):
+    """The old start has looked at the fence, and is cut off; the new one begins; then the old one's rename comes."""
+    home = Folder(tmp_path / "checkpoints")
+    draft = home.begin("step-00000002")
+    _, new_store = start_of(tmp_path)
+    new_draft = home.begin("step-00000002")
+    with pytest.raises(OSError):
+        home.commit("step-00000002", draft, b"{}")
+    home.abandon(draft)
+    assert new_store.committed() == []
+    assert (home.location / new_draft).is_dir()
 
 
 def test_another_model_is_refused_and_nothing_is_changed(store: CheckpointStore):
@@ -227,5 +342,5 @@ def test_another_model_is_refused_and_nothing_is_changed(store: CheckpointStore)
 
 def test_no_pickle_is_in_it(store: CheckpointStore):
     path = store.save(1, fragments(tensors()), {})
-    assert sorted(p.name for p in path.iterdir()) == ["metadata.json", "rank-00000.bin"]
+    assert sorted(p.name for p in path.iterdir()) == ["layout.json", "metadata.json", "rank-00000.bin"]
     assert (path / "rank-00000.bin").stat().st_size == 4 * (35 + 35 + 13 + 1)

@@ -1,0 +1,271 @@
+"""The bytes of a checkpoint, written and read in a single pass each, hashed on the way.
+
+    save    staged ranges ─┬▶ file, in pieces
+                           └▶ digests of blocks, in a thread beside
+    load    runs of blocks ─▶ scratch ─▶ digests as they were? ─▶ the reader's own buffer ─▶ live tensors
+
+Live tensors change after the last block has been found whole, and where ranks load together, after all of them have
+said so.
+"""
+
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
+from pretrain.checkpoint.format import (
+    BLOCK_BYTES,
+    ELEMENT,
+    Metadata,
+    Piece,
+    StoredFile,
+    StoredTensor,
+    decode_layout,
+    decode_metadata,
+    digest_of,
+    file_from,
+    plan_reads,
+)
+from pretrain.checkpoint.home import MARKER, Folder, Home, Location, locate, open_home
+from pretrain.fragments import Fragment
+
+WINDOW_BYTES = 16 * BLOCK_BYTES
+"""What is written at once, and read at most."""
+COPY_ELEMENTS = 4 << 20
+"""What one thread copies at a time."""
+
+
+def write_file(home: Home, path: str, content: memoryview) -> tuple[str, ...]:
+    """Writes a file, which is then durable; returns the digests of its blocks."""
+    with home.create(path) as file, ThreadPoolExecutor(1) as beside:
+        digests = beside.submit(digests_of, content)
+        for begin in range(0, len(content), WINDOW_BYTES):
+            file.write(content[begin : begin + WINDOW_BYTES])
+        return digests.result()
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """Of a flat fp32 tensor in the host's memory: itself, little-endian."""
+    return values.numpy().astype(ELEMENT, copy=False).view(np.uint8).data
+
+
+def read_metadata(path: str | Location) -> Metadata:
+    """The metadata of the checkpoint at a path or URL, checked against its digests; its data is not looked at.
+
+    Raises:
+        InvalidCheckpointError: it is missing or damaged.
+        CheckpointError: it cannot be read, or has another format.
+    """
+    place = locate(path)
+    return metadata_in(open_home(place.parent), place.name)
+
+
+def metadata_in(home: Home, name: str) -> Metadata:
+    """As `read_metadata`, of a checkpoint by its home and name."""
+    place = home.location / name
+    with _told(place / MARKER):
+        told = decode_metadata(home.read(f"{name}/{MARKER}"), place / MARKER)
+    layout = file_from(told["layout"])
+    with _told(place / layout.name):
+        content = home.read(f"{name}/{layout.name}")
+    if digests_of(memoryview(content)) != layout.digests:
+        raise InvalidCheckpointError(f"{place / layout.name} is damaged")
+    files = tuple(file_from(file) for file in told["files"])
+    return Metadata(home, name, told["written"], files, decode_layout(content), told["state"])
+
+
+def described(folder: Path, files: Sequence[str], tensors: dict[str, StoredTensor], state: dict[str, Any]) -> Metadata:
+    """A folder that is no checkpoint, as one: its files as they are now, and where in them tensors lie."""
+    home = Folder(folder.parent)
+    stored = []
+    for file in files:
+        content = home.read(f"{folder.name}/{file}")
+        stored.append(StoredFile(file, len(content), digests_of(memoryview(content))))
+    return Metadata(home, folder.name, "", tuple(stored), tensors, state)
+
+
+def verify(path: str | Location, part: int = 0, parts: int = 1) -> Metadata:
+    """Checks every byte of a checkpoint against its digests, or those of one of so many parts; returns its metadata.
+
+    Raises:
+        InvalidCheckpointError: it is damaged or incomplete.
+        CheckpointError: it cannot be read.
+    """
+    metadata = read_metadata(path)
+    verify_data(metadata, part, parts)
+    return metadata
+
+
+def verify_data(metadata: Metadata, part: int = 0, parts: int = 1) -> None:
+    """As `verify`, where the metadata has been read."""
+    windows = [
+        Window(file, begin // BLOCK_BYTES, blocks_of(min(begin + WINDOW_BYTES, stored.bytes)), [])
+        for file, stored in enumerate(metadata.files)
+        for begin in range(0, stored.bytes, WINDOW_BYTES)
+    ]
+    _check_sizes(metadata, range(part, len(metadata.files), parts))
+    _read_windows(metadata, windows[part::parts], np.empty(0, np.uint8))
+
+
+def read(metadata: Metadata, fragments: Sequence[Fragment]) -> None:
+    """Fills live fragments, whatever ranges the checkpoint was written in, once all they need is found whole.
+
+    Raises:
+        InvalidCheckpointError: something they need is damaged; nothing was changed.
+        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read; nothing was changed.
+    """
+    values = host_buffer(sum(len(fragment.data) for fragment in fragments))
+    read_verified(metadata, fragments, values)
+    fill(fragments, values)
+
+
+def read_verified(metadata: Metadata, fragments: Sequence[Fragment], values: Tensor) -> None:
+    """Reads what fragments need into a buffer, one after another, and compares digests. Raises as `read`."""
+    pieces = plan_reads(metadata, fragments)
+    _check_sizes(metadata, {piece.file for piece in pieces})
+    _read_windows(metadata, windows_of(pieces), values.numpy().view(np.uint8))
+
+
+def fill(fragments: Sequence[Fragment], values: Tensor) -> None:
+    """Copies what `read_verified` read to where it belongs."""
+    own = torch.from_numpy(values.numpy().view(ELEMENT).astype(np.float32, copy=False))
+    copy([fragment.data for fragment in fragments], own.split([len(fragment.data) for fragment in fragments]))
+
+
+def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies flat tensors to others; those in the host's memory in a few threads, which a loop waits for."""
+    here: list[tuple[Tensor, Tensor]] = []
+    for target, source in zip(targets, sources, strict=True):
+        if target.is_cuda or source.is_cuda:
+            target.copy_(source, non_blocking=True)
+        else:
+            here += zip(target.split(COPY_ELEMENTS), source.split(COPY_ELEMENTS), strict=True)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda part: np.copyto(part[0].numpy(), part[1].numpy()), here):
+            pass
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def host_buffer(length: int) -> Tensor:
+    """So many fp32 values in pages as large as the machine has: these take less time to come and to fill."""
+    if not length:
+        return torch.empty(0)
+    pages = mmap.mmap(-1, 4 * length)
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32)
+
+
+class Window(NamedTuple):
+    """Blocks of a file that are read at once, and the pieces of them that are wanted."""
+
+    file: int
+    begin: int
+    """Its first block."""
+    end: int
+    """The block after its last one."""
+    pieces: list[Piece]
+
+
+def windows_of(pieces: Sequence[Piece]) -> list[Window]:
+    """What to read, each window of a file once."""
+    wanted: dict[tuple[int, int], list[Piece]] = {}
+    for piece in pieces:
+        file, offset, length, target = piece
+        while length:
+            number = offset // WINDOW_BYTES
+            taken = min(length, (number + 1) * WINDOW_BYTES - offset)
+            of_window = wanted.setdefault((file, number), [])
+            last = of_window[-1] if of_window else None
+            if last and last.offset + last.length == offset and last.target + last.length == target:
+                of_window[-1] = last._replace(length=last.length + taken)
+            else:
+                of_window.append(Piece(file, offset, taken, target))
+            offset, length, target = offset + taken, length - taken, target + taken
+    return [
+        Window(file, parts[0].offset // BLOCK_BYTES, blocks_of(max(p.offset + p.length for p in parts)), parts)
+        for (file, _), parts in wanted.items()
+    ]
+
+
+def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndarray) -> None:
+    """Reads windows in some threads, compares digests, and copies the pieces that are wanted.
+
+    Raises:
+        InvalidCheckpointError, CheckpointError: as `read`.
+    """
+    own = threading.local()
+
+    def read_one(window: Window) -> None:
+        file, begin, end, pieces = window
+        stored = metadata.files[file]
+        offset = begin * BLOCK_BYTES
+        length = min(end * BLOCK_BYTES, stored.bytes) - offset
+        whole = len(pieces) == 1 and pieces[0].offset == offset and pieces[0].length == length
+        if whole:
+            buffer = target[pieces[0].target : pieces[0].target + length]
+        else:
+            if not hasattr(own, "scratch"):
+                own.scratch = np.empty(WINDOW_BYTES, np.uint8)
+            buffer = own.scratch[:length]
+        path = metadata.folder / stored.name
+        with _told(path):
+            count = metadata.home.read_into(f"{metadata.name}/{stored.name}", offset, buffer.data)
+        if count != length:
+            raise InvalidCheckpointError(f"{path} is shorter than what was written")
+        if digests_of(buffer.data) != stored.digests[begin:end]:
+            raise InvalidCheckpointError(f"{path} is damaged between bytes {offset:,} and {offset + length:,}")
+        if not whole:
+            for piece in pieces:
+                place = piece.offset - offset
+                target[piece.target : piece.target + piece.length] = buffer[place : place + piece.length]
+
+    with ThreadPoolExecutor(metadata.home.readers) as pool:
+        try:
+            for _ in pool.map(read_one, windows):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_sizes(metadata: Metadata, files: Iterable[int]) -> None:
+    for stored in (metadata.files[file] for file in files):
+        path = metadata.folder / stored.name
+        with _told(path):
+            size = metadata.home.size(f"{metadata.name}/{stored.name}")
+        if size != stored.bytes:
+            longer = "longer" if size > stored.bytes else "shorter"
+            raise InvalidCheckpointError(f"{path} is {longer} than what was written")
+
+
+def digests_of(content: memoryview) -> tuple[str, ...]:
+    """Of its blocks."""
+    return tuple(digest_of(content[begin : begin + BLOCK_BYTES]) for begin in range(0, len(content), BLOCK_BYTES))
+
+
+def blocks_of(length: int) -> int:
+    """Blocks of so many bytes."""
+    return -(-length // BLOCK_BYTES)
+
+
+@contextmanager
+def _told(path: Location) -> Iterator[None]:
+    """What a file system says, as what it means for a checkpoint."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InvalidCheckpointError(f"{path} is missing") from error
+    except OSError as error:  # a file system that is away for a while has damaged nothing
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

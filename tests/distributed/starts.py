@@ -1,0 +1,101 @@
+"""Starts of the train entry in real ranks: what a launcher does, by forks (ranks.py)."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain import cli
+from tests.distributed.ranks import CONTEXT, free_port, take_place
+
+PATIENCE = 120.0
+"""Seconds that a start may take."""
+
+
+class Start:
+    """The ranks of one start of a run.
+
+    Args:
+        said: a new folder, for what each of them says.
+        prepare: called in each rank before it trains, with its number and what will be the process ids of all.
+    """
+
+    def __init__(
+        self, recipe: Path, ranks: int, said: Path, prepare: Callable[[int, Sequence[int]], None] | None = None
+    ) -> None:
+        said.mkdir(parents=True)
+        self._said = said
+        pids, port = CONTEXT.RawArray("i", ranks), free_port()
+        self.processes = [
+            CONTEXT.Process(target=_train, args=(rank, ranks, port, recipe, said, prepare, pids), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds: float) -> None:
+        """Until so much time has passed, or one has ended."""
+        wait([process.sentinel for process in self.processes if process.exitcode is None], seconds)
+
+    def finish(self, grace: float = 0.0) -> list[int | None]:
+        """The exit codes, when all have ended; when one has failed, the others are ended after so many seconds."""
+        deadline = time.monotonic() + PATIENCE
+        while any(process.exitcode is None for process in self.processes):
+            self.wait(deadline - time.monotonic())
+            if any(process.exitcode for process in self.processes):
+                time.sleep(grace)
+                break
+            assert time.monotonic() < deadline, f"it does not end: {self.said}"
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def said(self) -> str:
+        return "".join(path.read_text() for path in sorted(self._said.iterdir()))
+
+
+def _train(
+    rank: int,
+    ranks: int,
+    port: int,
+    recipe: Path,
+    said: Path,
+    prepare: Callable[[int, Sequence[int]], None] | None,
+    pids: Any,
+) -> None:
+    """A rank's process."""
+    pids[rank] = os.getpid()
+    with (said / f"{rank}").open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    take_place(rank, ranks, port)
+    if prepare is not None:
+        prepare(rank, pids)
+    sys.exit(cli.start(recipe))
+
+
+def train(tree: Any, folder: Path, ranks: int = 1) -> str:
+    """Trains the recipe of a tree, with files of its own in a folder; returns what was said.
+
+    Raises:
+        AssertionError: it did not come to its end.
+    """
+    codes, said = start(tree, folder, ranks)
+    assert not any(codes), said
+    return said
+
+
+def start(tree: Any, folder: Path, ranks: int = 1) -> tuple[list[int | None], str]:
+    """As `train`, with the exit codes."""
+    number = len(list(folder.glob("recipe-*.yaml")))
+    recipe = folder / f"recipe-{number}.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    it = Start(recipe, ranks, folder / f"said-{number}")
+    return it.finish(grace=1.0), it.said

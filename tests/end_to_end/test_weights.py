@@ -1,0 +1,195 @@
+"""Weights move: out to other programs, back, and into new runs, with the recipe's say on what is taken."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from pretrain import exports
+from pretrain.checkpoint import CheckpointError, verify
+from pretrain.cli import app
+from pretrain.models import build_model, model_config
+from pretrain.weights import find_checkpoint
+from tests.conftest import recipe_tree
+from tests.distributed.parity import content, newest
+from tests.distributed.starts import start, train
+
+
+def tree_of(corpus: Path, root: Path, name: str, **initialize: object) -> Any:
+    tree: Any = recipe_tree(corpus)
+    tree["run"] = {"root": str(root), "name": name}
+    if initialize:
+        tree["initialize"] = {key: str(value) if key == "weights" else value for key, value in initialize.items()}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def run(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps on two ranks that shared masters and moments; tests read it alone."""
+    folder = tmp_path_factory.mktemp("trained")
+    tree = tree_of(corpus_folder, folder, "run")
+    tree["engine"]["name"] = "zero3"
+    train(tree, folder, ranks=2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    said = invoke("checkpoint", "export", run, "--out", run.parent / "exported")
+    assert "parameters of step 12, in model.safetensors" in said
+    return run.parent / "exported"
+
+
+def invoke(*arguments: object) -> str:
+    """A command that succeeds; what it said."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def journal(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def masters(checkpoint: Path) -> dict[str, bytes]:
+    return {name.removeprefix("model/"): b for name, b in content(checkpoint).items() if name.startswith("model/")}
+
+
+def test_what_is_exported_is_the_masters(run: Path, exported: Path):
+    tensors = load_file(exported / "model.safetensors")
+    assert {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} == masters(newest(run / "checkpoints"))
+
+
+def test_the_card_says_what_the_model_is_and_where_it_comes_from(run: Path, exported: Path):
+    card = json.loads((exported / "card.json").read_text())
+    state = verify(newest(run / "checkpoints")).state
+    last = journal(run)[-1]
+    model = build_model(model_config(card["model"]))
+    assert (card["architecture"], card["step"], card["sequences"]) == ("megabyte", 12, 72)
+    assert card["parameters"] == model.parameter_count()
+    assert card["bits_per_byte"] == {name: last[f"{name}/bits_per_byte"] for name in ("train", "validation")}
+    assert card["corpus"]["fingerprint"] == state["fingerprint"]
+    assert card["environment"]["version.torch"] == torch.__version__
+    assert model.load_state_dict(load_file(exported / "model.safetensors"), strict=False).unexpected_keys == []
+
+
+def test_an_export_scores_as_its_checkpoint_does(run: Path, exported: Path, corpus_folder: Path, tmp_path: Path):
+    scores = []
+    for number, source in enumerate((run, exported)):
+        path = tmp_path / f"{number}.json"
+        invoke("eval", source, corpus_folder / "validation", "--json", path)
+        scores.append(json.loads(path.read_text())["total"])
+    assert scores[0] == scores[1]
+
+
+def test_a_large_export_is_in_several_files(run: Path, exported: Path, tmp_path: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "SHARD_BYTES", 30_000)
+        exports.export(find_checkpoint(run), tmp_path / "out", {})
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)
+    whole, parts = (find_checkpoint(folder) for folder in (exported, tmp_path / "out"))
+    assert whole.tensors.keys() == parts.tensors.keys()
+
+
+def test_a_damaged_export_is_refused(exported: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("card.json", "model.safetensors"):
+        (copy / name).write_bytes((exported / name).read_bytes())
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file that card\.json has the digest of"):
+        find_checkpoint(copy)
+    card = json.loads((copy / "card.json").read_text())
+    card["files"]["model.safetensors"] = None  # weights that another program has changed, on purpose
+    (copy / "card.json").write_text(json.dumps(card))
+    find_checkpoint(copy)
+    (copy / "card.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no whole export"):
+        find_checkpoint(copy)
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint", "export"])
+def test_a_new_run_begins_with_weights_of_another(
+    run: Path, exported: Path, corpus_folder: Path, tmp_path: Path, source: str
+):
+    """On another corpus, in two other ranks, with an optimizer that begins anew; and goes on without the other run."""
+    weights = {"run": run, "checkpoint": newest(run / "checkpoints"), "export": exported}[source]
+    link = tmp_path / "link"
+    link.symlink_to(weights)
+    tree = tree_of(corpus_folder, tmp_path, "new", weights=link)
+    tree["data"]["shards"] = str(corpus_folder / "validation")
+    tree["engine"]["name"] = "fsdp"
+    tree["train"]["steps"] = 2
+    said = train(tree, tmp_path, ranks=2)
+    assert "begins with the weights of" in said and "not the same" not in said
+    begin, after = (journal(path) for path in (tmp_path / "new", run))
+    assert begin[0]["step"] == 0
+    assert begin[0]["validation/bits_per_byte"] == pytest.approx(after[-1]["validation/bits_per_byte"], rel=1e-6)
+    assert verify(newest(tmp_path / "new/checkpoints")).state["counters"] == {"optimizer_steps": 2}
+    link.unlink()
+    tree["train"]["steps"] = 3
+    assert "goes on after step 2" in train(tree, tmp_path, ranks=2)
+
+
+def test_moments_come_along_for_another_schedule(run: Path, corpus_folder: Path, tmp_path: Path):
+    tree = tree_of(corpus_folder, tmp_path, "branch", weights=run, moments=True)
+    tree["optimizer"] |= {"learning_rate": 1e-30, "weight_decay": 0.0, "beta1": 0.999999, "beta2": 0.999999}
+    tree["train"]["steps"] = 1
+    assert "begins with the weights and moments of" in train(tree, tmp_path)
+    own, other = (content(newest(path / "checkpoints")) for path in (tmp_path / "branch", run))
+    assert own.keys() == other.keys()
+    for name in own:
+        values, expected = (torch.frombuffer(bytearray(c[name]), dtype=torch.float32) for c in (own, other))
+        torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-3, msg=name)
+    assert verify(newest(tmp_path / "branch/checkpoints")).state["counters"] == {"optimizer_steps": 13}
+
+
+def test_what_does_not_fit_is_left_out_only_when_asked(run: Path, corpus_folder: Path, tmp_path: Path):
+    tree = tree_of(corpus_folder, tmp_path, "longer", weights=run)
+    tree["model"] |= {"sequence_length": 256}
+    tree["train"]["steps"] = 1
+    codes, said = start(tree, tmp_path)
+    assert codes == [1] and len(said.splitlines()) == 1
+    assert "is of another model (model.sequence_length: 128 -> 256; " in said
+    assert "initialize.partly=true takes what fits" in said
+    assert not (tmp_path / "longer").exists()
+    tree["initialize"]["partly"] = True
+    said = train(tree, tmp_path)
+    assert "not the same as there: model.sequence_length: 128 -> 256" in said
+    left = [line.split("there: ")[1].split()[0] for line in said.splitlines() if line.endswith(" here")]
+    assert left == ["global_positions"], said
+
+
+@pytest.mark.parametrize(
+    ("initialize", "override", "told"),
+    [
+        ({"weights": "nowhere"}, {}, "no valid checkpoint at nowhere"),
+        ({"weights": "EXPORT", "moments": True}, {}, "is an export, without moments"),
+        ({"weights": "RUN", "moments": True}, {"name": "adam"}, "has moments of optimizer.name adamw, not adam"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_in_a_line(
+    run: Path, exported: Path, corpus_folder: Path, tmp_path: Path, initialize: Any, override: Any, told: str
+):
+    weights = {"RUN": run, "EXPORT": exported}.get(initialize["weights"], initialize["weights"])
+    tree = tree_of(corpus_folder, tmp_path, "new", **initialize | {"weights": weights})
+    tree["optimizer"] |= override
+    codes, said = start(tree, tmp_path)
+    assert codes == [1]
+    assert said.startswith("error: ") and told in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_is_made_once(run: Path, exported: Path):
+    done = CliRunner().invoke(app, ["checkpoint", "export", str(run), "--out", str(exported)])
+    assert isinstance(done.exception, FileExistsError)
