@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import Config, load
-from pretrain.engines.pytorch import compute_dtype
+from pretrain.engines.base import compute_dtype
 from pretrain.fragments import whole
 from pretrain.models import build_model
 from pretrain.models.perceiver_ar import PerceiverAR

@@ -215,7 +215,8 @@ def _settings(config: EngineConfig, model: ByteModel, micro_batch: int, clip_nor
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,  # passes are counted by BaseEngine, and sums of nats are not to be averaged
         "gradient_clipping": clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # Each gradient goes to its fp32 sum as it arrives; all of them in bf16 would live until the update.
+        "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_force_ds_cpu_optimizer": False,
