@@ -239,6 +239,7 @@ class Stand:
         tree["run"] |= {"root": str(self.folder / "runs"), "name": name}
         tree["model"] = {"family": "transformer_xl", "sequence_length": 64, "width": 32, "layers": 2, "heads": 2}
         tree["model"] |= {"memory_length": 16, "dropout": 0.1}
+        tree["data"]["shards"] = str(self._corpus)
         tree["data"]["lanes"] = tree["train"]["global_batch"]
         tree["train"] |= {"steps": STEPS, "micro_batch": 2}
         tree["validation"] = {"shards": None}
@@ -373,7 +374,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"seed {arguments.seed}, in {folder}", flush=True)
-    prepare_corpus([STDLIB / "json", STDLIB / "email"], folder / "corpus", include=["*.py"], holdout=0.1)
+    prepare_corpus([STDLIB / "json", STDLIB / "email"], folder / "corpus", include=["*.py"])
     stand = Stand(folder, folder / "corpus")
     begin = time.monotonic()
     for number in range(arguments.first, arguments.first + arguments.rounds):
