@@ -257,7 +257,7 @@ def plan_with(ranks: int, shapes: dict[str, torch.Size]) -> list[Metric]:
     after = time.perf_counter() - begin
     files = []
     for rank, owned in enumerate(of_ranks):
-        size = 4 * sum(length for *_, length in owned)
+        size = 4 * sum(owned["lengths"])
         files.append(StoredFile(f"rank-{rank:05d}.bin", size, ("0" * 64,) * -(-size // BLOCK_BYTES)))
     marker = encode_metadata(files, StoredFile("layout.json", len(layout), ("0" * 64,)), {})
     others = max(1, ranks * 3 // 4)
