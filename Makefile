@@ -54,6 +54,7 @@ bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
 	$(BIN)/python benchmarks/training.py --quick
 	$(BIN)/python benchmarks/models.py --quick
 	$(BIN)/python benchmarks/checkpointing.py --quick
+	$(BIN)/python benchmarks/checkpoint.py --quick
 	$(BIN)/python benchmarks/engines.py --quick
 	$(BIN)/python benchmarks/generation.py --quick
 	$(BIN)/python benchmarks/prepare.py --quick

@@ -10,11 +10,11 @@ written; data.py does that, and home.py knows where.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import blake3
 import numpy as np
@@ -67,55 +67,70 @@ class Metadata:
         return self.home.location / self.name
 
 
-class OwnedRange(NamedTuple):
-    """What a rank tells of one of its fragments; JSON."""
+class Owned(TypedDict):
+    """What is in a rank's file, in that order, in columns: JSON that is soon read where there are many ranks."""
 
-    name: str
-    shape: Sequence[int]
-    start: int
-    length: int
-
-
-def owned_ranges(fragments: Iterable[Fragment]) -> list[OwnedRange]:
-    """A rank's part of the layout: what is in its file, in that order."""
-    return [OwnedRange(f.name, f.shape, f.start, len(f.data)) for f in fragments]
+    tensors: list[str]
+    """Shape and name, as in "7x5 model/a"."""
+    starts: list[int]
+    """Of each range in the flattened tensor."""
+    lengths: list[int]
+    """In elements."""
 
 
-def encode_layout(of_ranks: Sequence[Sequence[Sequence[Any]]]) -> bytes:
+def owned_ranges(fragments: Sequence[Fragment]) -> Owned:
+    """A rank's part of the layout."""
+    return Owned(
+        tensors=[f"{'x'.join(map(str, fragment.shape))} {fragment.name}" for fragment in fragments],
+        starts=[fragment.start for fragment in fragments],
+        lengths=[len(fragment.data) for fragment in fragments],
+    )
+
+
+def encode_layout(of_ranks: Sequence[Owned]) -> bytes:
     """layout.json of what ranks own.
 
-    Args:
-        of_ranks: each one's OwnedRanges.
     Raises:
         CheckpointError: they do not make up every tensor, each element once.
     """
-    tensors: dict[str, tuple[Sequence[int], list[tuple[int, int, int, int]]]] = {}
+    numbers: dict[str, int] = {}
+    columns = []
     for file, owned in enumerate(of_ranks):
-        offset = 0
-        for name, shape, start, length in owned:
-            _, ranges = tensors.setdefault(name, (shape, []))
-            if length:
-                ranges.append((start, file, offset, length))
-                offset += length * ELEMENT.itemsize
+        of_rank = [numbers.setdefault(tensor, len(numbers)) for tensor in owned["tensors"]]
+        lengths = np.array(owned["lengths"], np.int64)
+        offsets = (np.cumsum(lengths) - lengths) * ELEMENT.itemsize
+        columns.append(np.array([of_rank, owned["starts"], np.full(len(lengths), file), offsets, lengths], np.int64))
+    table = np.concatenate(columns, 1)
+    table = table[:, table[4] > 0]
+    table = table[:, np.lexsort((table[1], table[0]))]
+    bounds = np.searchsorted(table[0], np.arange(len(numbers) + 1))
     layout = {}
-    for name, (shape, ranges) in tensors.items():
-        ranges.sort()
-        end = 0
-        for start, _, _, length in ranges:
-            if start != end:
-                raise CheckpointError(
-                    f"element {min(start, end)} of {name} is owned by {'two' if start < end else 'no'} ranks"
-                )
-            end += length
-        if end != math.prod(shape):
-            raise CheckpointError(f"element {end} of {name} is owned by no rank")
-        layout[name] = {"shape": shape, "dtype": "float32", "ranges": [found[1:] for found in ranges]}
+    for tensor, begin, end in zip(numbers, bounds[:-1], bounds[1:], strict=True):
+        shape_text, _, name = tensor.partition(" ")
+        shape = [int(size) for size in shape_text.split("x") if size]
+        _, starts, files, offsets, lengths = table[:, begin:end]
+        _check_once(name, math.prod(shape), starts, starts + lengths)
+        ranges = {"files": files.tolist(), "offsets": offsets.tolist(), "lengths": lengths.tolist()}
+        layout[name] = {"shape": shape, "dtype": "float32", **ranges}
     return json.dumps(layout, separators=(",", ":")).encode()
+
+
+def _check_once(name: str, length: int, starts: np.ndarray, ends: np.ndarray) -> None:
+    """Raises CheckpointError if ranges, sorted, do not make up a tensor of so many elements."""
+    expected = np.concatenate(([0], ends))
+    found = np.concatenate((starts, [length]))
+    if wrong := np.flatnonzero(expected != found).tolist():
+        start, end = found[wrong[0]], expected[wrong[0]]
+        ranks = "two ranks" if start < end else "no rank"
+        raise CheckpointError(f"element {min(start, end)} of {name} is owned by {ranks}")
 
 
 def decode_layout(content: bytes) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(tuple(stored["shape"]), np.array(stored["ranges"], np.int64).reshape(-1, 3))
+        name: StoredTensor(
+            tuple(stored["shape"]),
+            np.array([stored["files"], stored["offsets"], stored["lengths"]], np.int64).T,
+        )
         for name, stored in json.loads(content).items()
     }
 

@@ -34,7 +34,7 @@ from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.format import (
     LAYOUT,
     Metadata,
-    OwnedRange,
+    Owned,
     StoredFile,
     encode_layout,
     encode_metadata,
@@ -93,7 +93,7 @@ class CheckpointStore:
         self._staged = torch.empty(0)
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
-        self._owned: Sequence[OwnedRange] = ()
+        self._owned: Owned | None = None
         self._layout = b""
         """Of the ranges that ranks told last; on the first rank."""
         self._found_valid: set[str] = set()
@@ -161,7 +161,7 @@ class CheckpointStore:
             self._staged = torch.empty(length, pin_memory=True) if on_cuda else host_buffer(length)
         return self._staged
 
-    def _write_behind(self, name: str, values: Tensor, owned: Sequence[OwnedRange], state: dict[str, Any]) -> None:
+    def _write_behind(self, name: str, values: Tensor, owned: Owned, state: dict[str, Any]) -> None:
         try:
             self._write(name, values, owned, state)
             log.info("checkpoint %s", self.folder / name)
@@ -174,7 +174,7 @@ class CheckpointStore:
         except Exception as error:
             log.warning("old checkpoints could not be deleted: %s", error)
 
-    def _write(self, name: str, values: Tensor, owned: Sequence[OwnedRange], state: dict[str, Any]) -> None:
+    def _write(self, name: str, values: Tensor, owned: Owned, state: dict[str, Any]) -> None:
         world = self._world
         self._plan(owned)
         draft = world.on_first(lambda: self._begin(name))
@@ -191,7 +191,7 @@ class CheckpointStore:
             raise
         self._found_valid.add(name)
 
-    def _plan(self, owned: Sequence[OwnedRange]) -> None:
+    def _plan(self, owned: Owned) -> None:
         """Tells the first rank who writes what, where that is not as it was at the save before."""
         world = self._world
         if any(world.sum(owned != self._owned)):
@@ -199,7 +199,7 @@ class CheckpointStore:
             world.on_first(lambda: self._keep_layout(of_ranks))
             self._owned = owned
 
-    def _keep_layout(self, of_ranks: Sequence[Sequence[Sequence[Any]]]) -> None:
+    def _keep_layout(self, of_ranks: Sequence[Owned]) -> None:
         self._layout = encode_layout(of_ranks)
 
     def _begin(self, name: str) -> str:
