@@ -13,6 +13,7 @@ and so its losses are those of the uninterrupted run.
 
 import contextlib
 import logging
+import os
 import platform
 import signal
 import time
@@ -32,6 +33,7 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
+from launchers.heartbeat import Heartbeat
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, read
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
@@ -153,6 +155,7 @@ class Run:
         self.stop = stop
         self.world = world
         self.fence = fence
+        self.heartbeat = Heartbeat.of(os.environ, world.rank)
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
@@ -239,12 +242,14 @@ class Run:
                     # Also where data cannot be read on: no step is lost. But the others must know of it, to take part.
                     if agreed and self.fence.holds:
                         self._save_the_last(tracker)
+            self.heartbeat.beat("end", self.step)
             status = "FINISHED" if self.finished else "KILLED"
         finally:
             if tracker is not None:
                 tracker.close(status)
         if self.world.size > 1 and meter.peak_memory_by_rank:
             log.info("peak memory by rank: %s", ", ".join(size(peak) for peak in meter.peak_memory_by_rank))
+        self.world.gather(None)  # a launcher may end the others as soon as one has ended
         return self._farewell()
 
     def _loop(
@@ -273,6 +278,7 @@ class Run:
     def _do_step(self, batches: Iterator[Batch], meter: Meter) -> dict[str, float] | None:
         """A batch and a step of the optimizer; returns their numbers. None: the run is to stop, and did no step."""
         meter.start()
+        self.heartbeat.beat("step", self.step)
         batch, masked, data_seconds = self._next_batch(batches, meter)
         if batch is None:
             return None
@@ -343,6 +349,7 @@ class Run:
 
     def _validate(self, corpus: Corpus) -> dict[str, float]:
         started = time.perf_counter()
+        self.heartbeat.beat("evaluation", self.step)
         rows = self.recipe.train.micro_batch
         part = evaluate(
             self.engine.nats,
@@ -366,6 +373,7 @@ class Run:
         return {"validation/bits_per_byte": total.bits_per_byte}
 
     def _save(self, tracker: Tracker | None) -> None:
+        self.heartbeat.beat("checkpoint", self.step)
         if tracker is not None:
             tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
@@ -386,6 +394,7 @@ class Run:
         Raises:
             CheckpointError: it failed.
         """
+        self.heartbeat.beat("checkpoint", self.step)
         try:
             self.store.finish()
         except CheckpointError:
