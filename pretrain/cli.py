@@ -18,7 +18,8 @@ from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from launchers.local import run_in_process, run_processes
-from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands
+from launchers.scheduler import SchedulerError
+from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands, run_commands
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
+app.add_typer(run_commands.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
@@ -60,6 +62,7 @@ FAULTS = (
     FencedError,
     RunFolderError,
     SamplingError,
+    SchedulerError,
     TrainingError,
     WorldError,
 )
