@@ -102,7 +102,7 @@ def _table(found: list[RunStatus]) -> Table:
             "" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
             "" if each.bytes_per_second is None else size(each.bytes_per_second),
             "" if each.seconds_left is None else duration(each.seconds_left),
-            f"{each.checkpoint_step}, {age} ago" if age else "",
+            f"{each.checkpoint_step} ({age})" if age else "",
             str(each.restarts),
         )
     return table
