@@ -13,7 +13,6 @@ back there by Slurm's own doing, and the supervisor of the next start finds out 
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -74,7 +73,8 @@ class Plan:
     supervise: SuperviseConfig
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({**vars(self), "supervise": self.supervise.model_dump()}, indent=1), encoding="utf-8")
+        tree = {**vars(self), "supervise": self.supervise.model_dump()}
+        path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
@@ -156,36 +156,41 @@ class Supervisor:
         self._number = 0
 
     def look_after(self) -> str:
-        """Until the run has finished, is sent back to the queue, or is given up; returns the last event."""
+        """Until the run has finished, is sent back to the queue, or is given up; returns what became of it."""
         self._tell_of_the_last_start()
         while True:
-            if excluded := sorted(set(self._excluded()) & set(self.site.nodes)):
-                return self._requeue(f"{', '.join(excluded)}: excluded before", excluded)
+            self._number = sum(launch.event == "started" for launch in self._of_job())
+            if unwanted := sorted(set(self._excluded()) & set(self.site.nodes)):
+                return self._requeue(f"{', '.join(unwanted)} again", self._excluded())
             if unfit := self.site.unfit():
                 return self._give_up(unfit)
-            self._number = sum(launch.event == "started" for launch in self._of_submission())
             self._note("started")
-            ranks = self.site.start(self.plan, self.folder, f"start-{self._number}")
-            ending = self._watch(ranks)
+            ending = self._watch(self.site.start(self.plan, self.folder, f"start-{self._number}"))
             if not self._is_newest():
                 return "superseded"
-            if ending.kind == "finished":
-                return self._note("finished").event
-            if ending.kind == "stopped":
-                reason = f"{ending.reason}: {self.site.why_stopped()}"
-                self._note("stopped", reason)
-                return self._requeue(reason) if self.site.owned() else "stopped"
-            self._note("failed", ending.reason, ending.node)
-            if not self.site.owned():
-                return "failed"
-            newest = self._newest_checkpoint()
-            in_vain = [launch for launch in self._failures() if launch.step == newest]
-            if len(in_vain) >= self.plan.supervise.attempts:
-                at = f"from step {newest}" if newest else "from the beginning"
-                return self._give_up(f"{len(in_vain)} starts {at} failed, the last one so: {ending.reason}", ending)
-            if ending.node and self._faults(ending.node) >= self.plan.supervise.faults_of_node:
-                self._note("excluded", f"{self._faults(ending.node)} failures began on {ending.node}", ending.node)
-                return self._requeue(f"without {ending.node}", self._excluded())
+            if outcome := self._after(ending):
+                return outcome
+
+    def _after(self, ending: Ending) -> str:
+        """What becomes of the job; nothing, if the ranks are to be started again in its nodes."""
+        if ending.kind == "finished":
+            return self._note("finished").event
+        if ending.kind == "stopped":
+            reason = f"{ending.reason}: {self.site.why_stopped()}"
+            self._note("stopped", reason)
+            return self._requeue(reason) if self.site.owned() else "stopped"
+        self._note("failed", ending.reason, ending.node)
+        if not self.site.owned():
+            return "failed"
+        newest = self._newest_checkpoint()
+        in_vain = sum(launch.step == newest for launch in self._failures())
+        if in_vain >= self.plan.supervise.attempts:
+            at = f"from step {newest}" if newest else "from the beginning"
+            return self._give_up(f"{in_vain} starts {at} failed, the last one so: {ending.reason}", ending)
+        if ending.node and self._faults(ending.node) >= self.plan.supervise.faults_of_node:
+            self._note("excluded", f"{self._faults(ending.node)} failures began on {ending.node}", ending.node)
+            return self._requeue(f"without {ending.node}", self._excluded())
+        return ""
 
     def _watch(self, ranks: Ranks) -> Ending:
         """Until the ranks have ended, by themselves or because one of them hangs."""
@@ -232,7 +237,7 @@ class Supervisor:
 
     def _tell_of_the_last_start(self) -> None:
         """Notes how a start ended whose supervisor could not: its node was lost, or Slurm killed all at once."""
-        launches = self._of_submission()
+        launches = self._of_job()
         if not launches or launches[-1].event != "started":
             return
         last = launches[-1]
@@ -249,20 +254,18 @@ class Supervisor:
             faulty=lost[0] if lost else "",
         )
 
-    def _of_submission(self) -> list[Launch]:
-        """What is recorded since the run was last submitted."""
-        launches = self.record.read()
-        first = max((n for n, launch in enumerate(launches) if launch.event == "submitted"), default=0)
-        return launches[first:]
+    def _of_job(self) -> list[Launch]:
+        """What is recorded of this job: failures of those before are mended, or they would not be submitted again."""
+        return [launch for launch in self.record.read() if launch.job == self.site.job]
 
     def _failures(self) -> list[Launch]:
-        return [launch for launch in self._of_submission() if launch.event == "failed"]
+        return [launch for launch in self._of_job() if launch.event == "failed"]
 
     def _faults(self, node: str) -> int:
         return sum(launch.faulty == node for launch in self._failures())
 
     def _excluded(self) -> list[str]:
-        return [launch.faulty for launch in self._of_submission() if launch.event == "excluded"]
+        return [launch.faulty for launch in self._of_job() if launch.event == "excluded"]
 
     def _is_newest(self) -> bool:
         """Whether no start has taken over: this node may have been cut off and given up for lost."""
@@ -277,7 +280,7 @@ class Supervisor:
     def _evidence(self, reason: str, ending: Ending | None) -> str:
         """The page for a person who has to mend it."""
         lines = [f"# Given up: {reason}", "", "## What happened", ""]
-        for launch in self._of_submission():
+        for launch in self._of_job():
             at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(launch.time))
             step = "no checkpoint" if launch.step is None else f"checkpoint at step {launch.step}"
             lines.append(f"- {at} {launch.event}, {','.join(launch.nodes) or launch.job}, {step}. {launch.reason}")
@@ -347,7 +350,4 @@ def output_of(folder: Path, rank: int) -> Path:
 
 
 def _has_text(path: Path) -> bool:
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False
+    return path.exists() and path.stat().st_size > 0

@@ -9,6 +9,8 @@ ROOT/NAME/
     mlflow.json        how far the tracker has been told
     checkpoints/       step-00001200/, …
     profile/           rank-00000/, …, if the recipe asks for it
+
+What `byteloom submit` adds is told in launchers/submission.py.
 """
 
 import fcntl
@@ -17,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, Field
 
@@ -55,22 +57,26 @@ class RunFolder:
         return self.path / "profile" / f"rank-{rank:05d}"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, take_over: bool = False) -> Iterator[None]:
         """Makes the folder if need be, and holds it for this process alone.
 
+        Args:
+            take_over: from a process that holds it: a scheduler gave it up for lost, and the fence keeps it from writing.
         Raises:
             RunFolderError: another process holds it, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
+            if take_over and not _hold(lock):
+                lock.close()
+                (self.path / ".lock").unlink()
+                lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunFolderError(f"another process is training in {self.path}; choose another run.name") from error
+            if not _hold(lock):
+                raise RunFolderError(f"another process is training in {self.path}; choose another run.name")
             yield
 
     def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
@@ -88,3 +94,12 @@ class RunFolder:
         identity = {"id": uuid.uuid4().hex, **made_of}
         replace_file(path, json.dumps(identity, indent=1))
         return identity
+
+
+def _hold(lock: IO[str]) -> bool:
+    """Whether this process holds the lock now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
