@@ -157,6 +157,7 @@ class Submission:
             "gpus_per_node": cluster.gpus_per_node or None,
             "signal_delay_s": cluster.signal_seconds,
             "stderr_to_stdout": True,
+            "wckey": None,
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
                 *cluster.setup,

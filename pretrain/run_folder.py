@@ -61,7 +61,7 @@ class RunFolder:
         """Makes the folder if need be, and holds it for this process alone.
 
         Args:
-            take_over: from a process that holds it: a scheduler gave it up for lost, and the fence keeps it from writing.
+            take_over: from a process that a scheduler gave up for lost; the fence keeps it from writing.
         Raises:
             RunFolderError: another process holds it, or it cannot be made.
         """
