@@ -53,6 +53,11 @@ class Heartbeat:
         folder = environment.get(FOLDER)
         return cls(Path(folder) if folder else None, rank)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks after this rank."""
+        return self._path is not None
+
     def beat(self, phase: Phase, step: int = 0) -> None:
         """Called by the loop as often as it likes; writes now and then, and whenever the phase is another."""
         now = time.monotonic()

@@ -12,7 +12,7 @@ from launchers.local import run_in_process
 if __name__ == "__main__":
     # A request to stop waits until the loop listens, which unblocks them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2})
-    rank = int(os.environ.get("SLURM_PROCID") or os.environ["RANK"])
+    rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     Heartbeat.of(os.environ, rank).beat("start")
     with stack_of(Path(os.environ[FOLDER]), rank).open("w") as stacks:
         faulthandler.register(signal.SIGQUIT, stacks, all_threads=True)

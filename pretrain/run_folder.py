@@ -9,6 +9,8 @@ ROOT/NAME/
     mlflow.json        how far the tracker has been told
     checkpoints/       step-00001200/, …
     profile/           rank-00000/, …, if the recipe asks for it
+
+What `byteloom submit` adds is told in launchers/submission.py.
 """
 
 import fcntl
@@ -61,23 +63,26 @@ class RunFolder:
         return self.path / "profile" / f"rank-{rank:05d}"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, take_over: bool = False) -> Iterator[None]:
         """Makes the folder if need be, and holds it for this process alone.
 
+        Args:
+            take_over: from a process that a scheduler gave up for lost; the fence keeps it from writing.
         Raises:
             RunFolderError: another process holds it, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.lock.open("a")
+            if take_over and not _comes_free(lock):
+                lock.close()
+                self.lock.unlink()
+                lock = self.lock.open("a")
         except OSError as error:
             raise RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
         with lock:
-            deadline = time.monotonic() + PATIENCE
-            while not _is_locked(lock, fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise RunFolderError(f"another process is training in {self.path}; choose another run.name")
-                time.sleep(0.05)
+            if not _comes_free(lock):
+                raise RunFolderError(f"another process is training in {self.path}; choose another run.name")
             lock.truncate(0)
             lock.write(f"{os.uname().nodename} {os.getpid()}\n")
             lock.flush()
@@ -108,6 +113,16 @@ class RunFolder:
         identity = {"id": uuid.uuid4().hex, **made_of}
         replace_file(path, json.dumps(identity, indent=1))
         return identity
+
+
+def _comes_free(lock: TextIO) -> bool:
+    """Waits for a lock for a moment; says whether this process has it."""
+    deadline = time.monotonic() + PATIENCE
+    while not _is_locked(lock, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _is_locked(file: TextIO, how: int) -> bool:

@@ -128,11 +128,12 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     stop = StopRequest()
     with ExitStack() as stack:
-        world.on_first(lambda: stack.enter_context(folder.locked()))
+        heartbeat = Heartbeat.of(os.environ, world.rank)
+        world.on_first(lambda: stack.enter_context(folder.locked(take_over=heartbeat.is_watched)))
         fence = Fence(folder.generation)
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, stop, world, fence).go(console)
+        return Run(recipe, folder, streams, validation, stop, world, fence=fence, heartbeat=heartbeat).go(console)
 
 
 class Run:
@@ -146,7 +147,9 @@ class Run:
         validation: Corpus | None,
         stop: StopRequest,
         world: World,
+        *,
         fence: Fence,
+        heartbeat: Heartbeat,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -155,7 +158,7 @@ class Run:
         self.stop = stop
         self.world = world
         self.fence = fence
-        self.heartbeat = Heartbeat.of(os.environ, world.rank)
+        self.heartbeat = heartbeat
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))

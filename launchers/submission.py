@@ -1,0 +1,193 @@
+"""From a resolved recipe to a job: everything that the job needs is put into the run folder, then submitit submits it.
+
+    RUN/launches.jsonl       what has become of the run's jobs; see record.py
+    RUN/gave-up.md           why nothing is started any more, if it is so
+    RUN/jobs/001/            the first submission; another one of the same run is 002
+        config.yaml          the resolved recipe, which every start of this job trains
+        code/                the packages as they were then, which every start of this job runs
+        cluster.yaml         what the job asks for
+        plan.json            what the supervisor is told
+        batch.log            what the supervisor said
+        ranks/               rank-00000.log, …: what each rank wrote to standard output and error
+        heartbeats/          start-0/, …: what each rank of a start was at last; srun.log
+        submitit/            the batch script, and submitit's own files
+
+The job runs the supervisor on its first node, and that starts the ranks with `srun`.
+"""
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from submitit import LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launchers import scheduler
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster
+from launchers.machine import Machine
+from launchers.record import LaunchRecord
+from launchers.scheduler import SchedulerError
+from launchers.slurm import Allocation, srun_command
+from launchers.supervise import Plan, Supervisor
+
+PACKAGES = ("data_pipeline", "launchers", "pretrain")
+LONGEST_LOCAL_MINUTES = 60 * 24 * 365
+OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
+
+
+class Submission:
+    """One job of a run.
+
+    Args:
+        run: the run folder.
+        recipe: the resolved recipe, as YAML.
+    """
+
+    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig) -> None:
+        self.run, self.recipe, self.plan, self.cluster = run, recipe, plan, cluster
+        numbers = [int(path.name) for path in (run / "jobs").glob("[0-9]*")]
+        self.folder = run / "jobs" / f"{max(numbers, default=0) + 1:03d}"
+
+    def script(self) -> str:
+        """The batch script."""
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
+        return _make_sbatch_string(command=command, folder=self._submitit, **self._parameters())
+
+    def srun(self) -> str:
+        """How the job's supervisor will start the ranks on the least number of nodes."""
+        return shlex.join(srun_command(self.plan, self.folder, self.cluster.least_nodes, "start-0"))
+
+    def submit(self) -> str:
+        """Returns the job's id.
+
+        Raises:
+            ClusterError: an earlier job of the run is not over, or the scheduler refuses this one.
+            OSError: the run folder cannot be written to.
+        """
+        self._refuse_two_at_once()
+        if self.cluster.scheduler == "slurm" and (missing := [n for n in ("sbatch", "srun") if not shutil.which(n)]):
+            raise ClusterError(
+                f"this machine has no {missing[0]}: it has no Slurm, or its environment module is not loaded; submit "
+                "where there is one, or with --cluster local"
+            )
+        try:
+            self._write()
+            job = self._submit()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        (self.run / "gave-up.md").unlink(missing_ok=True)
+        LaunchRecord(self.run).append("submitted", job, reason=str(self.folder))
+        return job
+
+    @property
+    def _submitit(self) -> Path:
+        return self.folder / "submitit"
+
+    def _refuse_two_at_once(self) -> None:
+        launches = LaunchRecord(self.run).read()
+        if not launches:
+            return
+        job = launches[-1].job
+        earlier = sorted((self.run / "jobs").glob("[0-9]*/cluster.yaml"))
+        if earlier and load_cluster(str(earlier[-1]), {}).scheduler == "local":
+            lives = launches[-1].event not in ("finished", "gave_up", "stopped") and Path(f"/proc/{job}").exists()
+            state = "running"
+        else:
+            try:
+                phase = scheduler.job(job).phase
+            except SchedulerError:
+                return  # told in a moment, when this job is submitted
+            lives, state = phase.is_alive, phase.value
+        if lives:
+            raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
+
+    def _write(self) -> None:
+        for folder in (self.folder, self.folder / "ranks", self._submitit):
+            folder.mkdir(parents=True)
+        (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
+        (self.folder / "cluster.yaml").write_text(yaml.safe_dump(self.cluster.model_dump()), encoding="utf-8")
+        self.plan.save(self.folder / "plan.json")
+        source = Path(__file__).parents[1]
+        for package in PACKAGES:
+            shutil.copytree(
+                source / package, self.folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__")
+            )
+
+    def _submit(self) -> str:
+        arguments = (supervise, str(self.folder), self.cluster.scheduler)
+        if self.cluster.scheduler == "local":
+            # Of the process that is started; submitit's own way to prepare it needs a shell between.
+            os.environ |= {"PYTHONPATH": _before(self.folder / "code", os.environ), "PYTHONSAFEPATH": "1"}
+            local = LocalExecutor(self._submitit)
+            local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
+            return local.submit(*arguments).job_id
+        slurm = SlurmExecutor(self._submitit)
+        slurm.update_parameters(**self._parameters())
+        try:
+            return slurm.submit(*arguments).job_id
+        except FailedJobError as error:
+            lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
+            raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+
+    def _parameters(self) -> dict[str, Any]:
+        """Of submitit."""
+        cluster, folder = self.cluster, shlex.quote(str(self.folder))
+        asked = {
+            name: getattr(cluster, name)
+            for name in ("partition", "account", "qos", "constraint")
+            if getattr(cluster, name)
+        }
+        more: dict[str, Any] = {"nodes": cluster.nodes, "requeue": True, "output": f"{self.folder}/batch.log"}
+        more |= {"time": cluster.time} if cluster.time else {}
+        more |= {"mem": cluster.memory} if cluster.memory else {}
+        return {
+            **asked,
+            "job_name": self.run.name,
+            "nodes": cluster.least_nodes,
+            "ntasks_per_node": cluster.ranks_per_node,
+            "cpus_per_task": cluster.cpus_per_process,
+            "gpus_per_node": cluster.gpus_per_node or None,
+            "signal_delay_s": cluster.signal_seconds,
+            "stderr_to_stdout": True,
+            "wckey": None,
+            "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
+            "setup": [
+                *cluster.setup,
+                f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+                f"unset {OF_ANOTHER_LAUNCHER}",
+            ],
+            "additional_parameters": {**more, **cluster.sbatch},
+        }
+
+
+def supervise(folder: str, scheduler: str) -> str:
+    """What the job runs.
+
+    Raises:
+        SystemExit: the run was given up; so that the scheduler calls the job failed.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(number, lambda *_: None)  # submitit's would requeue; Slurm tells the ranks, whose end is awaited
+    path = Path(folder)
+    event = Supervisor(path, Machine() if scheduler == "local" else Allocation(path)).look_after()
+    if event == "gave_up":
+        sys.exit(1)
+    return event
+
+
+def last_submission(run: Path) -> Path | None:
+    """The folder of a run's newest submission."""
+    return max((path.parent for path in (run / "jobs").glob("[0-9]*/cluster.yaml")), default=None)
+
+
+def _before(path: Path, environment: Any) -> str:
+    return os.pathsep.join(filter(None, (str(path), environment.get("PYTHONPATH"))))
