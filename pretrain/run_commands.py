@@ -17,11 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from launchers import scheduler
+from launchers.record import last_submission
 from launchers.scheduler import Phase
 from pretrain.console import printable, say
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
-from pretrain.run_status import RunStatus, find_runs, status_of
+from pretrain.run_status import RunStatus, check_run, find_runs, status_of
 
 POLL_SECONDS = 0.2
 STATE_SECONDS = 2.0
@@ -58,12 +59,15 @@ def logs_command(
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
 ) -> None:
     """Print what a rank of a run has said, through all its starts."""
-    [path] = find_runs([run])
-    log = RunFolder(path).log_of(rank)
+    check_run(run)
+    log = RunFolder(run).log_of(rank)
+    submission = last_submission(run)
+    if not log.exists() and submission is not None:
+        log = submission / "ranks" / f"rank-{rank:05d}.log"  # it has not come to train
     if not log.exists() and not follow:
         raise RunFolderError(f"{log} does not exist: rank {rank} has said nothing yet, or there is no such rank")
     with suppress(BrokenPipeError, KeyboardInterrupt):  # whoever reads has had enough
-        for piece in _pieces(path, log, follow):
+        for piece in _pieces(run, log, follow):
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
 
@@ -71,20 +75,17 @@ def logs_command(
 @app.command("cancel")
 def cancel_command(run: RunPath) -> None:
     """End a run: take its job out of the queue, or ask its processes to stop, which save a checkpoint first."""
-    [path] = find_runs([run])
-    status = status_of(path)
-    if status.job is not None and status.state in IN_THE_QUEUE:
+    status = status_of(run)
+    if status.process is not None:
+        os.kill(status.process, signal.SIGTERM)
+        say(f"{run} was asked to stop: process {status.process}")
+    elif status.job is not None and status.state in IN_THE_QUEUE:
         scheduler.cancel(status.job)
-        say(f"job {status.job} of {path} is cancelled")
-        return
-    holder = RunFolder(path).holder()
-    if holder is None:
-        raise RunFolderError(f"{path} is {status.state}: there is nothing to cancel")
-    host, process = holder
-    if host != os.uname().nodename:
-        raise RunFolderError(f"{path} is trained by process {process} on {host}; cancel it there")
-    os.kill(process, signal.SIGTERM)
-    say(f"{path} was asked to stop: process {process}")
+        say(f"{run} was cancelled: job {status.job}")
+    else:
+        elsewhere = status.state == Phase.RUNNING
+        why = f"cancel it on {status.nodes}" if elsewhere else status.reason or "there is nothing to cancel"
+        raise RunFolderError(f"{run} is {status.state}: {why}")
 
 
 def _table(found: list[RunStatus]) -> Table:

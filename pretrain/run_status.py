@@ -7,6 +7,7 @@ the scheduler, about the job that was submitted last ─────────
 
 import json
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from launchers import scheduler
-from launchers.record import Launch, LaunchRecord
+from launchers.record import Launch, LaunchRecord, last_submission
 from launchers.scheduler import Job, Phase, SchedulerError
 from pretrain.run_folder import RunFolder, RunFolderError
 
@@ -40,7 +41,10 @@ class RunStatus:
     """The scheduler's, for that state."""
     job: str | None
     """The scheduler's id; None for a run that was never submitted."""
+    process: int | None
+    """Of this machine, which ends the run in good order when it gets SIGTERM."""
     nodes: str
+    """Where it runs."""
     step: int
     """The last one whose numbers are written. A run that is started again begins at its last checkpoint."""
     steps: int | None
@@ -78,13 +82,20 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def status_of(path: Path) -> RunStatus:
-    """How one run fares."""
+    """How one run fares.
+
+    Raises:
+        RunFolderError: it is no run.
+    """
+    check_run(path)
     folder = RunFolder(path)
     launches = LaunchRecord(path).read()
     recent = _recent(folder.metrics)
-    steps = _steps(folder)
+    submission = last_submission(path)
+    steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
     step = recent[-1]["step"] if recent else 0
-    job = _job(launches)
+    is_local = submission is not None and _tree(submission / "cluster.yaml").get("scheduler") == "local"
+    job = _job(launches, is_local)
     holder = folder.holder()
     state = _state(job, launches, holder is not None, is_done=step == steps)
     trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
@@ -99,6 +110,7 @@ def status_of(path: Path) -> RunStatus:
         state=state,
         reason=job.reason if job is not None and state == job.phase else "",
         job=job.id if job else None,
+        process=_process(job, is_local, holder),
         nodes=job.nodes if job else holder[0] if holder else "",
         step=step,
         steps=steps,
@@ -110,24 +122,49 @@ def status_of(path: Path) -> RunStatus:
         seconds_left=seconds / len(trained) * (steps - step) if goes_on and steps is not None else None,
         checkpoint_step=int(newest.parent.name.removeprefix("step-")) if newest else None,
         checkpoint_seconds=time.time() - newest.stat().st_mtime if newest else None,
-        restarts=max(_starts(folder) - 1, job.restarts if job else 0, 0),
+        restarts=max(_starts(folder), sum(launch.event == "started" for launch in launches), 1) - 1,
         why=_told(endings[-1]) if endings else "",
         history=[asdict(launch) for launch in launches],
     )
+
+
+def check_run(path: Path) -> None:
+    """Raises RunFolderError if a path is no run's."""
+    if not _is_run(path):
+        raise RunFolderError(f"{path} is no run")
 
 
 def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in ("run.json", "launches.jsonl"))
 
 
-def _job(launches: Sequence[Launch]) -> Job | None:
+def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
     """The job that was submitted last, as the scheduler knows it; None for a run that was never submitted."""
     if not launches:
         return None
+    last = launches[-1]
+    if is_local:
+        return _in_the_background(last)
     try:
-        return scheduler.job(launches[-1].job)
+        return scheduler.job(last.job)
     except SchedulerError as error:
-        return Job(launches[-1].job, Phase.UNKNOWN, reason=str(error))
+        return Job(last.job, Phase.UNKNOWN, reason=str(error))
+
+
+def _in_the_background(last: Launch) -> Job:
+    """The job of a run in the background of a machine, which is a process there."""
+    over = last.event in ("finished", "gave_up", "stopped")
+    if not over and Path(f"/proc/{last.job}").exists():
+        return Job(last.job, Phase.RUNNING, nodes=platform.node())
+    if not over and last.nodes and platform.node() not in last.nodes:
+        return Job(last.job, Phase.UNKNOWN, reason="it is a process of another machine", nodes=",".join(last.nodes))
+    return Job(last.job, Phase.FORGOTTEN)
+
+
+def _process(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> int | None:
+    if job is not None:
+        return int(job.id) if is_local and job.phase is Phase.RUNNING else None
+    return holder[1] if holder is not None and holder[0] == platform.node() else None
 
 
 def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, is_done: bool) -> str:
@@ -155,12 +192,14 @@ def _recent(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[1 if begin else 0 : -1]]
 
 
-def _steps(folder: RunFolder) -> int | None:
-    """Of the whole run, by the recipe of its last start."""
-    if not folder.config.exists():
-        return None
-    tree = yaml.load(folder.config.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    return int(tree["train"]["steps"])
+def _steps(recipe: Path) -> int | None:
+    """Of the whole run."""
+    return int(_tree(recipe)["train"]["steps"]) if recipe.exists() else None
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    return tree
 
 
 def _starts(folder: RunFolder) -> int:
