@@ -161,8 +161,9 @@ class Submission:
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
                 # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
-                f'[ -e {folder}/plan.json ] || {{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot '
-                f'see {self.folder}: put run.root on a file system that all nodes share"; exit 1; }}',
+                f"[ -e {folder}/plan.json ] || "
+                f'{{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see {self.folder}: '
+                'put run.root on a file system that all nodes share"; exit 1; }',
                 f"exec >> {folder}/batch.log 2>&1",
                 *cluster.setup,
                 f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",

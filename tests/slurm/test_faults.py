@@ -1,4 +1,4 @@
-"""What befalls runs on clusters, one after another: `make slurm` (a quarter of an hour) tells at its end what each cost.
+"""What befalls runs on clusters, one after another: `make slurm` (a quarter of an hour) tells what each cost.
 
 A run of two nodes with two ranks each, sharded by FSDP2, has to end with the numbers of the run that nothing befell.
 """
