@@ -77,3 +77,8 @@ class LaunchRecord:
             return []
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
         return [Launch(**json.loads(line)) for line in whole.splitlines()]
+
+
+def last_submission(run: Path) -> Path | None:
+    """The folder of a run's newest submission."""
+    return max((path.parent for path in (run / "jobs").glob("[0-9]*/cluster.yaml")), default=None)

@@ -32,12 +32,15 @@ class Phase(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    FORGOTTEN = "forgotten"
+    """Slurm does not know it, any more or at all."""
     UNKNOWN = "unknown"
-    """Slurm has forgotten it, or cannot be asked."""
+    """Slurm cannot be asked."""
 
     @property
-    def is_over(self) -> bool:
-        return self in (Phase.FINISHED, Phase.FAILED, Phase.CANCELLED)
+    def is_alive(self) -> bool:
+        """Whether it runs, or will."""
+        return self not in (Phase.FINISHED, Phase.FAILED, Phase.CANCELLED, Phase.FORGOTTEN, Phase.UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def cancel(job_id: str) -> None:
         SchedulerError: it is unknown or over, or Slurm refuses.
     """
     known = jobs(job_id)
-    if all(each.phase.is_over or each.phase is Phase.UNKNOWN for each in known):
+    if not any(each.phase.is_alive for each in known):
         raise SchedulerError(f"job {job_id} is {known[0].phase}" + (f": {known[0].reason}" if known[0].reason else ""))
     _command("scancel", job_id)
 
@@ -168,16 +171,16 @@ def _of_accounting(job_id: str) -> list[Job]:
     if asked.returncode and "disabled" not in asked.stderr:
         raise SchedulerError(f"Slurm's accounting does not answer: {_last_line(asked.stderr)}")
     if asked.returncode:
-        return [Job(job_id, Phase.UNKNOWN, reason="Slurm does not know it any more, and keeps no accounting")]
+        return [Job(job_id, Phase.FORGOTTEN, reason="Slurm does not know it any more, and keeps no accounting")]
     rows = [line.split("|") for line in asked.stdout.splitlines()]
-    return [_accounted(*row) for row in rows] or [Job(job_id, Phase.UNKNOWN, reason="Slurm has never had it")]
+    return [_accounted(*row) for row in rows] or [Job(job_id, Phase.FORGOTTEN, reason="Slurm has never had it")]
 
 
 def _accounted(job_id: str, words: str, nodes: str) -> Job:
     state = words.partition(" ")[0]  # "CANCELLED by 1000"
     phase = _phase(state, "", 0, returns=False)
-    if not phase.is_over:  # slurmctld was killed before it had saved what it knew
-        return Job(job_id, Phase.UNKNOWN, state, "Slurm has lost it")
+    if phase.is_alive:  # slurmctld was killed before it had saved what it knew
+        return Job(job_id, Phase.FORGOTTEN, state, "Slurm has lost it")
     return Job(job_id, phase, state, nodes="" if nodes == "None assigned" else nodes)
 
 

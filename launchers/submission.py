@@ -32,7 +32,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from launchers import scheduler
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.machine import Machine
-from launchers.record import LaunchRecord
+from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
 from launchers.slurm import Allocation, srun_command
 from launchers.supervise import Plan, Supervisor
@@ -96,8 +96,8 @@ class Submission:
         if not launches:
             return
         job = launches[-1].job
-        earlier = sorted((self.run / "jobs").glob("[0-9]*/cluster.yaml"))
-        if earlier and load_cluster(str(earlier[-1]), {}).scheduler == "local":
+        earlier = last_submission(self.run)
+        if earlier and load_cluster(str(earlier / "cluster.yaml"), {}).scheduler == "local":
             lives = launches[-1].event not in ("finished", "gave_up", "stopped") and Path(f"/proc/{job}").exists()
             state = "running"
         else:
@@ -105,7 +105,7 @@ class Submission:
                 phase = scheduler.job(job).phase
             except SchedulerError:
                 return  # told in a moment, when this job is submitted
-            lives, state = not phase.is_over and phase is not scheduler.Phase.UNKNOWN, phase.value
+            lives, state = phase.is_alive, phase.value
         if lives:
             raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
 
@@ -187,11 +187,6 @@ def supervise(folder: str, scheduler: str) -> str:
     if event == "gave_up":
         sys.exit(1)
     return event
-
-
-def last_submission(run: Path) -> Path | None:
-    """The folder of a run's newest submission."""
-    return max((path.parent for path in (run / "jobs").glob("[0-9]*/cluster.yaml")), default=None)
 
 
 def _before(path: Path, environment: Any) -> str:

@@ -20,7 +20,14 @@ from data_pipeline.storage import RemoteConfig
 from launchers.cluster import ClusterError
 from launchers.local import run_in_process, run_processes
 from launchers.scheduler import SchedulerError
-from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands, submit_command
+from pretrain import (
+    checkpoint_commands,
+    corpus_commands,
+    inspect_commands,
+    model_commands,
+    run_commands,
+    submit_command,
+)
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
 from pretrain.config import Config, ConfigError
@@ -49,6 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
+app.add_typer(run_commands.app)
 app.add_typer(submit_command.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")

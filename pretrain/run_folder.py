@@ -15,15 +15,20 @@ What `byteloom submit` adds is told in launchers/submission.py.
 
 import fcntl
 import json
+import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from pydantic import BaseModel, Field
 
 from data_pipeline.atomic import replace_file
+
+PATIENCE = 0.5
+"""Seconds that a start waits for the folder: whoever asks whether it is held, holds it for a moment."""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -46,6 +51,7 @@ class RunFolder:
         self.generation = path / "generation"
         self.metrics = path / "metrics.jsonl"
         self.mlflow = path / "mlflow.json"
+        self.lock = path / ".lock"
         self.checkpoints = path / "checkpoints"
 
     def log_of(self, rank: int) -> Path:
@@ -67,17 +73,30 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-            if take_over and not _hold(lock):
+            lock = self.lock.open("a")
+            if take_over and not _comes_free(lock):
                 lock.close()
-                (self.path / ".lock").unlink()
-                lock = (self.path / ".lock").open("w")
+                self.lock.unlink()
+                lock = self.lock.open("a")
         except OSError as error:
             raise RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
         with lock:
-            if not _hold(lock):
+            if not _comes_free(lock):
                 raise RunFolderError(f"another process is training in {self.path}; choose another run.name")
+            lock.truncate(0)
+            lock.write(f"{os.uname().nodename} {os.getpid()}\n")
+            lock.flush()
             yield
+
+    def holder(self) -> tuple[str, int] | None:
+        """The host and process that hold the folder; None if nobody does, as far as this machine can tell."""
+        if not self.lock.exists():
+            return None
+        with self.lock.open() as lock:
+            if _is_locked(lock, fcntl.LOCK_SH):
+                return None
+            host, _, process = lock.read().partition(" ")
+            return (host, int(process)) if process else None  # it is just being begun
 
     def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
         """What the run was when its first number was written, with an id that the tracker finds its run again by.
@@ -96,10 +115,20 @@ class RunFolder:
         return identity
 
 
-def _hold(lock: IO[str]) -> bool:
-    """Whether this process holds the lock now."""
+def _comes_free(lock: TextIO) -> bool:
+    """Waits for a lock for a moment; says whether this process has it."""
+    deadline = time.monotonic() + PATIENCE
+    while not _is_locked(lock, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _is_locked(file: TextIO, how: int) -> bool:
+    """Locks a file if it can be at once, and says whether it was."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

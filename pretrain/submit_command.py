@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
-from launchers.submission import Submission, last_submission
+from launchers.record import last_submission
+from launchers.submission import Submission
 from launchers.supervise import Plan
 from pretrain import config as configuration
 from pretrain.config import ConfigError

@@ -175,10 +175,14 @@ class Cluster:
         wanted = (
             {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={element}"} if element else {f"SLURM_JOB_ID={job}"}
         )
-        found = [(pid, words) for pid, words in self._ours() if wanted <= words]
         if rank is not None:
-            return [pid for pid, words in found if f"SLURM_PROCID={rank}" in words]
-        return [pid for pid, words in found if any(word.startswith("SLURM_PROCID=") for word in words)]
+            wanted.add(f"SLURM_PROCID={rank}")
+        # The batch script has a rank too, but no step.
+        return [
+            pid
+            for pid, words in self._ours()
+            if wanted <= words and any(word.startswith("SLURM_STEP_ID=") for word in words)
+        ]
 
     def crash(self, node: str) -> None:
         """As a power cut: all processes of a node are gone."""
