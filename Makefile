@@ -5,7 +5,7 @@ CORPUS := runs/corpora/stdlib
 STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo corpus test check bench lock clean
+.PHONY: help setup demo corpus test check bench slurm lock clean
 
 help: ## list what make can do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -40,6 +40,9 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+slurm: setup ## submit runs to a real Slurm cluster on this machine, and bring every fault on them
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests/slurm -s
 
 check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/ruff check .

@@ -93,7 +93,8 @@ class Allocation:
         try:
             scheduler.requeue(self.job)
         except SchedulerError as error:
-            return str(error)
+            if self.owned():
+                return str(error)  # else it has worked, and the one that was to say so was ended with this job
         # Slurm is ending this process now, and gives it some seconds.
         deadline = time.monotonic() + EXCLUSION_SECONDS
         while exclude and time.monotonic() < deadline:
@@ -138,6 +139,8 @@ class Step:
         said = self._said_path.read_text(encoding="utf-8", errors="backslashreplace")
         # The rank that failed first: the others were ended for it.
         first = re.search(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)", said, re.MULTILINE)
+        if lost := re.search(r"^srun: error: Node failure on (\S+)", said, re.MULTILINE):
+            return Ending("failed", f"lost {lost[1]}", lost[1])
         if first is None:
             lines = [line for line in said.splitlines() if "error" in line] or [f"srun ended with exit code {code}"]
             return Ending("failed", lines[0].removeprefix("srun: error: "))

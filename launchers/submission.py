@@ -145,7 +145,7 @@ class Submission:
             for name in ("partition", "account", "qos", "constraint")
             if getattr(cluster, name)
         }
-        more: dict[str, Any] = {"nodes": cluster.nodes, "requeue": True, "output": f"{self.folder}/batch.log"}
+        more: dict[str, Any] = {"nodes": cluster.nodes, "requeue": True, "output": "/dev/null"}
         more |= {"time": cluster.time} if cluster.time else {}
         more |= {"mem": cluster.memory} if cluster.memory else {}
         return {
@@ -160,6 +160,11 @@ class Submission:
             "wckey": None,
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
+                # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
+                f"[ -e {folder}/plan.json ] || "
+                f'{{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see {self.folder}: '
+                'put run.root on a file system that all nodes share"; exit 1; }',
+                f"exec >> {folder}/batch.log 2>&1",
                 *cluster.setup,
                 f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
                 f"unset {OF_ANOTHER_LAUNCHER}",
