@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ class Submission:
     def script(self) -> str:
         """The batch script."""
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
-        return _make_sbatch_string(command=command, folder=self._submitit, **self._parameters())
+        return _make_sbatch_string(
+            command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
+        )
 
     def srun(self) -> str:
         """How the job's supervisor will start the ranks on the least number of nodes."""
@@ -71,27 +74,32 @@ class Submission:
             ClusterError: an earlier job of the run is not over, or the scheduler refuses this one.
             OSError: the run folder cannot be written to.
         """
-        self._refuse_two_at_once()
-        if self.cluster.scheduler == "slurm" and (missing := [n for n in ("sbatch", "srun") if not shutil.which(n)]):
-            raise ClusterError(
-                f"this machine has no {missing[0]}: it has no Slurm, or its environment module is not loaded; submit "
-                "where there is one, or with --cluster local"
-            )
+        self.refuse()
         try:
-            self._write()
+            self.write()
             job = self._submit()
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        self.note(job)
+        return job
+
+    def note(self, job: str) -> None:
+        """Records that the scheduler has taken it."""
         (self.run / "gave-up.md").unlink(missing_ok=True)
         LaunchRecord(self.run).append("submitted", job, reason=str(self.folder))
-        return job
 
     @property
     def _submitit(self) -> Path:
         return self.folder / "submitit"
 
-    def _refuse_two_at_once(self) -> None:
+    def refuse(self) -> None:
+        """Raises ClusterError if it cannot be submitted: there is no scheduler here, or an earlier job is not over."""
+        if self.cluster.scheduler == "slurm" and (missing := [n for n in ("sbatch", "srun") if not shutil.which(n)]):
+            raise ClusterError(
+                f"this machine has no {missing[0]}: it has no Slurm, or its environment module is not loaded; submit "
+                "where there is one, or with --cluster local"
+            )
         launches = LaunchRecord(self.run).read()
         if not launches:
             return
@@ -109,7 +117,8 @@ class Submission:
         if lives:
             raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Puts what the job needs into its folder."""
         for folder in (self.folder, self.folder / "ranks", self._submitit):
             folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
@@ -129,17 +138,15 @@ class Submission:
             local = LocalExecutor(self._submitit)
             local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
             return local.submit(*arguments).job_id
-        slurm = SlurmExecutor(self._submitit)
-        slurm.update_parameters(**self._parameters())
-        try:
-            return slurm.submit(*arguments).job_id
-        except FailedJobError as error:
-            lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
-            raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+        return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
-    def _parameters(self) -> dict[str, Any]:
-        """Of submitit."""
-        cluster, folder = self.cluster, shlex.quote(str(self.folder))
+    def parameters(self, folder: str) -> dict[str, Any]:
+        """Of submitit.
+
+        Args:
+            folder: the submission's, in a word of shell.
+        """
+        cluster = self.cluster
         asked = {
             name: getattr(cluster, name)
             for name in ("partition", "account", "qos", "constraint")
@@ -160,17 +167,64 @@ class Submission:
             "wckey": None,
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
+                f"folder={folder}",
                 # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
-                f"[ -e {folder}/plan.json ] || "
-                f'{{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see {self.folder}: '
+                '[ -e "$folder/plan.json" ] || '
+                f'{{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see {self.run}: '
                 'put run.root on a file system that all nodes share"; exit 1; }',
-                f"exec >> {folder}/batch.log 2>&1",
+                'exec >> "$folder/batch.log" 2>&1',
                 *cluster.setup,
-                f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+                'export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
                 f"unset {OF_ANOTHER_LAUNCHER}",
             ],
             "additional_parameters": {**more, **cluster.sbatch},
         }
+
+
+def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int) -> list[str]:
+    """Submits jobs of several runs as the tasks of one array; returns their ids.
+
+    Args:
+        submissions: all ask for the same.
+        folder: for what submitit writes; its name is the array's in the queue.
+        parallel: tasks at once, at most.
+
+    Raises:
+        ClusterError: an earlier job of a run is not over, or Slurm refuses the array.
+        OSError: a folder cannot be written to.
+    """
+    for each in submissions:
+        each.refuse()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for each in submissions:
+            each.write()
+        names = folder / "submissions"
+        names.write_text("".join(f"{each.folder}\n" for each in submissions), encoding="utf-8")
+        its_line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names))})'
+        parameters = submissions[0].parameters(its_line) | {"job_name": folder.name}
+        tasks = [(supervise, str(each.folder), "slurm") for each in submissions]
+        jobs = _submit_to_slurm(folder, {**parameters, "array_parallelism": parallel}, tasks)
+    except BaseException:
+        for each in submissions:
+            shutil.rmtree(each.folder, ignore_errors=True)
+        raise
+    for each, job in zip(submissions, jobs, strict=True):
+        each.note(job)
+    return jobs
+
+
+def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Submits calls, several of them as an array; returns the ids of their jobs."""
+    slurm = SlurmExecutor(folder)
+    slurm.update_parameters(**parameters)
+    try:
+        with slurm.batch():
+            jobs = [slurm.submit(*task) for task in tasks]
+    except FailedJobError as error:
+        lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
+        raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+    return [job.job_id for job in jobs]
 
 
 def supervise(folder: str, scheduler: str) -> str:
