@@ -71,14 +71,18 @@ class Submission:
         """Returns the job's id.
 
         Raises:
-            ClusterError: an earlier job of the run is not over, or the scheduler refuses this one.
-            OSError: the run folder cannot be written to.
+            ClusterError: an earlier job of the run is not over, the run folder cannot be written to, or the scheduler
+                refuses the job.
         """
         self.refuse()
         try:
             self.write()
             job = self._submit()
-        except BaseException:
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror  # of the first of many
+            raise ClusterError(f"cannot write to the run folder {self.run}: {why}") from error
+        except ClusterError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self.note(job)
@@ -153,7 +157,6 @@ class Submission:
             if getattr(cluster, name)
         }
         more: dict[str, Any] = {"nodes": cluster.nodes, "requeue": True, "output": "/dev/null"}
-        more |= {"time": cluster.time} if cluster.time else {}
         more |= {"mem": cluster.memory} if cluster.memory else {}
         return {
             **asked,
@@ -165,6 +168,7 @@ class Submission:
             "signal_delay_s": cluster.signal_seconds,
             "stderr_to_stdout": True,
             "wckey": None,
+            "time": cluster.time,  # submitit's own default is five minutes; None is the partition's
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
                 f"folder={folder}",
