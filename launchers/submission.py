@@ -174,7 +174,7 @@ class Submission:
                 f"folder={folder}",
                 # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
                 '[ -e "$folder/plan.json" ] || '
-                f'{{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see {self.run}: '
+                '{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see $folder: '
                 'put run.root on a file system that all nodes share"; exit 1; }',
                 'exec >> "$folder/batch.log" 2>&1',
                 *cluster.setup,
