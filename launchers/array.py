@@ -54,15 +54,16 @@ def submit_commands(
             f"no {missing[0]} here: this machine has no Slurm, or its environment module is not loaded"
         )
     executor = SlurmExecutor(folder)
-    additional = {"requeue": True, **({"dependency": f"afterany:{after}"} if after else {})}
-    limit = {"time": cluster.time} if cluster.time else {}
-    memory = {"mem": cluster.memory} if cluster.memory else {}
     executor.update_parameters(
         job_name=name,
         partition=cluster.partition,
         account=cluster.account,
         qos=cluster.qos,
         constraint=cluster.constraint,
+        time=cluster.time,
+        mem=cluster.memory,
+        wckey=None,
+        dependency=f"afterany:{after}" if after else None,
         cpus_per_task=cluster.cpus_per_process,
         signal_delay_s=cluster.signal_seconds,
         stderr_to_stdout=True,
@@ -71,7 +72,7 @@ def submit_commands(
         srun_args=[f"--cpus-per-task={cluster.cpus_per_process}", "--open-mode=append"],
         setup=[*cluster.setup, "export PYTHONSAFEPATH=1"],  # a folder named launchers here is none of ours
         teardown=REQUEUE.splitlines(),
-        additional_parameters={**additional, **limit, **memory, **cluster.sbatch},
+        additional_parameters={"requeue": True, **cluster.sbatch},
     )
     try:
         return executor.map_array(become, [list(command) for command in commands])[0].job_id.partition("_")[0]

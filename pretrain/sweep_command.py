@@ -112,9 +112,7 @@ def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
         raise ConfigError("a field is given twice")
     varied = [field for field, values in axes.items() if len(values) > 1]
     if not varied:
-        raise ConfigError(
-            "nothing to sweep: give a field several values, such as optimizer.learning_rate=1e-3,3e-4"
-        )
+        raise ConfigError("nothing to sweep: give a field several values, such as optimizer.learning_rate=1e-3,3e-4")
     short = {field: field.rpartition(".")[2] for field in varied}
     clear = {field: last if list(short.values()).count(last) == 1 else field for field, last in short.items()}
     points: dict[str, list[str]] = {}
