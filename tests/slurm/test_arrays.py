@@ -2,16 +2,20 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import Corpus
 from launchers import scheduler
 from launchers.scheduler import Phase
+from pretrain.run_status import status_of
 from tests.conftest import BYTELOOM, STDLIB, prepare_options
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.submitted import byteloom, write_recipe
 
 SOURCES = [STDLIB / name for name in ("asyncio", "email", "unittest", "idlelib", "distutils", "lib2to3")]
 
@@ -46,3 +50,41 @@ def test_a_preparation_array_with_killed_tasks_ends_in_the_manifest_of_one_proce
         with Corpus(out / part) as corpus, Corpus(tmp_path / "alone" / part) as expected:
             assert corpus.manifest == expected.manifest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "out.jobs"]
+
+
+def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, corpus_folder: Path, tmp_path: Path):
+    """One of them is sent back to the queue; `status` says so, and never that it is over."""
+    recipe = write_recipe(tmp_path, corpus_folder)
+    grid = ("train.seed=0,1", "train.steps=400", "engine.name=ddp", "tracking.enabled=true", "checkpoint.every=50")
+    options = ("--cluster=cpu", "--processes-per-node=1", "--partition=low", "--parallel=2")
+    jobs = byteloom(cluster, tmp_path, "sweep", recipe, *grid, *options).stdout.split()
+    array = jobs[0].partition("_")[0]
+    assert jobs == [f"{array}_0", f"{array}_1"]
+    runs = [tmp_path / f"runs/run-seed-{seed}" for seed in (0, 1)]
+
+    wait_until(lambda: status_of(runs[0]).step >= 20, "it trains", 240)
+    told = status_of(runs[0])
+    assert (told.state, told.steps, told.job) == ("running", 400, jobs[0])
+    assert told.seconds_left is not None
+    scheduler.requeue(jobs[0])
+    seen = list[str]()
+    wait_until(lambda: seen.append(status_of(runs[0]).state) or seen[-1] == "finished", "it is over", 240)
+    assert set(seen) <= {"running", "ending", "requeued", "finished"}
+    assert "requeued" in seen
+    told = status_of(runs[0])
+    assert (told.step, told.restarts, told.checkpoint_step) == (400, 1, 400)
+    assert "sent the job back to the queue" in told.why
+    wait_until(lambda: status_of(runs[1]).state == "finished", "the other is over", 240)
+    assert status_of(runs[1]).restarts == 0
+    assert str(runs[1].name) in byteloom(cluster, tmp_path, "status").stdout
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("byteloom")
+    known = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = known.pop("run")
+    assert parent.data.tags["sweep"] == " ".join(grid)
+    assert {name: run.data.params["train.seed"] for name, run in known.items()} == {
+        "run-seed-0": "0",
+        "run-seed-1": "1",
+    }
+    assert {run.data.tags["mlflow.parentRunId"] for run in known.values()} == {parent.info.run_id}
