@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,8 @@ class Submission:
                 refuses the job.
         """
         self._refuse_two_at_once()
-        if self.cluster.scheduler == "slurm" and (missing := [n for n in ("sbatch", "srun") if not shutil.which(n)]):
-            raise ClusterError(
-                f"this machine has no {missing[0]}: it has no Slurm, or its environment module is not loaded; submit "
-                "where there is one, or with --cluster local"
-            )
+        if self.cluster.scheduler == "slurm":
+            self._refuse_the_impossible()
         try:
             self._write()
             job = self._submit()
@@ -113,6 +111,20 @@ class Submission:
         if lives:
             raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
 
+    def _refuse_the_impossible(self) -> None:
+        """Many a cluster takes a job that no node can ever run, and lets it wait for ever; not so in a rehearsal."""
+        try:
+            rehearsal = subprocess.run(
+                ["sbatch", "--test-only"], input=self.script(), capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError as error:
+            raise ClusterError(
+                "this machine has no sbatch: it has no Slurm, or its environment module is not loaded; submit where "
+                "there is one, or with --cluster local"
+            ) from error
+        if rehearsal.returncode:
+            raise _refusal(rehearsal.stderr)
+
     def _write(self) -> None:
         for folder in (self.folder, self.folder / "ranks", self._submitit):
             folder.mkdir(parents=True)
@@ -138,8 +150,7 @@ class Submission:
         try:
             return slurm.submit(*arguments).job_id
         except FailedJobError as error:
-            lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
-            raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+            raise _refusal(str(error)) from error
 
     def _parameters(self) -> dict[str, Any]:
         """Of submitit."""
@@ -155,8 +166,8 @@ class Submission:
             **asked,
             "job_name": self.run.name,
             "nodes": cluster.least_nodes,
-            "ntasks_per_node": cluster.ranks_per_node,
-            "cpus_per_task": cluster.cpus_per_process,
+            # Of one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
+            "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_process,
             "gpus_per_node": cluster.gpus_per_node or None,
             "signal_delay_s": cluster.signal_seconds,
             "stderr_to_stdout": True,
@@ -191,6 +202,12 @@ def supervise(folder: str, scheduler: str) -> str:
     if event == "gave_up":
         sys.exit(1)
     return event
+
+
+def _refusal(said: str) -> ClusterError:
+    """Of what sbatch said."""
+    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
+    return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")
 
 
 def _before(path: Path, environment: Any) -> str:

@@ -149,9 +149,9 @@ def test_what_cannot_be_submitted_is_refused_in_a_line(
     refused = "Slurm refuses the job: .*"
     with pytest.raises(ClusterError, match=f"{refused}Requested node configuration is not available"):
         light(cluster, tmp_path / "run", [], cpus_per_process=999)
-    with pytest.raises(ClusterError, match=f"{refused}Node count specification invalid"):
+    with pytest.raises(ClusterError, match=f"{refused}Requested node configuration is not available"):
         light(cluster, tmp_path / "run", [], nodes="99")
-    assert not list((tmp_path / "run/jobs").iterdir())
+    assert not (tmp_path / "run").exists()
 
     small = tmp_path / "small"
     small.mkdir()
