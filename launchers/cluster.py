@@ -79,7 +79,7 @@ def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
         raise ClusterError(f"{path}: a preset is a list of fields and their values")
     given = {key: value for key, value in changes.items() if value is not None}
     for text in ("nodes", "time"):
-        if text in tree:
+        if tree.get(text) is not None:
             tree[text] = str(tree[text])
     try:
         return ClusterConfig.model_validate_json(json.dumps({**tree, **given}, default=str), strict=True)

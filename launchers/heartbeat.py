@@ -33,6 +33,8 @@ class Beat:
     node: str
     time: float
     """Seconds since 1970 by the node's clock."""
+    code: int | None = None
+    """The exit code, of a rank that has come to its end."""
 
 
 class Heartbeat:
@@ -61,11 +63,19 @@ class Heartbeat:
     def beat(self, phase: Phase, step: int = 0) -> None:
         """Called by the loop as often as it likes; writes now and then, and whenever the phase is another."""
         now = time.monotonic()
-        if self._path is None or (phase == self._last[0] and now - self._last[1] < SECONDS):
+        if phase != self._last[0] or now - self._last[1] >= SECONDS:
+            self._last = (phase, now)
+            self._write(Beat(phase, step, self._node, time.time()))
+
+    def end(self, code: int) -> None:
+        """The last beat."""
+        self._write(Beat("end", 0, self._node, time.time(), code))
+
+    def _write(self, beat: Beat) -> None:
+        if self._path is None:
             return
-        self._last = (phase, now)
         beside = self._path.with_suffix(".partial")
-        beside.write_text(json.dumps(asdict(Beat(phase, step, self._node, time.time()))), encoding="utf-8")
+        beside.write_text(json.dumps(asdict(beat)), encoding="utf-8")
         beside.replace(self._path)
 
 

@@ -18,6 +18,8 @@ from launchers.supervise import Ending, Plan, heartbeats_of, output_of
 class Machine:
     """Whoever signals the supervisor wants the run to stop, and it is not started again."""
 
+    has_others = False
+
     def __init__(self) -> None:
         self.job = os.environ["SUBMITIT_LOCAL_JOB_ID"]
         self.nodes: Sequence[str] = [platform.node()]

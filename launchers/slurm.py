@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launchers import scheduler
-from launchers.heartbeat import FOLDER
+from launchers.heartbeat import FOLDER, read_beat
 from launchers.local import STOPPED
 from launchers.scheduler import Phase, SchedulerError
 from launchers.supervise import Ending, Plan, heartbeats_of, output_of
@@ -25,6 +25,8 @@ EXCLUSION_SECONDS = 20.0
 
 class Allocation:
     """This process's job."""
+
+    has_others = True
 
     def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
         self._folder = folder
@@ -115,8 +117,9 @@ class Step:
         self._outputs = folder
         nodes = len(allocation.nodes)
         self.size = nodes * plan.processes_per_node
-        heartbeats_of(folder, name).mkdir(parents=True)
-        self._said_path = heartbeats_of(folder, name) / "srun.log"
+        self._heartbeats = heartbeats_of(folder, name)
+        self._heartbeats.mkdir(parents=True)
+        self._said_path = self._heartbeats / "srun.log"
         with self._said_path.open("w") as said:
             self._srun = subprocess.Popen(
                 srun_command(plan, folder, nodes, name),
@@ -124,7 +127,7 @@ class Step:
                     **os.environ,
                     "MASTER_PORT": str(free_port()),
                     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan.cpus_per_process)),
-                    FOLDER: str(heartbeats_of(folder, name)),
+                    FOLDER: str(self._heartbeats),
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -135,7 +138,9 @@ class Step:
         code = self._srun.poll()
         if code is None:
             return None
-        if code == 0:
+        # srun says 0 too when Slurm has ended the job under it.
+        beats = [read_beat(self._heartbeats, rank) for rank in range(self.size)]
+        if code == 0 and all(beat is not None and beat.code == 0 for beat in beats):
             return Ending("finished", "")
         said = self._said_path.read_text(encoding="utf-8", errors="backslashreplace")
         # The rank that failed first: the others were ended for it.
@@ -143,7 +148,7 @@ class Step:
         if lost := re.search(r"^srun: error: Node failure on (\S+)", said, re.MULTILINE):
             return Ending("failed", f"lost {lost[1]}", lost[1])
         if first is None:
-            lines = [line for line in said.splitlines() if "error" in line] or [f"srun ended with exit code {code}"]
+            lines = [line for line in said.splitlines() if "error" in line] or ["the ranks were ended from outside"]
             return Ending("failed", lines[0].removeprefix("srun: error: "))
         node, rank, words = first[1], int(first[2]), first[3]
         coded = re.fullmatch(r"Exited with exit code (\d+)", words)

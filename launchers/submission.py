@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,12 +99,12 @@ class Submission:
         return self.folder / "submitit"
 
     def refuse(self) -> None:
-        """Raises ClusterError if it cannot be submitted: there is no scheduler here, or an earlier job is not over."""
-        if self.cluster.scheduler == "slurm" and (missing := [n for n in ("sbatch", "srun") if not shutil.which(n)]):
-            raise ClusterError(
-                f"this machine has no {missing[0]}: it has no Slurm, or its environment module is not loaded; submit "
-                "where there is one, or with --cluster local"
-            )
+        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm can never run this one."""
+        self._refuse_two_at_once()
+        if self.cluster.scheduler == "slurm":
+            self._refuse_the_impossible()
+
+    def _refuse_two_at_once(self) -> None:
         launches = LaunchRecord(self.run).read()
         if not launches:
             return
@@ -120,6 +121,20 @@ class Submission:
             lives, state = phase.is_alive, phase.value
         if lives:
             raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
+
+    def _refuse_the_impossible(self) -> None:
+        """Many a cluster takes a job that no node can ever run, and lets it wait for ever; not so in a rehearsal."""
+        try:
+            rehearsal = subprocess.run(
+                ["sbatch", "--test-only"], input=self.script(), capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError as error:
+            raise ClusterError(
+                "this machine has no sbatch: it has no Slurm, or its environment module is not loaded; submit where "
+                "there is one, or with --cluster local"
+            ) from error
+        if rehearsal.returncode:
+            raise _refusal(rehearsal.stderr)
 
     def write(self) -> None:
         """Puts what the job needs into its folder."""
@@ -162,8 +177,8 @@ class Submission:
             **asked,
             "job_name": self.run.name,
             "nodes": cluster.least_nodes,
-            "ntasks_per_node": cluster.ranks_per_node,
-            "cpus_per_task": cluster.cpus_per_process,
+            # Of one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
+            "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_process,
             "gpus_per_node": cluster.gpus_per_node or None,
             "signal_delay_s": cluster.signal_seconds,
             "stderr_to_stdout": True,
@@ -226,8 +241,7 @@ def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequenc
         with slurm.batch():
             jobs = [slurm.submit(*task) for task in tasks]
     except FailedJobError as error:
-        lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
-        raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+        raise _refusal(str(error)) from error
     return [job.job_id for job in jobs]
 
 
@@ -245,6 +259,12 @@ def supervise(folder: str, scheduler: str) -> str:
     if event == "gave_up":
         sys.exit(1)
     return event
+
+
+def _refusal(said: str) -> ClusterError:
+    """Of what sbatch said."""
+    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
+    return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")
 
 
 def _before(path: Path, environment: Any) -> str:

@@ -114,6 +114,8 @@ class Site(Protocol):
 
     job: str
     nodes: Sequence[str]
+    has_others: bool
+    """Whether the job could be given other nodes."""
 
     def unfit(self) -> str:
         """Why no rank can run here; empty if they can."""
@@ -179,15 +181,15 @@ class Supervisor:
             reason = f"{ending.reason}: {self.site.why_stopped()}"
             self._note("stopped", reason)
             return self._requeue(reason) if self.site.owned() else "stopped"
-        self._note("failed", ending.reason, ending.node)
         if not self.site.owned():
-            return "failed"
+            return self._note("stopped", f"{ending.reason}: {self.site.why_stopped()}").event
+        self._note("failed", ending.reason, ending.node)
         newest = self._newest_checkpoint()
         in_vain = sum(launch.step == newest for launch in self._failures())
         if in_vain >= self.plan.supervise.attempts:
             at = f"from step {newest}" if newest else "from the beginning"
             return self._give_up(f"{in_vain} starts {at} failed, the last one so: {ending.reason}", ending)
-        if ending.node and self._faults(ending.node) >= self.plan.supervise.faults_of_node:
+        if self.site.has_others and ending.node and self._faults(ending.node) >= self.plan.supervise.faults_of_node:
             self._note("excluded", f"{self._faults(ending.node)} failures began on {ending.node}", ending.node)
             return self._requeue(f"without {ending.node}", self._excluded())
         return ""

@@ -46,7 +46,7 @@ def submit_and_wait(run: Path, last: str, starts: Sequence[dict[str, Any]]) -> l
 
 def wait_for(run: Path, event: str) -> list[Launch]:
     record = LaunchRecord(run)
-    wait_until(lambda: event in [launch.event for launch in record.read()], f"{event} in {run}", 120)
+    wait_until(lambda: event in [launch.event for launch in record.read()], f"{event} in {run}", 60)
     return record.read()
 
 

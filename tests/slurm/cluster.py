@@ -126,7 +126,7 @@ def running_cluster(
 
 
 class Cluster:
-    """Partition `low` is preempted by partition `high`; both have all nodes: four processors and two pretended GPUs each."""
+    """Its nodes have four processors and two made-up GPUs each; jobs of partition `high` preempt those of `low`."""
 
     def __init__(self, folder: Path, nodes: Sequence[str], network: bool, accounting: bool) -> None:
         self.folder = folder

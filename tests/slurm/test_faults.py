@@ -58,6 +58,13 @@ def report() -> Iterator[Report]:
 
 
 @pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One that gives those it preempts as long as a loaded machine may need."""
+    with running_cluster(tmp_path_factory.mktemp("cluster"), grace=120) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
 def shared(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, with their recipe."""
     folder = tmp_path_factory.mktemp("runs")
@@ -81,7 +88,7 @@ def submit(cluster: Cluster, shared: Path, name: str, *more: str) -> SubmittedRu
     return SubmittedRun(cluster, shared / "recipe.yaml", name, *TWO_BY_TWO, *WATCHED, *more)
 
 
-def befall(run: SubmittedRun, fault: Callable[[], object], after: int = 14) -> tuple[float, int]:
+def befall(run: SubmittedRun, fault: Callable[[], object], after: int = 8) -> tuple[float, int]:
     """Brings a fault on a run; returns when, and after which step."""
     run.wait_for_step(after)
     at, step = time.time(), run.last_step()
@@ -197,7 +204,7 @@ def test_on_other_nodes_and_another_engine_by_overrides_alone(cluster: Cluster, 
     run = submit(cluster, shared, "moving")
     for arguments in (("--nodes=3", "engine.name=zero3"), ("--nodes=1", "engine.name=fsdp"), ("--nodes=2-4",)):
         done = run.last_step()
-        run.wait_for_step(max(done, 0) + 12)
+        run.wait_for_step(max(done, 0) + 8)
         cluster.run("scancel", run.job)
         run.wait_for("stopped", len([event for event in run.events() if event == "submitted"]))
         wait_until(lambda: cluster.job(run.job)["JobState"] == "CANCELLED", "cancelled", 60)
@@ -221,7 +228,7 @@ def test_a_node_that_is_cut_off_writes_no_more(
     run = submit(wide, shared, f"cut-{place}")
     node = run.wait_for("started").nodes[place]
     old = [2 * place, 2 * place + 1]
-    run.wait_for_step(14)
+    run.wait_for_step(8)
     alive = [wide.processes(run.job, rank)[0] for rank in old]
     at, step = befall(run, lambda: wide.cut(node))
     run.wait_for("started", 2)
@@ -248,9 +255,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_node_with_repeated_faults_is_excluded(cluster: Cluster, shared: Path, reference: Path):
     run = submit(cluster, shared, "excluded")
     node = run.wait_for("started").nodes[1]
-    for after in (14, 34):
+    for after in (8, 20):
         befall(run, lambda: kill(run, 2, signal.SIGKILL), after)
-        run.wait_for("failed", 1 if after == 14 else 2)
+        run.wait_for("failed", 1 if after == 8 else 2)
     assert run.wait_for("excluded").faulty == node
     done = run.wait_for("finished")
     assert node not in done.nodes

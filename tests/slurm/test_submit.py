@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,31 @@ from launchers.record import Launch, LaunchRecord
 from launchers.submission import Submission
 from launchers.supervise import Plan, SuperviseConfig
 from tests.end_to_end.test_tracking import delivered, journal
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster, running_cluster, wait_until
 from tests.slurm.submitted import SubmittedRun, assert_trained_as, byteloom, write_recipe
 
 TWO_BY_TWO = ("--nodes=2", "--processes-per-node=2", "--cpus-per-process=1", "--partition=low", "--time=120")
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One that gives those it preempts as long as a loaded machine may need."""
+    with running_cluster(tmp_path_factory.mktemp("cluster"), grace=120) as cluster:
+        yield cluster
+
+
 def test_preempted_and_killed_it_goes_on_as_if_nothing_had_been(cluster: Cluster, corpus_folder: Path, tmp_path: Path):
     recipe = write_recipe(tmp_path, corpus_folder)
     run = SubmittedRun(cluster, recipe, "faulty", "tracking.enabled=true", *TWO_BY_TWO)
-    run.wait_for_step(15)
+    run.wait_for_step(8)
     cluster.run("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     stopped = run.wait_for("stopped")
     assert stopped.reason.endswith(": preempted")
     assert run.wait_for("requeued").reason == stopped.reason
     run.wait_for("started", 2)
-    assert stopped.step == run.last_step() > 10
+    assert stopped.step == run.last_step() >= 8
 
-    run.wait_for_step(stopped.step + 15)
+    run.wait_for_step(stopped.step + 8)
     [victim] = cluster.processes(run.job, rank=3)
     assert f"PYTHONPATH={run.folder}/jobs/001/code" in Path(f"/proc/{victim}/environ").read_text()
     os.kill(victim, signal.SIGKILL)
@@ -142,9 +149,9 @@ def test_what_cannot_be_submitted_is_refused_in_a_line(
     refused = "Slurm refuses the job: .*"
     with pytest.raises(ClusterError, match=f"{refused}Requested node configuration is not available"):
         light(cluster, tmp_path / "run", [], cpus_per_process=999)
-    with pytest.raises(ClusterError, match=f"{refused}Node count specification invalid"):
+    with pytest.raises(ClusterError, match=f"{refused}Requested node configuration is not available"):
         light(cluster, tmp_path / "run", [], nodes="99")
-    assert not list((tmp_path / "run/jobs").iterdir())
+    assert not (tmp_path / "run").exists()
 
     small = tmp_path / "small"
     small.mkdir()
