@@ -13,8 +13,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError
 
-from launchers.cluster import ClusterConfig
-from launchers.scheduler import SchedulerError
+from launchers.cluster import ClusterConfig, ClusterError, refusal
 
 RESTARTS = 5
 """After so many, a task that is killed stays dead; one that is asked to make room is started again any number of times.
@@ -47,12 +46,10 @@ def submit_commands(
         after: a job or array that must be over before these begin, however it ends.
 
     Raises:
-        SchedulerError: there is no Slurm here, or it refuses.
+        ClusterError: there is no Slurm here, or it refuses.
     """
-    if missing := [each for each in ("sbatch", "srun") if shutil.which(each) is None]:
-        raise SchedulerError(
-            f"no {missing[0]} here: this machine has no Slurm, or its environment module is not loaded"
-        )
+    if shutil.which("srun") is None:
+        raise ClusterError("this machine has no srun: it has no Slurm, or its environment module is not loaded")
     executor = SlurmExecutor(folder)
     executor.update_parameters(
         job_name=name,
@@ -77,8 +74,7 @@ def submit_commands(
     try:
         return executor.map_array(become, [list(command) for command in commands])[0].job_id.partition("_")[0]
     except FailedJobError as error:
-        lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
-        raise SchedulerError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+        raise refusal(str(error)) from error
 
 
 def become(command: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers import scheduler
-from launchers.cluster import ClusterConfig, ClusterError, load_cluster
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
 from launchers.machine import Machine
 from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
@@ -99,7 +99,7 @@ class Submission:
         return self.folder / "submitit"
 
     def refuse(self) -> None:
-        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm can never run this one."""
+        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm could never run this."""
         self._refuse_two_at_once()
         if self.cluster.scheduler == "slurm":
             self._refuse_the_impossible()
@@ -134,7 +134,7 @@ class Submission:
                 "there is one, or with --cluster local"
             ) from error
         if rehearsal.returncode:
-            raise _refusal(rehearsal.stderr)
+            raise refusal(rehearsal.stderr)
 
     def write(self) -> None:
         """Puts what the job needs into its folder."""
@@ -241,7 +241,7 @@ def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequenc
         with slurm.batch():
             jobs = [slurm.submit(*task) for task in tasks]
     except FailedJobError as error:
-        raise _refusal(str(error)) from error
+        raise refusal(str(error)) from error
     return [job.job_id for job in jobs]
 
 
@@ -259,12 +259,6 @@ def supervise(folder: str, scheduler: str) -> str:
     if event == "gave_up":
         sys.exit(1)
     return event
-
-
-def _refusal(said: str) -> ClusterError:
-    """Of what sbatch said."""
-    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
-    return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")
 
 
 def _before(path: Path, environment: Any) -> str:
