@@ -22,7 +22,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,10 @@ class Submission:
     def _submit(self) -> str:
         arguments = (supervise, str(self.folder), self.cluster.scheduler)
         if self.cluster.scheduler == "local":
-            # Of the process that is started; submitit's own way to prepare it needs a shell between.
-            os.environ |= {"PYTHONPATH": _before(self.folder / "code", os.environ), "PYTHONSAFEPATH": "1"}
             local = LocalExecutor(self._submitit)
             local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
-            return local.submit(*arguments).job_id
+            with _importing_from(self.folder / "code"):
+                return local.submit(*arguments).job_id
         return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
     def parameters(self, folder: str) -> dict[str, Any]:
@@ -261,5 +261,14 @@ def supervise(folder: str, scheduler: str) -> str:
     return event
 
 
-def _before(path: Path, environment: Any) -> str:
-    return os.pathsep.join(filter(None, (str(path), environment.get("PYTHONPATH"))))
+@contextmanager
+def _importing_from(code: Path) -> Iterator[None]:
+    """Within, processes that are started import from there first, as the job's setup arranges it under Slurm."""
+    earlier = dict(os.environ)
+    path = os.pathsep.join(filter(None, (str(code), earlier.get("PYTHONPATH"))))
+    os.environ |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= earlier

@@ -13,7 +13,7 @@ from launchers.record import Launch, LaunchRecord
 from tests.conftest import BYTELOOM, environment, recipe_tree
 from tests.slurm.cluster import Cluster, wait_until
 
-STEPS = 60
+STEPS = 40
 SAME = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm")
 PATIENCE = 240.0
 """Seconds that a loaded machine may take for anything."""

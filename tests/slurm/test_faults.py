@@ -27,7 +27,7 @@ from tests.slurm.submitted import (
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 TWO_BY_TWO = ("--nodes=2", "--processes-per-node=2", "--cpus-per-process=1", "--partition=low", "--time=120")
-WATCHED = ("supervise.start_seconds=120", "supervise.step_seconds=8", "supervise.evaluation_seconds=30")
+WATCHED = ("supervise.start_seconds=300", "supervise.step_seconds=15", "supervise.evaluation_seconds=60")
 
 
 @dataclass
@@ -88,7 +88,7 @@ def submit(cluster: Cluster, shared: Path, name: str, *more: str) -> SubmittedRu
     return SubmittedRun(cluster, shared / "recipe.yaml", name, *TWO_BY_TWO, *WATCHED, *more)
 
 
-def befall(run: SubmittedRun, fault: Callable[[], object], after: int = 8) -> tuple[float, int]:
+def befall(run: SubmittedRun, fault: Callable[[], object], after: int = 7) -> tuple[float, int]:
     """Brings a fault on a run; returns when, and after which step."""
     run.wait_for_step(after)
     at, step = time.time(), run.last_step()
@@ -117,7 +117,7 @@ def test_a_rank_that_freezes(cluster: Cluster, shared: Path, reference: Path, re
     assert failed.reason.startswith(f"rank 1 on {failed.nodes[0]} hangs"), failed.reason
     assert failed.faulty == failed.nodes[0]
     run.wait_for("finished")
-    report.add("one rank frozen (limit 8 s)", run, at, step)
+    report.add("one rank frozen (limit 15 s)", run, at, step)
     assert_trained_as(run.folder, reference)
 
 
@@ -255,9 +255,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_node_with_repeated_faults_is_excluded(cluster: Cluster, shared: Path, reference: Path):
     run = submit(cluster, shared, "excluded")
     node = run.wait_for("started").nodes[1]
-    for after in (8, 20):
+    for after in (7, 16):
         befall(run, lambda: kill(run, 2, signal.SIGKILL), after)
-        run.wait_for("failed", 1 if after == 8 else 2)
+        run.wait_for("failed", 1 if after == 7 else 2)
     assert run.wait_for("excluded").faulty == node
     done = run.wait_for("finished")
     assert node not in done.nodes
