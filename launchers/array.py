@@ -13,8 +13,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError
 
-from launchers.cluster import ClusterConfig
-from launchers.scheduler import SchedulerError
+from launchers.cluster import ClusterConfig, ClusterError, refusal
 
 RESTARTS = 5
 """After so many, a task that is killed stays dead; one that is asked to make room is started again any number of times.
@@ -47,22 +46,21 @@ def submit_commands(
         after: a job or array that must be over before these begin, however it ends.
 
     Raises:
-        SchedulerError: there is no Slurm here, or it refuses.
+        ClusterError: there is no Slurm here, or it refuses.
     """
-    if missing := [each for each in ("sbatch", "srun") if shutil.which(each) is None]:
-        raise SchedulerError(
-            f"no {missing[0]} here: this machine has no Slurm, or its environment module is not loaded"
-        )
+    if shutil.which("srun") is None:
+        raise ClusterError("this machine has no srun: it has no Slurm, or its environment module is not loaded")
     executor = SlurmExecutor(folder)
-    additional = {"requeue": True, **({"dependency": f"afterany:{after}"} if after else {})}
-    limit = {"time": cluster.time} if cluster.time else {}
-    memory = {"mem": cluster.memory} if cluster.memory else {}
     executor.update_parameters(
         job_name=name,
         partition=cluster.partition,
         account=cluster.account,
         qos=cluster.qos,
         constraint=cluster.constraint,
+        time=cluster.time,
+        mem=cluster.memory,
+        wckey=None,
+        dependency=f"afterany:{after}" if after else None,
         cpus_per_task=cluster.cpus_per_process,
         signal_delay_s=cluster.signal_seconds,
         stderr_to_stdout=True,
@@ -71,13 +69,12 @@ def submit_commands(
         srun_args=[f"--cpus-per-task={cluster.cpus_per_process}", "--open-mode=append"],
         setup=[*cluster.setup, "export PYTHONSAFEPATH=1"],  # a folder named launchers here is none of ours
         teardown=REQUEUE.splitlines(),
-        additional_parameters={**additional, **limit, **memory, **cluster.sbatch},
+        additional_parameters={"requeue": True, **cluster.sbatch},
     )
     try:
         return executor.map_array(become, [list(command) for command in commands])[0].job_id.partition("_")[0]
     except FailedJobError as error:
-        lines = [line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines()]
-        raise SchedulerError(f"Slurm refuses the job: {'; '.join(lines)}") from error
+        raise refusal(str(error)) from error
 
 
 def become(command: Sequence[str]) -> None:

@@ -107,3 +107,9 @@ class _PresetLoader(yaml.SafeLoader):
 
 
 _PresetLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[0-9]+$"), list("0123456789"))
+
+
+def refusal(said: str) -> ClusterError:
+    """Of what sbatch said."""
+    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
+    return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")

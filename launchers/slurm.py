@@ -31,7 +31,8 @@ class Allocation:
     def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
         self._folder = folder
         """Of the submission."""
-        self.job = environment["SLURM_JOB_ID"]
+        array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        self.job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]  # one id names all tasks otherwise
         self.nodes: Sequence[str] = expand(environment["SLURM_JOB_NODELIST"])
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 

@@ -22,7 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers import scheduler
-from launchers.cluster import ClusterConfig, ClusterError, load_cluster
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
 from launchers.machine import Machine
 from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
@@ -61,7 +61,9 @@ class Submission:
     def script(self) -> str:
         """The batch script."""
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
-        return _make_sbatch_string(command=command, folder=self._submitit, **self._parameters())
+        return _make_sbatch_string(
+            command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
+        )
 
     def srun(self) -> str:
         """How the job's supervisor will start the ranks on the least number of nodes."""
@@ -74,11 +76,9 @@ class Submission:
             ClusterError: an earlier job of the run is not over, the run folder cannot be written to, or the scheduler
                 refuses the job.
         """
-        self._refuse_two_at_once()
-        if self.cluster.scheduler == "slurm":
-            self._refuse_the_impossible()
+        self.refuse()
         try:
-            self._write()
+            self.write()
             job = self._submit()
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -87,13 +87,23 @@ class Submission:
         except ClusterError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        self.note(job)
+        return job
+
+    def note(self, job: str) -> None:
+        """Records that the scheduler has taken it."""
         (self.run / "gave-up.md").unlink(missing_ok=True)
         LaunchRecord(self.run).append("submitted", job, reason=str(self.folder))
-        return job
 
     @property
     def _submitit(self) -> Path:
         return self.folder / "submitit"
+
+    def refuse(self) -> None:
+        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm could never run this."""
+        self._refuse_two_at_once()
+        if self.cluster.scheduler == "slurm":
+            self._refuse_the_impossible()
 
     def _refuse_two_at_once(self) -> None:
         launches = LaunchRecord(self.run).read()
@@ -125,9 +135,10 @@ class Submission:
                 "there is one, or with --cluster local"
             ) from error
         if rehearsal.returncode:
-            raise _refusal(rehearsal.stderr)
+            raise refusal(rehearsal.stderr)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Puts what the job needs into its folder."""
         for folder in (self.folder, self.folder / "ranks", self._submitit):
             folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
@@ -146,16 +157,15 @@ class Submission:
             local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
             with _importing_from(self.folder / "code"):
                 return local.submit(*arguments).job_id
-        slurm = SlurmExecutor(self._submitit)
-        slurm.update_parameters(**self._parameters())
-        try:
-            return slurm.submit(*arguments).job_id
-        except FailedJobError as error:
-            raise _refusal(str(error)) from error
+        return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
-    def _parameters(self) -> dict[str, Any]:
-        """Of submitit."""
-        cluster, folder = self.cluster, shlex.quote(str(self.folder))
+    def parameters(self, folder: str) -> dict[str, Any]:
+        """Of submitit.
+
+        Args:
+            folder: the submission's, in a word of shell.
+        """
+        cluster = self.cluster
         asked = {
             name: getattr(cluster, name)
             for name in ("partition", "account", "qos", "constraint")
@@ -176,17 +186,63 @@ class Submission:
             "time": cluster.time,  # submitit's own default is five minutes; None is the partition's
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
+                f"folder={folder}",
                 # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
-                f"[ -e {folder}/plan.json ] || "
-                f'{{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see {self.folder}: '
+                '[ -e "$folder/plan.json" ] || '
+                '{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see $folder: '
                 'put run.root on a file system that all nodes share"; exit 1; }',
-                f"exec >> {folder}/batch.log 2>&1",
+                'exec >> "$folder/batch.log" 2>&1',
                 *cluster.setup,
-                f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+                'export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
                 f"unset {OF_ANOTHER_LAUNCHER}",
             ],
             "additional_parameters": {**more, **cluster.sbatch},
         }
+
+
+def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int) -> list[str]:
+    """Submits jobs of several runs as the tasks of one array; returns their ids.
+
+    Args:
+        submissions: all ask for the same.
+        folder: for what submitit writes; its name is the array's in the queue.
+        parallel: tasks at once, at most.
+
+    Raises:
+        ClusterError: an earlier job of a run is not over, or Slurm refuses the array.
+        OSError: a folder cannot be written to.
+    """
+    for each in submissions:
+        each.refuse()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for each in submissions:
+            each.write()
+        names = folder / "submissions"
+        names.write_text("".join(f"{each.folder}\n" for each in submissions), encoding="utf-8")
+        its_line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names))})'
+        parameters = submissions[0].parameters(its_line) | {"job_name": folder.name}
+        tasks = [(supervise, str(each.folder), "slurm") for each in submissions]
+        jobs = _submit_to_slurm(folder, {**parameters, "array_parallelism": parallel}, tasks)
+    except BaseException:
+        for each in submissions:
+            shutil.rmtree(each.folder, ignore_errors=True)
+        raise
+    for each, job in zip(submissions, jobs, strict=True):
+        each.note(job)
+    return jobs
+
+
+def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Submits calls, several of them as an array; returns the ids of their jobs."""
+    slurm = SlurmExecutor(folder)
+    slurm.update_parameters(**parameters)
+    try:
+        with slurm.batch():
+            jobs = [slurm.submit(*task) for task in tasks]
+    except FailedJobError as error:
+        raise refusal(str(error)) from error
+    return [job.job_id for job in jobs]
 
 
 def supervise(folder: str, scheduler: str) -> str:
@@ -203,12 +259,6 @@ def supervise(folder: str, scheduler: str) -> str:
     if event == "gave_up":
         sys.exit(1)
     return event
-
-
-def _refusal(said: str) -> ClusterError:
-    """Of what sbatch said."""
-    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
-    return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pretrain import (
     model_commands,
     run_commands,
     submit_command,
+    sweep_command,
 )
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata, read, verify
@@ -58,6 +59,7 @@ app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
 app.add_typer(run_commands.app)
 app.add_typer(submit_command.app)
+app.add_typer(sweep_command.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)

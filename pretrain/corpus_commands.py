@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
@@ -207,10 +206,11 @@ def _given(context: typer.Context, without: set[str]) -> list[str]:
     """The options that were given to this command, but for some, as they could be typed again."""
     words = []
     for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if option.param_type_name != "option" or option.name in without or not given:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if option.param_type_name != "option" or name in without or source is None or source.name != "COMMANDLINE":
             continue
-        value = context.params[option.name or ""]
+        value = context.params[name]
         if isinstance(value, bool):
             words.append((option.opts if value else option.secondary_opts)[0])
         else:

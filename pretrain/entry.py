@@ -4,6 +4,7 @@ seconds to import."""
 import sys
 
 from data_pipeline.errors import CorpusError
+from launchers.cluster import ClusterError
 from launchers.scheduler import SchedulerError
 from pretrain import corpus_commands, run_commands
 from pretrain.console import run
@@ -16,7 +17,7 @@ def main() -> None:
     command = sys.argv[1] if sys.argv[1:] else None
     quick = [app for app in apps if command in {registered.name for registered in app.registered_commands}]
     if quick:
-        run(quick[0], (CorpusError, RunFolderError, SchedulerError))
+        run(quick[0], (ClusterError, CorpusError, RunFolderError, SchedulerError))
     else:
         from pretrain import cli  # noqa: PLC0415 - those libraries
 

@@ -62,7 +62,7 @@ def logs_command(
     check_run(run)
     log = RunFolder(run).log_of(rank)
     submission = last_submission(run)
-    if not log.exists() and submission is not None:
+    if not log.exists() and submission is not None and not follow:
         log = submission / "ranks" / f"rank-{rank:05d}.log"  # it has not come to train
     if not log.exists() and not follow:
         raise RunFolderError(f"{log} does not exist: rank {rank} has said nothing yet, or there is no such rank")

@@ -8,6 +8,7 @@ the scheduler, about the job that was submitted last ─────────
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -90,37 +91,35 @@ def status_of(path: Path) -> RunStatus:
     check_run(path)
     folder = RunFolder(path)
     launches = LaunchRecord(path).read()
-    recent = _recent(folder.metrics)
     submission = last_submission(path)
-    steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
-    step = recent[-1]["step"] if recent else 0
     is_local = submission is not None and _tree(submission / "cluster.yaml").get("scheduler") == "local"
     job = _job(launches, is_local)
     holder = folder.holder()
-    state = _state(job, launches, holder is not None, is_done=step == steps)
+    recent = _recent(folder.metrics)
     trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
     validated = [line["validation/bits_per_byte"] for line in recent if "validation/bits_per_byte" in line]
-    seconds = sum(line["step_seconds"] for line in trained)
-    goes_on = state == Phase.RUNNING and bool(trained)
-    checkpoints = sorted(folder.checkpoints.glob("step-*/metadata.json"))
-    newest = checkpoints[-1] if checkpoints else None
+    step = recent[-1]["step"] if recent else 0
+    steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
+    state = _state(job, launches, holder is not None, is_done=step == steps)
+    bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
+    checkpoints = [path for path in folder.checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    newest = max(checkpoints, default=None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
+    process, nodes = _place(job, is_local, holder)
     return RunStatus(
         run=str(path),
         state=state,
         reason=job.reason if job is not None and state == job.phase else "",
         job=job.id if job else None,
-        process=_process(job, is_local, holder),
-        nodes=job.nodes if job else holder[0] if holder else "",
+        process=process,
+        nodes=nodes,
         step=step,
         steps=steps,
         bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
         validation_bits_per_byte=validated[-1] if validated else None,
-        bytes_per_second=sum(line["bytes_per_second"] * line["step_seconds"] for line in trained) / seconds
-        if goes_on
-        else None,
-        seconds_left=seconds / len(trained) * (steps - step) if goes_on and steps is not None else None,
-        checkpoint_step=int(newest.parent.name.removeprefix("step-")) if newest else None,
+        bytes_per_second=bytes_per_second,
+        seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
+        checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
         checkpoint_seconds=time.time() - newest.stat().st_mtime if newest else None,
         restarts=max(_starts(folder), sum(launch.event == "started" for launch in launches), 1) - 1,
         why=_told(endings[-1]) if endings else "",
@@ -161,10 +160,14 @@ def _in_the_background(last: Launch) -> Job:
     return Job(last.job, Phase.FORGOTTEN)
 
 
-def _process(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> int | None:
-    if job is not None:
-        return int(job.id) if is_local and job.phase is Phase.RUNNING else None
-    return holder[1] if holder is not None and holder[0] == platform.node() else None
+def _place(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> tuple[int | None, str]:
+    """The process of this machine that ends the run, if there is one, and where the run is trained."""
+    if job is not None and (job.phase.is_alive or holder is None):
+        return int(job.id) if is_local and job.phase is Phase.RUNNING else None, job.nodes
+    if holder is None:
+        return None, ""
+    host, process = holder
+    return process if host == platform.node() else None, host
 
 
 def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, is_done: bool) -> str:
@@ -190,6 +193,14 @@ def _recent(journal: Path) -> list[dict[str, Any]]:
         file.seek(begin)
         lines = file.read().split(b"\n")
     return [json.loads(line) for line in lines[1 if begin else 0 : -1]]
+
+
+def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:
+    """Bytes a second, and seconds a step, if there is one."""
+    if not steps:
+        return None, None
+    seconds = sum(step["step_seconds"] for step in steps)
+    return sum(step["bytes_per_second"] * step["step_seconds"] for step in steps) / seconds, seconds / len(steps)
 
 
 def _steps(recipe: Path) -> int | None:

@@ -73,7 +73,7 @@ def submit_command(
     file = (earlier or recipe) / "config.yaml" if recipe.is_dir() else recipe
     config = configuration.load(file, overrides or [])
     run = (Path(config.run.root) / config.run.name).resolve()
-    submission = Submission(run, config.as_yaml(), _plan(run, config, chosen), chosen)
+    submission = Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen)
     if dry_run:
         typer.echo(submission.script())
         typer.echo(f"# The job looks after: {submission.srun()}\n")
@@ -86,7 +86,8 @@ def submit_command(
     typer.echo(job)
 
 
-def _plan(run: Path, config: configuration.Config, cluster: ClusterConfig) -> Plan:
+def plan_of(run: Path, config: configuration.Config, cluster: ClusterConfig) -> Plan:
+    """What the supervisor of a run is told."""
     return Plan(
         entry=TRAIN_ENTRY,
         run=str(run),

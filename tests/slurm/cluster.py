@@ -8,7 +8,8 @@ link that can be cut as well. Nodes share the machine's files. Everything lies i
 were free. When the block ends, or the process that started it dies, no process is left: a node's processes live in a
 namespace and die with its first one.
 
-There is no accounting: `sacct` says so, as on many small clusters, and slurmctld remembers ended jobs for ten minutes.
+There is no accounting unless it is asked for: `sacct` says so, as on many small clusters, and slurmctld remembers jobs
+that ended for ten minutes.
 """
 
 import fcntl
@@ -21,7 +22,7 @@ import string
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,9 @@ NEEDED = {
     "nsenter": "util-linux",
 }
 """Commands, and the packages that have them."""
+OF_ACCOUNTING = {"slurmdbd": "slurmdbd slurm-wlm-mysql-plugin", "mariadbd": "mariadb-server-core"}
+SYSTEM_TABLES = [Path(f"/usr/share/mysql/mysql_system_tables{part}.sql") for part in ("", "_data")]
+"""MariaDB's own, which its server makes from them."""
 CONTROLLER = "ctl"
 NETWORK = "10.231.17"
 """Of nodes with a network of their own; nobody else can reach it, so any number of clusters may use it."""
@@ -69,68 +73,62 @@ exec sleep infinity
 Found = TypeVar("Found")
 
 
-def require_slurm() -> None:
+def require_slurm(needed: Mapping[str, str] = NEEDED) -> None:
     """Installs Slurm where that is possible; skips the test where it is not, and says what is missing."""
+    packages = " ".join(needed.values())
     with (Path(tempfile.gettempdir()) / "byteloom-tests-apt.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes may want it at once
-        if _missing() and os.geteuid() == 0 and shutil.which("apt-get"):
-            quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            packages = ["apt-get", "install", "-y", "--no-install-recommends", *sorted({*NEEDED.values()})]
-            for command in (["apt-get", "update"], packages):
+        if _missing(needed) and os.geteuid() == 0 and shutil.which("apt-get"):
+            for command in (["update"], ["install", "-y", "--no-install-recommends", *packages.split()]):
                 subprocess.run(
-                    [command[0], "-o", "DPkg::Lock::Timeout=120", *command[1:]],
-                    env=quiet,
+                    ["apt-get", "-o", "DPkg::Lock::Timeout=120", *command],
+                    env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     check=False,
                 )
-    if missing := _missing():
-        pytest.skip(f"no Slurm: {', '.join(missing)} missing (apt-get install {' '.join(NEEDED.values())})")
-    if (
-        os.geteuid() != 0
-        or subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "true"], check=False).returncode
-    ):
+    if missing := _missing(needed):
+        pytest.skip(f"no Slurm: {', '.join(missing)} missing (apt-get install {packages})")
+    own = ["unshare", "--uts", "--mount", "--pid", "--fork", "true"]
+    if os.geteuid() != 0 or subprocess.run(own, check=False).returncode:
         pytest.skip("no Slurm: only root may make the namespaces of its nodes")
 
 
-def _missing() -> list[str]:
-    return [name for name in NEEDED if shutil.which(name) is None]
+def _missing(needed: Mapping[str, str]) -> list[str]:
+    return [name for name in needed if shutil.which(name) is None]
 
 
 @contextmanager
 def running_cluster(
     folder: Path,
+    *,
     nodes: int = 4,
-    cpus: int = 4,
     network: bool = False,
     grace: int = 20,
-    node_timeout: int = 10,
-    controller_parameters: str = "preempt_send_user_signal",
+    accounting: bool = False,
 ) -> Iterator["Cluster"]:
     """A cluster while the block lasts. Skips the test where there can be none.
 
     Args:
         folder: made anew; a short path, for there are sockets in it.
-        cpus: of each node.
         network: whether each node has its own; then `Cluster.cut` cuts it, and commands must run in `Cluster.inside`.
         grace: seconds between the signal of a preemption and the end.
-        node_timeout: seconds until a node that does not answer counts as down.
-        controller_parameters: SlurmctldParameters.
+        accounting: by slurmdbd, with a database of the cluster's own.
     """
-    require_slurm()
+    require_slurm(NEEDED | OF_ACCOUNTING if accounting else NEEDED)
     names = [f"n{number}" for number in range(1, nodes + 1)]
-    cluster = Cluster(folder, names, cpus, network)
+    cluster = Cluster(folder, names, network, accounting)
     try:
-        cluster._start(grace=grace, node_timeout=node_timeout, controller_parameters=controller_parameters)
+        cluster._start(grace)
         yield cluster
     finally:
         cluster._stop()
 
 
 class Cluster:
-    """Partition `low` is preempted by partition `high`; both have all nodes, each with two pretended GPUs."""
+    """Its nodes have four processors and two made-up GPUs each; jobs of partition `high` preempt those of `low`."""
 
-    def __init__(self, folder: Path, nodes: Sequence[str], cpus: int, network: bool) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[str], network: bool, accounting: bool) -> None:
         self.folder = folder
         self.nodes = nodes
         self.local = folder / "local"
@@ -139,7 +137,9 @@ class Cluster:
         """For commands that speak to the cluster."""
         self.inside: list[str] = []
         """Before a command, runs it where the cluster can be reached; empty where that is everywhere."""
-        self._cpus, self._network = cpus, network
+        self._network, self._accounting = network, accounting
+        self._controller: list[str] = []
+        """Before a command, runs it on the controller's host."""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *command: object, check: bool = True) -> str:
@@ -180,7 +180,7 @@ class Cluster:
         # The batch script has a rank too, but no step.
         return [
             pid
-            for pid, words in self._ours()
+            for pid, words in self.all_processes().items()
             if wanted <= words and any(word.startswith("SLURM_STEP_ID=") for word in words)
         ]
 
@@ -191,7 +191,7 @@ class Cluster:
     def kill_slurmd(self, node: str) -> None:
         """A node is lost to Slurm; its ranks live on."""
         wanted = ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node]
-        [pid] = [pid for pid, _ in self._ours() if _read(pid, "cmdline") == wanted]
+        [pid] = [pid for pid, _ in self.all_processes().items() if _read(pid, "cmdline") == wanted]
         os.kill(pid, signal.SIGKILL)
 
     def start_node(self, node: str) -> None:
@@ -228,20 +228,20 @@ class Cluster:
         own = [*more, "--uts", "--mount", *(["--net"] if self._network else [])]
         return [*own, *(["--fork", "--kill-child", "--mount-proc"] if "--pid" in more else [])]
 
-    def _start(self, **settings: object) -> None:
+    def _start(self, grace: int) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("etc", "run", "log", "spool/controller", "local", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True)
         self.folder.chmod(0o755)
-        self._configure(settings)
+        self._configure(grace)
         self._spawn(
             CONTROLLER, "unshare", *self._new(), "bash", "-c", HOLDER, "holder", CONTROLLER, self.folder, self._kind
         )
         self._wait((self.folder / "run/ready").exists, "the controller's host")
-        controller = ["nsenter", "-t", str(self._daemons[CONTROLLER].pid), "--uts", "--mount"]
-        controller += ["--net"] if self._network else []
+        net = ["--net"] if self._network else []
+        self._controller = ["nsenter", "-t", str(self._daemons[CONTROLLER].pid), "--uts", "--mount", *net, "--"]
         if self._network:
-            self.inside = [*controller, "--"]
+            self.inside = self._controller
         self._spawn(
             "munged",
             *("munged", "--foreground", "--force", f"--key-file={self.folder}/etc/munge.key"),
@@ -249,7 +249,9 @@ class Cluster:
             *(f"--log-file={self.folder}/log/munged.log", f"--seed-file={self.folder}/run/munged.seed"),
         )
         self._wait((self.folder / "run/munge.sock").exists, "munged")
-        self._spawn("slurmctld", *controller, "--", "slurmctld", "-D", "-i", "-c", "-f", self.environment["SLURM_CONF"])
+        if self._accounting:
+            self._start_accounting()
+        self._start_controller()
         for node in self.nodes:
             self.start_node(node)
         everyone = str(len(self.nodes))
@@ -257,29 +259,73 @@ class Cluster:
             lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D", check=False) == everyone, "all nodes"
         )
 
-    def _configure(self, settings: dict[str, object]) -> None:
+    def restart_controller(self) -> None:
+        """Starts slurmctld anew, with no memory of any job that has ended."""
+        self._end("slurmctld")
+        self._start_controller()
+        self._wait(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+
+    def _start_controller(self) -> None:
+        self._spawn("slurmctld", *self._controller, "slurmctld", "-D", "-i", "-c", "-f", self.environment["SLURM_CONF"])
+
+    def _start_accounting(self) -> None:
+        """A database that only its socket leads to, and slurmdbd before it."""
+        (self.folder / "mysql").mkdir()
+        server = [
+            *("mariadbd", "--no-defaults", "--user=root", f"--datadir={self.folder}/mysql", "--skip-networking"),
+            *(f"--socket={self.folder}/run/mysql.sock", f"--pid-file={self.folder}/run/mysql.pid"),
+            *("--skip-grant-tables", "--skip-log-bin", "--innodb-log-file-size=8M", "--innodb-buffer-pool-size=32M"),
+            *("--innodb-lock-wait-timeout=900", "--performance-schema=OFF", "--skip-name-resolve"),
+        ]
+        tables = "create database if not exists mysql;\nuse mysql;\n" + "".join(p.read_text() for p in SYSTEM_TABLES)
+        subprocess.run([*server, "--bootstrap"], input=tables, text=True, capture_output=True, check=True)
+        self._spawn("mariadbd", *server)
+        self._wait((self.folder / "run/mysql.sock").exists, "mariadbd")
+        self._spawn(
+            "slurmdbd", "env", f"MYSQL_UNIX_PORT={self.folder}/run/mysql.sock", *self._controller, "slurmdbd", "-D"
+        )
+        self._wait(lambda: "Cluster" in self.run("sacctmgr", "show", "cluster", check=False), "slurmdbd")
+        self.run("sacctmgr", "--immediate", "--quiet", "add", "cluster", "byteloom")
+
+    def _configure(self, grace: int) -> None:
         own = [f"{NETWORK}.{number}" if self._network else "127.0.0.1" for number in range(1, len(self.nodes) + 1)]
         controller = f"{NETWORK}.254" if self._network else "127.0.0.1"
-        ports = _free_ports(len(self.nodes) + 1)
+        ports = _free_ports(len(self.nodes) + 2)
         hosts = [("127.0.0.1", "localhost"), (controller, CONTROLLER), *zip(own, self.nodes, strict=True)]
         lines = [
-            f"NodeName={name} NodeAddr={address} Port={port} CPUs={self._cpus} Boards=1 Sockets=1 "
-            f"CoresPerSocket={self._cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
-            for name, address, port in zip(self.nodes, own, ports[1:], strict=True)
+            f"NodeName={name} NodeAddr={address} Port={port} CPUs=4 Boards=1 Sockets=1 "
+            f"CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+            for name, address, port in zip(self.nodes, own, ports[2:], strict=True)
         ]
+        accounting = ["AccountingStorageType=accounting_storage/none"]
+        if self._accounting:
+            accounting = [
+                "AccountingStorageType=accounting_storage/slurmdbd",
+                f"AccountingStorageHost={controller}",
+                f"AccountingStoragePort={ports[1]}",
+                f"AccountingStoragePass={self.folder}/run/munge.sock",  # AuthInfo is not used for this connection
+            ]
         etc = self.folder / "etc"
         filled = string.Template((Path(__file__).with_name("slurm.conf.in")).read_text()).substitute(
-            settings,
+            grace=grace,
             folder=self.folder,
             user="root",
             controller=CONTROLLER,
             controller_address=controller,
             controller_port=ports[0],
+            accounting="\n".join(accounting),
             first_job=int(time.time() * 100) % 50_000_000 + 1,
             nodes="\n".join(lines),
             node_names=",".join(self.nodes),
         )
         (etc / "slurm.conf").write_text(filled)
+        (etc / "slurmdbd.conf").write_text(
+            f"AuthType=auth/munge\nAuthInfo=socket={self.folder}/run/munge.sock\nDbdHost={CONTROLLER}\n"
+            f"DbdAddr={controller}\nDbdPort={ports[1]}\nSlurmUser=root\nStorageType=accounting_storage/mysql\n"
+            f"StorageHost=localhost\nStorageUser=root\nStorageLoc=slurm\nLogFile={self.folder}/log/slurmdbd.log\n"
+            f"PidFile={self.folder}/run/slurmdbd.pid\nCommunicationParameters=NoInAddrAny\n"
+        )
+        (etc / "slurmdbd.conf").chmod(0o600)
         (etc / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts))
         (etc / "cgroup.conf").write_text("CgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\n")
         for number in range(2):  # stand for GPUs: Slurm then sets CUDA_VISIBLE_DEVICES
@@ -316,19 +362,17 @@ class Cluster:
                     raise AssertionError(f"{name} died:\n{(self.folder / 'log' / f'{name}.out').read_text()[-2000:]}")
             return condition()
 
-        wait_until(check, what, 40)
+        wait_until(check, what, 90)
 
     def _stop(self) -> None:
         for name in reversed(list(self._daemons)):
             self._end(name)
 
-    def _ours(self) -> Iterator[tuple[int, set[str]]]:
-        """Processes of this cluster and their environments, eldest first."""
+    def all_processes(self) -> dict[int, set[str]]:
+        """Processes of this cluster by their numbers on this machine, eldest first, and their environments."""
         mine = f"SLURM_CONF={self.environment['SLURM_CONF']}"
-        for pid in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
-            words = set(_read(pid, "environ"))
-            if mine in words:
-                yield pid, words
+        found = {int(path.name): set(_read(int(path.name), "environ")) for path in Path("/proc").glob("[0-9]*")}
+        return {pid: words for pid, words in sorted(found.items()) if mine in words and pid != os.getpid()}
 
 
 def wait_until(condition: Callable[[], Found], what: str, seconds: float) -> Found:

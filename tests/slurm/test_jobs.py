@@ -1,10 +1,12 @@
 """What is told of jobs and runs on a real cluster: the truth, also while Slurm ends a job and starts it again."""
 
+from pathlib import Path
+
 import pytest
 
 from launchers import scheduler
 from launchers.scheduler import Phase, SchedulerError
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster, running_cluster, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +94,33 @@ def test_what_cannot_be_known_is_said_in_a_line(cluster: Cluster, monkeypatch: p
     with pytest.raises(SchedulerError, match="job 1 cannot be requeued: Invalid job id"):
         scheduler.requeue("1")
     with monkeypatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(cluster.folder / "none.conf"))
+        patch.delenv("SLURM_CONF")
         with pytest.raises(SchedulerError, match="Slurm does not answer: "):
             scheduler.job("1")
         patch.setenv("PATH", "")
         with pytest.raises(SchedulerError, match="no scontrol here: this machine has no Slurm"):
             scheduler.job("1")
+
+
+@pytest.mark.long
+def test_accounting_tells_of_jobs_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with running_cluster(tmp_path / "cluster", nodes=1, accounting=True) as cluster:
+        monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
+        until(good, Phase.FINISHED)
+        until(bad, Phase.FAILED)
+        scheduler.cancel(endless)
+        until(endless, Phase.CANCELLED)
+        wait_until(lambda: "CANCELLED" in cluster.run("sacct", "-X", "-j", endless), "sacct knows of it", 30)
+        cluster.restart_controller()
+        assert [scheduler.job(job).phase for job in (good, bad, endless)] == [
+            Phase.FINISHED, Phase.FAILED, Phase.CANCELLED,
+        ]  # fmt: skip
+        assert scheduler.job("1").reason == "Slurm has never had it"
+
+
+def test_a_cluster_leaves_no_process_behind(tmp_path: Path):
+    with running_cluster(tmp_path / "cluster", nodes=1) as cluster:
+        cluster.wait_for(submit(cluster, "sleep 600"), "RUNNING")
+        assert len(cluster.all_processes()) > 5
+    assert not cluster.all_processes()
