@@ -21,6 +21,7 @@ def start(recipe: Path) -> int:
     tree = yaml.safe_load(recipe.read_text())
     number = int(os.environ[FOLDER].rpartition("-")[2])
     wanted = tree["starts"][min(number, len(tree["starts"]) - 1)]
+    print("GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"))
     rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     if "checkpoint" in wanted and rank == 0:
         (Path(tree["run"]) / "checkpoints" / f"step-{wanted['checkpoint']:08d}").mkdir(parents=True, exist_ok=True)

@@ -66,9 +66,9 @@ class Light:
         plan = Plan(
             entry="tests.launchers.entry:start",
             run=str(run),
-            processes_per_node=1,
+            processes_per_node=preset.ranks_per_node,
             cpus_per_process=1,
-            gpus_per_node=0,
+            gpus_per_node=preset.gpus_per_node,
             supervise=SuperviseConfig(step_seconds=30),
         )
         recipe = yaml.safe_dump({"run": str(run), "starts": list(starts)})
@@ -112,15 +112,18 @@ def test_a_node_where_failures_begin_again_and_again_is_excluded(cluster: Cluste
 def test_an_elastic_job_takes_the_nodes_there_are_at_each_start(cluster: Cluster, light: type[Light], tmp_path: Path):
     busy = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
     cluster.wait_for(busy, "RUNNING")
-    run = light(cluster, tmp_path / "run", [{"does": "wait"}, {"does": "finish"}], nodes="2-4")
+    run = light(cluster, tmp_path / "run", [{"does": "wait"}, {"does": "finish"}], nodes="2-4", gpus_per_node=2)
     run.wait_for("started")
-    wait_until(lambda: len(list((tmp_path / "run").rglob("rank-*.json"))) == 2, "both ranks", 60)
+    wait_until(lambda: len(list((tmp_path / "run").rglob("rank-*.json"))) == 4, "a rank for each GPU", 60)
     cluster.run("scancel", busy)
     cluster.run("scancel", "--signal=USR2", run.job)
     launches = run.wait_for("finished")
     assert [len(launch.nodes) for launch in launches if launch.event == "started"] == [2, 4]
     [stopped] = [launch for launch in launches if launch.event == "stopped"]
     assert stopped.reason == "SIGUSR2: asked by hand"
+    outputs = sorted((tmp_path / "run/jobs/001/ranks").iterdir())
+    assert len(outputs) == 8
+    assert all(set(path.read_text().splitlines()) == {"GPUs 0,1"} for path in outputs)
 
 
 def test_nodes_that_cannot_train_are_named_in_a_line(cluster: Cluster, light: type[Light], tmp_path: Path):
