@@ -182,9 +182,7 @@ class Supervisor:
             self._note("stopped", reason)
             return self._requeue(reason) if self.site.owned() else "stopped"
         if not self.site.owned():
-            if lost := self.site.lost(self.site.nodes):
-                return self._note("failed", f"lost {', '.join(lost)}", lost[0]).event
-            return self._note("stopped", f"{ending.reason}: {self.site.why_stopped()}").event
+            return self._tell_of_the_end_from_outside(ending)
         self._note("failed", ending.reason, ending.node)
         newest = self._newest_checkpoint()
         in_vain = sum(launch.step == newest for launch in self._failures())
@@ -257,6 +255,12 @@ class Supervisor:
             reason=reason,
             faulty=lost[0] if lost else "",
         )
+
+    def _tell_of_the_end_from_outside(self, ending: Ending) -> str:
+        """Of ranks whose job Slurm ends, or starts elsewhere."""
+        if lost := self.site.lost(self.site.nodes):
+            return self._note("failed", f"lost {', '.join(lost)}", lost[0]).event
+        return self._note("stopped", f"{ending.reason}: {self.site.why_stopped()}").event
 
     def _of_job(self) -> list[Launch]:
         """What is recorded of this job: failures of those before are mended, or they would not be submitted again."""
