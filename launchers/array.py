@@ -50,6 +50,7 @@ def submit_commands(
     """
     if shutil.which("srun") is None:
         raise ClusterError("this machine has no srun: it has no Slurm, or its environment module is not loaded")
+    is_new = not folder.exists()
     executor = SlurmExecutor(folder)
     executor.update_parameters(
         job_name=name,
@@ -74,6 +75,8 @@ def submit_commands(
     try:
         return executor.map_array(become, [list(command) for command in commands])[0].job_id.partition("_")[0]
     except FailedJobError as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
         raise refusal(str(error)) from error
 
 

@@ -23,15 +23,17 @@ from data_pipeline.sources import Selection
 from data_pipeline.verify import verify
 from data_pipeline.withdraw import withdraw
 from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
-from launchers.cluster import ClusterConfig, load_cluster
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster
+from launchers.scheduler import cancel
 from pretrain.console import PlainProgress, byte_progress, printable, said, say
 from pretrain.progress import duration, size
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
-OF_THE_SUBMISSION = {"workers", "slurm", "tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
-"""Parameters of `prepare` that are none of a task's."""
+OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
+OF_THE_SUBMISSION = {*OF_THE_ARRAY, "workers", "task", "of", "merge", "slurm"}
+"""Parameters of `prepare` that a task is not given, or not as they are."""
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -151,6 +153,8 @@ def prepare_command(
         level=level,
         skip_bad=skip_bad,
     )
+    if not slurm and (of_the_array := _given(context, OF_THE_ARRAY)):
+        raise CorpusError(f"{of_the_array[0].partition('=')[0]} goes with --slurm")
     if slurm:
         asked = {"cpus_per_process": workers or 1, "partition": partition, "account": account}
         asked |= {"memory": memory, "time": time_limit}
@@ -185,30 +189,36 @@ def _submit(
     """
     from launchers.array import submit_commands  # noqa: PLC0415 - submitit, which is needed here alone
 
+    if cluster.scheduler != "slurm":
+        raise CorpusError("--cluster names a preset of this machine; leave out --slurm")
     if out.exists():
         raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
     for source in sources:
         if "://" not in source and not Path(source).exists():
             raise CorpusError(f"no such file or folder: {source}")
-    same = [*BYTELOOM, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, without=OF_THE_SUBMISSION)]
-    names = ["--", *sources]
-    each = [[*same, f"--task={number}", f"--of={tasks}", "--no-merge", *names] for number in range(tasks)]
+    names = {option.name or "" for option in context.command.params}
+    same = [*BYTELOOM, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, names - OF_THE_SUBMISSION)]
+    each = [[*same, f"--task={number}", f"--of={tasks}", "--no-merge", "--", *sources] for number in range(tasks)]
     jobs = out.with_name(f"{out.name}.jobs")
     array = submit_commands(each, jobs, f"prepare-{out.name}", cluster, parallel)
-    merge = submit_commands([[*same, *names]], jobs, f"merge-{out.name}", cluster, 1, after=array)
+    try:
+        merge = submit_commands([[*same, "--", *sources]], jobs, f"merge-{out.name}", cluster, 1, after=array)
+    except ClusterError:
+        cancel(array)
+        raise
     say(
         f"array {array} of {tasks} tasks, {parallel} at once, prepares {out}; job {merge} merges it; logs are in {jobs}"
     )
     typer.echo(f"{array}\n{merge}")
 
 
-def _given(context: typer.Context, without: set[str]) -> list[str]:
-    """The options that were given to this command, but for some, as they could be typed again."""
+def _given(context: typer.Context, names: set[str]) -> list[str]:
+    """Those of some options that were given to this command, as they could be typed again."""
     words = []
     for option in context.command.params:
         name = option.name or ""
         source = context.get_parameter_source(name)
-        if option.param_type_name != "option" or name in without or source is None or source.name != "COMMANDLINE":
+        if option.param_type_name != "option" or name not in names or source is None or source.name != "COMMANDLINE":
             continue
         value = context.params[name]
         if isinstance(value, bool):

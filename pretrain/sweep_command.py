@@ -63,6 +63,13 @@ def sweep_command(
     time_limit: Annotated[str | None, typer.Option("--time", help="Limit of one start of a run.")] = None,
 ) -> None:
     """Train a run for each point of a grid of overrides, shown together in MLflow."""
+    options = {"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus}
+    options |= {"partition": partition, "account": account, "time": time_limit}
+    if cluster is None and (given := [name for name, value in options.items() if value is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')} goes with --cluster")
+    chosen = load_cluster(cluster, options) if cluster else None
+    if chosen is not None and chosen.scheduler != "slurm":
+        raise ConfigError(f"--cluster {cluster} is this machine; leave it out to sweep here")
     name, configs = _configs(recipe, overrides)
     first = next(iter(configs.values()))
     root = Path(first.run.root)
@@ -70,12 +77,8 @@ def sweep_command(
     parent = _parent(first, name, _identity(folder, overrides, list(configs)), overrides)
     if parent is not None:
         configs = {name: _child(config, parent.id) for name, config in configs.items()}
-    if cluster is None:
+    if chosen is None:
         raise typer.Exit(_train_here(configs, root, folder, parallel or 1, parent))
-    options = {"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus}
-    chosen = load_cluster(cluster, options | {"partition": partition, "account": account, "time": time_limit})
-    if chosen.scheduler != "slurm":
-        raise ConfigError(f"--cluster {cluster} is this machine; leave it out to sweep here")
     submissions = []
     for name, config in configs.items():
         run = (root / name).resolve()

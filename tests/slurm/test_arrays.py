@@ -15,7 +15,7 @@ from launchers.scheduler import Phase
 from pretrain.run_status import status_of
 from tests.conftest import BYTELOOM, STDLIB, prepare_options
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.submitted import byteloom, write_recipe
+from tests.slurm.submitted import PATIENCE, byteloom, write_recipe
 
 SOURCES = [STDLIB / name for name in ("asyncio", "email", "unittest", "idlelib", "distutils", "lib2to3")]
 
@@ -52,6 +52,7 @@ def test_a_preparation_array_with_killed_tasks_ends_in_the_manifest_of_one_proce
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "out.jobs"]
 
 
+@pytest.mark.timeout(900)
 def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, corpus_folder: Path, tmp_path: Path):
     """One of them is sent back to the queue; `status` says so, and never that it is over."""
     recipe = write_recipe(tmp_path, corpus_folder)
@@ -62,19 +63,19 @@ def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, c
     assert jobs == [f"{array}_0", f"{array}_1"]
     runs = [tmp_path / f"runs/run-seed-{seed}" for seed in (0, 1)]
 
-    wait_until(lambda: status_of(runs[0]).step >= 8, "it trains", 240)
+    wait_until(lambda: status_of(runs[0]).step >= 8, "it trains", PATIENCE)
     told = status_of(runs[0])
     assert (told.state, told.steps, told.job) == ("running", 200, jobs[0])
     assert told.seconds_left is not None
     scheduler.requeue(jobs[0])
     seen = list[str]()
-    wait_until(lambda: seen.append(status_of(runs[0]).state) or seen[-1] == "finished", "it is over", 240)
+    wait_until(lambda: seen.append(status_of(runs[0]).state) or seen[-1] == "finished", "it is over", PATIENCE)
     assert set(seen) <= {"running", "ending", "requeued", "finished"}
     assert "requeued" in seen
     told = status_of(runs[0])
     assert (told.step, told.restarts, told.checkpoint_step) == (200, 1, 200)
     assert told.why.startswith("stopped: ")
-    wait_until(lambda: status_of(runs[1]).state == "finished", "the other is over", 240)
+    wait_until(lambda: status_of(runs[1]).state == "finished", "the other is over", PATIENCE)
     assert status_of(runs[1]).restarts == 0
     assert str(runs[1].name) in byteloom(cluster, tmp_path, "status").stdout
 
