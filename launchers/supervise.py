@@ -26,8 +26,8 @@ from launchers.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
 from launchers.record import Event, Launch, LaunchRecord
 
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 2.0
-"""Given to ranks to say where they are, before they are killed."""
+ANSWER_SECONDS = 10.0
+"""In which ranks are to say where they are, before they are killed."""
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Supervisor:
             self._note("stopped", reason)
             return self._requeue(reason) if self.site.owned() else "stopped"
         if not self.site.owned():
-            return self._note("stopped", f"{ending.reason}: {self.site.why_stopped()}").event
+            return self._tell_of_the_end_from_outside(ending)
         self._note("failed", ending.reason, ending.node)
         newest = self._newest_checkpoint()
         in_vain = sum(launch.step == newest for launch in self._failures())
@@ -200,7 +200,7 @@ class Supervisor:
         while (ending := ranks.ending()) is None:
             if vigil.has_hung():
                 ranks.ask_where()
-                time.sleep(ANSWER_SECONDS)
+                vigil.wait_for_answers()
                 hang = vigil.describe()
                 while ranks.ending() is None:
                     ranks.kill()
@@ -255,6 +255,12 @@ class Supervisor:
             reason=reason,
             faulty=lost[0] if lost else "",
         )
+
+    def _tell_of_the_end_from_outside(self, ending: Ending) -> str:
+        """Of ranks whose job Slurm ends, or starts elsewhere."""
+        if lost := self.site.lost(self.site.nodes):
+            return self._note("failed", f"lost {', '.join(lost)}", lost[0]).event
+        return self._note("stopped", f"{ending.reason}: {self.site.why_stopped()}").event
 
     def _of_job(self) -> list[Launch]:
         """What is recorded of this job: failures of those before are mended, or they would not be submitted again."""
@@ -319,13 +325,23 @@ class Vigil:
                 self._seen[rank] = (beat, now)
         return [(rank, beat.phase if beat else "start", now - since) for rank, (beat, since) in enumerate(self._seen)]
 
+    def wait_for_answers(self) -> None:
+        """Of those that can still answer."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while len(self._mute()) == len(self._seen) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)
+
+    def _mute(self) -> list[int]:
+        return [rank for rank in range(len(self._seen)) if not _has_text(stack_of(self._folder, rank))]
+
     def describe(self) -> Ending:
         """Which rank hangs, after all were asked where they are.
 
         When one hangs, the others wait for it in some collective. One that was stopped or sleeps in the kernel does not
         even answer; else it is the one that has said nothing for longest.
         """
-        mute = [rank for rank in range(len(self._seen)) if not _has_text(stack_of(self._folder, rank))]
+        mute = self._mute()
         silences = self._silences()
         rank, phase, silence = max((silences[rank] for rank in mute or range(len(silences))), key=lambda told: told[2])
         beat = self._seen[rank][0]
