@@ -5,7 +5,7 @@ CORPUS := runs/corpora/stdlib
 STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo corpus test faults check bench lock clean
+.PHONY: help setup demo corpus test faults slurm check bench lock clean
 
 help: ## list what make can do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -43,6 +43,9 @@ test: setup ## run the tests
 
 faults: setup ## kill the ranks of 200 small runs, and look whether each goes on
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --rounds 200
+
+slurm: setup ## submit runs to a real Slurm cluster on this machine, and bring every fault on them
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests/slurm -s
 
 check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/ruff check .

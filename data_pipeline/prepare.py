@@ -44,10 +44,12 @@ SMALL_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """Which of the tasks of an array this is. It says where to begin; any of the tasks can finish the whole."""
+    """Which of the tasks of an array this is. It says where to begin; any of the tasks can do the work of all."""
 
     number: int = 0
     of: int = 1
+    merges: bool = True
+    """Whether it makes OUT of the shards when all are written; False where a call that comes after the array does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
@@ -109,7 +111,7 @@ def prepare(
     progress: Progress,
     workers: int = 1,
     task: Task = Task(),
-) -> PrepareReport:
+) -> PrepareReport | None:
     """Writes the documents of the sources as a corpus at `out`, which appears when it is complete.
 
     Begun work with the same sources and options is gone on with, be it of a process that was killed or of others that
@@ -118,6 +120,9 @@ def prepare(
     Args:
         workers: processes to share the work among.
         task: which task of an array of such calls this is.
+
+    Returns:
+        What is at `out`; None if all shards are written, and the task does not merge them.
 
     Raises:
         CorpusError: a source is missing, a document cannot be read, there is no byte to write, `out` exists and is not
@@ -147,6 +152,8 @@ def prepare(
         gather = Gather(plan, layout)
         total = sum(scatter.sizes) + sum(gather.sizes)
         pool.run(plan, gather, lambda done: progress(sum(scatter.sizes) + done, total))
+    if not task.merges:
+        return None
     with _held(folder, out) as is_open:
         if not is_open:
             return _finished(out, folder, asked)

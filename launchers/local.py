@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field
 GRACE_SECONDS = 2.0
 """Given to the other ranks when one has failed, to close what they have open, or to fail of the same cause."""
 POLL_SECONDS = 0.05
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
 """Exit codes of ranks that were asked to stop, and agreed to."""
 ERASE_LINE, SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 
@@ -56,7 +56,7 @@ def run_in_process(entry: str, recipe: Path) -> int:
 def run_processes(entry: str, recipe: Path, count: int, log_of: Callable[[int], Path]) -> int:
     """Runs the train entry in so many processes of this machine; returns the exit code of the first that failed.
 
-    SIGINT and SIGTERM are passed on to all, once; a second one ends them.
+    SIGINT, SIGTERM and SIGUSR2 are passed on to all, once; a second one ends them.
 
     Args:
         entry: as of `run_in_process`.
@@ -85,7 +85,7 @@ class _Rank:
         self.process = subprocess.Popen(
             # -P: a folder named launchers where the command was given is none of ours.
             [sys.executable, "-P", "-m", "launchers", entry, str(recipe)],
-            env=_environment(rank, count, port),
+            env=rank_environment(rank, count, port),
             stdin=subprocess.PIPE,  # it closes when this process dies
             stdout=subprocess.PIPE if rank else None,
             stderr=subprocess.STDOUT if rank else None,
@@ -184,7 +184,7 @@ def _listening(requests: list[signal.Signals]) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         requests.append(signal.Signals(number))
 
-    earlier = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.signal(number, note) for number in STOPPED.values()}
     try:
         yield
     finally:
@@ -192,7 +192,7 @@ def _listening(requests: list[signal.Signals]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun would set. Threads of all ranks together are as many as the cores that they may use."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}

@@ -17,8 +17,18 @@ from rich.console import Console
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
+from launchers.cluster import ClusterError
 from launchers.local import run_in_process, run_processes
-from pretrain import checkpoint_commands, corpus_commands, inspect_commands, model_commands
+from launchers.scheduler import SchedulerError
+from pretrain import (
+    checkpoint_commands,
+    corpus_commands,
+    inspect_commands,
+    model_commands,
+    run_commands,
+    submit_command,
+    sweep_command,
+)
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.config import Config, ConfigError
@@ -32,6 +42,7 @@ from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.megabyte import Megabyte
 from pretrain.run_folder import RunFolder, RunFolderError
+from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
 from pretrain.weights import find_checkpoint
@@ -47,12 +58,16 @@ app = typer.Typer(
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
+app.add_typer(run_commands.app)
+app.add_typer(submit_command.app)
+app.add_typer(sweep_command.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 FAULTS = (
+    ClusterError,
     CorpusError,
     ConfigError,
     CheckpointError,
@@ -61,11 +76,11 @@ FAULTS = (
     FencedError,
     RunFolderError,
     SamplingError,
+    SchedulerError,
     TrainingError,
     WorldError,
 )
 """What a person can mend, and is told in a line."""
-TRAIN_ENTRY = "pretrain.cli:start"
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
 Overrides = Annotated[

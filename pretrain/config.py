@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.reading import DataConfig
 from launchers.local import LaunchConfig
+from launchers.supervise import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
@@ -50,6 +51,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
+    supervise: SuperviseConfig = SuperviseConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,21 +23,29 @@ from data_pipeline.sources import Selection
 from data_pipeline.verify import verify
 from data_pipeline.withdraw import withdraw
 from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster
+from launchers.scheduler import cancel
 from pretrain.console import PlainProgress, byte_progress, printable, said, say
 from pretrain.progress import duration, size
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
+OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
+OF_THE_SUBMISSION = {*OF_THE_ARRAY, "workers", "task", "of", "merge", "slurm"}
+"""Parameters of `prepare` that a task is not given, or not as they are."""
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-FILES, READING, CORPUS, WORK = "Which files", "How they are read", "The corpus", "The work"
+FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How they are read", "The corpus", "The work", "On a Slurm cluster"
 
 
 @app.command("prepare")
 def prepare_command(
+    context: typer.Context,
     sources: Annotated[
         list[str], typer.Argument(help="Files, folders to search, and URLs of either.", show_default=False)
     ],
@@ -93,9 +102,27 @@ def prepare_command(
     block_bytes: Annotated[int, _option(CORPUS, "Raw bytes of a block, at most.")] = PrepareOptions.block_bytes,
     shard_bytes: Annotated[int, _option(CORPUS, "Raw bytes of a shard, about.")] = PrepareOptions.shard_bytes,
     level: Annotated[int, _option(CORPUS, "zstd compression level.", min=1, max=22)] = PrepareOptions.level,
-    workers: Annotated[int, _option(WORK, "Processes of this machine to share the work.", min=1)] = os.cpu_count() or 1,
+    workers: Annotated[
+        int | None,
+        _option(WORK, "Processes to share the work; as many as this machine has processors, or one a task.", min=1),
+    ] = None,
     task: Annotated[int, _option(WORK, "Which task of an array this is, from 0. All name the same OUT.")] = 0,
     of: Annotated[int, _option(WORK, "Tasks of the array. May change when work is gone on with.")] = 1,
+    merge: Annotated[
+        bool, _option(WORK, "Make OUT when all shards are written; or leave it to a call that comes after the array.")
+    ] = True,
+    slurm: Annotated[
+        bool, _option(ARRAY, "Submit an array of tasks, and a merge that comes after it.", "--slurm")
+    ] = False,
+    tasks: Annotated[int, _option(ARRAY, "Tasks of the array.", min=1)] = 8,
+    parallel: Annotated[int | None, _option(ARRAY, "Tasks at once, at most; all when left out.", min=1)] = None,
+    cluster: Annotated[str, _option(ARRAY, "A preset of configs/cluster, or a .yaml file.")] = "cpu",
+    partition: Annotated[str | None, _option(ARRAY, "Slurm's partition.")] = None,
+    account: Annotated[str | None, _option(ARRAY, "Whose hours these are.")] = None,
+    memory: Annotated[str | None, _option(ARRAY, "Of each task, such as 4G.")] = None,
+    time_limit: Annotated[
+        str | None, _option(ARRAY, "Of one start of a task, such as 12:00:00; it goes on in another.", "--time")
+    ] = None,
 ) -> None:
     """Turn files into a corpus: tar shards of compressed blocks, with manifest and index.
 
@@ -126,13 +153,23 @@ def prepare_command(
         level=level,
         skip_bad=skip_bad,
     )
+    if not slurm and (of_the_array := _given(context, OF_THE_ARRAY)):
+        raise CorpusError(f"{of_the_array[0].partition('=')[0]} goes with --slurm")
+    if slurm:
+        asked = {"cpus_per_process": workers or 1, "partition": partition, "account": account}
+        asked |= {"memory": memory, "time": time_limit}
+        _submit(context, sources, out, tasks, parallel or tasks, load_cluster(cluster, asked))
+        return
     started = time.perf_counter()
     try:
         with _shown("preparing") as show:
-            report = prepare(sources, out, options, show, workers, Task(task, of))
+            report = prepare(sources, out, options, show, workers or os.cpu_count() or 1, Task(task, of, merge))
     except KeyboardInterrupt:
         say(f"stopped; {out}.partial keeps what is done, and the same command goes on from there")
         raise typer.Exit(130) from None
+    if report is None:
+        say(f"all shards are written; the merge makes {out} of them")
+        return
     if report.was_finished:
         say(f"{out} is finished already, from the same sources with the same options")
     if report.left_out:
@@ -141,6 +178,54 @@ def prepare_command(
         with Corpus(out / part) as corpus:
             say(f"{out / part}: {_in_a_line(corpus)}")
     say(f"{report.documents:,} documents in {duration(time.perf_counter() - started)}")
+
+
+def _submit(
+    context: typer.Context, sources: list[str], out: Path, tasks: int, parallel: int, cluster: ClusterConfig
+) -> None:
+    """Submits the same command as the tasks of an array, and once more to merge what they made.
+
+    The merge begins however they end: it does what is left, or says why that cannot be done.
+    """
+    from launchers.array import submit_commands  # noqa: PLC0415 - submitit, which is needed here alone
+
+    if cluster.scheduler != "slurm":
+        raise CorpusError("--cluster names a preset of this machine; leave out --slurm")
+    if out.exists():
+        raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
+    for source in sources:
+        if "://" not in source and not Path(source).exists():
+            raise CorpusError(f"no such file or folder: {source}")
+    names = {option.name or "" for option in context.command.params}
+    same = [*BYTELOOM, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, names - OF_THE_SUBMISSION)]
+    each = [[*same, f"--task={number}", f"--of={tasks}", "--no-merge", "--", *sources] for number in range(tasks)]
+    jobs = out.with_name(f"{out.name}.jobs")
+    array = submit_commands(each, jobs, f"prepare-{out.name}", cluster, parallel)
+    try:
+        merge = submit_commands([[*same, "--", *sources]], jobs, f"merge-{out.name}", cluster, 1, after=array)
+    except ClusterError:
+        cancel(array)
+        raise
+    say(
+        f"array {array} of {tasks} tasks, {parallel} at once, prepares {out}; job {merge} merges it; logs are in {jobs}"
+    )
+    typer.echo(f"{array}\n{merge}")
+
+
+def _given(context: typer.Context, names: set[str]) -> list[str]:
+    """Those of some options that were given to this command, as they could be typed again."""
+    words = []
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if option.param_type_name != "option" or name not in names or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((option.opts if value else option.secondary_opts)[0])
+        else:
+            words += [f"{option.opts[0]}={each}" for each in (value if isinstance(value, list | tuple) else [value])]
+    return words
 
 
 @app.command("verify")

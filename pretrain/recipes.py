@@ -48,10 +48,15 @@ def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
     Raises:
         ConfigError: one is wrong, or there is none.
     """
-    recipes = [_read(path, micro_batch) for path in sorted(folder.rglob("*.yaml"))]
+    recipes = [_read(path, micro_batch) for path in recipe_files(folder)]
     if not recipes:
         raise ConfigError(f"{folder} holds no recipe")
     return recipes
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """The recipes in a folder, in the order of their paths; presets of clusters are none."""
+    return [path for path in sorted(folder.rglob("*.yaml")) if path.parent.name != "cluster"]
 
 
 def _read(path: Path, micro_batch: int | None) -> Recipe:

@@ -9,20 +9,27 @@ ROOT/NAME/
     mlflow.json        how far the tracker has been told
     checkpoints/       step-00001200/, …, unless the recipe has another home for them
     profile/           rank-00000/, …, if the recipe asks for it
+
+What `byteloom submit` adds is told in launchers/submission.py.
 """
 
 import fcntl
 import json
+import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from pydantic import BaseModel, Field
 
 from data_pipeline.atomic import replace_file
+
+PATIENCE = 0.5
+"""Seconds that a start waits for the folder: whoever asks whether it is held, holds it for a moment."""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -45,6 +52,7 @@ class RunFolder:
         self.generation = path / "generation"
         self.metrics = path / "metrics.jsonl"
         self.mlflow = path / "mlflow.json"
+        self.lock = path / ".lock"
 
     def log_of(self, rank: int) -> Path:
         """What a rank said."""
@@ -65,23 +73,40 @@ class RunFolder:
         return self.path / "checkpoints" if home is None else f"{home.rstrip('/')}/{self.path.name}"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, take_over: bool = False) -> Iterator[None]:
         """Makes the folder if need be, and holds it for this process alone.
 
+        Args:
+            take_over: from a process that a scheduler gave up for lost; the fence keeps it from writing.
         Raises:
             RunFolderError: another process holds it, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = self.lock.open("a")
+            if take_over and not _comes_free(lock):
+                lock.close()
+                self.lock.unlink()
+                lock = self.lock.open("a")
         except OSError as error:
             raise RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunFolderError(f"another process is training in {self.path}; choose another run.name") from error
+            if not _comes_free(lock):
+                raise RunFolderError(f"another process is training in {self.path}; choose another run.name")
+            lock.truncate(0)
+            lock.write(f"{os.uname().nodename} {os.getpid()}\n")
+            lock.flush()
             yield
+
+    def holder(self) -> tuple[str, int] | None:
+        """The host and process that hold the folder; None if nobody does, as far as this machine can tell."""
+        if not self.lock.exists():
+            return None
+        with self.lock.open() as lock:
+            if _is_locked(lock, fcntl.LOCK_SH):
+                return None
+            host, _, process = lock.read().partition(" ")
+            return (host, int(process)) if process else None  # it is just being begun
 
     def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
         """What the run was when its first number was written, with an id that the tracker finds its run again by.
@@ -98,3 +123,22 @@ class RunFolder:
         identity = {"id": uuid.uuid4().hex, **made_of}
         replace_file(path, json.dumps(identity, indent=1))
         return identity
+
+
+def _comes_free(lock: TextIO) -> bool:
+    """Waits for a lock for a moment; says whether this process has it."""
+    deadline = time.monotonic() + PATIENCE
+    while not _is_locked(lock, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _is_locked(file: TextIO, how: int) -> bool:
+    """Locks a file if it can be at once, and says whether it was."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

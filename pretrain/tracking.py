@@ -43,6 +43,12 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
     """MLflow tracking URI, such as http://host:5000. Without one: an sqlite store, mlflow.db, under run.root."""
     experiment: str = "byteloom"
     """MLflow experiment."""
+    parent: str | None = None
+    """MLflow id of the run that this one is shown under; `byteloom sweep` sets it."""
+
+    def store(self, folder: Path) -> str:
+        """Where numbers go: the URI, or else the embedded store of a folder of runs."""
+        return self.uri or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
 
 
 class Journal:
@@ -205,24 +211,16 @@ class MlflowShipper:
         self._offset = last.end
 
     def _connected(self) -> Any:
-        """The MLflow client, with the run there and described. MLflow is imported here: it takes seconds."""
+        """The MLflow client, with the run there and described."""
         if self._client is not None:
             return self._client
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper's own pauses do that
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        from mlflow import MlflowClient  # noqa: PLC0415
-        from mlflow.entities import Param, RunTag  # noqa: PLC0415
+        client, experiment_id = _connect(self.delivery.uri, self.delivery.experiment)
+        from mlflow.entities import Param, RunTag  # noqa: PLC0415 see _connect
 
-        for chatty in ("mlflow", "alembic"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        with _store_lock(self.delivery.uri):
-            client = MlflowClient(self.delivery.uri)
-            experiment = client.get_experiment_by_name(self.delivery.experiment)
-            experiment_id = (
-                experiment.experiment_id if experiment else client.create_experiment(self.delivery.experiment)
-            )
         if self.delivery.run_id is None:
-            self.delivery.run_id = self._find_or_create_run(client, experiment_id)
+            self.delivery.run_id = _find_or_create_run(
+                client, experiment_id, self.delivery.identity, self.delivery.name
+            )
             self._save()
         run = client.get_run(self.delivery.run_id)
         unknown = [Param(key, value) for key, value in self.delivery.params.items() if key not in run.data.params]
@@ -234,14 +232,6 @@ class MlflowShipper:
         client.log_batch(self.delivery.run_id, tags=[RunTag(key, value) for key, value in self.delivery.tags.items()])
         self._client = client
         return client
-
-    def _find_or_create_run(self, client: Any, experiment_id: str) -> str:
-        tag = f"tags.`byteloom.run` = '{self.delivery.identity}'"
-        known = client.search_runs([experiment_id], tag, max_results=1)
-        if known:
-            return str(known[0].info.run_id)
-        tags = {"byteloom.run": self.delivery.identity}
-        return str(client.create_run(experiment_id, tags=tags, run_name=self.delivery.name).info.run_id)
 
     def _last_step_known_to(self, client: Any) -> int:
         """Asked when a process was killed between sending steps and noting that they had arrived."""
@@ -346,7 +336,7 @@ def open_tracker(
     if not config.enabled:
         return Tracker(journal, None, may_write)
     delivery = Delivery.load(state)
-    uri = config.uri or f"sqlite:///{(store_folder / 'mlflow.db').resolve()}"
+    uri = config.store(store_folder)
     place = (uri, config.experiment, description.identity)
     if delivery is None or (delivery.uri, delivery.experiment, delivery.identity) != place:
         delivery = Delivery(uri, experiment=config.experiment, identity=description.identity)
@@ -356,9 +346,53 @@ def open_tracker(
         log.info("steps after %d are told to MLflow anew: the recipe has changed", description.begins_after)
         delivery.delivered_step = delivery.sending_step = description.begins_after
     delivery.params = params
-    delivery.tags = dict(description.tags)
+    delivery.tags = {**description.tags, **({"mlflow.parentRunId": config.parent} if config.parent else {})}
     delivery.save(state)
     return Tracker(journal, MlflowShipper(journal.path, state), may_write)
+
+
+class ParentRun:
+    """An MLflow run that others are shown under. What is asked of it raises whatever MLflow raises.
+
+    Args:
+        store_folder: as of `open_tracker`.
+        identity: by which it is found again.
+        tags: what a person would want to know of it.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, store_folder: Path, name: str, identity: str, tags: Mapping[str, str]
+    ) -> None:
+        store_folder.mkdir(parents=True, exist_ok=True)
+        self._client, experiment_id = _connect(config.store(store_folder), config.experiment)
+        self.id = _find_or_create_run(self._client, experiment_id, identity, name)
+        for key, value in tags.items():
+            self._client.set_tag(self.id, key, value)
+
+    def set_status(self, status: str) -> None:
+        """In MLflow's words: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
+        self._client.update_run(self.id, status=status)
+
+
+def _connect(uri: str, experiment: str) -> tuple[Any, str]:
+    """The MLflow client, and the id of an experiment, made if need be. MLflow is imported here: it takes seconds."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper's own pauses do that
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    with _store_lock(uri):
+        client = MlflowClient(uri)
+        known = client.get_experiment_by_name(experiment)
+        return client, known.experiment_id if known else client.create_experiment(experiment)
+
+
+def _find_or_create_run(client: Any, experiment_id: str, identity: str, name: str) -> str:
+    known = client.search_runs([experiment_id], f"tags.`byteloom.run` = '{identity}'", max_results=1)
+    if known:
+        return str(known[0].info.run_id)
+    return str(client.create_run(experiment_id, tags={"byteloom.run": identity}, run_name=name).info.run_id)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ and so its losses are those of the uninterrupted run.
 
 import contextlib
 import logging
+import os
 import platform
 import signal
 import time
@@ -32,6 +33,7 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
+from launchers.heartbeat import Heartbeat
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, locate
 from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
@@ -129,12 +131,15 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     origin = _find_origin(recipe, folder, world)
     stop = StopRequest()
     with ExitStack() as stack:
-        world.on_first(lambda: stack.enter_context(folder.locked()))
+        heartbeat = Heartbeat.of(os.environ, world.rank)
+        world.on_first(lambda: stack.enter_context(folder.locked(take_over=heartbeat.is_watched)))
         home = locate(folder.checkpoints_in(recipe.checkpoint.home))
         fence = Fence(folder.generation, *([home / "generation"] if recipe.checkpoint.home else []))
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence).go(console)
+        return Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat).go(
+            console
+        )
 
 
 class Run:
@@ -151,6 +156,7 @@ class Run:
         *,
         world: World,
         fence: Fence,
+        heartbeat: Heartbeat,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -160,6 +166,7 @@ class Run:
         self.stop = stop
         self.world = world
         self.fence = fence
+        self.heartbeat = heartbeat
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
@@ -246,12 +253,14 @@ class Run:
                     # Also where data cannot be read on: no step is lost. But the others must know of it, to take part.
                     if agreed and self.fence.holds:
                         self._save_the_last(tracker)
+            self.heartbeat.beat("end", self.step)
             status = "FINISHED" if self.finished else "KILLED"
         finally:
             if tracker is not None:
                 tracker.close(status)
         if self.world.size > 1 and meter.peak_memory_by_rank:
             log.info("peak memory by rank: %s", ", ".join(size(peak) for peak in meter.peak_memory_by_rank))
+        self.world.gather(None)  # a launcher may end the others as soon as one has ended
         return self._farewell()
 
     def _loop(
@@ -280,6 +289,7 @@ class Run:
     def _do_step(self, batches: Iterator[Batch], meter: Meter) -> dict[str, float] | None:
         """A batch and a step of the optimizer; returns their numbers. None: the run is to stop, and did no step."""
         meter.start()
+        self.heartbeat.beat("step", self.step)
         batch, masked, data_seconds = self._next_batch(batches, meter)
         if batch is None:
             return None
@@ -350,6 +360,7 @@ class Run:
 
     def _validate(self, corpus: Corpus) -> dict[str, float]:
         started = time.perf_counter()
+        self.heartbeat.beat("evaluation", self.step)
         rows = self.recipe.train.micro_batch
         part = evaluate(
             self.engine.nats,
@@ -373,6 +384,7 @@ class Run:
         return {"validation/bits_per_byte": total.bits_per_byte}
 
     def _save(self, tracker: Tracker | None) -> None:
+        self.heartbeat.beat("checkpoint", self.step)
         self.world.on_first(self._end_if_fenced_off)
         if tracker is not None:
             tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
@@ -399,6 +411,7 @@ class Run:
         Raises:
             CheckpointError: it failed.
         """
+        self.heartbeat.beat("checkpoint", self.step)
         try:
             self.store.finish()
         except CheckpointError:

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 from pretrain.config import Config, all_fields, load
+from pretrain.recipes import recipe_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +41,7 @@ def test_the_lock_pins_everything_that_is_asked_for():
 
 
 def test_every_recipe_loads():
-    recipes = list((ROOT / "configs").rglob("*.yaml"))
+    recipes = recipe_files(ROOT / "configs")
     assert recipes
     for recipe in recipes:
         load(recipe)

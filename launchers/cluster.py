@@ -1,0 +1,115 @@
+"""Presets of clusters: what a job asks of the scheduler, in a YAML file that `byteloom submit --cluster` names."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+PRESETS = Path(__file__).parents[1] / "configs" / "cluster"
+
+
+class ClusterError(Exception):
+    """A preset or an option of a submission is wrong, or the cluster refuses it."""
+
+
+class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """What a job asks for."""
+
+    scheduler: Literal["slurm", "local"] = "slurm"
+    """Who runs the job: Slurm, or this machine (submitit's local executor)."""
+    nodes: str = Field(default="1", pattern=r"^[1-9]\d*(-[1-9]\d*)?$")
+    """How many nodes: 4, or 2-4 for as many as there are when it starts; a restart may be given another number."""
+    processes_per_node: int | None = Field(default=None, ge=1)
+    """Ranks on each node; without it one for each GPU, or one."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """GPUs of each node."""
+    cpus_per_process: int = Field(default=1, ge=1)
+    """Processors of each rank: its own, those of its loader's threads and of its checkpoint's."""
+    memory: str | None = None
+    """Of each node, such as 64G; without it the partition's default."""
+    partition: str | None = None
+    """Slurm's partition; without it the cluster's default. So for the next three."""
+    account: str | None = None
+    """Whose hours these are."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    time: str | None = Field(default=None, pattern=r"^(\d+|(\d+-)?\d+(:\d+){0,2})$")
+    """Limit of one start: minutes, hours:minutes:seconds or days-hours:minutes:seconds. A longer run goes on in another
+    start."""
+    signal_seconds: int = Field(default=180, ge=1, le=65535)
+    """So long before the limit ranks are asked to stop: time for a step and a checkpoint. Slurm may be earlier."""
+    setup: list[str] = []
+    """Lines of shell at the beginning of the job, such as module load cuda."""
+    sbatch: dict[str, str | int | bool] = {}
+    """Further options of sbatch, by their long names: {mail-type: END}."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.processes_per_node or self.gpus_per_node or 1
+
+    @property
+    def least_nodes(self) -> int:
+        return int(self.nodes.partition("-")[0])
+
+
+def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
+    """A preset, with options of the command laid over it; those that are None were not given.
+
+    Args:
+        name: of a preset that comes with Byteloom, or the path of a YAML file.
+    Raises:
+        ClusterError: there is none, or it is wrong.
+    """
+    path = Path(name) if name.endswith(".yaml") else PRESETS / f"{name}.yaml"
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _PresetLoader) or {}
+    except FileNotFoundError:
+        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
+        raise ClusterError(f"--cluster {name}: no such preset; there are {known}, or name a .yaml file") from None
+    except yaml.YAMLError as error:
+        raise ClusterError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ClusterError(f"{path}: a preset is a list of fields and their values")
+    given = {key: value for key, value in changes.items() if value is not None}
+    for text in ("nodes", "time"):
+        if tree.get(text) is not None:
+            tree[text] = str(tree[text])
+    try:
+        return ClusterConfig.model_validate_json(json.dumps({**tree, **given}, default=str), strict=True)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors(include_url=False):
+            field = ".".join(map(str, fault["loc"]))
+            origin = f"option --{field.replace('_', '-')}" if field in given else str(path)
+            if fault["type"] == "extra_forbidden":
+                nearest = difflib.get_close_matches(field, ClusterConfig.model_fields, 1)
+                hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+                lines.append(f"{origin}: {field} is not a field of a preset{hint}")
+            else:
+                lines.append(f"{origin}: {field} is {json.dumps(fault['input'], default=str)}; {fault['msg']}")
+        raise ClusterError("\n".join(lines)) from None
+
+
+class _PresetLoader(yaml.SafeLoader):
+    """In which 12:00:00 is text, and no number of seconds."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 a table of the class, as in the base class
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_PresetLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[0-9]+$"), list("0123456789"))
+
+
+def refusal(said: str) -> ClusterError:
+    """Of what sbatch said."""
+    lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
+    return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")

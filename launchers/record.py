@@ -1,0 +1,84 @@
+"""What has become of a submitted run, as it was at the time: RUN/launches.jsonl, one line for each event.
+
+    {"time": 1781000000.0, "event": "failed", "job": "4711", "restart": 1, "nodes": ["n1", "n2"], "step": 40,
+     "reason": "rank 2 on n2 was killed by SIGKILL", "faulty": "n2"}
+
+The command that submits and the supervisor of each start write it; whoever wants to know how a run fares reads it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Event = Literal[
+    "submitted",  # the scheduler has taken the job
+    "started",  # ranks are being started
+    "stopped",  # ranks were asked to stop, and have saved
+    "failed",  # they ended in any other way
+    "requeued",  # the job is back in the queue, by our wish
+    "excluded",  # a node is not to be given to the job any more
+    "gave_up",  # nothing will be started again; the reason says why
+    "finished",  # the last step is done
+]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One line of the record."""
+
+    time: float
+    """Seconds since 1970."""
+    event: Event
+    job: str
+    """The scheduler's id of the job: of Slurm, or of submitit's local executor."""
+    restart: int = 0
+    """How often ranks had been started before."""
+    nodes: Sequence[str] = ()
+    """That the ranks run on."""
+    step: int | None = None
+    """Of the newest checkpoint; None where there is none yet."""
+    reason: str = ""
+    faulty: str = ""
+    """The node to blame, where one is."""
+
+
+class LaunchRecord:
+    """The record of one run. Lines are short, and appended whole: several processes may write."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "launches.jsonl"
+
+    def append(
+        self,
+        event: Event,
+        job: str,
+        *,
+        restart: int = 0,
+        nodes: Sequence[str] = (),
+        step: int | None = None,
+        reason: str = "",
+        faulty: str = "",
+    ) -> Launch:
+        """Writes a line, which is on disk when this returns."""
+        launch = Launch(time.time(), event, job, restart, list(nodes), step, reason, faulty)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(launch)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return launch
+
+    def read(self) -> list[Launch]:
+        """All lines, oldest first; none where nothing was submitted."""
+        if not self.path.exists():
+            return []
+        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+        return [Launch(**json.loads(line)) for line in whole.splitlines()]
+
+
+def last_submission(run: Path) -> Path | None:
+    """The folder of a run's newest submission."""
+    return max((path.parent for path in (run / "jobs").glob("[0-9]*/cluster.yaml")), default=None)

@@ -1,0 +1,217 @@
+"""What Slurm says of jobs, asked anew each time, and what may be done to them.
+
+slurmctld is asked first. Accounting, which lags behind it and which not every cluster has, is asked only of jobs that
+slurmctld has forgotten. submitit's own answer is not used: it keeps NODE_FAIL for ever, while Slurm runs the job again.
+"""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class SchedulerError(Exception):
+    """Slurm is not there, does not answer, or refuses."""
+
+
+class Phase(StrEnum):
+    """Where a job is, in the words that people are shown."""
+
+    QUEUED = "queued"
+    """It waits for its first start."""
+    RUNNING = "running"
+    ENDING = "ending"
+    """Its processes are being ended; whether it comes back shows then."""
+    REQUEUED = "requeued"
+    """It waits to be started again."""
+    HELD = "held"
+    """It waits for somebody to release it."""
+    RETURNING = "returning"
+    """It has lost a node, or its place to another job, and Slurm is about to put it back into the queue."""
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    FORGOTTEN = "forgotten"
+    """Slurm does not know it, any more or at all."""
+    UNKNOWN = "unknown"
+    """Slurm cannot be asked."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs, or will."""
+        return self not in (Phase.FINISHED, Phase.FAILED, Phase.CANCELLED, Phase.FORGOTTEN, Phase.UNKNOWN)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one element of an array."""
+
+    id: str
+    """As people type it: 12, and 12_3 in an array."""
+    phase: Phase
+    state: str = ""
+    """Slurm's own word."""
+    reason: str = ""
+    """Slurm's, for waiting or ending; or why nothing is known."""
+    restarts: int = 0
+    nodes: str = ""
+    """Slurm's list: n[1-2]."""
+
+
+def job(job_id: str) -> Job:
+    """The state of one job, or of one element of an array.
+
+    Raises:
+        SchedulerError: Slurm cannot be asked.
+    """
+    return jobs(job_id)[0]
+
+
+def jobs(job_id: str) -> list[Job]:
+    """The states of a job, or of all elements of an array, in their order.
+
+    Raises:
+        SchedulerError: Slurm cannot be asked.
+    """
+    asked = _ask("scontrol", "--oneliner", "show", "job", job_id)
+    if asked.returncode == 0:
+        found = [each for line in asked.stdout.splitlines() for each in _of_controller(line)]
+        return sorted(found, key=lambda each: _element(each.id))
+    if "Invalid job id" not in asked.stderr and "not found" not in asked.stdout:
+        raise SchedulerError(f"Slurm does not answer: {_last_line(asked.stderr)}")
+    return _of_accounting(job_id)
+
+
+def cancel(job_id: str) -> None:
+    """Asks a job, waiting or running, to end: its ranks get SIGTERM, and SIGKILL when KillWait is over.
+
+    Raises:
+        SchedulerError: it is unknown or over, or Slurm refuses.
+    """
+    known = jobs(job_id)
+    if not any(each.phase.is_alive for each in known):
+        raise SchedulerError(f"job {job_id} is {known[0].phase}" + (f": {known[0].reason}" if known[0].reason else ""))
+    _command("scancel", job_id)
+
+
+def requeue(job_id: str) -> None:
+    """Puts a running job back into the queue, under the same id.
+
+    Raises:
+        SchedulerError: Slurm refuses; if the job waits already, that is what was wanted, and no error.
+    """
+    asked = _ask("scontrol", "requeue", job_id)
+    if asked.returncode and "pending execution" not in asked.stderr:
+        raise SchedulerError(f"job {job_id} cannot be requeued: {_last_line(asked.stderr)}")
+
+
+def exclude(job_id: str, nodes: Sequence[str]) -> None:
+    """Names all nodes that a waiting job is not to be given.
+
+    Raises:
+        SchedulerError: Slurm refuses.
+    """
+    _command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+
+def _of_controller(line: str) -> list[Job]:
+    """Jobs of a line of `scontrol show job`: one, or those elements of an array that wait together."""
+    fields = dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", line))
+    reason = "" if fields["Reason"] == "None" else fields["Reason"]
+    nodes = fields.get("NodeList", "").removeprefix("(null)")
+    restarts = int(fields.get("Restarts", 0))
+    returns = fields.get("Requeue") == "1" and fields.get("BatchFlag") == "1"
+    phase = _phase(fields["JobState"], reason, restarts, returns)
+    elements = _expanded(fields["ArrayTaskId"]) if "ArrayTaskId" in fields else []
+    ids = [f"{fields['ArrayJobId']}_{element}" for element in elements] or [fields["JobId"]]
+    return [Job(each, phase, fields["JobState"], reason, restarts, nodes) for each in ids]
+
+
+def _phase(state: str, reason: str, restarts: int, returns: bool) -> Phase:
+    """The phase of a job that slurmctld knows.
+
+    Args:
+        returns: whether Slurm itself starts it again where it was ended by no fault of its own.
+    """
+    if state == "PENDING":
+        if "Held" in reason or "held" in reason:
+            return Phase.HELD
+        return Phase.REQUEUED if restarts else Phase.QUEUED
+    if state in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL") and returns:
+        return Phase.RETURNING
+    return _PHASES.get(state, Phase.FAILED)
+
+
+_PHASES = {
+    "RUNNING": Phase.RUNNING,
+    "CONFIGURING": Phase.RUNNING,
+    "RESIZING": Phase.RUNNING,
+    "SIGNALING": Phase.RUNNING,
+    "SUSPENDED": Phase.RUNNING,
+    "STOPPED": Phase.RUNNING,
+    "COMPLETING": Phase.ENDING,
+    "STAGE_OUT": Phase.ENDING,
+    "REQUEUED": Phase.REQUEUED,
+    "REQUEUE_FED": Phase.REQUEUED,
+    "REQUEUE_HOLD": Phase.HELD,
+    "SPECIAL_EXIT": Phase.HELD,
+    "RESV_DEL_HOLD": Phase.HELD,
+    "COMPLETED": Phase.FINISHED,
+    "CANCELLED": Phase.CANCELLED,
+    "REVOKED": Phase.CANCELLED,
+}
+"""Phases of Slurm's states, but for those that depend; every other state is a way to fail."""
+
+
+def _of_accounting(job_id: str) -> list[Job]:
+    """Jobs that slurmctld does not know: ended long ago, or never there."""
+    columns = "JobID,State,NodeList"
+    asked = _ask("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job_id, "--format", columns)
+    if asked.returncode and "disabled" not in asked.stderr:
+        raise SchedulerError(f"Slurm's accounting does not answer: {_last_line(asked.stderr)}")
+    if asked.returncode:
+        return [Job(job_id, Phase.FORGOTTEN, reason="Slurm does not know it any more, and keeps no accounting")]
+    rows = [line.split("|") for line in asked.stdout.splitlines()]
+    return [_accounted(*row) for row in rows] or [Job(job_id, Phase.FORGOTTEN, reason="Slurm has never had it")]
+
+
+def _accounted(job_id: str, words: str, nodes: str) -> Job:
+    state = words.partition(" ")[0]  # "CANCELLED by 1000"
+    phase = _phase(state, "", 0, returns=False)
+    if phase.is_alive:  # slurmctld was killed before it had saved what it knew
+        return Job(job_id, Phase.FORGOTTEN, state, "Slurm has lost it")
+    return Job(job_id, phase, state, nodes="" if nodes == "None assigned" else nodes)
+
+
+def _expanded(elements: str) -> list[int]:
+    """Numbers of the elements of an array that "0,2-5%2" names."""
+    ranges = (part.partition("-") for part in elements.partition("%")[0].split(","))
+    return [number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)]
+
+
+def _element(job_id: str) -> int:
+    return int(job_id.partition("_")[2] or 0)
+
+
+def _command(*command: str) -> None:
+    asked = _ask(*command)
+    if asked.returncode:
+        raise SchedulerError(f"{' '.join(command)}: {_last_line(asked.stderr)}")
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError as error:
+        raise SchedulerError(
+            f"no {command[0]} here: this machine has no Slurm, or its environment module is not loaded"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerError(f"Slurm does not answer: {command[0]} took more than {error.timeout:.0f} s") from error
+
+
+def _last_line(text: str) -> str:
+    """Of what a command of Slurm says is wrong, without its name."""
+    lines = text.strip().splitlines() or ["it does not say why"]
+    return re.sub(r"^\w+: (error|fatal): ", "", lines[-1])

@@ -1,0 +1,274 @@
+"""From a resolved recipe to a job: everything that the job needs is put into the run folder, then submitit submits it.
+
+    RUN/launches.jsonl       what has become of the run's jobs; see record.py
+    RUN/gave-up.md           why nothing is started any more, if it is so
+    RUN/jobs/001/            the first submission; another one of the same run is 002
+        config.yaml          the resolved recipe, which every start of this job trains
+        code/                the packages as they were then, which every start of this job runs
+        cluster.yaml         what the job asks for
+        plan.json            what the supervisor is told
+        batch.log            what the supervisor said
+        ranks/               rank-00000.log, …: what each rank wrote to standard output and error
+        heartbeats/          start-0/, …: what each rank of a start was at last; srun.log
+        submitit/            the batch script, and submitit's own files
+
+The job runs the supervisor on its first node, and that starts the ranks with `srun`.
+"""
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from submitit import LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launchers import scheduler
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
+from launchers.machine import Machine
+from launchers.record import LaunchRecord, last_submission
+from launchers.scheduler import SchedulerError
+from launchers.slurm import Allocation, srun_command
+from launchers.supervise import Plan, Supervisor
+
+PACKAGES = ("data_pipeline", "launchers", "pretrain")
+LONGEST_LOCAL_MINUTES = 60 * 24 * 365
+OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
+
+
+class Submission:
+    """One job of a run.
+
+    Args:
+        run: the run folder.
+        recipe: the resolved recipe, as YAML.
+    """
+
+    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig) -> None:
+        self.run, self.recipe, self.plan, self.cluster = run, recipe, plan, cluster
+        numbers = [int(path.name) for path in (run / "jobs").glob("[0-9]*")]
+        self.folder = run / "jobs" / f"{max(numbers, default=0) + 1:03d}"
+
+    def script(self) -> str:
+        """The batch script."""
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
+        return _make_sbatch_string(
+            command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
+        )
+
+    def srun(self) -> str:
+        """How the job's supervisor will start the ranks on the least number of nodes."""
+        return shlex.join(srun_command(self.plan, self.folder, self.cluster.least_nodes, "start-0"))
+
+    def submit(self) -> str:
+        """Returns the job's id.
+
+        Raises:
+            ClusterError: an earlier job of the run is not over, the run folder cannot be written to, or the scheduler
+                refuses the job.
+        """
+        self.refuse()
+        try:
+            self.write()
+            job = self._submit()
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror  # of the first of many
+            raise ClusterError(f"cannot write to the run folder {self.run}: {why}") from error
+        except ClusterError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self.note(job)
+        return job
+
+    def note(self, job: str) -> None:
+        """Records that the scheduler has taken it."""
+        (self.run / "gave-up.md").unlink(missing_ok=True)
+        LaunchRecord(self.run).append("submitted", job, reason=str(self.folder))
+
+    @property
+    def _submitit(self) -> Path:
+        return self.folder / "submitit"
+
+    def refuse(self) -> None:
+        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm could never run this."""
+        self._refuse_two_at_once()
+        if self.cluster.scheduler == "slurm":
+            self._refuse_the_impossible()
+
+    def _refuse_two_at_once(self) -> None:
+        launches = LaunchRecord(self.run).read()
+        if not launches:
+            return
+        job = launches[-1].job
+        earlier = last_submission(self.run)
+        if earlier and load_cluster(str(earlier / "cluster.yaml"), {}).scheduler == "local":
+            lives = launches[-1].event not in ("finished", "gave_up", "stopped") and Path(f"/proc/{job}").exists()
+            state = "running"
+        else:
+            try:
+                phase = scheduler.job(job).phase
+            except SchedulerError:
+                return  # told in a moment, when this job is submitted
+            lives, state = phase.is_alive, phase.value
+        if lives:
+            raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
+
+    def _refuse_the_impossible(self) -> None:
+        """Many a cluster takes a job that no node can ever run, and lets it wait for ever; not so in a rehearsal."""
+        try:
+            rehearsal = subprocess.run(
+                ["sbatch", "--test-only"], input=self.script(), capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError as error:
+            raise ClusterError(
+                "this machine has no sbatch: it has no Slurm, or its environment module is not loaded; submit where "
+                "there is one, or with --cluster local"
+            ) from error
+        if rehearsal.returncode:
+            raise refusal(rehearsal.stderr)
+
+    def write(self) -> None:
+        """Puts what the job needs into its folder."""
+        for folder in (self.folder, self.folder / "ranks", self._submitit):
+            folder.mkdir(parents=True)
+        (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
+        (self.folder / "cluster.yaml").write_text(yaml.safe_dump(self.cluster.model_dump()), encoding="utf-8")
+        self.plan.save(self.folder / "plan.json")
+        source = Path(__file__).parents[1]
+        for package in PACKAGES:
+            shutil.copytree(
+                source / package, self.folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__")
+            )
+
+    def _submit(self) -> str:
+        arguments = (supervise, str(self.folder), self.cluster.scheduler)
+        if self.cluster.scheduler == "local":
+            local = LocalExecutor(self._submitit)
+            local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
+            with _importing_from(self.folder / "code"):
+                return local.submit(*arguments).job_id
+        return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
+
+    def parameters(self, folder: str) -> dict[str, Any]:
+        """Of submitit.
+
+        Args:
+            folder: the submission's, in a word of shell.
+        """
+        cluster = self.cluster
+        asked = {
+            name: getattr(cluster, name)
+            for name in ("partition", "account", "qos", "constraint")
+            if getattr(cluster, name)
+        }
+        more: dict[str, Any] = {"nodes": cluster.nodes, "requeue": True, "output": "/dev/null"}
+        more |= {"mem": cluster.memory} if cluster.memory else {}
+        return {
+            **asked,
+            "job_name": self.run.name,
+            "nodes": cluster.least_nodes,
+            # Of one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
+            "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_process,
+            "gpus_per_node": cluster.gpus_per_node or None,
+            "signal_delay_s": cluster.signal_seconds,
+            "stderr_to_stdout": True,
+            "wckey": None,
+            "time": cluster.time,  # submitit's own default is five minutes; None is the partition's
+            "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
+            "setup": [
+                f"folder={folder}",
+                # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
+                '[ -e "$folder/plan.json" ] || '
+                '{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see $folder: '
+                'put run.root on a file system that all nodes share"; exit 1; }',
+                'exec >> "$folder/batch.log" 2>&1',
+                *cluster.setup,
+                'export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
+                f"unset {OF_ANOTHER_LAUNCHER}",
+            ],
+            "additional_parameters": {**more, **cluster.sbatch},
+        }
+
+
+def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int) -> list[str]:
+    """Submits jobs of several runs as the tasks of one array; returns their ids.
+
+    Args:
+        submissions: all ask for the same.
+        folder: for what submitit writes; its name is the array's in the queue.
+        parallel: tasks at once, at most.
+
+    Raises:
+        ClusterError: an earlier job of a run is not over, or Slurm refuses the array.
+        OSError: a folder cannot be written to.
+    """
+    for each in submissions:
+        each.refuse()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for each in submissions:
+            each.write()
+        names = folder / "submissions"
+        names.write_text("".join(f"{each.folder}\n" for each in submissions), encoding="utf-8")
+        its_line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names))})'
+        parameters = submissions[0].parameters(its_line) | {"job_name": folder.name}
+        tasks = [(supervise, str(each.folder), "slurm") for each in submissions]
+        jobs = _submit_to_slurm(folder, {**parameters, "array_parallelism": parallel}, tasks)
+    except BaseException:
+        for each in submissions:
+            shutil.rmtree(each.folder, ignore_errors=True)
+        raise
+    for each, job in zip(submissions, jobs, strict=True):
+        each.note(job)
+    return jobs
+
+
+def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Submits calls, several of them as an array; returns the ids of their jobs."""
+    slurm = SlurmExecutor(folder)
+    slurm.update_parameters(**parameters)
+    try:
+        with slurm.batch():
+            jobs = [slurm.submit(*task) for task in tasks]
+    except FailedJobError as error:
+        raise refusal(str(error)) from error
+    return [job.job_id for job in jobs]
+
+
+def supervise(folder: str, scheduler: str) -> str:
+    """What the job runs.
+
+    Raises:
+        SystemExit: the run was given up; so that the scheduler calls the job failed.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(number, lambda *_: None)  # submitit's would requeue; Slurm tells the ranks, whose end is awaited
+    path = Path(folder)
+    event = Supervisor(path, Machine() if scheduler == "local" else Allocation(path)).look_after()
+    if event == "gave_up":
+        sys.exit(1)
+    return event
+
+
+@contextmanager
+def _importing_from(code: Path) -> Iterator[None]:
+    """Within, processes that are started import from there first, as the job's setup arranges it under Slurm."""
+    earlier = dict(os.environ)
+    path = os.pathsep.join(filter(None, (str(code), earlier.get("PYTHONPATH"))))
+    os.environ |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= earlier

@@ -1,0 +1,217 @@
+"""How a run fares: what its folder says, and what the scheduler says of its job, both asked anew.
+
+config.yaml, metrics.jsonl, checkpoints/, generation, launches.jsonl ─┐
+who holds the folder ─────────────────────────────────────────────────┼─▶ RunStatus
+the scheduler, about the job that was submitted last ─────────────────┘
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launchers import scheduler
+from launchers.record import Launch, LaunchRecord, last_submission
+from launchers.scheduler import Job, Phase, SchedulerError
+from pretrain.checkpoint import CheckpointStore
+from pretrain.checkpoint.store import step_of
+from pretrain.run_folder import RunFolder, RunFolderError
+
+RECENT_STEPS = 20
+"""Speed is the mean over so many."""
+TAIL_BYTES = 64 << 10
+"""Of the journal: more than so many steps."""
+ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
+"""Events of the record that say why ranks do not run, or run again."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run, now. What is not known is None."""
+
+    run: str
+    """Its folder."""
+    state: str
+    """That of its job, while it has one; else running, stopped, finished or failed."""
+    reason: str
+    """The scheduler's, for that state."""
+    job: str | None
+    """The scheduler's id; None for a run that was never submitted."""
+    process: int | None
+    """Of this machine, which ends the run in good order when it gets SIGTERM."""
+    nodes: str
+    """Where it runs."""
+    step: int
+    """The last one whose numbers are written. A run that is started again begins at its last checkpoint."""
+    steps: int | None
+    bits_per_byte: float | None
+    """Of that step."""
+    validation_bits_per_byte: float | None
+    """The newest."""
+    bytes_per_second: float | None
+    seconds_left: float | None
+    """Both None while no step is being done."""
+    checkpoint_step: int | None
+    """Of the newest checkpoint."""
+    checkpoint_seconds: float | None
+    """Since it was written."""
+    restarts: int
+    why: str
+    """What the newest restart or ending was for."""
+    history: list[dict[str, Any]]
+    """Lines of launches.jsonl."""
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The runs at paths, each a run or a folder of runs.
+
+    Raises:
+        RunFolderError: there is no run.
+    """
+    found = []
+    for path in paths:
+        runs = [path] if _is_run(path) else sorted(filter(_is_run, path.glob("*")))
+        if not runs:
+            raise RunFolderError(f"{path} is no run, and no folder of runs")
+        found += runs
+    return found
+
+
+def status_of(path: Path) -> RunStatus:
+    """How one run fares.
+
+    Raises:
+        RunFolderError: it is no run.
+    """
+    check_run(path)
+    folder = RunFolder(path)
+    launches = LaunchRecord(path).read()
+    submission = last_submission(path)
+    is_local = submission is not None and _tree(submission / "cluster.yaml").get("scheduler") == "local"
+    job = _job(launches, is_local)
+    holder = folder.holder()
+    recent = _recent(folder.metrics)
+    trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
+    validated = [line["validation/bits_per_byte"] for line in recent if "validation/bits_per_byte" in line]
+    step = recent[-1]["step"] if recent else 0
+    steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
+    state = _state(job, launches, holder is not None, is_done=step == steps)
+    bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
+    newest = next(reversed(CheckpointStore(folder.checkpoints, keep=None).committed()), None)
+    endings = [launch for launch in launches if launch.event in ENDINGS]
+    process, nodes = _place(job, is_local, holder)
+    return RunStatus(
+        run=str(path),
+        state=state,
+        reason=job.reason if job is not None and state == job.phase else "",
+        job=job.id if job else None,
+        process=process,
+        nodes=nodes,
+        step=step,
+        steps=steps,
+        bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
+        validation_bits_per_byte=validated[-1] if validated else None,
+        bytes_per_second=bytes_per_second,
+        seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
+        checkpoint_step=step_of(newest) if newest else None,
+        checkpoint_seconds=time.time() - newest.stat().st_mtime if isinstance(newest, Path) else None,
+        restarts=max(_starts(folder), sum(launch.event == "started" for launch in launches), 1) - 1,
+        why=_told(endings[-1]) if endings else "",
+        history=[asdict(launch) for launch in launches],
+    )
+
+
+def check_run(path: Path) -> None:
+    """Raises RunFolderError if a path is no run's."""
+    if not _is_run(path):
+        raise RunFolderError(f"{path} is no run")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("run.json", "launches.jsonl"))
+
+
+def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
+    """The job that was submitted last, as the scheduler knows it; None for a run that was never submitted."""
+    if not launches:
+        return None
+    last = launches[-1]
+    if is_local:
+        return _in_the_background(last)
+    try:
+        return scheduler.job(last.job)
+    except SchedulerError as error:
+        return Job(last.job, Phase.UNKNOWN, reason=str(error))
+
+
+def _in_the_background(last: Launch) -> Job:
+    """The job of a run in the background of a machine, which is a process there."""
+    over = last.event in ("finished", "gave_up", "stopped")
+    if not over and Path(f"/proc/{last.job}").exists():
+        return Job(last.job, Phase.RUNNING, nodes=platform.node())
+    if not over and last.nodes and platform.node() not in last.nodes:
+        return Job(last.job, Phase.UNKNOWN, reason="it is a process of another machine", nodes=",".join(last.nodes))
+    return Job(last.job, Phase.FORGOTTEN)
+
+
+def _place(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> tuple[int | None, str]:
+    """The process of this machine that ends the run, if there is one, and where the run is trained."""
+    if job is not None and (job.phase.is_alive or holder is None):
+        return int(job.id) if is_local and job.phase is Phase.RUNNING else None, job.nodes
+    if holder is None:
+        return None, ""
+    host, process = holder
+    return process if host == platform.node() else None, host
+
+
+def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, is_done: bool) -> str:
+    if job is not None and job.phase.is_alive:
+        return job.phase
+    if is_held or is_done:
+        return Phase.RUNNING if is_held else Phase.FINISHED
+    if job is not None and job.phase in (Phase.FAILED, Phase.CANCELLED, Phase.UNKNOWN):
+        return job.phase
+    return Phase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
+
+
+def _told(launch: Launch) -> str:
+    return f"{launch.event.replace('_', ' ')}: {launch.reason}" if launch.reason else launch.event.replace("_", " ")
+
+
+def _recent(journal: Path) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl that are whole."""
+    if not journal.exists():
+        return []
+    with journal.open("rb") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
+        file.seek(begin)
+        lines = file.read().split(b"\n")
+    return [json.loads(line) for line in lines[1 if begin else 0 : -1]]
+
+
+def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:
+    """Bytes a second, and seconds a step, if there is one."""
+    if not steps:
+        return None, None
+    seconds = sum(step["step_seconds"] for step in steps)
+    return sum(step["bytes_per_second"] * step["step_seconds"] for step in steps) / seconds, seconds / len(steps)
+
+
+def _steps(recipe: Path) -> int | None:
+    """Of the whole run."""
+    return int(_tree(recipe)["train"]["steps"]) if recipe.exists() else None
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    return tree
+
+
+def _starts(folder: RunFolder) -> int:
+    return int(folder.generation.read_text(encoding="utf-8")) if folder.generation.exists() else 0

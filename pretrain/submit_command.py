@@ -1,0 +1,98 @@
+"""`byteloom submit`: the run that a recipe describes, as a job that looks after itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.cluster import ClusterConfig, ClusterError, load_cluster
+from launchers.record import last_submission
+from launchers.submission import Submission
+from launchers.supervise import Plan
+from pretrain import config as configuration
+from pretrain.config import ConfigError
+from pretrain.console import say
+
+TRAIN_ENTRY = "pretrain.cli:start"
+"""What launchers call by name, once a rank."""
+
+app = typer.Typer()
+
+
+@app.command("submit")
+def submit_command(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe, or the folder of a run that was submitted before.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Fields to change, such as train.steps=50 engine.name=fsdp.", show_default=False),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="A preset of configs/cluster (gpu, cpu, local) or a .yaml file; the run's last when left out."
+        ),
+    ] = None,
+    nodes: Annotated[str | None, typer.Option(help="How many: 4, or 2-4 for what there is.")] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes-per-node", help="Ranks on each node; one for each GPU when left out.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each node.")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Processors of each rank.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of each node, such as 64G.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Whose hours these are.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(help="Limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00; the run may be longer."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and stop.")
+    ] = False,
+) -> None:
+    """Submit a run to a cluster, or go on with one there. It is looked after: restarted, requeued, or given up."""
+    earlier = last_submission(recipe) if recipe.is_dir() else None
+    if recipe.is_dir() and earlier is None and not (recipe / "config.yaml").exists():
+        raise ConfigError(f"{recipe} is neither a recipe nor the folder of a run")
+    options = {
+        "nodes": nodes,
+        "processes_per_node": processes,
+        "gpus_per_node": gpus,
+        "cpus_per_process": cpus,
+        "memory": memory,
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "time": time,
+    }
+    if cluster is None and earlier is None:
+        raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file of your own")
+    chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
+    file = (earlier or recipe) / "config.yaml" if recipe.is_dir() else recipe
+    config = configuration.load(file, overrides or [])
+    run = (Path(config.run.root) / config.run.name).resolve()
+    submission = Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen)
+    if dry_run:
+        typer.echo(submission.script())
+        typer.echo(f"# The job looks after: {submission.srun()}\n")
+        typer.echo(config.as_yaml(), nl=False)
+        return
+    job = submission.submit()
+    say(
+        f"job {job} trains {run}: {chosen.nodes} nodes of {chosen.ranks_per_node} ranks; {submission.folder} has it all"
+    )
+    typer.echo(job)
+
+
+def plan_of(run: Path, config: configuration.Config, cluster: ClusterConfig) -> Plan:
+    """What the supervisor of a run is told."""
+    return Plan(
+        entry=TRAIN_ENTRY,
+        run=str(run),
+        processes_per_node=cluster.ranks_per_node,
+        cpus_per_process=cluster.cpus_per_process,
+        gpus_per_node=cluster.gpus_per_node,
+        supervise=config.supervise,
+    )

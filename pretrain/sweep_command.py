@@ -1,0 +1,209 @@
+"""`byteloom sweep`: a run for each point of a grid of overrides, on a cluster or here, one after the other.
+
+    RECIPE  a=1,2  b=x,y  c=3  ──▶  NAME-a-1-b-x, NAME-a-1-b-y, NAME-a-2-b-x, NAME-a-2-b-y
+
+    ROOT/NAME.sweep/
+        sweep.json      the sweep's id, by which MLflow knows it; the grid and the runs of the last start
+        …               what the array's submission writes; see launchers/submission.py
+
+The same command again goes on with the runs that are not done, and may have more values than before.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.atomic import replace_file
+from launchers.cluster import load_cluster
+from launchers.local import STOPPED
+from launchers.submission import Submission, submit_array
+from pretrain import config as configuration
+from pretrain.config import Config, ConfigError
+from pretrain.console import say
+from pretrain.run_status import status_of
+from pretrain.submit_command import plan_of
+from pretrain.tracking import ParentRun
+
+POLL_SECONDS = 0.2
+BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
+
+app = typer.Typer()
+
+
+@app.command("sweep")
+def sweep_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            help="Fields and their values: optimizer.learning_rate=1e-3,3e-4 train.seed=0,1 is a grid of four runs.",
+            show_default=False,
+        ),
+    ],
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once, at most; one here, all on a cluster.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A Slurm preset of configs/cluster, or a .yaml file; here when left out.")
+    ] = None,
+    nodes: Annotated[str | None, typer.Option(help="Of each run.")] = None,
+    processes: Annotated[int | None, typer.Option("--processes-per-node", help="Ranks on each node.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each node.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Whose hours these are.")] = None,
+    time_limit: Annotated[str | None, typer.Option("--time", help="Limit of one start of a run.")] = None,
+) -> None:
+    """Train a run for each point of a grid of overrides, shown together in MLflow."""
+    options = {"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus}
+    options |= {"partition": partition, "account": account, "time": time_limit}
+    if cluster is None and (given := [name for name, value in options.items() if value is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')} goes with --cluster")
+    chosen = load_cluster(cluster, options) if cluster else None
+    if chosen is not None and chosen.scheduler != "slurm":
+        raise ConfigError(f"--cluster {cluster} is this machine; leave it out to sweep here")
+    name, configs = _configs(recipe, overrides)
+    first = next(iter(configs.values()))
+    root = Path(first.run.root)
+    folder = root / f"{name}.sweep"
+    parent = _parent(first, name, _identity(folder, overrides, list(configs)), overrides)
+    if parent is not None:
+        configs = {name: _child(config, parent.id) for name, config in configs.items()}
+    if chosen is None:
+        raise typer.Exit(_train_here(configs, root, folder, parallel or 1, parent))
+    submissions = []
+    for name, config in configs.items():
+        run = (root / name).resolve()
+        submissions.append(Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen))
+    jobs = submit_array(submissions, folder.resolve(), parallel or len(submissions))
+    if parent is not None:
+        parent.set_status("SCHEDULED")
+    for name, job in zip(configs, jobs, strict=True):
+        say(f"job {job} trains {root / name}")
+    typer.echo("\n".join(jobs))
+
+
+def _configs(recipe: Path, overrides: Sequence[str]) -> tuple[str, dict[str, Config]]:
+    """The name of a sweep, and the configs of its runs by their names.
+
+    Raises:
+        ConfigError: the recipe or an override is wrong.
+    """
+    points = grid(overrides)
+    name = configuration.load(recipe, next(iter(points.values()))).run.name
+    runs = {f"{name}-{point}": values for point, values in points.items()}
+    return name, {run: configuration.load(recipe, [*values, f"run.name={run}"]) for run, values in runs.items()}
+
+
+def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The points of a grid: its overrides, by the part of the run's name that says which values it has.
+
+    Raises:
+        ConfigError: an override is not of the form, there is no field with several values, or two points would have one
+            name.
+    """
+    axes = {field: _values(field, text) for field, _, text in (override.partition("=") for override in overrides)}
+    if len(axes) < len(overrides):
+        raise ConfigError("a field is given twice")
+    varied = [field for field, values in axes.items() if len(values) > 1]
+    if not varied:
+        raise ConfigError("nothing to sweep: give a field several values, such as optimizer.learning_rate=1e-3,3e-4")
+    short = {field: field.rpartition(".")[2] for field in varied}
+    clear = {field: last if list(short.values()).count(last) == 1 else field for field, last in short.items()}
+    points: dict[str, list[str]] = {}
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        name = "-".join(f"{clear[field]}-{_plain(point[field])}" for field in varied)
+        if name in points:
+            raise ConfigError(f"two runs of the sweep would have the name …-{name}")
+        points[name] = [f"{field}={value}" for field, value in point.items()]
+    return points
+
+
+def _values(field: str, text: str) -> list[str]:
+    """The values of "1e-3,3e-4", each as it was written; commas within brackets do not part them."""
+    if not field or not text:
+        raise ConfigError(f"override {field!r}={text!r} is not of the form section.field=value,value")
+    return re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", text)
+
+
+def _plain(value: str) -> str:
+    """A value as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_") or "none"
+
+
+def _identity(folder: Path, overrides: Sequence[str], runs: Sequence[str]) -> str:
+    """The id of a sweep, new or that of its first start."""
+    path = folder / "sweep.json"
+    identity = json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else uuid.uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps({"id": identity, "overrides": list(overrides), "runs": list(runs)}, indent=1))
+    return str(identity)
+
+
+def _parent(config: Config, name: str, identity: str, overrides: Sequence[str]) -> ParentRun | None:
+    """The sweep's own MLflow run; none if runs are not tracked.
+
+    Raises:
+        ConfigError: MLflow cannot be told. The runs could go on without it, but not together.
+    """
+    if not config.tracking.enabled:
+        return None
+    try:
+        return ParentRun(config.tracking, Path(config.run.root), name, identity, {"sweep": " ".join(overrides)})
+    except Exception as error:  # MLflow raises many kinds; the person is told
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"MLflow cannot be told of the sweep: {reason}; or set tracking.enabled=false") from error
+
+
+def _child(config: Config, parent: str) -> Config:
+    tracking = config.tracking.model_copy(update={"parent": parent})
+    return config.model_copy(update={"tracking": tracking})
+
+
+def _train_here(configs: dict[str, Config], root: Path, folder: Path, parallel: int, parent: ParentRun | None) -> int:
+    """Trains the runs on this machine, so many at once; returns the exit code."""
+    codes = _run_all(configs, folder, parallel)
+    for name in configs:
+        if (root / name / "run.json").exists():
+            told = status_of(root / name)
+            bits = told.validation_bits_per_byte or told.bits_per_byte
+            say(f"{name}: {told.state} at step {told.step}" + (f", {bits:.4f} bits/byte" if bits else ""))
+    failed = [name for name, code in codes.items() if code not in (0, *STOPPED)]
+    stopped = len(codes) < len(configs) or any(code in STOPPED for code in codes.values())
+    for name in failed:
+        say(f"error: {name} failed; the same command goes on with it")
+    if parent is not None:
+        parent.set_status("FAILED" if failed else "KILLED" if stopped else "FINISHED")
+    return 1 if failed else 130 if stopped else 0
+
+
+def _run_all(configs: dict[str, Config], folder: Path, parallel: int) -> dict[str, int]:
+    """The exit codes of the runs that were begun: none is any more once one was asked to stop."""
+    waiting, running, codes = list(configs), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
+    while waiting or running:
+        if waiting and len(running) < parallel:
+            name = waiting.pop(0)
+            say(f"{len(configs) - len(waiting)} of {len(configs)}: {name}")
+            file = folder / f"{name}.yaml"
+            file.write_text(configs[name].as_yaml(), encoding="utf-8")
+            running[name] = subprocess.Popen([*BYTELOOM, "train", str(file)])
+            continue
+        try:
+            time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:  # it has reached the runs too, which save
+            waiting = []
+        for name, process in list(running.items()):
+            if (code := process.poll()) is not None:
+                del running[name]
+                codes[name] = code
+                waiting = [] if code in STOPPED else waiting
+    return codes

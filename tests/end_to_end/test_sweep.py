@@ -1,0 +1,40 @@
+"""Grids of runs, trained on this machine; tests/slurm/test_arrays.py has one on a cluster."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import ConfigError
+from pretrain.sweep_command import grid
+from tests.conftest import Run
+
+
+def test_a_grid_has_a_run_for_each_combination_of_values():
+    points = grid(["a.lr=1e-3,3e-4", "b.betas=[0.9,0.95],[0.9,0.99]", "c.x=1", "d.lr=2,3"])
+    assert len(points) == 8
+    assert next(iter(points.values())) == ["a.lr=1e-3", "b.betas=[0.9,0.95]", "c.x=1", "d.lr=2"]
+    assert next(iter(points)) == "a.lr-1e-3-betas-0.9_0.95-d.lr-2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["a.b=1"], "nothing to sweep"),
+        (["a.b=1,2", "a.b=3"], "given twice"),
+        (["a.b"], "not of the form"),
+        (["a.b=x/y,x_y"], "two runs of the sweep would have the name"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(overrides: list[str], fault: str):
+    with pytest.raises(ConfigError, match=fault):
+        grid(overrides)
+
+
+def test_runs_of_a_sweep_are_trained_one_after_the_other(byteloom: Run, recipe: Path, corpus_folder: Path):
+    swept = byteloom("sweep", recipe, f"data.shards={corpus_folder}/train,nowhere", "train.steps=4", check=False)
+    names = [line.partition(": ")[2] for line in swept.stderr.splitlines() if " of 2: " in line]
+    assert len(names) == 2
+    assert f"{names[0]}: finished at step 4" in swept.stderr
+    assert "error: nowhere/manifest.json cannot be read: there is no such file" in swept.stderr
+    assert f"error: {names[1]} failed; the same command goes on with it" in swept.stderr
+    assert swept.returncode == 1

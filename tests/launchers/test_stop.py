@@ -1,0 +1,79 @@
+"""Requests to stop: whichever rank gets them, however often, and whatever it is at."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import verify
+from tests.end_to_end.test_resume import STEPS, RunUnderTest
+from tests.launchers.test_local import LOSSES, start_and_wait
+
+USR2_CODE = 128 + signal.SIGUSR2
+
+
+def signal_one(ranks: list[int]) -> None:
+    os.kill(ranks[1], signal.SIGUSR2)
+
+
+def signal_all_many_times(ranks: list[int]) -> None:
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+        for rank in ranks:
+            os.kill(rank, number)
+
+
+def test_one_rank_signalled_all_of_them_often_or_while_saving_no_step_is_lost(recipe: Path, tmp_path: Path):
+    run = RunUnderTest(recipe, tmp_path, "two", "launch.processes=2", "checkpoint.every=1", "validation.every=1")
+    for send in (signal_one, signal_all_many_times, while_saving(run)):
+        launcher, ranks = start_and_wait(run, steps=2)
+        send(ranks)
+        _, said = launcher.communicate(timeout=120)
+        assert launcher.returncode in (USR2_CODE, 128 + signal.SIGTERM), said
+        assert f"stopped after step {run.last_step()} of {STEPS}, with a checkpoint" in said
+        verify(run.folder / "checkpoints" / f"step-{run.last_step():08d}")
+    run.finish()
+
+    alone = RunUnderTest(recipe, tmp_path, "alone", "validation.every=1")
+    alone.finish()
+    assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
+    for name in LOSSES:
+        told = [numbers[name] for _, numbers in run.numbers() if name in numbers]
+        assert told == pytest.approx([numbers[name] for _, numbers in alone.numbers() if name in numbers], rel=1e-5)
+
+
+def while_saving(run: RunUnderTest) -> Callable[[list[int]], None]:
+    def send(ranks: list[int]) -> None:
+        while not list((run.folder / "checkpoints").glob("*.partial")):
+            time.sleep(0.0005)
+        os.kill(ranks[0], signal.SIGUSR2)
+
+    return send
+
+
+def test_a_request_before_training_begins_waits_for_it(recipe: Path, tmp_path: Path):
+    """Of ranks under a supervisor, which blocks signals until the loop listens."""
+    beats = tmp_path / "beats"
+    beats.mkdir()
+    run = RunUnderTest(recipe, tmp_path, "early")
+    run.folder.parent.mkdir()
+    config = tmp_path / "config.yaml"
+    shown = [run.command[0], "config", "show", *run.command[2:]]
+    config.write_bytes(subprocess.run(shown, cwd=tmp_path, check=True, capture_output=True).stdout)
+    rank = subprocess.Popen(
+        [Path(run.command[0]).with_name("python"), "-P", "-m", "launchers.rank", "pretrain.cli:start", config],
+        cwd=tmp_path,
+        env={**os.environ, "RANK": "0", "BYTELOOM_HEARTBEATS": str(beats), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(beats.glob("*.json")):
+        assert rank.poll() is None
+        time.sleep(0.01)
+    rank.send_signal(signal.SIGUSR2)
+    _, said = rank.communicate(timeout=120)
+    assert rank.returncode == USR2_CODE, said
+    assert "SIGUSR2: stopped after step 0" in said

@@ -1,0 +1,91 @@
+"""Arrays on a real cluster: corpora prepared by tasks that are killed, and grids of runs."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from data_pipeline.prepare import prepare
+from data_pipeline.shards import Corpus
+from launchers import scheduler
+from launchers.scheduler import Phase
+from pretrain.run_status import status_of
+from tests.conftest import BYTELOOM, STDLIB, prepare_options
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.submitted import PATIENCE, byteloom, write_recipe
+
+SOURCES = [STDLIB / name for name in ("asyncio", "email", "unittest", "idlelib", "distutils", "lib2to3")]
+
+
+@pytest.fixture(autouse=True)
+def the_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+
+
+def test_a_preparation_array_with_killed_tasks_ends_in_the_manifest_of_one_process(cluster: Cluster, tmp_path: Path):
+    options = {"include": ["*.py"], "holdout": 0.1, "shard_bytes": 100_000, "block_bytes": 20_000, "level": 19}
+    prepare(SOURCES, tmp_path / "alone", prepare_options(**options), lambda done, total: None)
+    out = tmp_path / "out"
+    words = ["--include=*.py", "--holdout=0.1", "--shard-bytes=100000", "--block-bytes=20000", "--level=19"]
+    said = cluster.run(BYTELOOM, "prepare", *SOURCES, f"--out={out}", *words, "--slurm", "--tasks=6", "--parallel=2")
+    array, merge = said.split()
+    killed, most = set[str](), 0
+    while scheduler.job(merge).phase.is_alive:
+        time.sleep(0.1)
+        running = [job.id for job in scheduler.jobs(array) if job.phase is Phase.RUNNING]
+        most = max(most, len(running))
+        if len(killed) < 2 and list(tmp_path.glob("out.partial/shards/*.json")):
+            for task in [task for task in running if task not in killed][: 2 - len(killed)]:
+                for process in cluster.processes(task)[:1]:
+                    os.kill(process, signal.SIGKILL)
+                    killed.add(task)
+    assert scheduler.job(merge).phase is Phase.FINISHED
+    assert len(killed) == most == 2
+    assert {job.id for job in scheduler.jobs(array) if job.restarts} == killed
+    assert {job.phase for job in scheduler.jobs(array)} == {Phase.FINISHED}
+    for part in ("train", "validation"):
+        with Corpus(out / part) as corpus, Corpus(tmp_path / "alone" / part) as expected:
+            assert corpus.manifest == expected.manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "out.jobs"]
+
+
+@pytest.mark.timeout(900)
+def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, corpus_folder: Path, tmp_path: Path):
+    """One of them is sent back to the queue; `status` says so, and never that it is over."""
+    recipe = write_recipe(tmp_path, corpus_folder)
+    grid = ("train.seed=0,1", "train.steps=200", "engine.name=ddp", "tracking.enabled=true", "checkpoint.every=100")
+    options = ("--cluster=cpu", "--processes-per-node=1", "--partition=low", "--parallel=2")
+    jobs = byteloom(cluster, tmp_path, "sweep", recipe, *grid, *options).stdout.split()
+    array = jobs[0].partition("_")[0]
+    assert jobs == [f"{array}_0", f"{array}_1"]
+    runs = [tmp_path / f"runs/run-seed-{seed}" for seed in (0, 1)]
+
+    wait_until(lambda: status_of(runs[0]).step >= 8, "it trains", PATIENCE)
+    told = status_of(runs[0])
+    assert (told.state, told.steps, told.job) == ("running", 200, jobs[0])
+    assert told.seconds_left is not None
+    scheduler.requeue(jobs[0])
+    seen = list[str]()
+    wait_until(lambda: seen.append(status_of(runs[0]).state) or seen[-1] == "finished", "it is over", PATIENCE)
+    assert set(seen) <= {"running", "ending", "requeued", "finished"}
+    assert "requeued" in seen
+    told = status_of(runs[0])
+    assert (told.step, told.restarts, told.checkpoint_step) == (200, 1, 200)
+    assert told.why.startswith("stopped: ")
+    wait_until(lambda: status_of(runs[1]).state == "finished", "the other is over", PATIENCE)
+    assert status_of(runs[1]).restarts == 0
+    assert str(runs[1].name) in byteloom(cluster, tmp_path, "status").stdout
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("byteloom")
+    known = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = known.pop("run")
+    assert parent.data.tags["sweep"] == " ".join(grid)
+    assert {name: run.data.params["train.seed"] for name, run in known.items()} == {
+        "run-seed-0": "0",
+        "run-seed-1": "1",
+    }
+    assert {run.data.tags["mlflow.parentRunId"] for run in known.values()} == {parent.info.run_id}

@@ -1,0 +1,126 @@
+"""What is told of jobs and runs on a real cluster: the truth, also while Slurm ends a job and starts it again."""
+
+from pathlib import Path
+
+import pytest
+
+from launchers import scheduler
+from launchers.scheduler import Phase, SchedulerError
+from tests.slurm.cluster import Cluster, running_cluster, wait_until
+
+
+@pytest.fixture(autouse=True)
+def the_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+
+
+def submit(cluster: Cluster, script: str, *options: str) -> str:
+    output = f"--output={cluster.folder}/%j.out"
+    return cluster.run("sbatch", "--parsable", output, *options, f"--wrap={script}")
+
+
+def until(job: str, *phases: Phase, seconds: float = 60) -> list[Phase]:
+    """Waits for one of the phases; returns what was seen on the way, each once."""
+    seen: list[Phase] = []
+
+    def look() -> bool:
+        phase = scheduler.job(job).phase
+        if phase not in seen[-1:]:
+            seen.append(phase)
+        return phase in phases
+
+    wait_until(look, f"job {job} is {' or '.join(phases)}", seconds)
+    return seen
+
+
+def test_a_job_is_queued_running_and_over(cluster: Cluster):
+    good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
+    waiting = submit(cluster, "true", "--begin=now+1hour")
+    held = submit(cluster, "true", "--hold")
+    until(endless, Phase.RUNNING)
+    assert scheduler.job(endless).nodes in cluster.nodes
+    assert until(good, Phase.FINISHED)[-1:] == [Phase.FINISHED]
+    until(bad, Phase.FAILED)
+    assert (scheduler.job(waiting).phase, scheduler.job(waiting).reason) == (Phase.QUEUED, "BeginTime")
+    assert scheduler.job(held).phase is Phase.HELD
+    for job in (endless, waiting, held):
+        scheduler.cancel(job)
+        until(job, Phase.CANCELLED)
+    with pytest.raises(SchedulerError, match=f"job {endless} is cancelled"):
+        scheduler.cancel(endless)
+
+
+def test_every_element_of_an_array_has_its_own_state(cluster: Cluster):
+    array = submit(cluster, "test $SLURM_ARRAY_TASK_ID = 1 && exit 1; sleep $SLURM_ARRAY_TASK_ID", "--array=0-3%2")
+    assert [job.id for job in scheduler.jobs(array)] == [f"{array}_{number}" for number in range(4)]
+    until(f"{array}_1", Phase.FAILED)
+    until(f"{array}_0", Phase.FINISHED)
+    until(f"{array}_2", Phase.RUNNING)
+    scheduler.cancel(f"{array}_2")
+    until(f"{array}_3", Phase.FINISHED)
+    until(f"{array}_2", Phase.CANCELLED)
+
+
+def test_a_job_that_is_requeued_is_never_said_to_be_over(cluster: Cluster):
+    job = submit(cluster, "sleep 600")
+    until(job, Phase.RUNNING)
+    scheduler.requeue(job)
+    scheduler.requeue(job)  # it waits already, or is about to
+    seen = until(job, Phase.REQUEUED)
+    scheduler.exclude(job, [scheduler.job(job).nodes or "n1", "n2"])
+    seen += until(job, Phase.RUNNING)
+    assert set(seen) <= {Phase.RUNNING, Phase.ENDING, Phase.REQUEUED}
+    assert scheduler.job(job).restarts == 1
+    assert scheduler.job(job).nodes != "n2"
+    scheduler.cancel(job)
+
+
+def test_a_job_that_lost_its_node_comes_back(cluster: Cluster):
+    job = submit(cluster, "sleep 600", "--nodelist=n3")
+    until(job, Phase.RUNNING)
+    cluster.crash("n3")
+    seen = until(job, Phase.REQUEUED)
+    cluster.start_node("n3")
+    seen += until(job, Phase.RUNNING)
+    assert set(seen) <= {Phase.RUNNING, Phase.ENDING, Phase.RETURNING, Phase.REQUEUED}
+    scheduler.cancel(job)
+
+
+def test_what_cannot_be_known_is_said_in_a_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+    assert scheduler.job("1").phase is Phase.FORGOTTEN
+    assert scheduler.job("1").reason == "Slurm does not know it any more, and keeps no accounting"
+    with pytest.raises(SchedulerError, match="job 1 is forgotten: Slurm does not know it"):
+        scheduler.cancel("1")
+    with pytest.raises(SchedulerError, match="job 1 cannot be requeued: Invalid job id"):
+        scheduler.requeue("1")
+    with monkeypatch.context() as patch:
+        patch.delenv("SLURM_CONF")
+        with pytest.raises(SchedulerError, match="Slurm does not answer: "):
+            scheduler.job("1")
+        patch.setenv("PATH", "")
+        with pytest.raises(SchedulerError, match="no scontrol here: this machine has no Slurm"):
+            scheduler.job("1")
+
+
+@pytest.mark.long
+def test_accounting_tells_of_jobs_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with running_cluster(tmp_path / "cluster", nodes=1, accounting=True) as cluster:
+        monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
+        until(good, Phase.FINISHED)
+        until(bad, Phase.FAILED)
+        scheduler.cancel(endless)
+        until(endless, Phase.CANCELLED)
+        wait_until(lambda: "CANCELLED" in cluster.run("sacct", "-X", "-j", endless), "sacct knows of it", 30)
+        cluster.restart_controller()
+        assert [scheduler.job(job).phase for job in (good, bad, endless)] == [
+            Phase.FINISHED, Phase.FAILED, Phase.CANCELLED,
+        ]  # fmt: skip
+        assert scheduler.job("1").reason == "Slurm has never had it"
+
+
+def test_a_cluster_leaves_no_process_behind(tmp_path: Path):
+    with running_cluster(tmp_path / "cluster", nodes=1) as cluster:
+        cluster.wait_for(submit(cluster, "sleep 600"), "RUNNING")
+        assert len(cluster.all_processes()) > 5
+    assert not cluster.all_processes()
