@@ -87,6 +87,11 @@ class Fence:
         )
 
 
+def starts_noted_at(place: Location) -> int:
+    """How often a run has been started."""
+    return _generation(Note(place).read())
+
+
 def _mark_in(note: Note) -> str | None:
     text = note.read()
     return None if text is None else text.rstrip("\n")

@@ -21,6 +21,7 @@ from launchers.record import Launch, LaunchRecord, last_submission
 from launchers.scheduler import Job, Phase, SchedulerError
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint.store import step_of
+from pretrain.fence import starts_noted_at
 from pretrain.run_folder import RunFolder, RunFolderError
 
 RECENT_STEPS = 20
@@ -121,7 +122,7 @@ def status_of(path: Path) -> RunStatus:
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=time.time() - newest.stat().st_mtime if isinstance(newest, Path) else None,
-        restarts=max(_starts(folder), sum(launch.event == "started" for launch in launches), 1) - 1,
+        restarts=max(starts_noted_at(folder.generation), sum(launch.event == "started" for launch in launches), 1) - 1,
         why=_told(endings[-1]) if endings else "",
         history=[asdict(launch) for launch in launches],
     )
@@ -211,7 +212,3 @@ def _steps(recipe: Path) -> int | None:
 def _tree(path: Path) -> dict[str, Any]:
     tree: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
     return tree
-
-
-def _starts(folder: RunFolder) -> int:
-    return int(folder.generation.read_text(encoding="utf-8")) if folder.generation.exists() else 0
