@@ -101,6 +101,11 @@ def test_a_large_file_goes_in_parts(url: str, monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(target, tensor[500_000:2_500_000])
 
 
+def test_a_rank_may_own_nothing(url: str):
+    path = CheckpointStore(url, keep=1).save(1, [Fragment("model/a", (0,), 0, torch.empty(0))], {})
+    assert verify(path).tensors["model/a"].shape == (0,)
+
+
 def test_what_has_no_marker_is_no_checkpoint_and_is_swept(url: str):
     """A kill before the marker was made, and one after it was deleted."""
     store = CheckpointStore(url, keep=5)
