@@ -1,14 +1,17 @@
 """Perceiver AR's copy task (arXiv:2202.07765, section 5.1): random bytes, then the same backwards.
 
-python benchmarks/mirrored.py [RECIPE...] [--rows N] [--fresh N] [--runs FOLDER]
+python benchmarks/mirrored.py [RECIPE...] [--fresh N] [--runs FOLDER]
 
-For each recipe (configs/perceiver_ar/mirrored-512.yaml if none is named) this makes the corpus it reads, trains it by
-`byteloom train`, and prints how much of the second halves of fresh rows, of bytes drawn from all 256, it gets right:
-the share of bytes that are the model's first choice. A start after the first goes on where the last one was.
+For each recipe (configs/perceiver_ar/mirrored-2048.yaml if none is named) this makes the corpora it reads, trains it by
+`byteloom train`, and prints how much of the second halves of fresh rows it gets right: the share of bytes that are the
+model's first choice. A start after the first goes on where the last one was.
 
-A training row draws its bytes from a few values, as many as 2 to 256 (log-uniform), other ones in each row. Where few
-values occur, an attention that still looks everywhere tells something of the next byte, and so what it reads begins to
-reach the head. With 128 random bytes this starts after half of the bytes that rows of all 256 values take.
+A long copy is learned in several runs. In the first only the 32 bytes before the middle are random, and zeros are all
+before them; then 64, and so on up to the recipe's own, each run from the weights of the one before. A row ends where
+its copy does. The middle stays where it is, so what a run has learned of the places around it holds in the next.
+
+Without that, an attention that looks everywhere knows what occurs in a row and not where; the longer the rows, the less
+that tells of the next byte, and the later anything else is learned.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +36,24 @@ from pretrain.models import build_model
 from pretrain.models.perceiver_ar import PerceiverAR
 from pretrain.run_folder import RunFolder
 
-RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-512.yaml"
+RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-2048.yaml"
 SEED, FRESH_SEED = 0, 1
-FEWEST_VALUES = 2
-"""Of a training row."""
+SHORTEST = 32
+"""Random bytes before the middle in the first of several runs."""
+FIRST_STEPS, STEPS = 300, 100
+"""Of the first, and of the others up to the recipe's own."""
+SCORED, MOST_ROWS = 8192, 64
+"""Bytes that a step scores, in at most so many rows."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run on the way to a recipe's copy."""
+
+    config: Config
+    overrides: Sequence[str]
+    random: int
+    """Bytes before the middle."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Result:
     half: int
     parameters: int
     steps: int
+    scored: int
+    """Bytes, in training."""
     minutes: float
     """Of training steps."""
     right: int
@@ -56,39 +76,69 @@ def main() -> None:
 
 def measured(recipe: Path, chosen: argparse.Namespace) -> Result:
     """Trains a recipe, and asks its model for the second halves of fresh rows."""
-    config = load(recipe)
-    half = config.model.sequence_length // 2
-    corpus, run = chosen.runs / "corpora" / config.run.name, chosen.runs / config.run.name
-    if not corpus.exists():
-        make_corpus(corpus, half, chosen.rows)
-    byteloom("train", recipe, f"run.root={chosen.runs}", f"data.shards={corpus}")
-    model = trained(run, config)
+    half = load(recipe).model.sequence_length // 2
+    courses = courses_of(recipe, half, chosen.runs)
+    for course in courses:
+        corpus = Path(course.config.data.shards)
+        if not corpus.exists():
+            make_corpus(corpus, half, course)
+        byteloom("train", recipe, *course.overrides)
+    runs = [chosen.runs / course.config.run.name for course in courses]
+    model = trained(runs[-1], courses[-1].config)
     rows = mirrored(np.random.default_rng(FRESH_SEED).integers(256, size=(chosen.fresh, half)))
     right = sum(count_right(model, row) for row in rows)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record.get("step_seconds", 0.0) for record in records)
-    return Result(half, model.parameter_count(), config.train.steps, seconds / 60, right, chosen.fresh * half)
+    steps = [course.config.train.steps for course in courses]
+    scored = sum(
+        count * course.config.train.global_batch * course.config.model.latents
+        for count, course in zip(steps, courses, strict=True)
+    )
+    return Result(half, model.parameter_count(), sum(steps), scored, seconds / 60, right, chosen.fresh * half)
 
 
-def make_corpus(corpus: Path, half: int, count: int) -> None:
-    """A document for each of `count` rows, by way of a tar that `byteloom prepare` reads."""
+def courses_of(recipe: Path, half: int, root: Path) -> list[Course]:
+    """The runs that lead to a recipe, and its own last."""
+    lengths = [half]
+    while lengths[0] > SHORTEST:
+        lengths.insert(0, lengths[0] // 2)
+    name, courses = load(recipe).run.name, []
+    for random in lengths:
+        overrides = [f"run.root={root}"]
+        if courses:
+            overrides += [f"initialize.weights={root / courses[-1].config.run.name}", "initialize.partly=true"]
+        if random < half:
+            rows = min(MOST_ROWS, max(1, SCORED // random))
+            overrides += [
+                f"run.name={name}-from-{random}",
+                f"model.sequence_length={half + random}",
+                f"model.latents={random}",
+                f"model.minimum_crop={half + random}",
+                f"train.steps={STEPS if courses else FIRST_STEPS}",
+                f"train.global_batch={rows}",
+                f"train.micro_batch={rows}",
+            ]
+        corpus = root / "corpora" / load(recipe, overrides).run.name
+        overrides.append(f"data.shards={corpus}")
+        courses.append(Course(load(recipe, overrides), overrides, random))
+    return courses
+
+
+def make_corpus(corpus: Path, half: int, course: Course) -> None:
+    """A document for each row that a run reads, by way of a tar that `byteloom prepare` reads."""
     source = corpus.with_suffix(".tar")
     source.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(SEED)
     with tarfile.open(source, "w") as tar:
-        for number in range(count):
-            row = mirrored(training_half(half, generator)).astype(np.uint8).tobytes()
+        for number in range(course.config.train.steps * course.config.train.global_batch):
+            before = np.zeros(half - course.random, np.int64)
+            copied = mirrored(generator.integers(256, size=course.random))
+            row = np.concatenate([before, copied]).astype(np.uint8).tobytes()
             member = tarfile.TarInfo(f"{number:07}.bin")
             member.size = len(row)
             tar.addfile(member, io.BytesIO(row))
     byteloom("prepare", source, "--out", corpus)
     source.unlink()
-
-
-def training_half(half: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """(half,) bytes of so few values that they tell something of each other."""
-    values = round(FEWEST_VALUES * (256 / FEWEST_VALUES) ** generator.random())
-    return generator.permutation(256)[generator.integers(values, size=half)]
 
 
 def mirrored(half: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -124,13 +174,14 @@ def byteloom(*arguments: object) -> None:
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| random bytes | parameters | steps | minutes | right, of fresh rows | accuracy |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| random bytes | parameters | steps | bytes scored | minutes | right, of fresh rows | accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
         share = f"{r.right:,} of {r.asked:,}"
         lines.append(
-            f"| {r.half:,} | {r.parameters:,} | {r.steps:,} | {r.minutes:.1f} | {share} | {r.right / r.asked:.4%} |"
+            f"| {r.half:,} | {r.parameters:,} | {r.steps:,} | {r.scored / 1e6:.2f} M | {r.minutes:.1f} | {share} "
+            f"| {r.right / r.asked:.4%} |"
         )
     return "\n".join(lines)
 
@@ -138,7 +189,6 @@ def table(results: list[Result]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", type=Path, nargs="*", default=[RECIPE], metavar="RECIPE")
-    parser.add_argument("--rows", type=int, default=20_000, help="of a corpus")
     parser.add_argument("--fresh", type=int, default=64, help="rows that are asked")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and corpora are written")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """How an engine has a model's blocks run: what backward computes again, compiled or not, in float8 or not."""
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 
 from pretrain.engines.engine import CheckpointingConfig, EngineConfig, EngineError
@@ -27,9 +28,7 @@ def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device)
     if config.compile:
         checkpointing = config.activation_checkpointing
         # Read when a block is compiled, in its first pass.
-        torch._functorch.config.activation_memory_budget = (
-            checkpointing.budget if checkpointing.mode == "budget" else 1.0
-        )
+        functorch.activation_memory_budget = checkpointing.budget if checkpointing.mode == "budget" else 1.0
         for unit in model.units():
             unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
 
