@@ -17,7 +17,7 @@ SEED = random.randrange(1_000_000)
 
 @pytest.fixture(scope="module")
 def stand(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stand:
-    return Stand(tmp_path_factory.mktemp("faults"), corpus_folder)
+    return Stand(tmp_path_factory.mktemp("faults"), corpus_folder / "train")
 
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=KINDS)

@@ -122,23 +122,29 @@ def test_a_damaged_export_is_refused(exported: Path, tmp_path: Path):
 def test_a_new_run_begins_with_weights_of_another(
     run: Path, exported: Path, corpus_folder: Path, tmp_path: Path, source: str
 ):
-    """On another corpus, in two other ranks, with an optimizer that begins anew; and goes on without the other run."""
+    """On another corpus, in two other ranks, with an optimizer that begins anew."""
     weights = {"run": run, "checkpoint": newest(run / "checkpoints"), "export": exported}[source]
-    link = tmp_path / "link"
-    link.symlink_to(weights)
-    tree = tree_of(corpus_folder, tmp_path, "new", weights=link)
+    tree = tree_of(corpus_folder, tmp_path, "new", weights=weights)
     tree["data"]["shards"] = str(corpus_folder / "validation")
     tree["engine"]["name"] = "fsdp"
-    tree["train"]["steps"] = 2
+    tree["train"]["steps"] = 1
     said = train(tree, tmp_path, ranks=2)
     assert "begins with the weights of" in said and "not the same" not in said
     begin, after = (journal(path) for path in (tmp_path / "new", run))
     assert begin[0]["step"] == 0
     assert begin[0]["validation/bits_per_byte"] == pytest.approx(after[-1]["validation/bits_per_byte"], rel=1e-6)
-    assert verify(newest(tmp_path / "new/checkpoints")).state["counters"] == {"optimizer_steps": 2}
+    assert verify(newest(tmp_path / "new/checkpoints")).state["counters"] == {"optimizer_steps": 1}
+
+
+def test_a_run_that_has_a_checkpoint_needs_the_other_one_no_more(exported: Path, corpus_folder: Path, tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to(exported)
+    tree = tree_of(corpus_folder, tmp_path, "new", weights=link)
+    tree["train"]["steps"] = 1
+    train(tree, tmp_path)
     link.unlink()
-    tree["train"]["steps"] = 3
-    assert "goes on after step 2" in train(tree, tmp_path, ranks=2)
+    tree["train"]["steps"] = 2
+    assert "goes on after step 1" in train(tree, tmp_path)
 
 
 def test_moments_come_along_for_another_schedule(run: Path, corpus_folder: Path, tmp_path: Path):
