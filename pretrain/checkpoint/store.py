@@ -167,7 +167,7 @@ class CheckpointStore:
             log.info("checkpoint %s", self.folder / name)
         except Exception as error:  # told at once, and raised by `finish`
             self._fault = error
-            log.error("checkpoint of %s: %s", name.replace("-", " "), error)
+            log.error("checkpoint of step %d: %s", step_of(self.folder / name), error)
             return
         try:
             self.prune()
@@ -357,8 +357,14 @@ class CheckpointStore:
         """Removes what a killed process was writing or deleting. For the run's own process, before it loads or saves.
 
         What an older start of the run was about to commit, it cannot commit after this.
+
+        Raises:
+            CheckpointError: the home cannot be read or written.
         """
-        self._home.sweep()
+        try:
+            self._home.sweep()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be swept: {error}") from error
 
     def committed(self) -> list[Location]:
         """The checkpoints there are, oldest first; their content has not been verified."""
