@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launchers import scheduler
+from launchers.cluster import load_cluster
 from launchers.heartbeat import FOLDER, read_beat
 from launchers.local import STOPPED
 from launchers.scheduler import Phase, SchedulerError
-from launchers.supervise import Ending, Plan, heartbeats_of, output_of
+from launchers.supervise import TIME_LIMIT, Ending, Plan, heartbeats_of, output_of
 
 PATIENCE_SECONDS = 5.0
 """Between two questions to a Slurm that does not answer."""
+EARLY_SECONDS = 90.0
+"""So much before its time, and no more, Slurm sends the signal."""
 EXCLUSION_SECONDS = 20.0
 """In which a job that is sent back to the queue is told which nodes it is not to have."""
 
@@ -34,6 +37,7 @@ class Allocation:
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         self.job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]  # one id names all tasks otherwise
         self.nodes: Sequence[str] = expand(environment["SLURM_JOB_NODELIST"])
+        self._signal_seconds = load_cluster(f"{folder}/cluster.yaml", {}).signal_seconds
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 
     def unfit(self) -> str:
@@ -80,7 +84,7 @@ class Allocation:
             return "preempted"
         if fields.get("JobState") in ("RUNNING", "COMPLETING"):
             left = _seconds(fields.get("TimeLimit", "")) - _seconds(fields.get("RunTime", ""))
-            return "the time limit is near" if left < 4 * 60 else "asked by hand"
+            return TIME_LIMIT if left < self._signal_seconds + EARLY_SECONDS else "asked by hand"
         return f"Slurm says {fields.get('JobState', 'nothing')}"
 
     def lost(self, nodes: Sequence[str]) -> list[str]:

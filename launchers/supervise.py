@@ -28,6 +28,8 @@ from launchers.record import Event, Launch, LaunchRecord
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 10.0
 """In which ranks are to say where they are, before they are killed."""
+TIME_LIMIT = "the time limit is near"
+"""Why ranks were asked to stop."""
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class SuperviseConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
     checkpoint_seconds: float = Field(default=1800.0, gt=0)
     """The wait for a checkpoint, and what is left to do at a run's end."""
     attempts: int = Field(default=3, ge=1)
-    """Failures without a newer checkpoint between them, after which nothing is started any more."""
+    """Starts in a row that fail, or meet the time limit, and leave no newer checkpoint; then the run is given up."""
     faults_of_node: int = Field(default=2, ge=1)
     """Failures that began on one node, after which the job is given other nodes."""
 
@@ -178,21 +180,42 @@ class Supervisor:
         if ending.kind == "finished":
             return self._note("finished").event
         if ending.kind == "stopped":
-            reason = f"{ending.reason}: {self.site.why_stopped()}"
-            self._note("stopped", reason)
-            return self._requeue(reason) if self.site.owned() else "stopped"
+            return self._after_a_stop(ending)
         if not self.site.owned():
             return self._tell_of_the_end_from_outside(ending)
         self._note("failed", ending.reason, ending.node)
-        newest = self._newest_checkpoint()
-        in_vain = sum(launch.step == newest for launch in self._failures())
-        if in_vain >= self.plan.supervise.attempts:
-            at = f"from step {newest}" if newest else "from the beginning"
-            return self._give_up(f"{in_vain} starts {at} failed, the last one so: {ending.reason}", ending)
+        if hopeless := self._hopeless():
+            return self._give_up(hopeless, ending)
         if self.site.has_others and ending.node and self._faults(ending.node) >= self.plan.supervise.faults_of_node:
             self._note("excluded", f"{self._faults(ending.node)} failures began on {ending.node}", ending.node)
             return self._requeue(f"without {ending.node}", self._excluded())
         return ""
+
+    def _after_a_stop(self, ending: Ending) -> str:
+        reason = f"{ending.reason}: {self.site.why_stopped()}"
+        self._note("stopped", reason)
+        if not self.site.owned():
+            return "stopped"
+        return self._give_up(hopeless, ending) if (hopeless := self._hopeless()) else self._requeue(reason)
+
+    def _hopeless(self) -> str:
+        """Why nothing is to be started any more; empty while there is hope."""
+        in_vain: list[Launch] = []
+        begun: int | None = None
+        for launch in self._of_job():
+            if launch.event == "started":
+                begun = launch.step
+            elif launch.event in ("failed", "stopped"):
+                if launch.step != begun:
+                    in_vain = []
+                elif launch.event == "failed" or launch.reason.endswith(
+                    TIME_LIMIT
+                ):  # a preemption is not the run's fault
+                    in_vain.append(launch)
+        if len(in_vain) < self.plan.supervise.attempts:
+            return ""
+        at = f"from step {begun}" if begun else "from the beginning"
+        return f"{len(in_vain)} starts {at} were in vain, the last one so: {in_vain[-1].reason}"
 
     def _watch(self, ranks: Ranks) -> Ending:
         """Until the ranks have ended, by themselves or because one of them hangs."""

@@ -101,7 +101,7 @@ def byteloom(
 ) -> subprocess.CompletedProcess[str]:
     """The real command, where it can reach the cluster."""
     done = subprocess.run(
-        [*cluster.inside, BYTELOOM, *map(str, arguments)],
+        [*cluster.inside, "env", f"--chdir={cwd}", BYTELOOM, *map(str, arguments)],  # another host begins in /
         cwd=cwd,
         env={**cluster.environment, **environment(), "SLURM_CONF": cluster.environment["SLURM_CONF"], **(extra or {})},
         capture_output=True,
