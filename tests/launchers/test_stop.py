@@ -27,7 +27,7 @@ def signal_all_many_times(ranks: list[int]) -> None:
 
 
 def test_one_rank_signalled_all_of_them_often_or_while_saving_no_step_is_lost(recipe: Path, tmp_path: Path):
-    run = RunUnderTest(recipe, tmp_path, "two", "launch.processes=2", "checkpoint.every=1", "validation.every=1")
+    run = RunUnderTest(recipe, tmp_path, "two", "launch.processes=2", "checkpoint.every=1")
     for send in (signal_one, signal_all_many_times, while_saving(run)):
         launcher, ranks = start_and_wait(run, steps=2)
         send(ranks)
@@ -37,7 +37,7 @@ def test_one_rank_signalled_all_of_them_often_or_while_saving_no_step_is_lost(re
         verify(run.folder / "checkpoints" / f"step-{run.last_step():08d}")
     run.finish()
 
-    alone = RunUnderTest(recipe, tmp_path, "alone", "validation.every=1")
+    alone = RunUnderTest(recipe, tmp_path, "alone")
     alone.finish()
     assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
     for name in LOSSES:
