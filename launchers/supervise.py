@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fsspec.core import url_to_fs
 from pydantic import BaseModel, Field
 
 from launchers.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
@@ -69,6 +70,8 @@ class Plan:
     """Of the ranks: "module:function"."""
     run: str
     """The run folder."""
+    checkpoints: str
+    """Where its checkpoints lie: a folder, or a URL."""
     processes_per_node: int
     cpus_per_process: int
     gpus_per_node: int
@@ -304,9 +307,14 @@ class Supervisor:
         return (starts[-1].job, starts[-1].restart) == (self.site.job, self._number)
 
     def _newest_checkpoint(self) -> int | None:
-        """The step of it; committed ones alone have such a name."""
-        names = [path.name for path in (self.run / "checkpoints").glob("step-*")]
-        return max((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), default=None)
+        """The step of it. A home that does not answer leaves it as it was recorded last."""
+        try:
+            committed = _committed(self.plan.checkpoints)
+        except Exception as error:  # backends have kinds of errors of their own
+            log.warning("%s cannot be read: %s", self.plan.checkpoints, error)
+            launches = self.record.read()
+            return launches[-1].step if launches else None
+        return max(committed, default=None)
 
     def _evidence(self, reason: str, ending: Ending | None) -> str:
         """The page for a person who has to mend it."""
@@ -378,6 +386,13 @@ class Vigil:
             node,
             rank,
         )
+
+
+def _committed(home: str) -> list[int]:
+    """Steps of the checkpoints there. In a folder committed ones alone have such names; at a URL, they have a marker."""
+    files, root = url_to_fs(home, use_listings_cache=False)
+    found = files.glob(f"{root}/step-*{'/metadata.json' if '://' in home else ''}")
+    return [int(step[1]) for path in found if (step := re.search(r"/step-(\d+)(/metadata\.json)?$", path))]
 
 
 def heartbeats_of(folder: Path, name: str) -> Path:

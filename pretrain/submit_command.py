@@ -10,8 +10,10 @@ from launchers.record import last_submission
 from launchers.submission import Submission
 from launchers.supervise import Plan
 from pretrain import config as configuration
+from pretrain.checkpoint import locate
 from pretrain.config import ConfigError
 from pretrain.console import say
+from pretrain.run_folder import RunFolder
 
 TRAIN_ENTRY = "pretrain.cli:start"
 """What launchers call by name, once a rank."""
@@ -88,9 +90,11 @@ def submit_command(
 
 def plan_of(run: Path, config: configuration.Config, cluster: ClusterConfig) -> Plan:
     """What the supervisor of a run is told."""
+    home = locate(RunFolder(run).checkpoints_in(config.checkpoint.home))
     return Plan(
         entry=TRAIN_ENTRY,
         run=str(run),
+        checkpoints=str(home.resolve() if isinstance(home, Path) else home),
         processes_per_node=cluster.ranks_per_node,
         cpus_per_process=cluster.cpus_per_process,
         gpus_per_node=cluster.gpus_per_node,

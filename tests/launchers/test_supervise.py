@@ -30,6 +30,7 @@ def submission(run: Path, starts: Sequence[dict[str, Any]]) -> Submission:
     plan = Plan(
         entry="tests.launchers.entry:start",
         run=str(run),
+        checkpoints=str(run / "checkpoints"),
         processes_per_node=2,
         cpus_per_process=1,
         gpus_per_node=0,

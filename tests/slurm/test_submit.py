@@ -66,6 +66,7 @@ class Light:
         plan = Plan(
             entry="tests.launchers.entry:start",
             run=str(run),
+            checkpoints=str(run / "checkpoints"),
             processes_per_node=preset.ranks_per_node,
             cpus_per_process=1,
             gpus_per_node=preset.gpus_per_node,
