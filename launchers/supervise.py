@@ -389,7 +389,7 @@ class Vigil:
 
 
 def _committed(home: str) -> list[int]:
-    """Steps of the checkpoints there. In a folder committed ones alone have such names; at a URL, they have a marker."""
+    """Steps of the checkpoints there. In a folder only committed ones have such names, at a URL they have a marker."""
     files, root = url_to_fs(home, use_listings_cache=False)
     found = files.glob(f"{root}/step-*{'/metadata.json' if '://' in home else ''}")
     return [int(step[1]) for path in found if (step := re.search(r"/step-(\d+)(/metadata\.json)?$", path))]
