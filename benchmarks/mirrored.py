@@ -40,7 +40,7 @@ RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-2048.yaml"
 SEED, FRESH_SEED = 0, 1
 SHORTEST = 32
 """Random bytes before the middle in the first of several runs."""
-FIRST_STEPS, STEPS = 300, 100
+FIRST_STEPS, STEPS = 250, 100
 """Of the first, and of the others up to the recipe's own."""
 SCORED, MOST_ROWS = 8192, 64
 """Bytes that a step scores, in at most so many rows."""

@@ -183,9 +183,9 @@ def test_preemption(cluster: Cluster, shared: Path, reference: Path, report: Rep
 
 
 def test_two_time_limits(cluster: Cluster, shared: Path, report: Report):
-    slow = ("validation.every=1", "supervise.attempts=1")
-    byteloom(cluster, shared, "train", "recipe.yaml", "run.name=slow", "launch.processes=4", *slow)
-    run = submit(cluster, shared, "limited", *slow, "--time=1", f"--cluster={quick_preset(shared)}")
+    slow = "validation.every=1"
+    byteloom(cluster, shared, "train", "recipe.yaml", "run.name=slow", "launch.processes=4", slow)
+    run = submit(cluster, shared, "limited", slow, "--time=2", f"--cluster={quick_preset(shared)}")
     run.wait_for("requeued", 2)
     run.wait_for("finished")
     stops = [launch for launch in run.launches() if launch.event == "stopped"]
