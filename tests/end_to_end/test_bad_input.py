@@ -118,7 +118,11 @@ def test_a_recipe_that_cannot_run_leaves_no_run(byteloom: Run, recipe: Path, ove
 
 
 def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Path):
-    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "train.log"}
+    before = {
+        path: path.read_bytes()
+        for path in trained.rglob("*")
+        if path.is_file() and path.name not in ("train.log", ".lock")
+    }
     message = refused(byteloom, "train", recipe, "model.local_model.width=32")
     assert "runs/run is of another model (model.local_model.width: 16 -> 32); choose another run.name" in message
     assert {path: path.read_bytes() for path in before} == before
