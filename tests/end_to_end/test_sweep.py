@@ -35,6 +35,6 @@ def test_runs_of_a_sweep_are_trained_one_after_the_other(byteloom: Run, recipe: 
     names = [line.partition(": ")[2] for line in swept.stderr.splitlines() if " of 2: " in line]
     assert len(names) == 2
     assert f"{names[0]}: finished at step 4" in swept.stderr
-    assert "error: nowhere/manifest.json cannot be read: there is no such file" in swept.stderr
+    assert "error: no corpus at nowhere: there is no such folder" in swept.stderr
     assert f"error: {names[1]} failed; the same command goes on with it" in swept.stderr
     assert swept.returncode == 1
