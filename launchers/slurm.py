@@ -183,7 +183,7 @@ def srun_command(plan: Plan, folder: Path, nodes: int, name: str) -> list[str]:
     """Starts one task a rank on all nodes of the job; all are ended when one has failed."""
     ranks = nodes * plan.processes_per_node
     # Every rank sees its node's GPUs and takes the one of its local rank, so that they can copy to each other.
-    gpus = [f"--gpus-per-node={plan.gpus_per_node}", "--gpu-bind=none"] if plan.gpus_per_node else []
+    gpus = [f"--gpus-per-node={plan.gpus_per_node}"] if plan.gpus_per_node else []
     return [
         "srun",
         f"--job-name={name}",

@@ -355,8 +355,9 @@ class Stand:
         else:
             if kind == DURING_LOAD:
                 self.kill(way, name, drawn_trap("after rename", way.ranks, draw), draw.choice(GRACES))
-            trap = drawn_trap(kind, way.ranks, draw)
-            self.kill(then if kind == DURING_LOAD else way, name, trap, draw.choice(GRACES))
+            killed = then if kind == DURING_LOAD else way
+            trap = drawn_trap(kind, killed.ranks, draw)
+            self.kill(killed, name, trap, draw.choice(GRACES))
             told = str(trap)
         went_on_from = self.goes_on(then, name, reference, bit_for_bit=then == way)
         shutil.rmtree(self.run(name).path)

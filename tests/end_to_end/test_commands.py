@@ -93,8 +93,8 @@ def forge(checkpoint: Path, **reading: object) -> None:
     path = checkpoint / "metadata.json"
     metadata = json.loads(path.read_text())
     metadata["state"]["reading"].update(reading)
-    del metadata["sha256"]
-    metadata["sha256"] = digest_of(metadata)
+    del metadata["blake3"]
+    metadata["blake3"] = digest_of(json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode())
     path.write_text(json.dumps(metadata))
 
 
