@@ -11,6 +11,7 @@ some collective and cannot even be asked. When the launcher dies, they notice an
 import importlib
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -62,7 +63,7 @@ def run_processes(entry: str, recipe: Path, count: int, log_of: Callable[[int], 
         entry: as of `run_in_process`.
         log_of: where a rank keeps its log, for people.
     """
-    port = _free_port()
+    port = free_port()
     requests: list[signal.Signals] = []
     ranks: list[_Rank] = []
     with _listening(requests):
@@ -199,10 +200,17 @@ def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     return threads | os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """One of this machine for ranks to meet at; another one at each start, so that nobody is met there who
+    belongs to an earlier one. Below those that Linux gives to connections."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+        return port
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.heartbeat import FOLDER
-from launchers.local import STOPPED, rank_environment
-from launchers.slurm import free_port, last_error
+from launchers.local import STOPPED, free_port, rank_environment
+from launchers.slurm import last_error
 from launchers.supervise import Ending, Plan, heartbeats_of, output_of
 
 

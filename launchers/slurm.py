@@ -1,10 +1,8 @@
 """The nodes of a Slurm job, for the supervisor on the first of them: ranks are tasks of `srun`, one step a start."""
 
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 from launchers import scheduler
 from launchers.cluster import load_cluster
 from launchers.heartbeat import FOLDER, read_beat
-from launchers.local import STOPPED
+from launchers.local import STOPPED, free_port
 from launchers.scheduler import Phase, SchedulerError
 from launchers.supervise import TIME_LIMIT, Ending, Plan, heartbeats_of, output_of
 
@@ -198,19 +196,6 @@ def srun_command(plan: Plan, folder: Path, nodes: int, name: str) -> list[str]:
         "--open-mode=append",
         *(sys.executable, "-P", "-m", "launchers.rank", plan.entry, f"{folder}/config.yaml"),
     ]
-
-
-def free_port() -> int:
-    """One of this node, the first one, for ranks to meet at; another one at each start, so that nobody is met there who
-    belongs to an earlier one. Below those that Linux gives to connections."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as listener:
-            try:
-                listener.bind(("", port))
-            except OSError:
-                continue
-        return port
 
 
 def expand(nodes: str) -> list[str]:

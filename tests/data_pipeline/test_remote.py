@@ -16,7 +16,6 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.repair import repair
@@ -26,6 +25,7 @@ from data_pipeline.stream import ByteStream, PackingConfig
 from data_pipeline.verify import verify
 from tests.data_pipeline.corpora import damage_block, flip, write_corpus
 from tests.data_pipeline.faulty_server import FAULTS, FaultyServer
+from tests.s3 import s3_server
 
 FAST = RemoteConfig(attempts=4, backoff_seconds=0.001, timeout_seconds=0.2)
 PATIENT = FAST.model_copy(update={"attempts": 30})
@@ -377,21 +377,10 @@ def test_repair_from_a_bad_mirror(server: FaultyServer, local: Corpus, tmp_path:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket() -> Iterator[str]:
     """The URL of an empty bucket on a local S3 server."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="corpora")
-    yield "s3://corpora/mail"
-    server.stop()
+    with s3_server("corpora"):
+        yield "s3://corpora/mail"
 
 
 def upload(folder: Path) -> None:

@@ -40,6 +40,16 @@ def start_and_wait(run: RunUnderTest, steps: int) -> tuple[subprocess.Popen[str]
     return launcher, ranks_of(launcher)
 
 
+def assert_trained_as_one_process(run: RunUnderTest, recipe: Path, folder: Path) -> None:
+    """It has every step once, with the losses of one process."""
+    alone = RunUnderTest(recipe, folder, "alone")
+    alone.finish()
+    assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
+    for name in LOSSES:
+        told = [numbers[name] for _, numbers in run.numbers() if name in numbers]
+        assert told == pytest.approx([numbers[name] for _, numbers in alone.numbers() if name in numbers], rel=1e-5)
+
+
 def test_whatever_ends_them_three_ranks_go_on_and_train_as_one_process_does(recipe: Path, tmp_path: Path):
     run = RunUnderTest(recipe, tmp_path, "three", "launch.processes=3")
 
@@ -63,12 +73,7 @@ def test_whatever_ends_them_three_ranks_go_on_and_train_as_one_process_does(reci
     assert not any(map(lives, ranks))
 
     assert "goes on after step" in run.finish()
-    alone = RunUnderTest(recipe, tmp_path, "alone")
-    alone.finish()
-    assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
-    for name in LOSSES:
-        told = [numbers[name] for _, numbers in run.numbers() if name in numbers]
-        assert told == pytest.approx([numbers[name] for _, numbers in alone.numbers() if name in numbers], rel=1e-5)
+    assert_trained_as_one_process(run, recipe, tmp_path)
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(recipe: Path, tmp_path: Path):

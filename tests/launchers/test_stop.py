@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from pretrain.checkpoint import verify
 from tests.end_to_end.test_resume import STEPS, RunUnderTest
-from tests.launchers.test_local import LOSSES, start_and_wait
+from tests.launchers.test_local import assert_trained_as_one_process, start_and_wait
 
 USR2_CODE = 128 + signal.SIGUSR2
 
@@ -37,12 +35,7 @@ def test_one_rank_signalled_all_of_them_often_or_while_saving_no_step_is_lost(re
         verify(run.folder / "checkpoints" / f"step-{run.last_step():08d}")
     run.finish()
 
-    alone = RunUnderTest(recipe, tmp_path, "alone")
-    alone.finish()
-    assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
-    for name in LOSSES:
-        told = [numbers[name] for _, numbers in run.numbers() if name in numbers]
-        assert told == pytest.approx([numbers[name] for _, numbers in alone.numbers() if name in numbers], rel=1e-5)
+    assert_trained_as_one_process(run, recipe, tmp_path)
 
 
 def while_saving(run: RunUnderTest) -> Callable[[list[int]], None]:

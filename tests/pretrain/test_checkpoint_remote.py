@@ -8,7 +8,6 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Url, home, read, read_metadata, verify
@@ -16,6 +15,7 @@ from pretrain.checkpoint.home import Bucket
 from pretrain.cli import app
 from pretrain.fence import Fence, FencedError
 from pretrain.fragments import Fragment, whole
+from tests.s3 import s3_server
 
 SERVER = "checkpoints"
 
@@ -23,20 +23,8 @@ SERVER = "checkpoints"
 @pytest.fixture(scope="module")
 def server() -> Iterator[None]:
     """A local S3 server with a bucket."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket=SERVER)
+    with s3_server(SERVER):
         yield
-    server.stop()
 
 
 @pytest.fixture
