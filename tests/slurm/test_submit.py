@@ -16,7 +16,7 @@ from launchers.submission import Submission
 from launchers.supervise import Plan, SuperviseConfig
 from tests.end_to_end.test_tracking import delivered, journal
 from tests.slurm.cluster import Cluster, running_cluster, wait_until
-from tests.slurm.submitted import SubmittedRun, assert_trained_as, byteloom, write_recipe
+from tests.slurm.submitted import SAME, SubmittedRun, assert_trained_as, byteloom, write_recipe
 
 TWO_BY_TWO = ("--nodes=2", "--processes-per-node=2", "--cpus-per-process=1", "--partition=low", "--time=120")
 
@@ -54,7 +54,14 @@ def test_preempted_and_killed_it_goes_on_as_if_nothing_had_been(cluster: Cluster
     assert_trained_as(run.folder, tmp_path / "runs/reference", relative=1e-4)
     mlflow_run, metrics = delivered(f"sqlite:///{tmp_path}/runs/mlflow.db")
     assert mlflow_run.info.status == "FINISHED"
-    assert metrics == journal(run.folder)
+    # Steps that were computed again after the kill took another time, which MLflow is not told.
+    again = journal(run.folder)
+    assert _steps(metrics) == _steps(again)
+    assert [metrics[name] for name in SAME] == [again[name] for name in SAME]
+
+
+def _steps(metrics: dict[str, list[tuple[int, float]]]) -> dict[str, list[int]]:
+    return {name: [step for step, _ in pairs] for name, pairs in metrics.items()}
 
 
 class Light:
@@ -124,7 +131,8 @@ def test_an_elastic_job_takes_the_nodes_there_are_at_each_start(cluster: Cluster
     assert stopped.reason == "SIGUSR2: asked by hand"
     outputs = sorted((tmp_path / "run/jobs/001/ranks").iterdir())
     assert len(outputs) == 8
-    assert all(set(path.read_text().splitlines()) == {"GPUs 0,1"} for path in outputs)
+    told = [{line for line in path.read_text().splitlines() if line.startswith("GPUs")} for path in outputs]
+    assert told == [{"GPUs 0,1"}] * 8
 
 
 def test_nodes_that_cannot_train_are_named_in_a_line(cluster: Cluster, light: type[Light], tmp_path: Path):
