@@ -9,7 +9,9 @@ all that was written earlier is put on disk, and what it wrote is deleted after 
     bare              torch.save of the same tensors to a file, which nobody waits for to be on disk
     plain copy        of one file of the same bytes, then fsync
     write             `save` of a checkpoint
-    sync, async       what the loop waits for: `save`, which deletes the one before; or `begin`, with the rest behind it
+    sync, async       what the loop waits for: `save`, which deletes the one before; or `begin`, and after the passes of
+                      a step on one row of 1,024 bytes, what is left of the copy
+    copy              the whole copy, which a loop without passes would wait for
     load              every digest compared, and copied to live tensors; files are in the page cache, as for the copy
     DCP               torch.distributed.checkpoint with fsync; nothing in it is digested
 
@@ -50,7 +52,7 @@ from pretrain.checkpoint.format import (
 )
 from pretrain.checkpoint.home import Folder
 from pretrain.fragments import Fragment, whole
-from pretrain.models import build_model, model_config
+from pretrain.models import ByteModel, build_model, model_config
 from report import Metric, options, report
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
@@ -65,20 +67,19 @@ def main() -> None:
     report("Checkpoints", metrics, chosen.json)
 
 
-def shapes_of(width: int, layers: int) -> dict[str, torch.Size]:
+def model_of(width: int, layers: int) -> ByteModel:
+    """On the meta device."""
     config = {"family": "transformer", "sequence_length": 1024, "width": width, "layers": layers, "heads": width // 64}
     with torch.device("meta"):
-        model = build_model(model_config(config))
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+        return build_model(model_config(config))
 
 
 def io_metrics(quick: bool) -> list[Metric]:
-    shapes = shapes_of(512, 6) if quick else shapes_of(768, 12)
-    tensors = {f"{kind}/{name}": torch.randn(shape) for kind in KINDS for name, shape in shapes.items()}
-    fragments = [whole(name, tensor) for name, tensor in tensors.items()]
-    size = 4 * sum(tensor.numel() for tensor in tensors.values())
+    model = (model_of(512, 6) if quick else model_of(768, 12)).to_empty(device="cpu")
     with tempfile.TemporaryDirectory(dir=".", prefix="checkpoint-benchmark-") as folder:
-        seconds = Bench(Path(folder), tensors, fragments).rounds(QUICK_ROUNDS if quick else ROUNDS)
+        bench = Bench(Path(folder), model)
+        seconds = bench.rounds(QUICK_ROUNDS if quick else ROUNDS)
+    size = 4 * sum(tensor.numel() for tensor in bench.tensors.values())
     speed = {name: size / 2**20 / statistics.median(times) for name, times in seconds.items()}
 
     def share(name: str, of: str, title: str, goal: float | None = None, better: str = "lower") -> Metric:
@@ -92,6 +93,7 @@ def io_metrics(quick: bool) -> list[Metric]:
         share("sync", "bare", "sync: stall of the loop"),
         share("async", "bare", "async: stall of the loop"),
         share("async", "sync", "async: stall of the loop", STALL_GOAL),
+        share("copy", "sync", "async: stall of a loop without passes"),
         share("write", "plain copy", "write", WRITE_GOAL, "higher"),
         share("load", "plain copy", "load, verified", LOAD_GOAL, "higher"),
         share("load", "plain read", "load, verified", None, "higher"),
@@ -110,12 +112,17 @@ def io_metrics(quick: bool) -> list[Metric]:
 
 
 class Bench:
-    """Ways to write and read the same tensors, which take turns."""
+    """Ways to write and read the masters and moments of a model, which take turns."""
 
-    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], fragments: list[Fragment]) -> None:
+    def __init__(self, folder: Path, model: ByteModel) -> None:
         self.folder = folder
-        self.tensors = tensors
-        self.fragments = fragments
+        self.model = model
+        self.tensors = tensors = {
+            f"{kind}/{name}": parameter.data.normal_(std=0.02) if kind == "model" else torch.randn(parameter.shape)
+            for kind in KINDS
+            for name, parameter in model.named_parameters()
+        }
+        self.fragments = fragments = [whole(name, tensor) for name, tensor in tensors.items()]
         self.store = CheckpointStore(folder / "home", keep=1)
         self.all = CheckpointStore(folder / "all", keep=None)
         self.step = 0
@@ -134,6 +141,7 @@ class Bench:
             "write": lambda: self.timed(lambda: self.all.save(1, self.fragments, {})),
             "sync": lambda: self.timed(self.save),
             "async": self.stall,
+            "copy": self.copy,
             "plain read": lambda: self.timed(self.plain_read),
             "load": lambda: self.timed(lambda: self.kept.load(lambda metadata: self.fragments)),
             "DCP save": lambda: self.timed(self.dcp_save),
@@ -179,6 +187,17 @@ class Bench:
 
     def stall(self) -> float:
         seconds = self.timed(self.begin)
+        self.passes()
+        seconds += self.timed(self.store.wait_for_copy)
+        self.store.finish()
+        return seconds
+
+    def passes(self) -> None:
+        self.model.zero_grad()
+        self.model(torch.randint(256, (1, self.model.sequence_length))).mean().backward()
+
+    def copy(self) -> float:
+        seconds = self.timed(self.begin) + self.timed(self.store.wait_for_copy)
         self.store.finish()
         return seconds
 
@@ -220,7 +239,8 @@ def digest_metrics() -> list[Metric]:
 
 
 def planning_metrics(quick: bool) -> list[Metric]:
-    shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in shapes_of(4096, 32).items()}
+    parameters = dict(model_of(4096, 32).named_parameters())
+    shapes = {f"{kind}/{name}": parameter.shape for kind in KINDS for name, parameter in parameters.items()}
     metrics = []
     for ranks in RANKS:
         metrics += plan_with(ranks, shapes)

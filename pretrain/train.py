@@ -350,7 +350,12 @@ class Run:
         if not self.reading.goes_on:
             self.engine.forget()
         try:
-            return self.engine.train_step(batch.micro_batches, step=self.step, learning_rate=learning_rate)
+            return self.engine.train_step(
+                batch.micro_batches,
+                step=self.step,
+                learning_rate=learning_rate,
+                before_update=self.store.wait_for_copy,
+            )
         except NonFiniteError as error:
             raise TrainingError(
                 f"step {self.step + 1}, sequences {self.reading.record.next_sequence} to {batch.next_sequence - 1}: "

@@ -143,18 +143,24 @@ def fill(fragments: Sequence[Fragment], values: Tensor) -> None:
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies flat tensors to others; those in the host's memory in a few threads, which a loop waits for."""
+    """Copies flat tensors to others; those in the host's memory in a few threads, others beside what a GPU computes."""
     here: list[tuple[Tensor, Tensor]] = []
+    streams: dict[torch.device, torch.cuda.Stream] = {}
     for target, source in zip(targets, sources, strict=True):
-        if target.is_cuda or source.is_cuda:
-            target.copy_(source, non_blocking=True)
-        else:
+        device = target.device if target.is_cuda else source.device
+        if device.type != "cuda":
             here += zip(target.split(COPY_ELEMENTS), source.split(COPY_ELEMENTS), strict=True)
+            continue
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)
+            streams[device].wait_stream(torch.cuda.default_stream(device))
+        with torch.cuda.stream(streams[device]):
+            target.copy_(source, non_blocking=True)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for _ in pool.map(lambda part: np.copyto(part[0].numpy(), part[1].numpy()), here):
             pass
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    for stream in streams.values():
+        stream.synchronize()
 
 
 def host_buffer(length: int) -> Tensor:

@@ -6,14 +6,15 @@
     newest checkpoint ─▶ staging buffer ─▶ all ranks found it valid ─▶ fragments
       or the one before      digests          or they go on with the one before
 
-The loop waits for the copy alone. What follows is done by a thread of each rank, and the threads talk by a process
-group of their own.
+The loop goes on at once. Its next passes change nothing of what is copied, and its next update waits for the copy. What
+follows is done by a thread of each rank, and the threads talk by a process group of their own.
 """
 
 import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +92,9 @@ class CheckpointStore:
         self._world = world.beside()
         self._fence = fence
         self._staged = torch.empty(0)
+        self._stager = ThreadPoolExecutor(1, "stager")
+        self._staging: Future[Tensor] | None = None
+        """The copy of the save under way."""
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
         self._owned: Owned | None = None
@@ -121,17 +125,23 @@ class CheckpointStore:
         return self.path(step)
 
     def begin(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> None:
-        """As `save`, but returns when the fragments are copied. Waits for the save before to end first.
+        """As `save`, but returns at once; fragments must stay as they are until `wait_for_copy` has returned.
+
+        Waits for the save before to end first.
 
         Raises:
             CheckpointError: the save before failed; this one has not begun.
         """
         self.finish()
-        values = self._stage(fragments)
-        owned = owned_ranges(fragments)
-        arguments = (self.path(step).name, values, owned, state)
+        self._staging = self._stager.submit(self._stage, fragments)
+        arguments = (self.path(step).name, self._staging, owned_ranges(fragments), state)
         self._thread = threading.Thread(target=self._write_behind, args=arguments, daemon=True)
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Returns when the fragments of the save under way may change, if there is one."""
+        if self._staging is not None:
+            wait([self._staging])
 
     def finish(self) -> None:
         """Waits for the save under way, if there is one.
@@ -142,7 +152,7 @@ class CheckpointStore:
         if self._thread is None:
             return
         self._thread.join()
-        fault, self._thread, self._fault = self._fault, None, None
+        fault, self._thread, self._fault, self._staging = self._fault, None, None, None
         if fault is not None:
             raise CheckpointError(f"no checkpoint could be written: {fault}") from fault
 
@@ -161,9 +171,9 @@ class CheckpointStore:
             self._staged = torch.empty(length, pin_memory=True) if on_cuda else host_buffer(length)
         return self._staged
 
-    def _write_behind(self, name: str, values: Tensor, owned: Owned, state: dict[str, Any]) -> None:
+    def _write_behind(self, name: str, staging: Future[Tensor], owned: Owned, state: dict[str, Any]) -> None:
         try:
-            self._write(name, values, owned, state)
+            self._write(name, staging, owned, state)
             log.info("checkpoint %s", self.folder / name)
         except Exception as error:  # told at once, and raised by `finish`
             self._fault = error
@@ -174,12 +184,12 @@ class CheckpointStore:
         except Exception as error:
             log.warning("old checkpoints could not be deleted: %s", error)
 
-    def _write(self, name: str, values: Tensor, owned: Owned, state: dict[str, Any]) -> None:
+    def _write(self, name: str, staging: Future[Tensor], owned: Owned, state: dict[str, Any]) -> None:
         world = self._world
         self._plan(owned)
         draft = world.on_first(lambda: self._begin(name))
         try:
-            of_ranks = world.gather(self._tried(draft, values))
+            of_ranks = world.gather(self._tried(draft, staging))
             for rank, told in enumerate(of_ranks):
                 if "fault" in told:
                     raise WorldError(f"rank {rank}: {told['fault']}")
@@ -214,11 +224,11 @@ class CheckpointStore:
                 return self._home.begin(name)
             raise
 
-    def _tried(self, draft: str, values: Tensor) -> dict[str, Any]:
+    def _tried(self, draft: str, staging: Future[Tensor]) -> dict[str, Any]:
         """The file that this rank wrote, or why it could not, as JSON."""
         try:
             self._fence()
-            return {"file": self._create(draft, f"rank-{self._world.rank:05d}.bin", bytes_of(values))}
+            return {"file": self._create(draft, f"rank-{self._world.rank:05d}.bin", bytes_of(staging.result()))}
         except Exception as error:
             return {"fault": str(error)}
 

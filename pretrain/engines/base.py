@@ -10,7 +10,7 @@ Engines differ in how they hold parameters, in the backward pass and in the upda
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.host_memory import keep_freed_memory
 from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
@@ -47,6 +48,8 @@ class BaseEngine(ABC):
         micro_batch: int,
     ) -> None:
         self.device = choose_device(config.device, world.local_rank)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = compute_dtype(config.precision)
         self.model = model
         self._seed = seed
@@ -120,7 +123,14 @@ class BaseEngine(ABC):
             raise
         self._drop_gradient()
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
         own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
         counted = time.perf_counter()
@@ -142,6 +152,7 @@ class BaseEngine(ABC):
         for number in range(len(micro_batches) + 1, self._passes + 1):
             self._idle_pass(last=number == self._passes)
         passed = self._clock.mark()
+        before_update()
         norm = self._update(learning_rate)
         updated = self._clock.mark()
         own = RankStep(

@@ -1,6 +1,6 @@
 """The contract of every engine: it owns device, precision, sharding, accumulation and the optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
@@ -169,12 +169,21 @@ class Engine(Protocol):
             EngineError: there is too little memory.
         """
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """One optimizer step on this rank's micro-batches of the global batch.
 
         The gradient is that of the batch's nats divided by its target bytes, both counted over all ranks. What the
         model carries from each row goes to the same row of the next step.
 
+        Args:
+            before_update: called after the passes. Before it, no fragment changes.
         Raises:
             NonFiniteError: before any parameter is changed; on all ranks.
         """

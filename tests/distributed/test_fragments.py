@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.checkpoint import CheckpointStore
 from pretrain.engines import Engine, NonFiniteError
 from pretrain.world import World
 from tests.distributed.parity import build, load, losses, micro_batches, save
@@ -47,6 +48,25 @@ def poisoned_step_changes_nothing(it: Engine, world: World) -> bool:
     return same and it.counters() == counters
 
 
+def passes_change_nothing(it: Engine, world: World, folder: Path) -> bool:
+    """Whether fragments stay as they are until the update; of a save beside the passes, which is left in a folder."""
+    store = CheckpointStore(folder, keep=1, world=world)
+    owned = it.owned_fragments()
+    before = [fragment.data.clone() for fragment in owned]
+    same = []
+
+    def look() -> None:
+        store.wait_for_copy()
+        same.extend(torch.equal(values, fragment.data) for values, fragment in zip(before, owned, strict=True))
+
+    store.begin(len(BEFORE), owned, {"counters": it.counters()})
+    step = len(BEFORE)
+    it.train_step(micro_batches(step, world), step=step, learning_rate=1e-3, before_update=look)
+    changed = [not torch.equal(values, fragment.data) for values, fragment in zip(before, owned, strict=True)]
+    store.finish()
+    return all(same) and any(changed)
+
+
 def on_one_rank(world: World, folder: Path) -> dict[str, Any]:
     """Of every engine: what it owns, losses with and without a checkpoint between, what a bad gradient did."""
     told = {}
@@ -54,14 +74,16 @@ def on_one_rank(world: World, folder: Path) -> dict[str, Any]:
         it = build(FAMILY, world, **engine)
         it.rehearse(2)
         losses(it, BEFORE, world)
-        save(it, folder / name, len(BEFORE), world)
+        stayed = passes_change_nothing(it, world, folder / name)
+        load(it, folder / name)
         owned = [(f.name, f.shape, f.start, len(f.data)) for f in it.owned_fragments()]
         unchanged = poisoned_step_changes_nothing(it, world)
         went_on = losses(it, AFTER, world)
         from_alone = losses(load(build(FAMILY, world, **engine), folder / "alone"), AFTER, world)
         scored = it.nats(micro_batches(0)[0].rows.bytes.astype("int64")).tolist()
         told[name] = {
-            "owned": owned, "unchanged": unchanged, "went_on": went_on, "from_alone": from_alone, "scored": scored
+            "owned": owned, "stayed": stayed, "unchanged": unchanged, "went_on": went_on, "from_alone": from_alone,
+            "scored": scored,
         }  # fmt: skip
     return told
 
@@ -97,6 +119,11 @@ def test_owned_fragments_are_every_element_once(of_ranks: list[dict[str, Any]], 
         ends = [0, *(end for _, end in sorted(parts))]
         assert [start for start, _ in sorted(parts)] == ends[:-1]
         assert ends[-1] == math.prod(shape)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_passes_beside_a_save_change_nothing_of_what_it_copies(of_ranks: list[dict[str, Any]], name: str):
+    assert all(of_rank[name]["stayed"] for of_rank in of_ranks)
 
 
 def tolerance(name: str) -> float:

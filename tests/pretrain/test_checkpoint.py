@@ -253,6 +253,7 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(store: CheckpointSt
     live = tensors()
     for step in (1, 2):
         store.begin(step, fragments(live), {"step": step})
+        store.wait_for_copy()
         for tensor in live.values():
             tensor.add_(1)
     store.finish()
