@@ -52,7 +52,10 @@ class Way:
         return f"{self.engine} of {self.ranks}"
 
 
-WAYS = tuple(Way(*way) for way in itertools.product(("ddp", "fsdp", "zero1", "zero2", "zero3"), (2, 3)))
+WAYS = (
+    *(Way(*way) for way in itertools.product(("ddp", "fsdp", "zero1", "zero2", "zero3"), (2, 3))),
+    Way("hsdp", 4),
+)
 
 
 Do = Callable[[], None]
@@ -243,7 +246,7 @@ class Stand:
         tree["data"]["lanes"] = tree["train"]["global_batch"]
         tree["train"] |= {"steps": STEPS, "micro_batch": 2}
         tree["validation"] = {"shards": None}
-        tree["engine"]["name"] = way.engine
+        tree["engine"] |= {"name": way.engine, "shards": 2 if way.engine == "hsdp" else None}
         tree["checkpoint"] = {"every": EVERY, "keep": KEEP}
         path = self.folder / f"{name}-{way.engine}-{way.ranks}.yaml"
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
