@@ -53,18 +53,10 @@ def submit_commands(
     is_new = not folder.exists()
     executor = SlurmExecutor(folder)
     executor.update_parameters(
+        **cluster.as_submitit(),
         job_name=name,
-        partition=cluster.partition,
-        account=cluster.account,
-        qos=cluster.qos,
-        constraint=cluster.constraint,
-        time=cluster.time,
-        mem=cluster.memory,
-        wckey=None,
         dependency=f"afterany:{after}" if after else None,
         cpus_per_task=cluster.cpus_per_process,
-        signal_delay_s=cluster.signal_seconds,
-        stderr_to_stdout=True,
         array_parallelism=parallel,
         # srun of Slurm 22.05 to 23.02 does not take the processors from sbatch, and each start begins its log anew.
         srun_args=[f"--cpus-per-task={cluster.cpus_per_process}", "--open-mode=append"],

@@ -58,6 +58,20 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     def least_nodes(self) -> int:
         return int(self.nodes.partition("-")[0])
 
+    def as_submitit(self) -> dict[str, Any]:
+        """What submitit is to ask Slurm for, whatever the job runs and on however many nodes."""
+        return {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "mem": self.memory,
+            "time": self.time,  # submitit's own default is five minutes; None is the partition's
+            "signal_delay_s": self.signal_seconds,
+            "stderr_to_stdout": True,
+            "wckey": None,
+        }
+
 
 def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
     """A preset, with options of the command laid over it; those that are None were not given.

@@ -11,8 +11,15 @@ from types import FrameType
 
 from launchers.heartbeat import FOLDER
 from launchers.local import STOPPED, free_port, rank_environment
+from launchers.record import Launch
 from launchers.slurm import last_error
 from launchers.supervise import Ending, Plan, heartbeats_of, output_of
+
+
+def is_running(last: Launch) -> bool:
+    """Whether the supervisor of a run in the background is a process of this machine, by the run's last event."""
+    elsewhere = bool(last.nodes) and platform.node() not in last.nodes
+    return not last.ends_background and not elsewhere and Path(f"/proc/{last.job}").exists()
 
 
 class Machine:

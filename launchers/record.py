@@ -45,6 +45,11 @@ class Launch:
     faulty: str = ""
     """The node to blame, where one is."""
 
+    @property
+    def ends_background(self) -> bool:
+        """Whether a run in the background of a machine is over with this."""
+        return self.event in ("finished", "gave_up", "stopped")
+
 
 class LaunchRecord:
     """The record of one run. Lines are short, and appended whole: several processes may write."""

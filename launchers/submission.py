@@ -34,7 +34,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers import scheduler
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
-from launchers.machine import Machine
+from launchers.machine import Machine, is_running
 from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
 from launchers.slurm import Allocation, srun_command
@@ -112,8 +112,7 @@ class Submission:
         job = launches[-1].job
         earlier = last_submission(self.run)
         if earlier and load_cluster(str(earlier / "cluster.yaml"), {}).scheduler == "local":
-            lives = launches[-1].event not in ("finished", "gave_up", "stopped") and Path(f"/proc/{job}").exists()
-            state = "running"
+            lives, state = is_running(launches[-1]), "running"
         else:
             try:
                 phase = scheduler.job(job).phase
@@ -166,24 +165,13 @@ class Submission:
             folder: the submission's, in a word of shell.
         """
         cluster = self.cluster
-        asked = {
-            name: getattr(cluster, name)
-            for name in ("partition", "account", "qos", "constraint")
-            if getattr(cluster, name)
-        }
-        more: dict[str, Any] = {"nodes": cluster.nodes, "requeue": True, "output": "/dev/null"}
-        more |= {"mem": cluster.memory} if cluster.memory else {}
         return {
-            **asked,
+            **cluster.as_submitit(),
             "job_name": self.run.name,
             "nodes": cluster.least_nodes,
             # Of one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
             "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_process,
             "gpus_per_node": cluster.gpus_per_node or None,
-            "signal_delay_s": cluster.signal_seconds,
-            "stderr_to_stdout": True,
-            "wckey": None,
-            "time": cluster.time,  # submitit's own default is five minutes; None is the partition's
             "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
             "setup": [
                 f"folder={folder}",
@@ -196,7 +184,7 @@ class Submission:
                 'export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
                 f"unset {OF_ANOTHER_LAUNCHER}",
             ],
-            "additional_parameters": {**more, **cluster.sbatch},
+            "additional_parameters": {"nodes": cluster.nodes, "requeue": True, "output": "/dev/null", **cluster.sbatch},
         }
 
 

@@ -26,6 +26,7 @@ from pretrain.console import printable, say
 from pretrain.exports import export, is_export
 from pretrain.progress import size
 from pretrain.run_folder import RunFolder
+from pretrain.run_status import check_run
 from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
@@ -123,6 +124,7 @@ def prune_command(
     ] = None,
 ) -> None:
     """Delete old checkpoints of a run that nobody trains now. Only valid ones count among those that stay."""
+    check_run(run)
     with RunFolder(run).locked():
         store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
         for path in store.prune():

@@ -18,6 +18,7 @@ from data_pipeline.shards import Corpus
 from pretrain.checkpoint.format import digest_of
 from pretrain.cli import app
 from pretrain.config import load
+from pretrain.run_folder import RunFolderError
 from pretrain.words import count_words
 from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
@@ -261,3 +262,18 @@ def test_help_of_every_command():
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Usage: byteloom {command}" in shown.output
+
+
+def test_pruning_deletes_the_oldest_of_a_run_and_refuses_what_is_no_run(trained: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    steps = sorted(path.name for path in (run / "checkpoints").iterdir())
+    done = CliRunner().invoke(app, ["checkpoint", "prune", str(run), "--keep", "1"])
+    assert done.exit_code == 0, done.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps[-1:]
+    assert f"deleted {steps[0]}" in done.stderr
+
+    nowhere = tmp_path / "nowhere"
+    done = CliRunner().invoke(app, ["checkpoint", "prune", str(nowhere), "--keep", "1"])
+    assert isinstance(done.exception, RunFolderError)
+    assert not nowhere.exists()
