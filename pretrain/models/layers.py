@@ -461,8 +461,11 @@ class _Turn(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat([(a * cos).addcmul_(b, sin, value=-1), (a * sin).addcmul_(b, cos), rest], -1)
+    turned = x.clone(memory_format=torch.contiguous_format)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    turned[..., :half].mul_(cos).addcmul_(b, sin, value=-1)
+    turned[..., half : 2 * half].mul_(cos).addcmul_(a, sin)
+    return turned
 
 
 def sinusoids(places: Tensor, width: int, longest_wavelength: float | None = None) -> Tensor:
