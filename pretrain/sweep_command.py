@@ -74,7 +74,7 @@ def sweep_command(
     first = next(iter(configs.values()))
     root = Path(first.run.root)
     folder = root / f"{name}.sweep"
-    parent = _parent(first, name, _identity(folder, overrides, list(configs)), overrides)
+    parent = _parent(first, name, _identity(folder, overrides, list(configs)), len(configs), overrides)
     if parent is not None:
         configs = {name: _child(config, parent.id) for name, config in configs.items()}
     if chosen is None:
@@ -83,9 +83,14 @@ def sweep_command(
     for name, config in configs.items():
         run = (root / name).resolve()
         submissions.append(Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen))
-    jobs = submit_array(submissions, folder.resolve(), parallel or len(submissions))
     if parent is not None:
         parent.set_status("SCHEDULED")
+    try:
+        jobs = submit_array(submissions, folder.resolve(), parallel or len(submissions))
+    except Exception:
+        if parent is not None:
+            parent.set_status("FAILED")
+        raise
     for name, job in zip(configs, jobs, strict=True):
         say(f"job {job} trains {root / name}")
     typer.echo("\n".join(jobs))
@@ -149,7 +154,7 @@ def _identity(folder: Path, overrides: Sequence[str], runs: Sequence[str]) -> st
     return str(identity)
 
 
-def _parent(config: Config, name: str, identity: str, overrides: Sequence[str]) -> ParentRun | None:
+def _parent(config: Config, name: str, identity: str, runs: int, overrides: Sequence[str]) -> ParentRun | None:
     """The sweep's own MLflow run; none if runs are not tracked.
 
     Raises:
@@ -158,7 +163,7 @@ def _parent(config: Config, name: str, identity: str, overrides: Sequence[str]) 
     if not config.tracking.enabled:
         return None
     try:
-        return ParentRun(config.tracking, Path(config.run.root), name, identity, {"sweep": " ".join(overrides)})
+        return ParentRun(config.tracking, Path(config.run.root), name, identity, runs, {"sweep": " ".join(overrides)})
     except Exception as error:  # MLflow raises many kinds; the person is told
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"MLflow cannot be told of the sweep: {reason}; or set tracking.enabled=false") from error

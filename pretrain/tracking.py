@@ -32,6 +32,7 @@ LONGEST_PAUSE_SECONDS = 60.0
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 FINAL_DELIVERY_SECONDS = 90.0
+PARENT_TAG, RUNS_TAG = "mlflow.parentRunId", "byteloom.runs"
 
 
 class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -183,7 +184,9 @@ class MlflowShipper:
         """Delivers, and sets the run's state in MLflow to the one in mlflow.json."""
         self.deliver()
         if self.delivery.status != "RUNNING":
-            self._connected().set_terminated(self.delivery.run_id, self.delivery.status)
+            client = self._connected()
+            client.set_terminated(self.delivery.run_id, self.delivery.status)
+            self._tell_parent(client)
 
     def set_status(self, status: str) -> None:
         self.delivery.status = status
@@ -230,8 +233,22 @@ class MlflowShipper:
             self.delivery.delivered_step = self._last_step_known_to(client)
         client.update_run(self.delivery.run_id, status="RUNNING")
         client.log_batch(self.delivery.run_id, tags=[RunTag(key, value) for key, value in self.delivery.tags.items()])
+        self._tell_parent(client)
         self._client = client
         return client
+
+    def _tell_parent(self, client: Any) -> None:
+        """Whatever has become of the run that this one is shown under: it has ended when all of its runs have."""
+        parent = self.delivery.tags.get(PARENT_TAG)
+        runs = client.get_run(parent).data.tags.get(RUNS_TAG) if parent else None
+        if runs is None:
+            return
+        experiment = client.get_run(parent).info.experiment_id
+        children = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{parent}'", max_results=int(runs))
+        states = {child.info.status for child in children}
+        ended = len(children) == int(runs) and "RUNNING" not in states
+        worst = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
+        client.update_run(parent, status=worst if ended else "RUNNING")
 
     def _last_step_known_to(self, client: Any) -> int:
         """Asked when a process was killed between sending steps and noting that they had arrived."""
@@ -346,27 +363,30 @@ def open_tracker(
         log.info("steps after %d are told to MLflow anew: the recipe has changed", description.begins_after)
         delivery.delivered_step = delivery.sending_step = description.begins_after
     delivery.params = params
-    delivery.tags = {**description.tags, **({"mlflow.parentRunId": config.parent} if config.parent else {})}
+    delivery.tags = {**description.tags, **({PARENT_TAG: config.parent} if config.parent else {})}
     delivery.save(state)
     return Tracker(journal, MlflowShipper(journal.path, state), may_write)
 
 
 class ParentRun:
-    """An MLflow run that others are shown under. What is asked of it raises whatever MLflow raises.
+    """An MLflow run that others are shown under, and which has ended when all of them have.
+
+    What is asked of it raises whatever MLflow raises.
 
     Args:
         store_folder: as of `open_tracker`.
+        runs: how many they are.
         identity: by which it is found again.
         tags: what a person would want to know of it.
     """
 
     def __init__(
-        self, config: TrackingConfig, store_folder: Path, name: str, identity: str, tags: Mapping[str, str]
+        self, config: TrackingConfig, store_folder: Path, name: str, identity: str, runs: int, tags: Mapping[str, str]
     ) -> None:
         store_folder.mkdir(parents=True, exist_ok=True)
         self._client, experiment_id = _connect(config.store(store_folder), config.experiment)
         self.id = _find_or_create_run(self._client, experiment_id, identity, name)
-        for key, value in tags.items():
+        for key, value in {**tags, RUNS_TAG: str(runs)}.items():
             self._client.set_tag(self.id, key, value)
 
     def set_status(self, status: str) -> None:

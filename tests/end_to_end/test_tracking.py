@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from pretrain.tracking import ParentRun, TrackingConfig
 from tests.conftest import BYTELOOM, Run, environment
 
 STEPS = 12
@@ -167,3 +168,20 @@ def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloo
     assert last.info.status == "FINISHED"
     assert metrics["train/bits_per_byte"] == journal(folder)["train/bits_per_byte"]
     assert metrics == journal(folder)
+
+
+def test_a_run_that_others_are_shown_under_ends_with_the_last_of_them(byteloom: Run, recipe: Path):
+    root = recipe.parent / "runs"
+    parent = ParentRun(TrackingConfig(), root, "parent", "of two", 2, {})
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+
+    def state() -> str:
+        return str(client.get_run(parent.id).info.status)
+
+    told = ("tracking.enabled=true", f"tracking.parent={parent.id}", "train.steps=4")
+    byteloom("train", recipe, *told, "run.name=one")
+    assert state() == "RUNNING"
+    byteloom("train", recipe, *told, "run.name=two")
+    assert state() == "FINISHED"
+    byteloom("train", recipe, *told, "run.name=two", "train.steps=5", "data.shards=nowhere", check=False)
+    assert state() == "FINISHED"  # it was refused before it began

@@ -89,3 +89,4 @@ def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, c
         "run-seed-1": "1",
     }
     assert {run.data.tags["mlflow.parentRunId"] for run in known.values()} == {parent.info.run_id}
+    assert {run.info.status for run in (parent, *known.values())} == {"FINISHED"}
