@@ -244,10 +244,10 @@ from pretrain.engines.host_memory import keep_freed_memory
 keep_freed_memory()
 faults = []
 for _ in range(12):
-    tensors = [torch.zeros(n << 20) for n in (1, 8, 16)]
+    tensors = [torch.zeros(n << 20) for n in (1, 4, 7)]
     del tensors
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[-4], (25 << 22) // resource.getpagesize())
+print(faults[-1] - faults[-4], (12 << 22) // resource.getpagesize())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     handed_out, of_a_step = map(int, done.stdout.split())
