@@ -18,8 +18,12 @@ from launchers.supervise import Ending, Plan, heartbeats_of, output_of
 
 def is_running(last: Launch) -> bool:
     """Whether the supervisor of a run in the background is a process of this machine, by the run's last event."""
-    elsewhere = bool(last.nodes) and platform.node() not in last.nodes
-    return not last.ends_background and not elsewhere and Path(f"/proc/{last.job}").exists()
+    return not last.ends_background and not is_elsewhere(last) and Path(f"/proc/{last.job}").exists()
+
+
+def is_elsewhere(last: Launch) -> bool:
+    """Whether that event was of another machine."""
+    return bool(last.nodes) and platform.node() not in last.nodes
 
 
 class Machine:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from launchers import scheduler
-from launchers.machine import is_running
+from launchers.machine import is_elsewhere, is_running
 from launchers.record import Launch, LaunchRecord, last_submission
 from launchers.scheduler import Job, Phase, SchedulerError
 from pretrain.checkpoint import CheckpointStore
@@ -156,7 +156,7 @@ def _in_the_background(last: Launch) -> Job:
     """The job of a run in the background of a machine, which is a process there."""
     if is_running(last):
         return Job(last.job, Phase.RUNNING, nodes=platform.node())
-    if not last.ends_background and last.nodes and platform.node() not in last.nodes:
+    if not last.ends_background and is_elsewhere(last):
         return Job(last.job, Phase.UNKNOWN, reason="it is a process of another machine", nodes=",".join(last.nodes))
     return Job(last.job, Phase.FORGOTTEN)
 

@@ -233,22 +233,23 @@ class MlflowShipper:
             self.delivery.delivered_step = self._last_step_known_to(client)
         client.update_run(self.delivery.run_id, status="RUNNING")
         client.log_batch(self.delivery.run_id, tags=[RunTag(key, value) for key, value in self.delivery.tags.items()])
+        self._client = client  # numbers are delivered even if the run above cannot be told
         self._tell_parent(client)
-        self._client = client
         return client
 
     def _tell_parent(self, client: Any) -> None:
         """Whatever has become of the run that this one is shown under: it has ended when all of its runs have."""
-        parent = self.delivery.tags.get(PARENT_TAG)
-        runs = client.get_run(parent).data.tags.get(RUNS_TAG) if parent else None
-        if runs is None:
+        if PARENT_TAG not in self.delivery.tags:
             return
-        experiment = client.get_run(parent).info.experiment_id
-        children = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{parent}'", max_results=int(runs))
+        parent = client.get_run(self.delivery.tags[PARENT_TAG])
+        if RUNS_TAG not in parent.data.tags:  # none of ours
+            return
+        of_parent, count = f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'", int(parent.data.tags[RUNS_TAG])
+        children = client.search_runs([parent.info.experiment_id], of_parent, max_results=count)
         states = {child.info.status for child in children}
-        ended = len(children) == int(runs) and "RUNNING" not in states
+        ended = len(children) == count and "RUNNING" not in states
         worst = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
-        client.update_run(parent, status=worst if ended else "RUNNING")
+        client.update_run(parent.info.run_id, status=worst if ended else "RUNNING")
 
     def _last_step_known_to(self, client: Any) -> int:
         """Asked when a process was killed between sending steps and noting that they had arrived."""
