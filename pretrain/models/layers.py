@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from pretrain.models import amx_attention
 from pretrain.models.byte_model import Initial
 from pretrain.models.unit import Unit, run_unit
 
 Activation = Literal["relu", "squared_relu", "gelu", "swiglu"]
 
 EXPLICIT_ATTENTION_LENGTH = 256
-"""In bf16 on a CPU, attention up to this length is computed as two products and a softmax: the fused kernel's backward
-pass took 2.3 times as long at length 8 and 1.5 times at 256, and a third of it at 1,024 (torch 2.13, 2 cores, AMX)."""
-
+"""In bf16 on a CPU, attention up to this length that amx_attention does not take is computed as two products and a
+softmax: the fused kernel's backward pass took 2.3 times as long at length 8 and 1.5 times at 256, and a third of it at
+1,024 (torch 2.13, 2 cores, AMX)."""
 
 SMALLEST_CACHE = 16
 """Positions that a layer's cache has room for at first, at least."""
@@ -51,6 +52,19 @@ class Rotary:
     """Share of a head's channels that turn; their number is rounded down to an even one."""
     longest_wavelength: float | None = None
     """As of `frequencies`."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What queries see: query i of a row sees the keys up to first + i, its own among them."""
+
+    first: Tensor
+    """(rows,)"""
+
+    def mask(self, queries: int, keys: int) -> Tensor:
+        """(rows, 1, queries, keys) booleans"""
+        last = self.first[:, None] + torch.arange(queries, device=self.first.device)
+        return torch.arange(keys, device=last.device) <= last[:, None, :, None]
 
 
 class LayerCache:
@@ -175,7 +189,12 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(input_width, width, bias)
 
     def forward(
-        self, latents: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, cache: LayerCache | None = None
+        self,
+        latents: Tensor,
+        inputs: Tensor,
+        places: Tensor,
+        visible: Tensor | Past | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Of latents to the inputs they may see.
 
@@ -282,7 +301,7 @@ class CrossBlock(PreNorm):
         self.input_norm = nn.LayerNorm(input_width)
 
     def forward(
-        self, z: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, cache: LayerCache | None = None
+        self, z: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | Past | None, cache: LayerCache | None = None
     ) -> Tensor:
         """(rows, N, width) to the same; arguments as `CrossAttention.forward`."""
         return self.add(z, self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache))
@@ -352,19 +371,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         raise ValueError(f"{queries} queries over {keys} keys: neither one query nor as many as keys")
     if queries == 1:
         return attention(q, k, v, None, dropout)
+    if amx_attention.takes(q, k):
+        return amx_attention.causal_attention(q, k, v, q.new_zeros(q.shape[0], dtype=torch.long), dropout)
     if _fused_is_right(q, k):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
     return _explicit_attention(q, k, v, past, dropout)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float = 0.0) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Past | None, dropout: float = 0.0) -> Tensor:
     """Attention of (rows, heads, queries, d) over any number of keys.
 
     Args:
         visible: expands to (rows, heads, queries, keys): booleans, true where a query sees a key, or numbers that are
             added to the scores. Every query sees a key. None: all keys.
     """
+    if isinstance(visible, Past):
+        if amx_attention.takes(q, k):
+            return amx_attention.causal_attention(q, k, v, visible.first, dropout)
+        visible = visible.mask(q.shape[2], k.shape[2])
     if _fused_is_right(q, k):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
     return _explicit_attention(q, k, v, visible, dropout)
@@ -409,6 +434,8 @@ def _band(window: int, device: torch.device) -> Tensor:
 def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     """How attention is computed, as `_fused_is_right` chooses."""
     if device.type == "cpu" and dtype == torch.bfloat16:
+        if amx_attention.is_available():
+            return f"two products and a softmax below {amx_attention.SHORTEST} keys, Byteloom's kernel for AMX above"
         return f"two products and a softmax up to {EXPLICIT_ATTENTION_LENGTH} keys, torch's fused kernel above"
     if device.type == "cuda":
         return (
@@ -435,11 +462,28 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
 def rotate(x: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
     """(rows, heads, length, d) turned to positions `places`, (length,) or (rows, length); angles in fp32 at least."""
     half = int(x.shape[-1] * rotary.fraction) // 2
-    precise = torch.promote_types(x.dtype, torch.float32)
-    angles = places[..., None] * frequencies(half, rotary.longest_wavelength, x.device, precise)
+    cos, sin = _turns(places, half, rotary.longest_wavelength, x.dtype)
     if places.dim() > 1:
-        angles = angles[:, None]  # the same for all heads
-    return _Turn.apply(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        cos, sin = cos[:, None], sin[:, None]  # the same for all heads
+    return _Turn.apply(x, cos, sin)
+
+
+@torch.library.custom_op("byteloom::turns", mutates_args=())
+def _turns(places: Tensor, half: int, longest_wavelength: float | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (..., half), of rotary angles at places (...).
+
+    An operation of its own, as a compiler would write it into the loop that turns, and compute each angle anew for each
+    row and head: two fifths of a compiled block of Perceiver AR on a CPU.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    angles = places[..., None] * frequencies(half, longest_wavelength, places.device, precise)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@_turns.register_fake
+def _(places: Tensor, half: int, longest_wavelength: float | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (*places.shape, half)
+    return places.new_empty(shape, dtype=dtype), places.new_empty(shape, dtype=dtype)
 
 
 class _Turn(torch.autograd.Function):

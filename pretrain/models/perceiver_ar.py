@@ -33,6 +33,7 @@ from pretrain.models.layers import (
     CrossBlock,
     FeedForward,
     LayerCache,
+    Past,
     Rotary,
     StackConfig,
     initial_of,
@@ -211,24 +212,29 @@ class PerceiverAR(ByteModel):
             embedded = embedded + table[index]
         return embedded
 
-    def visible(self, places: Tensor, inputs: Tensor) -> Tensor:
+    def visible(self, places: Tensor, inputs: Tensor) -> Tensor | Past:
         """What each latent sees, for `layers.attention`: inputs up to its own position, but for those that are dropped.
 
         Args:
             places: (rows, N)
             inputs: (rows, T, W)
         Returns:
-            (rows, 1, N, T), booleans or what is added to scores; the same for all heads.
+            Where some are dropped, (rows, 1, N, T) to be added to scores, the same for all heads.
         """
         rows, length, _ = inputs.shape
-        past = torch.arange(length, device=places.device) <= places[:, None, :, None]
+        past = Past(places[:, 0])
         if not self.training or self.config.cross_attend_dropout == 0:
             return past
         dropped = torch.rand(rows, 1, 1, length, device=places.device) < self.config.cross_attend_dropout
-        return torch.where(past, DROPPED * dropped.to(inputs.dtype), float("-inf"))
+        return torch.where(past.mask(places.shape[1], length), DROPPED * dropped.to(inputs.dtype), float("-inf"))
 
     def process(
-        self, z: Tensor, inputs: Tensor, places: Tensor, visible: Tensor | None, caches: list[LayerCache] | None = None
+        self,
+        z: Tensor,
+        inputs: Tensor,
+        places: Tensor,
+        visible: Tensor | Past | None,
+        caches: list[LayerCache] | None = None,
     ) -> Tensor:
         """All blocks and the final norm: (rows, N, C) to the same."""
         for index, block in enumerate(self.blocks):
@@ -318,7 +324,7 @@ class PerceiverARDecoder:
         length = self._inputs.shape[1]
         z = model.to_latents(model.embed(self._inputs[:, -count:], first_position=length - count))
         places = torch.arange(length - count, length, device=inputs.device)
-        visible = None if count == 1 else torch.arange(length, device=inputs.device) <= places[:, None]
+        visible = None if count == 1 else Past(places[:1].expand(inputs.shape[0]))
         z = model.process(z, model.embed(inputs, before), places, visible, self._caches)
         self.latents += count
         return model.logits(z[:, -1])

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pretrain.models import amx_attention
+
 _aten = torch.ops.aten
 PRODUCTS = {
     _aten.mm.default,
@@ -17,6 +19,7 @@ PRODUCTS = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    amx_attention.OPERATION,
 }
 """Matrix products and attention: nearly all of a block's work."""
 
@@ -50,7 +53,7 @@ def run_unit(unit: nn.Module, *arguments: Any) -> Tensor:
 def keeps(_: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     """Whether the output of an operation is kept where products are.
 
-    Attention that drops weights is not: to skip it would be to skip its random numbers, and shift all that come after.
+    torch's attention that drops weights is not: to skip it would be to skip its random numbers, and shift all after.
     """
     if operation not in PRODUCTS:
         return CheckpointPolicy.PREFER_RECOMPUTE
