@@ -77,7 +77,8 @@ def ours(family: str) -> Build:
         narrow = {"width": LOCAL_WIDTH, "layers": LOCAL_LAYERS, "heads": LOCAL_HEADS}
         sizes = {"global_model": wide, "local_model": narrow, "patch_size": PATCH}
         if family == "perceiver_ar":
-            sizes = {"latents": LATENTS, "latent_model": wide, "cross_heads": GLOBAL_HEADS}
+            # The last positions, as the peer: in a crop before them, fewer inputs are seen.
+            sizes = {"latents": LATENTS, "latent_model": wide, "cross_heads": GLOBAL_HEADS, "cropping": "none"}
         tree = {"family": family, "sequence_length": LENGTH, "dropout": 0.0}
         model = build_model(model_config(tree | sizes))
         ways = {
