@@ -4,8 +4,8 @@ python benchmarks/checkpointing.py [--quick] [--compile] [--json PATH]
 
 A MEGABYTE with patches of 32 (global 512 wide, 8 layers; local 128 wide, 4 layers), one row, bf16. A step is one of the
 engine, update included; modes take turns, and a time is told as the median of its ratios to the step without
-checkpointing in the same round. `dropout` is of 0.1, as in the paper: on a CPU it takes attention to materialized
-weights, and drawing their masks again is most of what is computed again, which a GPU does for next to nothing.
+checkpointing in the same round. `dropout` is of 0.1, as in the paper: on a CPU attention inside the patches then keeps
+its weights, and drawing their masks again is most of what is computed again, which a GPU does for next to nothing.
 
 Peak memory is that of all tensors beside parameters, gradients and moments in a forward and a backward pass, counted
 and not sampled, by `pretrain.footprint`: of this CPU, and as on a GPU with fused attention. `--compile` adds compiled
