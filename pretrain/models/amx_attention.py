@@ -8,6 +8,7 @@ are the same.
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,19 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 _forward.register_autograd(_gradients, setup_context=_keep)
 OPERATION = torch.ops.byteloom.amx_attention.default
 """As a dispatcher sees it."""
+
+
+@register_flop_formula(torch.ops.byteloom.amx_attention)
+def _forward_flops(q_shape: list[int], k_shape: list[int], *_: Any, **__: Any) -> int:
+    """In full, as torch counts its own: two products."""
+    return 4 * math.prod(q_shape) * k_shape[2]
+
+
+@register_flop_formula(torch.ops.byteloom.amx_attention_backward)
+def _backward_flops(kept_shapes: list[list[int]], *_: Any, **__: Any) -> int:
+    """Five products, of which one is the scores again."""
+    q_shape, k_shape = kept_shapes[:2]
+    return 10 * math.prod(q_shape) * k_shape[2]
 
 
 def _empty(like: Tensor) -> Tensor:

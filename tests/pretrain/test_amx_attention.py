@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.loader import MicroBatch
 from pretrain.engines import EngineConfig, build_engine
@@ -141,6 +142,16 @@ def test_models_take_it_and_their_gradients_are_those_of_torchs_kernel(monkeypat
     monkeypatch.setattr(amx_attention, "takes", lambda q, k: False)
     for a, b in zip(ours, gradients(), strict=True):
         assert (a - b).double().norm() <= 0.05 * b.double().norm() + 1e-3
+
+
+def test_torchs_counter_counts_its_products():
+    q, k, v = (draw(2, 3, length, 32).requires_grad_() for length in (140, 300, 300))
+    with FlopCounterMode(display=False) as counter:
+        out = amx_attention.causal_attention(q, k, v, torch.tensor([0, 160]), 0.0)
+        one = 2 * 2 * 3 * 140 * 300 * 32
+        assert counter.get_total_flops() == 2 * one
+        out.sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * one
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
