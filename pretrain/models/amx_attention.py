@@ -2,7 +2,8 @@
 
 torch's kernel multiplies with AMX in the forward pass alone, and with dropout it has no kernel at all. Compiled code is
 kept in ~/.cache/byteloom (or where XDG_CACHE_HOME says) for as long as the source, torch and the compiler's options
-are the same.
+are the same. inductor's cache of compiled blocks knows an operation by its name alone, so other arguments need another
+name.
 """
 
 import ctypes
