@@ -384,7 +384,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Past | None, dr
 
     Args:
         visible: expands to (rows, heads, queries, keys): booleans, true where a query sees a key, or numbers that are
-            added to the scores. Every query sees a key. None: all keys.
+            added to the scores; or the past alone. Every query sees a key. None: all keys.
     """
     if isinstance(visible, Past):
         if amx_attention.takes(q, k):
@@ -432,11 +432,14 @@ def _band(window: int, device: torch.device) -> Tensor:
 
 
 def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """How attention is computed, as `_fused_is_right` chooses."""
+    """How attention is computed, as `causal_attention` and `attention` choose."""
     if device.type == "cpu" and dtype == torch.bfloat16:
+        ways = f"two products and a softmax up to {EXPLICIT_ATTENTION_LENGTH} keys, torch's fused kernel above"
         if amx_attention.is_available():
-            return f"two products and a softmax below {amx_attention.SHORTEST} keys, Byteloom's kernel for AMX above"
-        return f"two products and a softmax up to {EXPLICIT_ATTENTION_LENGTH} keys, torch's fused kernel above"
+            ways = (
+                f"Byteloom's kernel for AMX where causal over {amx_attention.SHORTEST} positions or more; else {ways}"
+            )
+        return ways
     if device.type == "cuda":
         return (
             f"torch's fused kernel below {LARGEST_FUSED_BATCH:,} rows or patches, two products and a softmax from there"

@@ -219,7 +219,7 @@ class PerceiverAR(ByteModel):
             places: (rows, N)
             inputs: (rows, T, W)
         Returns:
-            Where some are dropped, (rows, 1, N, T) to be added to scores, the same for all heads.
+            The past; where some are dropped, (rows, 1, N, T) to be added to scores, the same for all heads.
         """
         rows, length, _ = inputs.shape
         past = Past(places[:, 0])
