@@ -56,6 +56,7 @@ check: setup ## lint, formatting, types, and the walls between packages
 bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
 	$(BIN)/python benchmarks/training.py --quick
 	$(BIN)/python benchmarks/models.py --quick
+	$(BIN)/python benchmarks/attention.py --quick
 	$(BIN)/python benchmarks/checkpointing.py --quick
 	$(BIN)/python benchmarks/checkpoint.py --quick
 	$(BIN)/python benchmarks/engines.py --quick

@@ -25,6 +25,8 @@ from types import FrameType
 
 from pydantic import BaseModel, Field
 
+from launchers import imports
+
 GRACE_SECONDS = 2.0
 """Given to the other ranks when one has failed, to close what they have open, or to fail of the same cause."""
 POLL_SECONDS = 0.05
@@ -50,8 +52,10 @@ def run_in_process(entry: str, recipe: Path) -> int:
     Args:
         entry: "module:function"; the function takes the path of a resolved recipe and returns an exit code.
     """
-    module, _, function = entry.partition(":")
-    return int(getattr(importlib.import_module(module), function)(recipe))
+    name, _, function = entry.partition(":")
+    with imports.for_good():
+        module = importlib.import_module(name)
+    return int(getattr(module, function)(recipe))
 
 
 def run_processes(entry: str, recipe: Path, count: int, log_of: Callable[[int], Path]) -> int:

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from pretrain.config import Config, all_fields, load
 from pretrain.recipes import recipe_files
 
@@ -21,6 +23,23 @@ def test_walls_between_packages_stand():
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "needless"),
+    [
+        ("import pretrain.corpus_commands", {"torch"}),
+        (
+            "import pretrain.cli, torch; from tests.distributed.parity import FAMILIES, model; [*map(model, FAMILIES)]",
+            {"torch._dynamo", "torch.distributed.fsdp", "deepspeed", "mlflow", "matplotlib"},
+        ),
+    ],
+    ids=["a corpus", "a model"],
+)
+def test_what_takes_seconds_to_import_is_not_where_it_is_not_needed(command: str, needless: set[str]):
+    script = f"import sys; {command}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not needless & set(loaded.stdout.split())
 
 
 def test_debug_recipes_name_every_field_and_explain_every_line():

@@ -3,7 +3,6 @@
 from pretrain.engines.base import choose_device, compute_dtype
 from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.phases import RankStep, peak_memory_bytes
-from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
@@ -40,7 +39,9 @@ def build_engine(
     """
     sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
     if config.name.startswith("zero"):
-        from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 its library takes seconds to import
+        from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 a library that few need
 
         return DeepSpeedEngine(config, model, optimizer, seed, world, **sizes)
+    from pretrain.engines.pytorch import PyTorchEngine  # noqa: PLC0415 only training needs FSDP2
+
     return PyTorchEngine(config, model, optimizer, seed, world, **sizes)

@@ -48,10 +48,13 @@ def takes(q: Tensor, k: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def is_available() -> bool:
     """Whether this machine can run the kernel. The first call compiles it, and logs why if it cannot."""
     return _library() is not None
+
+
+# As torch.compiler.assume_constant_result has it, which would import the compiler: two seconds of every command.
+is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, dropout: float) -> Tensor:

@@ -67,6 +67,12 @@ class Past:
         return torch.arange(keys, device=last.device) <= last[:, None, :, None]
 
 
+def embedding(symbols: int, width: int) -> nn.Embedding:
+    """One whose values the model gives it, as all of its own: nn.Embedding would draw some, and import torch's compiler
+    for that on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(symbols, width), freeze=False)
+
+
 class LayerCache:
     """Keys and values of one layer for the positions decoded so far: (rows, heads, kept, width / heads) each.
 

@@ -33,6 +33,7 @@ from pretrain.models.layers import (
     Stack,
     StackConfig,
     attention,
+    embedding,
     initial_of,
     rotate,
 )
@@ -104,12 +105,12 @@ class Megabyte(ByteModel):
         plain = partial(Attention, rotary=rotary)
         cross_patch = partial(CrossPatchAttention, reach=config.cross_patch_bytes)
 
-        self.global_embedding = nn.Embedding(VOCABULARY, self.byte_width)
+        self.global_embedding = embedding(VOCABULARY, self.byte_width)
         self.patch_encoder = PatchEncoder(self.byte_width) if config.patch_encoder == "convolution" else None
         self.global_pad = nn.Parameter(torch.empty(config.global_model.width))
         self.global_stack = Stack(config.global_model, config.activation, config.dropout, plain)
         self.global_to_local = nn.Linear(self.byte_width, config.local_model.width, bias=False)
-        self.local_embedding = nn.Embedding(VOCABULARY, config.local_model.width)
+        self.local_embedding = embedding(VOCABULARY, config.local_model.width)
         self.local_pad = nn.Parameter(torch.empty(config.local_model.width))
         local_attention = cross_patch if config.cross_patch_bytes else plain
         self.local_stack = Stack(config.local_model, config.activation, config.dropout, local_attention)

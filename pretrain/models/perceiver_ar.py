@@ -36,6 +36,7 @@ from pretrain.models.layers import (
     Past,
     Rotary,
     StackConfig,
+    embedding,
     initial_of,
     linear_weights,
     sinusoids,
@@ -130,7 +131,7 @@ class PerceiverAR(ByteModel):
         if config.positions == "rotary":
             rotary = Rotary(config.rotary_fraction, longest_wavelength=config.sequence_length)
 
-        self.embedding = nn.Embedding(VOCABULARY + 1, self.input_width)
+        self.embedding = embedding(VOCABULARY + 1, self.input_width)
         tables = [config.sequence_length] if config.positions == "learned" else []
         if config.image is not None:
             height, image_width, channels = config.image

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from data_pipeline.vocabulary import VOCABULARY
 from pretrain.models.byte_model import ByteModel, Initial
-from pretrain.models.layers import Activation, Attention, Rotary, Stack, StackConfig, initial_of, window_pairs
+from pretrain.models.layers import (
+    Activation,
+    Attention,
+    Rotary,
+    Stack,
+    StackConfig,
+    embedding,
+    initial_of,
+    window_pairs,
+)
 
 
 class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -45,7 +54,7 @@ class Transformer(ByteModel):
         self.sequence_length = config.sequence_length
         self.window = config.window
         self.initial_std = config.initial_std
-        self.embedding = nn.Embedding(VOCABULARY, config.width)
+        self.embedding = embedding(VOCABULARY, config.width)
         self.start = nn.Parameter(torch.empty(config.width))
         self.positions: nn.Parameter | None = None
         if config.positions == "learned":

@@ -31,6 +31,7 @@ from pretrain.models.layers import (
     Rotary,
     StackConfig,
     attention,
+    embedding,
     initial_of,
     linear_weights,
     rotate,
@@ -76,7 +77,7 @@ class TransformerXL(ByteModel):
         self.memory_length = config.memory_length
         self.initial_std = config.initial_std
         self.width = config.width
-        self.embedding = nn.Embedding(VOCABULARY, config.width)
+        self.embedding = embedding(VOCABULARY, config.width)
         self.start = nn.Parameter(torch.empty(config.width))
         self.content_bias: nn.Parameter | None = None
         self.position_bias: nn.Parameter | None = None

@@ -1,6 +1,9 @@
 """Starts of the train entry in real ranks: what a launcher does, by forks (ranks.py)."""
 
+import contextlib
+import faulthandler
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +16,10 @@ import yaml
 from pretrain import cli
 from tests.distributed.ranks import CONTEXT, free_port, take_place
 
-PATIENCE = 120.0
-"""Seconds that a start may take."""
+PATIENCE = 120
+"""Looks at a start, a second apart, until it must have ended; the time in which the machine stands still is one."""
+WHERE_ARE_YOU = signal.SIGUSR1
+"""Has a rank say where each of its threads is."""
 
 
 class Start:
@@ -44,17 +49,28 @@ class Start:
 
     def finish(self, grace: float = 0.0) -> list[int | None]:
         """The exit codes, when all have ended; when one has failed, the others are ended after so many seconds."""
-        deadline = time.monotonic() + PATIENCE
-        while any(process.exitcode is None for process in self.processes):
-            self.wait(deadline - time.monotonic())
+        for _ in range(PATIENCE):
+            if all(process.exitcode is not None for process in self.processes):
+                break
+            self.wait(1.0)
             if any(process.exitcode for process in self.processes):
                 time.sleep(grace)
                 break
-            assert time.monotonic() < deadline, f"it does not end: {self.said}"
+        else:
+            raise AssertionError(f"has not ended: {self._where_they_are()}\n{self.said}")
         for process in self.processes:
             process.kill()
             process.join()
         return [process.exitcode for process in self.processes]
+
+    def _where_they_are(self) -> str:
+        """The ranks that have not ended, each of which says where its threads are."""
+        late = {rank: process.pid for rank, process in enumerate(self.processes) if process.exitcode is None}
+        for pid in late.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, WHERE_ARE_YOU)
+        time.sleep(1)
+        return ", ".join(f"rank {rank}" for rank in late)
 
     @property
     def said(self) -> str:
@@ -75,6 +91,7 @@ def _train(
     with (said / f"{rank}").open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+        faulthandler.register(WHERE_ARE_YOU, os.dup(file.fileno()))
     take_place(rank, ranks, port)
     if prepare is not None:
         prepare(rank, pids)
