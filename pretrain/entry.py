@@ -2,6 +2,8 @@
 seconds to import."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import typer
 
@@ -13,27 +15,27 @@ from pretrain import corpus_commands
 from pretrain.console import run
 from pretrain.run_folder import RunFolderError
 
+FAULTS = (ClusterError, CorpusError, RunFolderError, SchedulerError)
+
 
 def main() -> None:
     """Runs the command."""
     with imports.for_good():
-        app = _app_with(sys.argv[1] if sys.argv[1:] else None)
-    if app is None:
-        with imports.for_good():
-            from pretrain import cli  # noqa: PLC0415 - those libraries
-
-        cli.main()
-    else:
-        run(app, (ClusterError, CorpusError, RunFolderError, SchedulerError))
+        command = _imported(sys.argv[1] if sys.argv[1:] else None)
+    command()
 
 
-def _app_with(command: str | None) -> typer.Typer | None:
-    """Of those without a model."""
-    if _has(corpus_commands.app, command):
-        return corpus_commands.app
+def _imported(name: str | None) -> Callable[[], object]:
+    """What runs the command of a name, with what it needs and little else."""
+    if _has(corpus_commands.app, name):
+        return partial(run, corpus_commands.app, FAULTS)
     from pretrain import run_commands  # noqa: PLC0415 - torch
 
-    return run_commands.app if _has(run_commands.app, command) else None
+    if _has(run_commands.app, name):
+        return partial(run, run_commands.app, FAULTS)
+    from pretrain import cli  # noqa: PLC0415 - models and engines
+
+    return cli.main
 
 
 def _has(app: typer.Typer, command: str | None) -> bool:

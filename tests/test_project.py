@@ -28,7 +28,7 @@ def test_walls_between_packages_stand():
 @pytest.mark.parametrize(
     ("command", "needless"),
     [
-        ("import pretrain.corpus_commands", {"torch"}),
+        ("import pretrain.entry, pretrain.corpus_commands", {"torch"}),
         (
             "import pretrain.cli, torch; from tests.distributed.parity import FAMILIES, model; [*map(model, FAMILIES)]",
             {"torch._dynamo", "torch.distributed.fsdp", "deepspeed", "mlflow", "matplotlib"},

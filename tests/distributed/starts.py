@@ -50,11 +50,11 @@ class Start:
     def finish(self, grace: float = 0.0) -> list[int | None]:
         """The exit codes, when all have ended; when one has failed, the others are ended after so many seconds."""
         for _ in range(PATIENCE):
-            if all(process.exitcode is not None for process in self.processes):
-                break
             self.wait(1.0)
             if any(process.exitcode for process in self.processes):
                 time.sleep(grace)
+                break
+            if all(process.exitcode is not None for process in self.processes):
                 break
         else:
             raise AssertionError(f"has not ended: {self._where_they_are()}\n{self.said}")
