@@ -33,7 +33,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.config import Config, ConfigError
 from pretrain.console import byte_progress, run, said, say, speak_as
-from pretrain.engines import EngineError, choose_device, compute_dtype
+from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation_report import Report
 from pretrain.fence import FencedError
@@ -45,7 +45,7 @@ from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
-from pretrain.weights import find_checkpoint
+from pretrain.weights import find_checkpoint, trained_precision
 from pretrain.words import count_words
 from pretrain.world import World, WorldError, place_of
 
@@ -125,7 +125,10 @@ class Grouping(StrEnum):
 
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA where there is one.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="The run's own when left out.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="Precision to compute in. Default: the run's own, or fp32 where this machine emulates bf16."),
+]
 LatentsOption = Annotated[
     int | None,
     typer.Option(min=1, help="Of a Perceiver AR: more predict better, fewer faster. The run's own when left out."),
@@ -350,8 +353,9 @@ def _load_model(
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
-    dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
-    return model.to(choose_device(device.value), dtype), checkpoint
+    place = choose_device(device.value)
+    chosen = precision.value if precision else scoring_precision(trained_precision(checkpoint), place)
+    return model.to(place, compute_dtype(chosen)), checkpoint
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pretrain import config as configuration
 from pretrain.console import printable
-from pretrain.engines import CheckpointingConfig, compute_dtype
+from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
 from pretrain.models import families
 from pretrain.recipes import Recipe, read_recipes
@@ -57,7 +57,8 @@ def estimate(
     Activations are measured without a GPU, with and without activation checkpointing: the recipe's, or of every block.
     """
     config = configuration.load(recipe, overrides or [])
-    dtype = compute_dtype(config.engine.precision)
+    precision = gpu_precision(config.engine.precision)
+    dtype = compute_dtype(precision)
     rows = micro_batch or config.train.micro_batch
     checkpointing = config.engine.activation_checkpointing
     if checkpointing.mode not in ("full", "selective"):
@@ -65,7 +66,7 @@ def estimate(
     plain, checkpointed = (activation_line(config.model, dtype, way) for way in (KEEP_ALL, checkpointing))
     found = shardings(on_meta(config.model), dtype, gpus)
     usable = memory * 2**30 * USABLE
-    title = f"{recipe}, GPUs: {gpus} of {memory:g} GiB, micro-batch {rows}, {config.engine.precision}"
+    title = f"{recipe}, GPUs: {gpus} of {memory:g} GiB, micro-batch {rows}, {precision}"
     _print_estimate(title, found, plain, checkpointed, rows, usable)
     if json_path is not None:
         figures = {
@@ -74,7 +75,7 @@ def estimate(
             "memory_bytes": memory * 2**30,
             "usable_bytes": usable,
             "micro_batch": rows,
-            "precision": config.engine.precision,
+            "precision": precision,
             "activation_bytes": {"plain": plain.at(rows), "checkpointing": checkpointed.at(rows)},
             "shardings": {
                 sharding.name: sharding.states._asdict()

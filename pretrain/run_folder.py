@@ -118,11 +118,23 @@ class RunFolder:
         if path.exists():
             identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             begun = self.metrics.exists() and self.metrics.stat().st_size
-            if begun or identity == {"id": identity["id"], **made_of}:
+            if begun or made_of.items() <= identity.items():
                 return identity
         identity = {"id": uuid.uuid4().hex, **made_of}
         replace_file(path, json.dumps(identity, indent=1))
         return identity
+
+    def earlier_precision(self, identity: dict[str, Any]) -> str | None:
+        """Return the precision of the run's last start; None if this is the first, or if it had chosen none."""
+        if "precision" in identity or not self.config.exists():
+            return identity.get("precision")
+        precision = yaml.safe_load(self.config.read_text(encoding="utf-8"))["engine"]["precision"]  # an older version's
+        return None if precision == "auto" else str(precision)
+
+    def keep_precision(self, identity: dict[str, Any], precision: str) -> None:
+        """Note the precision of this start in run.json, for the starts that follow."""
+        if identity.get("precision") != precision:
+            replace_file(self.path / "run.json", json.dumps(identity | {"precision": precision}, indent=1))
 
 
 def _comes_free(lock: TextIO) -> bool:

@@ -35,7 +35,15 @@ from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
 from launchers.heartbeat import Heartbeat
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, locate
-from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
+from pretrain.engines import (
+    EngineConfig,
+    NonFiniteError,
+    StepResult,
+    build_engine,
+    choose_device,
+    choose_precision,
+    has_native_bf16,
+)
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
 from pretrain.fence import Fence
 from pretrain.flops import peak_flops
@@ -171,6 +179,7 @@ class Run:
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
         self._refuse_another_run()
+        self.precision = self._settle_precision()
         fence.mark = world.on_first(fence.claim)
         self.store = CheckpointStore(
             folder.checkpoints_in(recipe.checkpoint.home),
@@ -185,7 +194,7 @@ class Run:
         self.parameters = self.model.parameter_count()  # while the model is whole
         self.flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
         self.engine = build_engine(
-            recipe.engine,
+            recipe.engine.model_copy(update={"precision": self.precision}),
             self.model,
             recipe.optimizer,
             recipe.train.seed,
@@ -209,6 +218,7 @@ class Run:
         self.saved_step = self.begun_step = self.step
         """Of the newest checkpoint that is on disk, and of the one that was begun last."""
         if world.is_first:
+            folder.keep_precision(self.identity, self.precision)
             replace_file(folder.config, recipe.as_yaml())
 
     @property
@@ -399,6 +409,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
             "config": self.recipe.as_tree(),
+            "precision": self.precision,
             "environment": environment(),
         }
         self.store.begin(self.step, self.engine.owned_fragments(), state)
@@ -456,6 +467,17 @@ class Run:
                 "restore what was, or choose another run.name for a new run"
             )
 
+    def _settle_precision(self) -> str:
+        """Return the precision of the passes, chosen by the first rank for all."""
+        device = choose_device(self.recipe.engine.device, self.world.local_rank)
+
+        def settle() -> str:
+            kept = self.folder.earlier_precision(self.identity)
+            return choose_precision(self.recipe.engine.precision, device, kept)
+
+        precision: str = self.world.on_first(settle)
+        return precision
+
     def _fragments_of(self, checkpoint: Metadata) -> list[Fragment]:
         """What to load from a checkpoint of this run: everything.
 
@@ -482,17 +504,16 @@ class Run:
         started = time.perf_counter()
         self.engine.rehearse(min(recipe.train.micro_batch, recipe.train.global_batch))
         rehearsal = time.perf_counter() - started
-        peak, source = peak_flops(self.engine.device, self.engine.dtype)
+        peak = self._measure_peak()
         log.info(
-            "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
+            "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; %s",
             recipe.model.family,
             f"{self.parameters:,}",
             f"{recipe.engine.name} of {self.world.size} ranks" if self.world.size > 1 else "one process",
-            recipe.engine.precision,
+            self.precision,
             self.engine.device,
             rehearsal,
-            peak / 1e12,
-            source,
+            "peak unknown, so no MFU" if peak is None else f"peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})",
         )
         log.info("attention: %s", describe_attention(self.engine.device, self.engine.dtype))
         for name, stream in self.reading.mixture.streams.items():
@@ -514,14 +535,24 @@ class Run:
             log.info("begins with the weights%s of %s", moments, self.origin.checkpoint.folder)
             for difference in self.origin.differences:
                 log.info("not the same as there: %s", difference)
-        return Meter(self.flops_a_step, peak * self.world.size)
+        return Meter(self.flops_a_step, None if peak is None else peak[0] * self.world.size)
+
+    def _measure_peak(self) -> tuple[float, str] | None:
+        """Return the FLOP/s of one device, and their source; None where it emulates the precision's products."""
+
+        def measure() -> tuple[float, str] | None:
+            is_native = self.precision == "fp32" or has_native_bf16(self.engine.device)
+            return peak_flops(self.engine.device, self.engine.dtype) if is_native else None
+
+        peak: tuple[float, str] | None = self.world.on_first(measure)
+        return peak
 
     def _open_tracker(self) -> Tracker:
         journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
         description = RunDescription(
             name=self.recipe.run.name,
             identity=self.identity["id"],
-            params=flatten(self.recipe.as_tree()) | {"parameters": self.parameters},
+            params=flatten(self.recipe.as_tree()) | {"parameters": self.parameters, "precision": self.precision},
             tags={
                 "corpus.fingerprint": self.fingerprint,
                 "corpus.content_sha256": " ".join(

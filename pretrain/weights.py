@@ -139,6 +139,11 @@ def find_checkpoint(text: str | Path, world: World = ALONE) -> Metadata:
     return checkpoint
 
 
+def trained_precision(checkpoint: Metadata) -> str:
+    """Return the precision of the passes that made a checkpoint; the recipe's, auto at worst, where it has no other."""
+    return str(checkpoint.state.get("precision", checkpoint.state["config"]["engine"]["precision"]))
+
+
 def model_changes(then: Mapping[str, Any], now: ModelConfig) -> list[str]:
     """What differs between a model's section of an earlier recipe and a config, a line each.
 

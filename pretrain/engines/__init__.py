@@ -1,8 +1,15 @@
 """Engines, behind one protocol (engine.py)."""
 
-from pretrain.engines.base import choose_device, compute_dtype
+from pretrain.engines.base import choose_device
 from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.phases import RankStep, peak_memory_bytes
+from pretrain.engines.precision import (
+    choose_precision,
+    compute_dtype,
+    gpu_precision,
+    has_native_bf16,
+    scoring_precision,
+)
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
@@ -17,8 +24,12 @@ __all__ = [
     "StepResult",
     "build_engine",
     "choose_device",
+    "choose_precision",
     "compute_dtype",
+    "gpu_precision",
+    "has_native_bf16",
     "peak_memory_bytes",
+    "scoring_precision",
 ]
 
 
@@ -32,7 +43,7 @@ def build_engine(
     global_batch: int = 1,
     micro_batch: int = 1,
 ) -> Engine:
-    """The engine of a config, with the model in it; arguments as of `BaseEngine`.
+    """Return the engine of a config, with the model in it; arguments as of `BaseEngine`.
 
     Raises:
         EngineError: it cannot be had here.

@@ -72,10 +72,12 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     """Keep what the optimizer works on (masters, gradients, moments) in the host's memory. Not for ddp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
-    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients, sums over
-    ranks and the loss are fp32 in any case. fp8 is bf16 whose linear maps within blocks multiply in float8, scaled by
-    tensor, through torchao; for CUDA of capability 8.9, for ddp, fsdp and hsdp, and faster only with `compile`."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Precision of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients,
+    sums over ranks and the loss are always fp32. auto is bf16 on a device that multiplies bf16 natively (CUDA of
+    capability 8.0 or more, CPUs with AMX or AVX512_BF16), else fp32; a run keeps its first choice on every machine.
+    fp8 is bf16 whose linear maps within blocks multiply in float8, scaled by tensor, through torchao; for CUDA of
+    capability 8.9, for ddp, fsdp and hsdp, and faster only with `compile`."""
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     compile: bool = False
     """Compile each block with torch.compile. It takes a minute or more at the start, and on a CPU a C++ compiler; the

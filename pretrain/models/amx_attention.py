@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from byteloom.core.user_cache import user_cache
+
 log = logging.getLogger(__name__)
 
 SHORTEST = 128
@@ -190,7 +192,7 @@ def _library() -> ctypes.CDLL | None:
 def _compiled(command: list[str]) -> Path:
     """Where the compiled code is. Processes that begin at once all compile it, and the last to end is kept."""
     key = hashlib.sha256(repr((command, torch.__version__)).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byteloom"
+    folder = user_cache()
     path = folder / f"amx_attention-{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
