@@ -24,7 +24,7 @@ corpus: $(CORPUS)/train/manifest.json ## prepare Python's own standard library a
 
 $(CORPUS)/train/manifest.json: | $(VENV)/.ready
 	$(BIN)/byteloom prepare $(STDLIB) --include '*.py' --exclude site-packages --exclude dist-packages \
-		--holdout 0.05 --out $(CORPUS)
+		--holdout 0.01 --out $(CORPUS)
 
 demo: setup corpus ## train a small model on it for a few minutes and let it write
 	$(BIN)/byteloom inspect $(CORPUS)/train
