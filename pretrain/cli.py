@@ -30,6 +30,7 @@ from pretrain import (
     sweep_command,
 )
 from pretrain import config as configuration
+from pretrain.arguments import OverridesArgument, RecipeArgument
 from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.config import Config, ConfigError
 from pretrain.console import byte_progress, run, said, say, speak_as
@@ -41,6 +42,7 @@ from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.megabyte import Megabyte
+from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tracking import MlflowShipper
@@ -82,11 +84,6 @@ FAULTS = (
 )
 """What a person can mend, and is told in a line."""
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Fields to change, such as train.steps=50 model.patch_size=4.", show_default=False),
-]
 ModelPath = Annotated[
     str,
     typer.Argument(
@@ -133,13 +130,15 @@ LatentsOption = Annotated[
 
 
 @app.command("train")
-def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a run, or go on with it where its newest checkpoint is."""
     config = configuration.load(recipe, overrides or [])
+    place, processes = place_of(os.environ), config.launch.processes
+    is_first = place is None or place.rank == 0
+    source = trace(configuration.find(recipe)) if is_first else {}
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
-        resolved.write_text(config.as_yaml(), encoding="utf-8")
-        place, processes = place_of(os.environ), config.launch.processes
+        save_resolved(resolved, config.as_yaml(), source)
         if place is None and processes > 1:
             log_of = RunFolder(Path(config.run.root) / config.run.name).log_of
             raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
@@ -163,7 +162,7 @@ def _train(recipe: Path) -> int:
     world = World.join(choose_device(config.engine.device).type, meeting=meeting)
     try:
         with world.in_contact():
-            return train(config, said if world.is_first else Console(quiet=True), world)
+            return train(config, said if world.is_first else Console(quiet=True), world, read_source(recipe))
     finally:
         world.leave()
 
@@ -316,7 +315,7 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
 
 
 @config_app.command("show")
-def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Print a recipe with its overrides and every default."""
     typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from byteloom.core.configs import UnknownNameError, find_recipe
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.reading import DataConfig
 from launchers.local import LaunchConfig
@@ -95,14 +96,30 @@ class ConfigError(Exception):
 FieldPath = tuple[str, ...]
 
 
-def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a recipe file, with `section.field=value` overrides laid over it.
+def find(recipe: str | Path) -> Path:
+    """Return the file of a recipe, given by the name of one that comes with Byteloom or by its path.
 
     Raises:
-        ConfigError: the file cannot be read, or a field or override is wrong.
+        ConfigError: no recipe has this name.
+    """
+    try:
+        return find_recipe(str(recipe))
+    except UnknownNameError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a recipe, with `section.field=value` overrides laid over it.
+
+    Args:
+        recipe: its name or its path; see `find`.
+
+    Raises:
+        ConfigError: the recipe cannot be found or read, or a field or override is wrong.
     """
     origins: dict[FieldPath, str] = {}
-    return _overridden(_read_yaml(recipe, origins), overrides, origins, str(recipe))
+    path = find(recipe)
+    return _overridden(_read_yaml(path, origins), overrides, origins, str(path))
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
