@@ -30,9 +30,9 @@ from pretrain import (
     sweep_command,
 )
 from pretrain import config as configuration
-from pretrain.arguments import OverridesArgument, RecipeArgument
+from pretrain.arguments import OverridesArgument, RecipeArgument, complete_recipe
 from pretrain.checkpoint import CheckpointError, Metadata, read
-from pretrain.config import Config, ConfigError
+from pretrain.config import ConfigError, recipe_schema
 from pretrain.console import byte_progress, run, said, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
@@ -42,6 +42,7 @@ from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.megabyte import Megabyte
+from pretrain.new_recipe import write_copy
 from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
@@ -320,10 +321,23 @@ def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> 
     typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
 
 
+@config_app.command("new")
+def config_new(
+    path: Annotated[Path, typer.Argument(help="File to write, such as my.yaml.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Option("--from", help="Recipe to copy: a name or a .yaml file.", autocompletion=complete_recipe)
+    ] = "debug",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a commented copy of a recipe to edit, and a JSON schema for editors beside it."""
+    schema = write_copy(recipe, path, force)
+    say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields to editors")
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    typer.echo(json.dumps(Config.model_json_schema(), indent=1))
+    typer.echo(json.dumps(recipe_schema(), indent=1))
 
 
 @config_app.command("explain")

@@ -28,7 +28,7 @@ from launchers.supervise import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
-from pretrain.models import ModelConfig, carries_memory
+from pretrain.models import DEFAULT_FAMILY, ModelConfig, carries_memory, families
 from pretrain.optimizers import OptimizerConfig
 from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
@@ -95,6 +95,17 @@ class ConfigError(Exception):
 
 FieldPath = tuple[str, ...]
 
+SCHEMA_TITLE = "Byteloom recipe"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors."""
+    schema = Config.model_json_schema()
+    for name, family in families().items():
+        if name != DEFAULT_FAMILY:
+            schema["$defs"][family.__name__]["required"].append("family")
+    return {**schema, "title": SCHEMA_TITLE}
+
 
 def find(recipe: str | Path) -> Path:
     """Return the file of a recipe, given by the name of one that comes with Byteloom or by its path.
@@ -120,6 +131,11 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     origins: dict[FieldPath, str] = {}
     path = find(recipe)
     return _overridden(_read_yaml(path, origins), overrides, origins, str(path))
+
+
+def as_scalar(value: str) -> str:
+    """Return a value as it is written in a recipe, in quotes where YAML would take it for something else."""
+    return yaml.dump(value, Dumper=_RecipeDumper).splitlines()[0]
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:

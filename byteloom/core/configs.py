@@ -99,6 +99,7 @@ def _nearest(text: str, names: Mapping[str, Path]) -> list[str]:
         return [f"{text}.yaml"]
     ends = {name: name.rpartition("/")[2] for name in names}
     alike = difflib.get_close_matches(text.rpartition("/")[2], set(ends.values()), 1)
-    return difflib.get_close_matches(text, names, SUGGESTIONS, cutoff=0.75) or [
-        name for name in names if ends[name] in alike
-    ][:SUGGESTIONS]
+    return (
+        difflib.get_close_matches(text, names, SUGGESTIONS, cutoff=0.75)
+        or [name for name in names if ends[name] in alike][:SUGGESTIONS]
+    )
