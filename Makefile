@@ -28,7 +28,7 @@ $(CORPUS)/train/manifest.json: | $(VENV)/.ready
 
 demo: setup corpus ## train a small model on it for a few minutes and let it write
 	$(BIN)/byteloom inspect $(CORPUS)/train
-	$(BIN)/byteloom train configs/demo.yaml
+	$(BIN)/byteloom train demo
 	@echo; echo "The model goes on from 'def ':"; echo
 	@$(BIN)/byteloom generate runs/demo --prompt 'def ' --bytes 400 --temperature 0.7
 	@echo
@@ -36,7 +36,7 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
 	@echo "By document:  $(BIN)/byteloom eval runs/demo"
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000"
-	@echo "Go on:        $(BIN)/byteloom train configs/demo.yaml train.steps=5000"
+	@echo "Go on:        $(BIN)/byteloom train demo train.steps=5000"
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
@@ -71,7 +71,7 @@ lock: ## pin what pyproject.toml allows today into requirements.lock
 	DS_BUILD_OPS=0 .lock-venv/bin/pip install --quiet --editable '.[dev]'
 	{ echo "# Every package of the environment, pinned; made by 'make lock', installed by 'make setup'."; \
 		echo "# Where torch is a CUDA build, it pins its own CUDA packages."; \
-		.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
+		.lock-venv/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
 	rm -rf .lock-venv
 
 clean: ## remove the environment and caches; runs/ stays

@@ -4,13 +4,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-PRESETS = Path(__file__).parents[1] / "configs" / "cluster"
+from byteloom.core.configs import UnknownNameError, find_preset
 
 
 class ClusterError(Exception):
@@ -81,12 +80,15 @@ def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
     Raises:
         ClusterError: there is none, or it is wrong.
     """
-    path = Path(name) if name.endswith(".yaml") else PRESETS / f"{name}.yaml"
     try:
+        path = find_preset(name)
         tree = yaml.load(path.read_text(encoding="utf-8"), _PresetLoader) or {}
-    except FileNotFoundError:
-        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
-        raise ClusterError(f"--cluster {name}: no such preset; there are {known}, or name a .yaml file") from None
+    except UnknownNameError as error:
+        raise ClusterError(f"--cluster {name}: {error}") from None
+    except OSError as error:
+        raise ClusterError(f"--cluster {name}: cannot read the preset: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ClusterError(f"{path} is not a preset: it is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ClusterError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -4,6 +4,7 @@
     RUN/gave-up.md           why nothing is started any more, if it is so
     RUN/jobs/001/            the first submission; another one of the same run is 002
         config.yaml          the resolved recipe, which every start of this job trains
+        config.source.json   the recipe that a person named, and the commits of its repository and of Byteloom
         code/                the packages as they were then, which every start of this job runs
         cluster.yaml         what the job asks for
         plan.json            what the supervisor is told
@@ -40,7 +41,7 @@ from launchers.scheduler import SchedulerError
 from launchers.slurm import Allocation, srun_command
 from launchers.supervise import Plan, Supervisor
 
-PACKAGES = ("data_pipeline", "launchers", "pretrain")
+PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
 LONGEST_LOCAL_MINUTES = 60 * 24 * 365
 OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
@@ -51,10 +52,11 @@ class Submission:
     Args:
         run: the run folder.
         recipe: the resolved recipe, as YAML.
+        source: JSON text that records what the recipe was made of.
     """
 
-    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig) -> None:
-        self.run, self.recipe, self.plan, self.cluster = run, recipe, plan, cluster
+    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig, source: str = "") -> None:
+        self.run, self.recipe, self.plan, self.cluster, self.source = run, recipe, plan, cluster, source
         numbers = [int(path.name) for path in (run / "jobs").glob("[0-9]*")]
         self.folder = run / "jobs" / f"{max(numbers, default=0) + 1:03d}"
 
@@ -141,6 +143,7 @@ class Submission:
         for folder in (self.folder, self.folder / "ranks", self._submitit):
             folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
+        (self.folder / "config.source.json").write_text(self.source, encoding="utf-8")
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(self.cluster.model_dump()), encoding="utf-8")
         self.plan.save(self.folder / "plan.json")
         source = Path(__file__).parents[1]

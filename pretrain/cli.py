@@ -30,8 +30,9 @@ from pretrain import (
     sweep_command,
 )
 from pretrain import config as configuration
+from pretrain.arguments import OverridesArgument, RecipeArgument, complete_recipe
 from pretrain.checkpoint import CheckpointError, Metadata, read
-from pretrain.config import Config, ConfigError
+from pretrain.config import ConfigError, recipe_schema
 from pretrain.console import byte_progress, run, said, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
@@ -41,6 +42,8 @@ from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.megabyte import Megabyte
+from pretrain.new_recipe import write_copy
+from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tracking import MlflowShipper
@@ -82,11 +85,6 @@ FAULTS = (
 )
 """What a person can mend, and is told in a line."""
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Fields to change, such as train.steps=50 model.patch_size=4.", show_default=False),
-]
 ModelPath = Annotated[
     str,
     typer.Argument(
@@ -136,13 +134,15 @@ LatentsOption = Annotated[
 
 
 @app.command("train")
-def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a run, or go on with it where its newest checkpoint is."""
     config = configuration.load(recipe, overrides or [])
+    place, processes = place_of(os.environ), config.launch.processes
+    is_first = place is None or place.rank == 0
+    source = trace(configuration.find(recipe)) if is_first else {}
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
-        resolved.write_text(config.as_yaml(), encoding="utf-8")
-        place, processes = place_of(os.environ), config.launch.processes
+        save_resolved(resolved, config.as_yaml(), source)
         if place is None and processes > 1:
             log_of = RunFolder(Path(config.run.root) / config.run.name).log_of
             raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
@@ -166,7 +166,7 @@ def _train(recipe: Path) -> int:
     world = World.join(choose_device(config.engine.device).type, meeting=meeting)
     try:
         with world.in_contact():
-            return train(config, said if world.is_first else Console(quiet=True), world)
+            return train(config, said if world.is_first else Console(quiet=True), world, read_source(recipe))
     finally:
         world.leave()
 
@@ -319,15 +319,28 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
 
 
 @config_app.command("show")
-def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Print a recipe with its overrides and every default."""
     typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
+
+
+@config_app.command("new")
+def config_new(
+    path: Annotated[Path, typer.Argument(help="File to write, such as my.yaml.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Option("--from", help="Recipe to copy: a name or a .yaml file.", autocompletion=complete_recipe)
+    ] = "debug",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a commented copy of a recipe to edit, and a JSON schema for editors beside it."""
+    schema = write_copy(recipe, path, force)
+    say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields to editors")
 
 
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    typer.echo(json.dumps(Config.model_json_schema(), indent=1))
+    typer.echo(json.dumps(recipe_schema(), indent=1))
 
 
 @config_app.command("explain")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from byteloom.core.configs import UnknownNameError, find_recipe
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.reading import DataConfig
 from launchers.local import LaunchConfig
@@ -27,7 +28,7 @@ from launchers.supervise import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
-from pretrain.models import ModelConfig, carries_memory
+from pretrain.models import DEFAULT_FAMILY, ModelConfig, carries_memory, families
 from pretrain.optimizers import OptimizerConfig
 from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
@@ -94,15 +95,47 @@ class ConfigError(Exception):
 
 FieldPath = tuple[str, ...]
 
+SCHEMA_TITLE = "Byteloom recipe"
 
-def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a recipe file, with `section.field=value` overrides laid over it.
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors."""
+    schema = Config.model_json_schema()
+    for name, family in families().items():
+        if name != DEFAULT_FAMILY:
+            schema["$defs"][family.__name__]["required"].append("family")
+    return {**schema, "title": SCHEMA_TITLE}
+
+
+def find(recipe: str | Path) -> Path:
+    """Return the file of a recipe, given by the name of one that comes with Byteloom or by its path.
 
     Raises:
-        ConfigError: the file cannot be read, or a field or override is wrong.
+        ConfigError: no recipe has this name.
+    """
+    try:
+        return find_recipe(str(recipe))
+    except UnknownNameError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a recipe, with `section.field=value` overrides laid over it.
+
+    Args:
+        recipe: its name or its path; see `find`.
+
+    Raises:
+        ConfigError: the recipe cannot be found or read, or a field or override is wrong.
     """
     origins: dict[FieldPath, str] = {}
-    return _overridden(_read_yaml(recipe, origins), overrides, origins, str(recipe))
+    path = find(recipe)
+    return _overridden(_read_yaml(path, origins), overrides, origins, str(path))
+
+
+def as_scalar(value: str) -> str:
+    """Return a value as it is written in a recipe, in quotes where YAML would take it for something else."""
+    return yaml.dump(value, Dumper=_RecipeDumper).splitlines()[0]
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:

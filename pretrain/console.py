@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from byteloom.core.text import printable
 from pretrain.progress import duration, size
 
 PLAIN_LINE_SECONDS = 30.0
@@ -37,11 +38,6 @@ def speak_as(rank: int) -> None:
 def say(text: str) -> None:
     """A line for people, as it is: file names are no markup."""
     said.print(printable(_handler.speaker + text), markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Text in which the bytes of a file name that are no UTF-8 are shown as escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> Result:

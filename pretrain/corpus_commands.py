@@ -116,7 +116,7 @@ def prepare_command(
     ] = False,
     tasks: Annotated[int, _option(ARRAY, "Tasks of the array.", min=1)] = 8,
     parallel: Annotated[int | None, _option(ARRAY, "Tasks at once, at most; all when left out.", min=1)] = None,
-    cluster: Annotated[str, _option(ARRAY, "A preset of configs/cluster, or a .yaml file.")] = "cpu",
+    cluster: Annotated[str, _option(ARRAY, "A preset (cpu, gpu) or a .yaml file.")] = "cpu",
     partition: Annotated[str | None, _option(ARRAY, "Slurm's partition.")] = None,
     account: Annotated[str | None, _option(ARRAY, "Whose hours these are.")] = None,
     memory: Annotated[str | None, _option(ARRAY, "Of each task, such as 4G.")] = None,

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from byteloom.core.configs import CONFIGS
 from pretrain import config as configuration
+from pretrain.arguments import OverridesArgument, RecipeArgument
 from pretrain.console import printable
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
@@ -28,7 +30,9 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figur
 @app.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
-    recipes: Annotated[Path, typer.Option(help="Folder of recipes.")] = Path("configs"),
+    recipes: Annotated[
+        Path, typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom")
+    ] = CONFIGS,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows to measure the activations of; takes some seconds.")
     ] = None,
@@ -45,8 +49,8 @@ def models(
 
 @app.command()
 def estimate(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/megabyte/text.yaml.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Fields to change.", show_default=False)] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many share the work.")] = 1,
     memory: Annotated[float, typer.Option(min=0, help="Of one GPU, in GiB.")] = 80.0,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows; the recipe's own when left out.")] = None,
@@ -70,7 +74,7 @@ def estimate(
     _print_estimate(title, found, plain, checkpointed, rows, usable)
     if json_path is not None:
         figures = {
-            "recipe": str(recipe),
+            "recipe": recipe,
             "gpus": gpus,
             "memory_bytes": memory * 2**30,
             "usable_bytes": usable,
@@ -99,7 +103,7 @@ def _print_catalogue(recipes: list[Recipe], folder: Path, micro_batch: int | Non
         table = Table(
             title=f"{family}: {config.__doc__}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
-        table.add_column("recipe", min_width=29, no_wrap=True)
+        table.add_column("recipe", min_width=29, overflow="fold")
         for name, width in (("params", 7), ("printed", 13), ("forward", 7), ("training", 8), ("states", 6)):
             table.add_column(name, justify="right", min_width=width, no_wrap=True)
         if micro_batch is not None:
@@ -123,7 +127,9 @@ def _print_catalogue(recipes: list[Recipe], folder: Path, micro_batch: int | Non
                 table.add_row(*row, escape(recipe.result or ""))
         out.print(table)
     legend = [
-        f"Recipes are {folder}/FAMILY/NAME.yaml.",
+        "recipe: the name that commands take, as in `byteloom train debug`."
+        if folder == CONFIGS
+        else f"recipe: the file {folder}/RECIPE.yaml.",
         "params: millions. printed: as the paper prints them;",
         *(f"  {letters[remark]}  {remark}" for remark in remarks),
         "forward, training: millions of operations for each byte read, over a full row.",
@@ -137,10 +143,8 @@ def _print_catalogue(recipes: list[Recipe], folder: Path, micro_batch: int | Non
 
 
 def _name(recipe: Recipe, folder: Path) -> str:
-    """Without what its family says already."""
-    family = folder / recipe.family
-    inside = recipe.path.is_relative_to(family)
-    return str((recipe.path.relative_to(family) if inside else recipe.path).with_suffix(""))
+    """Return a recipe's path in its folder, without .yaml."""
+    return recipe.path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _print_estimate(

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from byteloom.core.configs import recipe_files
 from pretrain.config import ConfigError, load
 from pretrain.engines import compute_dtype, gpu_precision
 from pretrain.footprint import measure_kept, on_meta, shardings
@@ -52,11 +53,6 @@ def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
     if not recipes:
         raise ConfigError(f"{folder} holds no recipe")
     return recipes
-
-
-def recipe_files(folder: Path) -> list[Path]:
-    """The recipes in a folder, in the order of their paths; presets of clusters are none."""
-    return [path for path in sorted(folder.rglob("*.yaml")) if path.parent.name != "cluster"]
 
 
 def _read(path: Path, micro_batch: int | None) -> Recipe:

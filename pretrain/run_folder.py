@@ -2,6 +2,7 @@
 
 ROOT/NAME/
     config.yaml        the resolved recipe of the last start
+    config.source.json the recipe that a person named, and the commits of its repository and of Byteloom
     train.log          what was said; train.rank-00001.log and so on, by the other ranks
     metrics.jsonl      one line a step
     run.json           the run's identity

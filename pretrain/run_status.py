@@ -23,6 +23,7 @@ from launchers.scheduler import Job, Phase, SchedulerError
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint.store import step_of
 from pretrain.fence import starts_noted_at
+from pretrain.provenance import read_source
 from pretrain.run_folder import RunFolder, RunFolderError
 
 RECENT_STEPS = 20
@@ -39,6 +40,8 @@ class RunStatus:
 
     run: str
     """Its folder."""
+    recipe: str | None
+    """The recipe of its last start: the name of one that comes with Byteloom, or the path of a file."""
     state: str
     """That of its job, while it has one; else running, stopped, finished or failed."""
     reason: str
@@ -102,7 +105,8 @@ def status_of(path: Path) -> RunStatus:
     trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
     validated = [line["validation/bits_per_byte"] for line in recent if "validation/bits_per_byte" in line]
     step = recent[-1]["step"] if recent else 0
-    steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
+    resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
+    steps = _steps(resolved)
     state = _state(job, launches, holder is not None, is_done=step == steps)
     bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
     newest = next(reversed(CheckpointStore(folder.checkpoints, keep=None).committed()), None)
@@ -110,6 +114,7 @@ def status_of(path: Path) -> RunStatus:
     process, nodes = _place(job, is_local, holder)
     return RunStatus(
         run=str(path),
+        recipe=read_source(resolved).get("recipe"),
         state=state,
         reason=job.reason if job is not None and state == job.phase else "",
         job=job.id if job else None,

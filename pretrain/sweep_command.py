@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +25,14 @@ import typer
 from data_pipeline.atomic import replace_file
 from launchers.cluster import load_cluster
 from launchers.local import STOPPED
-from launchers.submission import Submission, submit_array
+from launchers.submission import submit_array
 from pretrain import config as configuration
+from pretrain.arguments import RecipeArgument
 from pretrain.config import Config, ConfigError
 from pretrain.console import say
+from pretrain.provenance import save_resolved, trace
 from pretrain.run_status import status_of
-from pretrain.submit_command import plan_of
+from pretrain.submit_command import submission_of
 from pretrain.tracking import ParentRun
 
 POLL_SECONDS = 0.2
@@ -41,7 +43,7 @@ app = typer.Typer()
 
 @app.command("sweep")
 def sweep_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe.", show_default=False)],
+    recipe: RecipeArgument,
     overrides: Annotated[
         list[str],
         typer.Argument(
@@ -53,7 +55,7 @@ def sweep_command(
         int | None, typer.Option(min=1, help="Runs at once, at most; one here, all on a cluster.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="A Slurm preset of configs/cluster, or a .yaml file; here when left out.")
+        str | None, typer.Option(help="A Slurm preset (gpu, cpu) or a .yaml file; this machine when left out.")
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Of each run.")] = None,
     processes: Annotated[int | None, typer.Option("--processes-per-node", help="Ranks on each node.")] = None,
@@ -71,6 +73,7 @@ def sweep_command(
     if chosen is not None and chosen.scheduler != "slurm":
         raise ConfigError(f"--cluster {cluster} is this machine; leave it out to sweep here")
     name, configs = _configs(recipe, overrides)
+    source = trace(configuration.find(recipe))
     first = next(iter(configs.values()))
     root = Path(first.run.root)
     folder = root / f"{name}.sweep"
@@ -78,11 +81,11 @@ def sweep_command(
     if parent is not None:
         configs = {name: _child(config, parent.id) for name, config in configs.items()}
     if chosen is None:
-        raise typer.Exit(_train_here(configs, root, folder, parallel or 1, parent))
+        raise typer.Exit(_train_here(configs, source, root, folder, parallel or 1, parent))
     submissions = []
     for name, config in configs.items():
         run = (root / name).resolve()
-        submissions.append(Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen))
+        submissions.append(submission_of(run, config, chosen, source))
     if parent is not None:
         parent.set_status("SCHEDULED")
     try:
@@ -96,7 +99,7 @@ def sweep_command(
     typer.echo("\n".join(jobs))
 
 
-def _configs(recipe: Path, overrides: Sequence[str]) -> tuple[str, dict[str, Config]]:
+def _configs(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, Config]]:
     """The name of a sweep, and the configs of its runs by their names.
 
     Raises:
@@ -174,9 +177,19 @@ def _child(config: Config, parent: str) -> Config:
     return config.model_copy(update={"tracking": tracking})
 
 
-def _train_here(configs: dict[str, Config], root: Path, folder: Path, parallel: int, parent: ParentRun | None) -> int:
-    """Trains the runs on this machine, so many at once; returns the exit code."""
-    codes = _run_all(configs, folder, parallel)
+def _train_here(
+    configs: dict[str, Config],
+    source: Mapping[str, str],
+    root: Path,
+    folder: Path,
+    parallel: int,
+    parent: ParentRun | None,
+) -> int:
+    """Train the runs on this machine, so many at once; return the exit code."""
+    files = {name: folder / f"{name}.yaml" for name in configs}
+    for name, config in configs.items():
+        save_resolved(files[name], config.as_yaml(), source)
+    codes = _run_all(files, parallel)
     for name in configs:
         if (root / name / "run.json").exists():
             told = status_of(root / name)
@@ -191,16 +204,14 @@ def _train_here(configs: dict[str, Config], root: Path, folder: Path, parallel: 
     return 1 if failed else 130 if stopped else 0
 
 
-def _run_all(configs: dict[str, Config], folder: Path, parallel: int) -> dict[str, int]:
-    """The exit codes of the runs that were begun: none is any more once one was asked to stop."""
-    waiting, running, codes = list(configs), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
+def _run_all(recipes: dict[str, Path], parallel: int) -> dict[str, int]:
+    """Return the exit codes of the runs that were begun; no run begins once one was asked to stop."""
+    waiting, running, codes = list(recipes), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
     while waiting or running:
         if waiting and len(running) < parallel:
             name = waiting.pop(0)
-            say(f"{len(configs) - len(waiting)} of {len(configs)}: {name}")
-            file = folder / f"{name}.yaml"
-            file.write_text(configs[name].as_yaml(), encoding="utf-8")
-            running[name] = subprocess.Popen([*BYTELOOM, "train", str(file)])
+            say(f"{len(recipes) - len(waiting)} of {len(recipes)}: {name}")
+            running[name] = subprocess.Popen([*BYTELOOM, "train", str(recipes[name])])
             continue
         try:
             time.sleep(POLL_SECONDS)

@@ -17,7 +17,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +58,7 @@ from pretrain.models import (
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.profiling import ProfileConfig, StepProfiler
 from pretrain.progress import TrainingProgress, duration, size
-from pretrain.provenance import changes, environment, flatten, git_state
+from pretrain.provenance import changes, environment, flatten, read_source, source_file, source_text
 from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
 from pretrain.stop import StopRequest
@@ -121,8 +121,11 @@ class TrainingError(Exception):
     """A run cannot go on."""
 
 
-def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
+def train(recipe: Recipe, console: Console, world: World = ALONE, source: Mapping[str, str] | None = None) -> int:
     """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
+
+    Args:
+        source: tags that say where the recipe and the code come from; see provenance.py.
 
     Raises:
         TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError, WorldError: it cannot start or go on;
@@ -145,9 +148,11 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
         fence = Fence(folder.generation, *([home / "generation"] if recipe.checkpoint.home else []))
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat).go(
-            console
-        )
+        run = Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat)
+        if world.is_first:
+            resolved = folder.config.read_text(encoding="utf-8")
+            replace_file(source_file(folder.config), source_text(resolved, source or {}))
+        return run.go(console)
 
 
 class Run:
@@ -560,7 +565,7 @@ class Run:
                 ),
                 "host": platform.node(),
                 **environment(),
-                **git_state(Path.cwd()),
+                **read_source(self.folder.config),
             },
             begins_after=self.step if self.checkpoint else -1,
         )

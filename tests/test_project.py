@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from byteloom.core.configs import recipe_files
 from pretrain.config import Config, all_fields, load
-from pretrain.recipes import recipe_files
 
 ROOT = Path(__file__).parents[1]
 

@@ -268,7 +268,8 @@ class _Worker:
         # Ctrl-C reaches the whole group; workers, which inherit what is blocked, are ended by their pool.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "data_pipeline.preparation.work", *arguments],
+            # -P: a folder named data_pipeline where the command was given is none of ours.
+            [sys.executable, "-P", "-m", "data_pipeline.preparation.work", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
@@ -41,6 +43,10 @@ class CheckpointingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_
     @classmethod
     def _mode_alone(cls, value: Any) -> Any:
         return {"mode": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": list(get_args(CheckpointingMode))}, handler(core_schema)]}
 
     @field_validator("stacks", mode="before")
     @classmethod
