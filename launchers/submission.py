@@ -28,19 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from submitit import LocalExecutor, SlurmExecutor
-from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers import scheduler
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
+from launchers.executors import import_submitit
 from launchers.machine import Machine, is_running
 from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
 from launchers.slurm import Allocation, srun_command
 from launchers.supervise import Plan, Supervisor
 
-PACKAGES = ("data_pipeline", "launchers", "pretrain")
+PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
 LONGEST_LOCAL_MINUTES = 60 * 24 * 365
 OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
@@ -61,9 +59,10 @@ class Submission:
     def script(self) -> str:
         """The batch script."""
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
-        return _make_sbatch_string(
+        script: str = import_submitit().slurm.slurm._make_sbatch_string(
             command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
         )
+        return script
 
     def srun(self) -> str:
         """How the job's supervisor will start the ranks on the least number of nodes."""
@@ -152,10 +151,10 @@ class Submission:
     def _submit(self) -> str:
         arguments = (supervise, str(self.folder), self.cluster.scheduler)
         if self.cluster.scheduler == "local":
-            local = LocalExecutor(self._submitit)
+            local = import_submitit().LocalExecutor(self._submitit)
             local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
             with _importing_from(self.folder / "code"):
-                return local.submit(*arguments).job_id
+                return str(local.submit(*arguments).job_id)
         return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
     def parameters(self, folder: str) -> dict[str, Any]:
@@ -223,12 +222,13 @@ def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int)
 
 def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
     """Submits calls, several of them as an array; returns the ids of their jobs."""
-    slurm = SlurmExecutor(folder)
+    submitit = import_submitit()
+    slurm = submitit.SlurmExecutor(folder)
     slurm.update_parameters(**parameters)
     try:
         with slurm.batch():
             jobs = [slurm.submit(*task) for task in tasks]
-    except FailedJobError as error:
+    except submitit.core.utils.FailedJobError as error:
         raise refusal(str(error)) from error
     return [job.job_id for job in jobs]
 

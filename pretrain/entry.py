@@ -11,7 +11,7 @@ from data_pipeline.errors import CorpusError
 from launchers import imports
 from launchers.cluster import ClusterError
 from launchers.scheduler import SchedulerError
-from pretrain import corpus_commands
+from pretrain import corpus_commands, versions
 from pretrain.console import run
 from pretrain.run_folder import RunFolderError
 
@@ -27,6 +27,8 @@ def main() -> None:
 
 def _imported(name: str | None) -> Callable[[], object]:
     """What runs the command of a name, with what it needs and little else."""
+    if name == "--version":
+        return versions.print_versions
     if _has(corpus_commands.app, name):
         return partial(run, corpus_commands.app, FAULTS)
     from pretrain import run_commands  # noqa: PLC0415 - torch

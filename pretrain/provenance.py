@@ -3,11 +3,12 @@
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from byteloom.core.packages import installed_version
 
 PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
 
@@ -15,7 +16,7 @@ PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset"
 def environment() -> dict[str, str]:
     """Software and machine, as far as they can change a number."""
     return {
-        **{f"version.{name}": version(name) for name in PACKAGES},
+        **{f"version.{name}": installed_version(name) or "none" for name in PACKAGES},
         "version.python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": str(torch.get_num_threads()),
