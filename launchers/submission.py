@@ -99,7 +99,13 @@ class Submission:
         return self.folder / "submitit"
 
     def refuse(self) -> None:
-        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm could never run this."""
+        """Check that it can be submitted.
+
+        Raises:
+            ClusterError: an earlier job is not over, or Slurm could never run this.
+            MissingPackageError: submitit is not installed.
+        """
+        import_submitit()
         self._refuse_two_at_once()
         if self.cluster.scheduler == "slurm":
             self._refuse_the_impossible()
