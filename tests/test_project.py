@@ -29,12 +29,13 @@ def test_walls_between_packages_stand():
     ("command", "needless"),
     [
         ("import pretrain.entry, pretrain.corpus_commands", {"torch"}),
+        ("import pretrain.entry, pretrain.run_commands", {"torch"}),
         (
             "import pretrain.cli, torch; from tests.distributed.parity import FAMILIES, model; [*map(model, FAMILIES)]",
             {"torch._dynamo", "torch.distributed.fsdp", "deepspeed", "mlflow", "matplotlib"},
         ),
     ],
-    ids=["a corpus", "a model"],
+    ids=["a corpus", "a run", "a model"],
 )
 def test_what_takes_seconds_to_import_is_not_where_it_is_not_needed(command: str, needless: set[str]):
     script = f"import sys; {command}; print(*sys.modules)"

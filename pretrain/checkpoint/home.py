@@ -146,6 +146,23 @@ def open_home(location: str | Location) -> Home:
     return Bucket(place) if isinstance(place, Url) else Folder(place)
 
 
+def committed(home: Home) -> list[Location]:
+    """Return the checkpoints of a home, oldest first. Their content is not verified.
+
+    Raises:
+        CheckpointError: the home cannot be read.
+    """
+    try:
+        return [home.location / name for name in home.names()]
+    except OSError as error:
+        raise CheckpointError(f"{home.location} cannot be read: {error}") from error
+
+
+def step_of(checkpoint: Location) -> int:
+    """Return the step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _step_names(names: Iterable[str]) -> list[str]:
     return sorted((name for name in names if re.fullmatch(r"step-\d{8,}", name)), key=lambda name: int(name[5:]))
 
