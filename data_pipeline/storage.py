@@ -24,6 +24,8 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 
+from byteloom.core.packages import needed_by
+from byteloom.core.urls import file_system
 from data_pipeline.errors import CorpusError, CorruptBlockError, ForbiddenError, MissingFileError, ShardEndsError
 
 log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ def open_storage(location: str | Path, config: RemoteConfig) -> Storage:
 
     Raises:
         CorpusError: nothing here opens URLs of this kind.
+        MissingPackageError: the package that opens them is not installed.
     """
     return Remote(str(location), config) if "://" in str(location) else Folder(Path(location))
 
@@ -212,7 +215,7 @@ class Remote:
         self._lock = threading.Lock()
         try:
             self._files, self._root = _file_system(self.location, config.timeout_seconds)
-        except (ImportError, ValueError) as error:
+        except ValueError as error:
             raise CorpusError(f"{url} cannot be opened: {error}") from error
 
     def identify(self, digest: str) -> None:
@@ -348,12 +351,11 @@ class _WrongAnswerError(Exception):
 
 def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     """The file system of a URL and the path in it, without caches or attempts of its own."""
-    from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs are worth it
-
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("http", "https"):
-        import aiohttp  # noqa: PLC0415 - a third of a second that only URLs are worth
+        with needed_by(url, "aiohttp"):
+            import aiohttp  # noqa: PLC0415 - a third of a second that only URLs are worth
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         # A server that compresses on the way would answer with ranges of something else.
@@ -361,7 +363,7 @@ def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     elif protocol in ("s3", "s3a"):
         times = {"connect_timeout": timeout, "read_timeout": timeout}
         options["config_kwargs"] = {**times, "retries": {"total_max_attempts": 1}}
-    files, root = url_to_fs(url, **options)
+    files, root = file_system(url, **options)
     if protocol in ("s3", "s3a"):
         files.retries = 1
     return files, root

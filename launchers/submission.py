@@ -29,12 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from submitit import LocalExecutor, SlurmExecutor
-from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers import scheduler
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
+from launchers.executors import import_submitit
 from launchers.machine import Machine, is_running
 from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
@@ -63,9 +61,10 @@ class Submission:
     def script(self) -> str:
         """The batch script."""
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
-        return _make_sbatch_string(
+        script: str = import_submitit().slurm.slurm._make_sbatch_string(
             command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
         )
+        return script
 
     def srun(self) -> str:
         """How the job's supervisor will start the ranks on the least number of nodes."""
@@ -102,7 +101,13 @@ class Submission:
         return self.folder / "submitit"
 
     def refuse(self) -> None:
-        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm could never run this."""
+        """Check that it can be submitted.
+
+        Raises:
+            ClusterError: an earlier job is not over, or Slurm could never run this.
+            MissingPackageError: submitit is not installed.
+        """
+        import_submitit()
         self._refuse_two_at_once()
         if self.cluster.scheduler == "slurm":
             self._refuse_the_impossible()
@@ -155,10 +160,10 @@ class Submission:
     def _submit(self) -> str:
         arguments = (supervise, str(self.folder), self.cluster.scheduler)
         if self.cluster.scheduler == "local":
-            local = LocalExecutor(self._submitit)
+            local = import_submitit().LocalExecutor(self._submitit)
             local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
             with _importing_from(self.folder / "code"):
-                return local.submit(*arguments).job_id
+                return str(local.submit(*arguments).job_id)
         return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
     def parameters(self, folder: str) -> dict[str, Any]:
@@ -226,12 +231,13 @@ def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int)
 
 def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
     """Submits calls, several of them as an array; returns the ids of their jobs."""
-    slurm = SlurmExecutor(folder)
+    submitit = import_submitit()
+    slurm = submitit.SlurmExecutor(folder)
     slurm.update_parameters(**parameters)
     try:
         with slurm.batch():
             jobs = [slurm.submit(*task) for task in tasks]
-    except FailedJobError as error:
+    except submitit.core.utils.FailedJobError as error:
         raise refusal(str(error)) from error
     return [job.job_id for job in jobs]
 

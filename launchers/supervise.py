@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fsspec.core import url_to_fs
 from pydantic import BaseModel, Field
 
+from byteloom.core.urls import file_system
 from launchers.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
 from launchers.record import Event, Launch, LaunchRecord
 
@@ -390,7 +390,7 @@ class Vigil:
 
 def _committed(home: str) -> list[int]:
     """Steps of the checkpoints there. In a folder only committed ones have such names, at a URL they have a marker."""
-    files, root = url_to_fs(home, use_listings_cache=False)
+    files, root = file_system(home, use_listings_cache=False)
     found = files.glob(f"{root}/step-*{'/metadata.json' if '://' in home else ''}")
     return [int(step[1]) for path in found if (step := re.search(r"/step-(\d+)(/metadata\.json)?$", path))]
 

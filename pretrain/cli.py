@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byteloom.core.packages import MissingPackageError
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
@@ -48,6 +49,7 @@ from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
+from pretrain.versions import print_versions
 from pretrain.weights import find_checkpoint, trained_precision
 from pretrain.words import count_words
 from pretrain.world import World, WorldError, place_of
@@ -151,6 +153,27 @@ def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -
                 f"launch.processes is {processes}, and another launcher has started {place.size} ranks; leave it to one"
             )
         raise typer.Exit(run_in_process(TRAIN_ENTRY, resolved))
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        print_versions()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_versions,
+            is_eager=True,
+            help="Print the versions of Byteloom, Python, torch, DeepSpeed and the accelerator.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 def start(recipe: Path) -> int:
@@ -312,6 +335,8 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
             shipper.set_status("KILLED")
         try:
             shipper.finish()
+        except MissingPackageError:
+            raise
         except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
             reason = str(error).partition("\n")[0]
             raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error

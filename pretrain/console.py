@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from byteloom.core.packages import MissingPackageError
 from byteloom.core.text import printable
 from pretrain.progress import duration, size
 
@@ -44,13 +45,13 @@ def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> R
     """Runs a command, and shows what it logs; a fault that a person can mend is one line and exit code 1.
 
     Args:
-        faults: those errors, besides OSError.
+        faults: those errors, besides OSError and MissingPackageError.
     """
     for name in ("pretrain", "data_pipeline", "launchers"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         logging.getLogger(name).addHandler(_handler)
     # What the operating system says: a full disk, a folder that may not be written.
-    mendable: tuple[type[Exception], ...] = (*faults, OSError)
+    mendable: tuple[type[Exception], ...] = (*faults, MissingPackageError, OSError)
     try:
         return command()
     except mendable as error:

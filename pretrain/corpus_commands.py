@@ -23,6 +23,7 @@ from data_pipeline.sources import Selection
 from data_pipeline.verify import verify
 from data_pipeline.withdraw import withdraw
 from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
+from launchers.array import submit_commands
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.scheduler import cancel
 from pretrain.console import PlainProgress, byte_progress, printable, said, say
@@ -187,8 +188,6 @@ def _submit(
 
     The merge begins however they end: it does what is left, or says why that cannot be done.
     """
-    from launchers.array import submit_commands  # noqa: PLC0415 - submitit, which is needed here alone
-
     if cluster.scheduler != "slurm":
         raise CorpusError("--cluster names a preset of this machine; leave out --slurm")
     if out.exists():

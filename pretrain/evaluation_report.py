@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from byteloom.core.packages import needed_by
 from pretrain.console import printable
 from pretrain.evaluate import Evaluation, Mode
 from pretrain.scores import Score
@@ -103,7 +104,8 @@ class Report:
         self._draw(folder / "positions.png")
 
     def _draw(self, path: Path) -> None:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (takes a second, and few ask for a picture)
+        with needed_by("--curves", "matplotlib"):
+            from matplotlib.figure import Figure  # noqa: PLC0415  (takes a second, and few ask for a picture)
 
         curves = self.curves
         figure = Figure(figsize=(6 * len(curves), 4.5), layout="constrained")

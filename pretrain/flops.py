@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from byteloom.core.user_cache import user_cache
 from data_pipeline.atomic import replace_file
+from pretrain.torch_compat import cpu_capabilities
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ def _describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     limits = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ]
-    name, capability = torch.cpu.get_capabilities()["cpu_name"], torch.backends.cpu.get_cpu_capability()
+    name, capability = cpu_capabilities().get("cpu_name", platform.machine()), torch.backends.cpu.get_cpu_capability()
     return ", ".join([name, capability, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", *limits])
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from byteloom.core.configs import is_shipped, name_of
 from byteloom.core.git import Repository, ask_git
+from byteloom.core.packages import installed_version
 from byteloom.core.text import printable
 
 PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
@@ -25,7 +25,7 @@ PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset"
 def environment() -> dict[str, str]:
     """Software and machine, as far as they can change a number."""
     return {
-        **{f"version.{name}": version(name) for name in PACKAGES},
+        **{f"version.{name}": installed_version(name) or "none" for name in PACKAGES},
         "version.python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": str(torch.get_num_threads()),

@@ -20,8 +20,7 @@ from launchers import scheduler
 from launchers.machine import is_elsewhere, is_running
 from launchers.record import Launch, LaunchRecord, last_submission
 from launchers.scheduler import Job, Phase, SchedulerError
-from pretrain.checkpoint import CheckpointStore
-from pretrain.checkpoint.store import step_of
+from pretrain.checkpoint.home import committed, open_home, step_of
 from pretrain.fence import starts_noted_at
 from pretrain.provenance import read_source
 from pretrain.run_folder import RunFolder, RunFolderError
@@ -109,7 +108,7 @@ def status_of(path: Path) -> RunStatus:
     steps = _steps(resolved)
     state = _state(job, launches, holder is not None, is_done=step == steps)
     bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
-    newest = next(reversed(CheckpointStore(folder.checkpoints, keep=None).committed()), None)
+    newest = next(reversed(committed(open_home(folder.checkpoints))), None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
     process, nodes = _place(job, is_local, holder)
     return RunStatus(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from byteloom.core.packages import MissingPackageError, needed_by
 from data_pipeline.atomic import replace_file, sync
 
 log = logging.getLogger(__name__)
@@ -322,6 +323,9 @@ class Tracker:
                 if failing:
                     log.info("MLflow at %s answers again", shipper.delivery.uri)
                 pause, failing = POLL_SECONDS, False
+            except MissingPackageError as error:
+                log.warning("%s; training goes on, and the numbers are in %s", error, self.journal.path)
+                return
             except Exception as error:
                 # Whatever MLflow does wrong, training goes on, and the journal has the numbers.
                 if not failing:
@@ -396,10 +400,17 @@ class ParentRun:
 
 
 def _connect(uri: str, experiment: str) -> tuple[Any, str]:
-    """The MLflow client, and the id of an experiment, made if need be. MLflow is imported here: it takes seconds."""
+    """Return the MLflow client, and the id of an experiment, made if need be.
+
+    MLflow is imported here, as it takes seconds.
+
+    Raises:
+        MissingPackageError: MLflow is not installed.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper's own pauses do that
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    from mlflow import MlflowClient  # noqa: PLC0415
+    with needed_by("tracking.enabled", "mlflow"):
+        from mlflow import MlflowClient  # noqa: PLC0415
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

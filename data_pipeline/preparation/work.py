@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from byteloom.core.packages import MissingPackageError
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather
 from data_pipeline.preparation.layout import Layout
@@ -328,7 +329,7 @@ def main() -> None:
             stage = stage_named(name, plan)
             do_what_is_left(stage, plan, float(place), lambda job, size: tell(job=job, bytes=size))
             tell(idle=True)
-    except (CorpusError, OSError) as error:
+    except (CorpusError, MissingPackageError, OSError) as error:
         tell(error=str(error))
     except Exception:
         tell(error=f"a worker failed:\n{traceback.format_exc()}")

@@ -41,7 +41,7 @@ from pretrain.checkpoint.format import (
     encode_metadata,
     owned_ranges,
 )
-from pretrain.checkpoint.home import Location, open_home
+from pretrain.checkpoint.home import Location, committed, open_home, step_of
 from pretrain.fragments import Fragment
 from pretrain.world import ALONE, World, WorldError
 
@@ -378,15 +378,7 @@ class CheckpointStore:
 
     def committed(self) -> list[Location]:
         """The checkpoints there are, oldest first; their content has not been verified."""
-        return [self.folder / name for name in self._names()]
+        return committed(self._home)
 
     def _names(self) -> list[str]:
-        try:
-            return self._home.names()
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
-
-
-def step_of(checkpoint: Location) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(checkpoint.name.removeprefix("step-"))
+        return [checkpoint.name for checkpoint in self.committed()]

@@ -11,6 +11,7 @@ import time
 import torch
 
 from pretrain.flops import product_seconds
+from pretrain.torch_compat import cpu_capabilities
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """Return whether a device multiplies bf16 matrices with instructions of its own."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = torch.cpu.get_capabilities()
+    flags = cpu_capabilities()
     if flags.get("architecture") == "x86_64" and not (flags.get("amx_bf16") or flags.get("avx512_bf16")):
         return False
     return bf16_speedup() >= NATIVE_SPEEDUP

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -26,6 +25,7 @@ from pretrain.engines.engine import EngineConfig, EngineError
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.optimizers import OptimizerConfig, build_optimizers
+from pretrain.torch_compat import all_gather_single, reduce_scatter_single
 from pretrain.world import ALONE, World
 
 
@@ -80,8 +80,8 @@ class PyTorchEngine(BaseEngine):
         if self.device.type == "cpu":
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    gather: Any = _Blocking(dist.all_gather_single, self._waited)
-                    scatter: Any = _Blocking(dist.reduce_scatter_single, self._waited)
+                    gather: Any = _Blocking(all_gather_single, self._waited)
+                    scatter: Any = _Blocking(reduce_scatter_single, self._waited)
                     module.set_custom_all_gather(gather)
                     module.set_custom_reduce_scatter(scatter)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
