@@ -47,7 +47,7 @@ from pretrain.new_recipe import write_copy
 from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
-from pretrain.tracking import MlflowShipper
+from pretrain.tracking import MlflowShipper, fault_of, shown, store_evaluation
 from pretrain.train import TrainingError, train
 from pretrain.versions import print_versions
 from pretrain.weights import find_checkpoint, trained_precision
@@ -264,6 +264,21 @@ def eval_command(
         json_path.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
     if curves is not None:
         report.write_curves(curves)
+    _track_evaluation(model, checkpoint, report)
+
+
+def _track_evaluation(model: str, checkpoint: Metadata, report: Report) -> None:
+    """Store an evaluation of a tracked run, or of a checkpoint in its folder, in MLflow."""
+    path = Path(model).resolve()
+    run = RunFolder(path.parent.parent)
+    if path.parent != run.checkpoints_in(None):
+        run = RunFolder(path)
+    if not run.mlflow.exists() or not checkpoint.state["config"]["tracking"]["enabled"]:
+        return
+    with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
+        report.write_curves(Path(folder))
+        (Path(folder) / "figures.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+        store_evaluation(run.mlflow, Path(folder), f"eval/{checkpoint.name}/{report.name}")
 
 
 @app.command("generate")
@@ -323,13 +338,20 @@ def generate_command(
 
 
 @app.command()
-def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
-    """Deliver the numbers of a run that MLflow has not received."""
+def track(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Send everything to a new MLflow run, where the old one was deleted.")
+    ] = False,
+) -> None:
+    """Deliver the numbers and files of a run that MLflow has not received."""
     folder = RunFolder(run)
     if not folder.mlflow.exists():
         raise RunFolderError(f"{run} has no mlflow.json: it is no run folder, or its run was not tracked")
     with folder.locked():
-        shipper = MlflowShipper(folder.metrics, folder.mlflow)
+        shipper = MlflowShipper(folder.metrics, folder.mlflow, folder.config, folder.log_of(0))
+        if new_run:
+            shipper.delivery.forget_run()
         missing = shipper.undelivered()
         if shipper.delivery.status == "RUNNING":  # whoever wrote that is dead: we hold the run's lock
             shipper.set_status("KILLED")
@@ -338,9 +360,10 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
         except MissingPackageError:
             raise
         except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
-            reason = str(error).partition("\n")[0]
-            raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
-    say(f"{missing} steps delivered to {shipper.delivery.uri}")
+            raise RunFolderError(
+                f"MLflow at {shown(shipper.delivery.uri)}: {fault_of(error)}. The numbers are safe in {folder.metrics}"
+            ) from error
+    say(f"{missing} steps delivered to {shown(shipper.delivery.uri)}")
 
 
 @config_app.command("show")

@@ -4,6 +4,7 @@ Every one of them names the mode and the stride, without which figures do not co
 """
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,12 @@ class Report:
     """Of the corpus, for perplexity by word. 0: not asked for, or there are none."""
     words_of_groups: Mapping[str, int] = field(default_factory=dict)
     """Where they were counted."""
+
+    @property
+    def name(self) -> str:
+        """Folder name for the figures, which tells evaluations of a checkpoint apart."""
+        corpus = "-".join(self.corpus.rstrip("/").split("/")[-2:])
+        return f"{re.sub(r'[^A-Za-z0-9._-]', '_', corpus)}-{self.mode}-{self.stride}"
 
     @property
     def title(self) -> str:

@@ -128,7 +128,7 @@ def status_of(path: Path) -> RunStatus:
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=time.time() - newest.stat().st_mtime if isinstance(newest, Path) else None,
         restarts=max(starts_noted_at(folder.generation), sum(launch.event == "started" for launch in launches), 1) - 1,
-        why=_told(endings[-1]) if endings else "",
+        why=endings[-1].summary if endings else "",
         history=[asdict(launch) for launch in launches],
     )
 
@@ -183,10 +183,6 @@ def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, is_done: 
     if job is not None and job.phase in (Phase.FAILED, Phase.CANCELLED, Phase.UNKNOWN):
         return job.phase
     return Phase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
-
-
-def _told(launch: Launch) -> str:
-    return f"{launch.event.replace('_', ' ')}: {launch.reason}" if launch.reason else launch.event.replace("_", " ")
 
 
 def _recent(journal: Path) -> list[dict[str, Any]]:

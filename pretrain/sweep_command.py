@@ -33,7 +33,7 @@ from pretrain.console import say
 from pretrain.provenance import save_resolved, trace
 from pretrain.run_status import status_of
 from pretrain.submit_command import submission_of
-from pretrain.tracking import ParentRun
+from pretrain.tracking import ParentRun, fault_of, shown
 
 POLL_SECONDS = 0.2
 BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
@@ -168,8 +168,11 @@ def _parent(config: Config, name: str, identity: str, runs: int, overrides: Sequ
     try:
         return ParentRun(config.tracking, Path(config.run.root), name, identity, runs, {"sweep": " ".join(overrides)})
     except Exception as error:  # MLflow raises many kinds; the person is told
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"MLflow cannot be told of the sweep: {reason}; or set tracking.enabled=false") from error
+        uri = shown(config.tracking.store(Path(config.run.root)))
+        raise ConfigError(
+            f"MLflow at {uri}: {fault_of(error)}. The runs of a sweep are shown together there; "
+            "tracking.enabled=false trains them without MLflow"
+        ) from error
 
 
 def _child(config: Config, parent: str) -> Config:

@@ -34,6 +34,7 @@ from data_pipeline.reading import DataConfig, Reading, Record, merged, open_stre
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
 from launchers.heartbeat import Heartbeat
+from launchers.record import reason_of_start
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, locate
 from pretrain.engines import (
     EngineConfig,
@@ -45,7 +46,7 @@ from pretrain.engines import (
     has_native_bf16,
 )
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
-from pretrain.fence import Fence
+from pretrain.fence import Fence, starts_noted_at
 from pretrain.flops import peak_flops
 from pretrain.fragments import Fragment
 from pretrain.meter import Meter
@@ -568,6 +569,8 @@ class Run:
                 **read_source(self.folder.config),
             },
             begins_after=self.step if self.checkpoint else -1,
+            start=starts_noted_at(self.folder.generation),
+            reason=reason_of_start(self.folder.path, os.environ),
         )
         return open_tracker(
             self.recipe.tracking,
@@ -576,6 +579,8 @@ class Run:
             Path(self.recipe.run.root),
             description,
             lambda: self.fence.holds,
+            recipe=self.folder.config,
+            train_log=self.folder.log_of(0),
         )
 
     def _farewell(self) -> int:
