@@ -24,6 +24,8 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 
+from byteloom.core.locations import LocationText
+from byteloom.core.numbers import Seconds
 from byteloom.core.packages import needed_by
 from byteloom.core.urls import file_system
 from data_pipeline.errors import CorpusError, CorruptBlockError, ForbiddenError, MissingFileError, ShardEndsError
@@ -53,7 +55,7 @@ T = TypeVar("T")
 class RemoteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How shards that lie at a URL are fetched. A folder of this machine needs none of it."""
 
-    cache: str | None = None
+    cache: LocationText | None = None
     """Folder of this machine that keeps what was fetched, for the next epoch and the next run. The processes of a
     machine, and any number of corpora, share it."""
     cache_bytes: int = Field(default=64 << 30, ge=0)
@@ -64,10 +66,10 @@ class RemoteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     4 MiB of raw bytes, compressed; with less, bytes are fetched more than once."""
     attempts: int = Field(default=10, ge=1)
     """Times a request is made before the corpus counts as unreadable."""
-    backoff_seconds: float = Field(default=0.5, ge=0)
+    backoff_seconds: float = Field(default=0.5, ge=0, le=1e9)
     """Longest pause after the first failed attempt; it doubles with each, up to 30 s, and each pause is drawn evenly
     between 0 and the longest. A server that says how long to wait is obeyed, up to 30 s."""
-    timeout_seconds: float = Field(default=30.0, gt=0)
+    timeout_seconds: Seconds = 30.0
     """A connection that brings nothing for this long has failed."""
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from byteloom.core.configs import recipe_names
+from pretrain import argument_types as types
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -18,6 +19,7 @@ RecipeArgument = Annotated[
         help="A recipe: a name that `byteloom models` lists, such as debug or megabyte/text, or a .yaml file.",
         show_default=False,
         autocompletion=complete_recipe,
+        parser=types.location,
     ),
 ]
 OverridesArgument = Annotated[

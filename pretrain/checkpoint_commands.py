@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pretrain import argument_types as types
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -32,12 +33,18 @@ from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
 
 RunPath = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run folder, or the URL of its checkpoints.", show_default=False, parser=types.location
+    ),
 ]
 RunOrCheckpoint = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run (all its checkpoints) or a checkpoint: folder or URL.", show_default=False
+        metavar="RUN",
+        help="A run (all its checkpoints) or a checkpoint: folder or URL.",
+        show_default=False,
+        parser=types.location,
     ),
 ]
 
@@ -84,7 +91,12 @@ def verify_command(path: RunOrCheckpoint) -> None:
 def show_command(
     path: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="A run (its newest) or a checkpoint: folder or URL.", show_default=False),
+        typer.Argument(
+            metavar="RUN",
+            help="A run (its newest) or a checkpoint: folder or URL.",
+            show_default=False,
+            parser=types.location,
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
 ) -> None:
@@ -117,7 +129,7 @@ def show_command(
 
 @app.command("prune")
 def prune_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", parser=types.path)],
     keep: Annotated[int, typer.Option(min=1, help="The newest that stay.")],
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Those of multiples of so many steps stay as well.")
@@ -137,10 +149,13 @@ def export_command(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run (its newest valid) or a checkpoint: folder or URL.", show_default=False
+            metavar="RUN",
+            help="A run (its newest valid) or a checkpoint: folder or URL.",
+            show_default=False,
+            parser=types.location,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False, parser=types.path)],
 ) -> None:
     """Write a checkpoint's weights as safetensors and a card in JSON, for other programs and for initialize.weights."""
     checkpoint = find_checkpoint(path)

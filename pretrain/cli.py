@@ -21,6 +21,7 @@ from data_pipeline.storage import RemoteConfig
 from launchers.cluster import ClusterError
 from launchers.local import run_in_process, run_processes
 from launchers.scheduler import SchedulerError
+from pretrain import argument_types as types
 from pretrain import (
     checkpoint_commands,
     corpus_commands,
@@ -34,6 +35,7 @@ from pretrain import config as configuration
 from pretrain.arguments import OverridesArgument, RecipeArgument, complete_recipe
 from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.config import ConfigError, recipe_schema
+from pretrain.config_check import check_recipe, print_findings
 from pretrain.console import byte_progress, run, said, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
@@ -93,6 +95,7 @@ ModelPath = Annotated[
         metavar="RUN",
         help="A run (its newest checkpoint) or a checkpoint: folder or URL; or an export.",
         show_default=False,
+        parser=types.location,
     ),
 ]
 
@@ -204,7 +207,10 @@ def _words(text: str | None) -> str | None:
 def eval_command(
     model: ModelPath,
     shards: Annotated[
-        str | None, typer.Argument(help="A corpus, folder or URL; the run's own validation corpus when left out.")
+        str | None,
+        typer.Argument(
+            help="A corpus, folder or URL; the run's own validation corpus when left out.", parser=types.location
+        ),
     ] = None,
     mode: Annotated[
         Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
@@ -232,9 +238,14 @@ def eval_command(
     ] = None,
     curves: Annotated[
         Path | None,
-        typer.Option(help="Folder for bits per byte by position in the window and in the patch: CSV and a picture."),
+        typer.Option(
+            help="Folder for bits per byte by position in the window and in the patch: CSV and a picture.",
+            parser=types.path,
+        ),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here as well.", parser=types.path)
+    ] = None,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
     loaded, checkpoint = _load_model(model, device, precision, latents)
@@ -286,12 +297,16 @@ def generate_command(
     model: ModelPath,
     prompt: Annotated[list[str] | None, typer.Option(help="Text the model goes on from; may be given again.")] = None,
     prompt_file: Annotated[
-        list[Path] | None, typer.Option(help="File whose bytes the model goes on from; may be given again.")
+        list[Path] | None,
+        typer.Option(help="File whose bytes the model goes on from; may be given again.", parser=types.path),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt, drawn side by side.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for a file each, PROMPT-SAMPLE.bin; standard output is for one continuation."),
+        typer.Option(
+            help="Folder for a file each, PROMPT-SAMPLE.bin; standard output is for one continuation.",
+            parser=types.path,
+        ),
     ] = None,
     count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write of each, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 1.0,
@@ -339,7 +354,7 @@ def generate_command(
 
 @app.command()
 def track(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False, parser=types.path)],
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Send everything to a new MLflow run, where the old one was deleted.")
     ] = False,
@@ -374,15 +389,41 @@ def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> 
 
 @config_app.command("new")
 def config_new(
-    path: Annotated[Path, typer.Argument(help="File to write, such as my.yaml.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="File to write, such as my.yaml.", show_default=False, parser=types.path)
+    ],
     recipe: Annotated[
-        str, typer.Option("--from", help="Recipe to copy: a name or a .yaml file.", autocompletion=complete_recipe)
+        str,
+        typer.Option(
+            "--from",
+            help="Recipe to copy: a name or a .yaml file.",
+            autocompletion=complete_recipe,
+            parser=types.location,
+        ),
     ] = "debug",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Write a commented copy of a recipe to edit, and a JSON schema for editors beside it."""
     schema = write_copy(recipe, path, force)
     say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields to editors")
+
+
+@config_app.command("check")
+def config_check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Report what can be known of a run without training: faults, data, what it resumes, memory, disk, packages.
+
+    Writes nothing. The exit code is 1 where a start would fail.
+    """
+    findings = check_recipe(recipe, overrides or [])
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        print_findings(findings)
+    raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
 @config_app.command("schema")

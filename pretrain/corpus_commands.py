@@ -26,6 +26,7 @@ from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
 from launchers.array import submit_commands
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.scheduler import cancel
+from pretrain import argument_types as types
 from pretrain.console import PlainProgress, byte_progress, printable, said, say
 from pretrain.progress import duration, size
 
@@ -48,9 +49,10 @@ FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How they are read", "The c
 def prepare_command(
     context: typer.Context,
     sources: Annotated[
-        list[str], typer.Argument(help="Files, folders to search, and URLs of either.", show_default=False)
+        list[str],
+        typer.Argument(help="Files, folders to search, and URLs of either.", show_default=False, parser=types.location),
     ],
-    out: Annotated[Path, _option(CORPUS, "The corpus folder to make.", show_default=False)],
+    out: Annotated[Path, _option(CORPUS, "The corpus folder to make.", show_default=False, parser=types.path)],
     include: Annotated[list[str] | None, _option(FILES, "Take only files matching this glob (repeatable).")] = None,
     exclude: Annotated[list[str] | None, _option(FILES, "Leave out files and folders matching this glob.")] = None,
     gitignore: Annotated[bool, _option(FILES, "Leave out what git would.", "--gitignore")] = Selection.gitignore,
@@ -117,7 +119,7 @@ def prepare_command(
     ] = False,
     tasks: Annotated[int, _option(ARRAY, "Tasks of the array.", min=1)] = 8,
     parallel: Annotated[int | None, _option(ARRAY, "Tasks at once, at most; all when left out.", min=1)] = None,
-    cluster: Annotated[str, _option(ARRAY, "A preset (cpu, gpu) or a .yaml file.")] = "cpu",
+    cluster: Annotated[str, _option(ARRAY, "A preset (cpu, gpu) or a .yaml file.", parser=types.location)] = "cpu",
     partition: Annotated[str | None, _option(ARRAY, "Slurm's partition.")] = None,
     account: Annotated[str | None, _option(ARRAY, "Whose hours these are.")] = None,
     memory: Annotated[str | None, _option(ARRAY, "Of each task, such as 4G.")] = None,
@@ -230,13 +232,17 @@ def _given(context: typer.Context, names: set[str]) -> list[str]:
 @app.command("verify")
 def verify_command(
     location: Annotated[
-        str, typer.Argument(metavar="CORPUS", help="A corpus: a folder, or a URL.", show_default=False)
+        str,
+        typer.Argument(metavar="CORPUS", help="A corpus: a folder or URL.", show_default=False, parser=types.location),
     ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Make a damaged folder whole: index and manifest from the shards.")
     ] = False,
     mirror: Annotated[
-        str | None, typer.Option(help="With --repair: folder or URL of a copy, to take lost blocks and shards from.")
+        str | None,
+        typer.Option(
+            help="With --repair: folder or URL of a copy, to take lost blocks and shards from.", parser=types.location
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Shards read at once.")] = os.cpu_count() or 1,
 ) -> None:
@@ -258,10 +264,13 @@ def verify_command(
 
 @app.command("withdraw")
 def withdraw_command(
-    folder: Annotated[Path, typer.Argument(metavar="CORPUS", help="A corpus folder.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="A corpus folder.", show_default=False, parser=types.path)
+    ],
     keys: Annotated[list[str] | None, typer.Argument(help="Names of documents.", show_default=False)] = None,
     listed: Annotated[
-        Path | None, typer.Option("--list", help="File with a name a line; blank lines are skipped.")
+        Path | None,
+        typer.Option("--list", help="File with a name a line; blank lines are skipped.", parser=types.path),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Blocks read at once.")] = os.cpu_count() or 1,
 ) -> None:

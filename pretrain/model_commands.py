@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from byteloom.core.configs import CONFIGS
+from pretrain import argument_types as types
 from pretrain import config as configuration
 from pretrain.arguments import OverridesArgument, RecipeArgument
 from pretrain.console import printable
@@ -24,14 +25,15 @@ from pretrain.recipes import Recipe, read_recipes
 
 app = typer.Typer(invoke_without_command=True)
 
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.", parser=types.path)]
 
 
 @app.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
     recipes: Annotated[
-        Path, typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom")
+        Path,
+        typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom", parser=types.path),
     ] = CONFIGS,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows to measure the activations of; takes some seconds.")
@@ -52,7 +54,7 @@ def estimate(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many share the work.")] = 1,
-    memory: Annotated[float, typer.Option(min=0, help="Of one GPU, in GiB.")] = 80.0,
+    memory: Annotated[float, typer.Option(min=0, help="Of one GPU, in GiB.", callback=types.finite)] = 80.0,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows; the recipe's own when left out.")] = None,
     json_path: JsonOption = None,
 ) -> None:

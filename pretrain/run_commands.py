@@ -19,6 +19,7 @@ from rich.table import Table
 from launchers import scheduler
 from launchers.record import last_submission
 from launchers.scheduler import Phase
+from pretrain import argument_types as types
 from pretrain.console import printable, say
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
@@ -31,13 +32,14 @@ IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False, parser=types.path)]
 
 
 @app.command("status")
 def status_command(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs; runs/ when left out.")
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs; runs/ when left out.", parser=types.path),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All that is known, for programs.")] = False,
 ) -> None:

@@ -17,6 +17,7 @@ What `byteloom submit` adds is told in launchers/submission.py.
 import fcntl
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,10 +26,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
+from byteloom.core.locations import LocationText
 from data_pipeline.atomic import replace_file
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Pattern of a run's name."""
 PATIENCE = 0.5
 """Seconds that a start waits for the folder: whoever asks whether it is held, holds it for a moment."""
 
@@ -36,10 +40,18 @@ PATIENCE = 0.5
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Where a run lives."""
 
-    root: str = "runs"
-    """Folder of all runs; the embedded MLflow store lies here too."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: LocationText = "runs"
+    """Folder of all runs; the embedded MLflow store lies here too. A leading ~ is the home folder, here and in every
+    field that holds a path."""
+    name: str = Field(json_schema_extra={"pattern": f"^{NAME}$"})
     """The run's folder under the root. A start with the name of a run that is there continues it."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(NAME, name):
+            raise ValueError("it must have only letters, digits, . _ and -, and begin with a letter or a digit")
+        return name
 
 
 class RunFolderError(Exception):

@@ -10,6 +10,7 @@ from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.record import last_submission
 from launchers.submission import Submission
 from launchers.supervise import Plan
+from pretrain import argument_types as types
 from pretrain import config as configuration
 from pretrain.arguments import OverridesArgument, complete_recipe
 from pretrain.checkpoint import locate
@@ -33,13 +34,15 @@ def submit_command(
             help="A recipe, by its name or its .yaml file; or the folder of a run, to submit it again.",
             show_default=False,
             autocompletion=complete_recipe,
+            parser=types.location,
         ),
     ],
     overrides: OverridesArgument = None,
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="A preset (gpu, cpu, local) or a .yaml file; the preset of the run's last job when left out."
+            help="A preset (gpu, cpu, local) or a .yaml file; the preset of the run's last job when left out.",
+            parser=types.location,
         ),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="How many: 4, or 2-4 for what there is.")] = None,
@@ -78,6 +81,8 @@ def submit_command(
         raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file of your own")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
     config = configuration.load(file, overrides or [])
+    for warning in config.warnings():
+        say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()
     submission = submission_of(run, config, chosen, trace(file))
     if dry_run:

@@ -26,6 +26,7 @@ from data_pipeline.atomic import replace_file
 from launchers.cluster import load_cluster
 from launchers.local import STOPPED
 from launchers.submission import submit_array
+from pretrain import argument_types as types
 from pretrain import config as configuration
 from pretrain.arguments import RecipeArgument
 from pretrain.config import Config, ConfigError
@@ -55,7 +56,10 @@ def sweep_command(
         int | None, typer.Option(min=1, help="Runs at once, at most; one here, all on a cluster.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="A Slurm preset (gpu, cpu) or a .yaml file; this machine when left out.")
+        str | None,
+        typer.Option(
+            help="A Slurm preset (gpu, cpu) or a .yaml file; this machine when left out.", parser=types.location
+        ),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Of each run.")] = None,
     processes: Annotated[int | None, typer.Option("--processes-per-node", help="Ranks on each node.")] = None,

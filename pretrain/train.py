@@ -27,6 +27,7 @@ import torch
 from pydantic import BaseModel, Field
 from rich.console import Console
 
+from byteloom.core.validation import Fault
 from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.mixture import fingerprint_of
@@ -41,6 +42,7 @@ from pretrain.engines import (
     NonFiniteError,
     StepResult,
     build_engine,
+    check_ranks,
     choose_device,
     choose_precision,
     has_native_bf16,
@@ -117,6 +119,9 @@ class Recipe(Protocol):
     def as_yaml(self) -> str:
         """The whole tree as a recipe."""
 
+    def warnings(self) -> list[Fault]:
+        """Return what is allowed and yet is most often a slip."""
+
 
 class TrainingError(Exception):
     """A run cannot go on."""
@@ -136,9 +141,10 @@ def train(recipe: Recipe, console: Console, world: World = ALONE, source: Mappin
     # Everything that can be refused without a run folder is, before one is made.
     streams = open_streams(recipe.data, recipe.model.sequence_length)
     if carries_memory(recipe.model):
-        _check_lanes(streams, recipe.train.global_batch)
+        check_lanes(streams, recipe.train.global_batch)
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device, world.local_rank)
+    check_ranks(recipe.engine, world.size)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     origin = _find_origin(recipe, folder, world)
     stop = StopRequest()
@@ -149,6 +155,8 @@ def train(recipe: Recipe, console: Console, world: World = ALONE, source: Mappin
         fence = Fence(folder.generation, *([home / "generation"] if recipe.checkpoint.home else []))
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
+        for warning in recipe.warnings() if world.is_first else ():
+            log.warning("%s", warning.text)
         run = Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat)
         if world.is_first:
             resolved = folder.config.read_text(encoding="utf-8")
@@ -184,7 +192,7 @@ class Run:
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
-        self._refuse_another_run()
+        check_same_run(folder.path, self.identity, recipe, self.fingerprint)
         self.precision = self._settle_precision()
         fence.mark = world.on_first(fence.claim)
         self.store = CheckpointStore(
@@ -453,26 +461,6 @@ class Run:
             self._save(tracker)
             self._finish_save()
 
-    def _refuse_another_run(self) -> None:
-        """A folder goes on with the model and the stream of bytes that it began with.
-
-        Raises:
-            CheckpointError: this start has others.
-        """
-        began, now = self.identity, self.recipe.as_tree()
-        if differences := model_changes(began["model"], self.recipe.model):
-            raise CheckpointError(
-                f"{self.folder.path} is of another model ({'; '.join(differences)}); "
-                "choose another run.name for a new run"
-            )
-        if began["fingerprint"] != self.fingerprint:
-            why = "; ".join(changes({"data": began["data"]}, {"data": now["data"]}))
-            raise CheckpointError(
-                f"{self.folder.path} reads another stream of bytes "
-                f"({why or 'the content of a corpus changed'}); "
-                "restore what was, or choose another run.name for a new run"
-            )
-
     def _settle_precision(self) -> str:
         """Return the precision of the passes, chosen by the first rank for all."""
         device = choose_device(self.recipe.engine.device, self.world.local_rank)
@@ -485,23 +473,8 @@ class Run:
         return precision
 
     def _fragments_of(self, checkpoint: Metadata) -> list[Fragment]:
-        """What to load from a checkpoint of this run: everything.
-
-        Raises:
-            CheckpointError: it is of another stream of bytes, which a new run folder does not know; or of another
-                optimizer. Moments are one optimizer's; its rates and decays may change.
-        """
-        if checkpoint.state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint.folder} is of a run that reads another stream of bytes; restore what was, or choose "
-                "another run.name for a new run"
-            )
-        then, now = checkpoint.state["config"]["optimizer"]["name"], self.recipe.optimizer.name
-        if then != now:
-            raise CheckpointError(
-                f"{checkpoint.folder} has moments of optimizer.name {then}, not {now}; set it back, or choose another "
-                "run.name for a new run"
-            )
+        """Return what to load from a checkpoint of this run: everything. Raises what `check_resumes` raises."""
+        check_resumes(checkpoint, self.recipe, self.fingerprint)
         return self.engine.fragments()
 
     def _rehearse(self) -> Meter:
@@ -620,8 +593,52 @@ def _has_checkpoint(recipe: Recipe, folder: RunFolder) -> bool:
     return bool(CheckpointStore(folder.checkpoints_in(recipe.checkpoint.home), keep=None).committed())
 
 
-def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
-    """Raises TrainingError if a corpus has fewer lanes than asked for: its batches would not go on in the next ones."""
+def check_same_run(folder: Path, began: Mapping[str, Any], recipe: Recipe, fingerprint: str) -> None:
+    """Check that a start has the model and the stream of bytes that its run folder began with.
+
+    Args:
+        began: the run's identity; see `RunFolder.identity`.
+    Raises:
+        CheckpointError: it has others.
+    """
+    if differences := model_changes(began["model"], recipe.model):
+        raise CheckpointError(
+            f"{folder} is of another model ({'; '.join(differences)}); choose another run.name for a new run"
+        )
+    if began["fingerprint"] != fingerprint:
+        why = "; ".join(changes({"data": began["data"]}, {"data": recipe.as_tree()["data"]}))
+        raise CheckpointError(
+            f"{folder} reads another stream of bytes ({why or 'the content of a corpus changed'}); "
+            "restore what was, or choose another run.name for a new run"
+        )
+
+
+def check_resumes(checkpoint: Metadata, recipe: Recipe, fingerprint: str) -> None:
+    """Check that a recipe can continue from a checkpoint.
+
+    Raises:
+        CheckpointError: it is of another stream of bytes, which a new run folder does not know; or of another
+            optimizer. Moments are one optimizer's; its rates and decays may change.
+    """
+    if checkpoint.state["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.folder} is of a run that reads another stream of bytes; restore what was, or choose "
+            "another run.name for a new run"
+        )
+    then, now = checkpoint.state["config"]["optimizer"]["name"], recipe.optimizer.name
+    if then != now:
+        raise CheckpointError(
+            f"{checkpoint.folder} has moments of optimizer.name {then}, not {now}; set it back, or choose another "
+            "run.name for a new run"
+        )
+
+
+def check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
+    """Check that each row of a batch continues in the next one.
+
+    Raises:
+        TrainingError: a corpus is too short for as many lanes as a batch has rows.
+    """
     for stream in streams.values():
         if stream.order.lanes != global_batch:
             raise TrainingError(

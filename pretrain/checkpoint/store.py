@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from byteloom.core.locations import LocationText
 from pretrain.checkpoint.data import (
     bytes_of,
     copy,
@@ -62,7 +63,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
     """Beside those, checkpoints of steps that are multiples of this are kept for ever."""
     asynchronous: bool = True
     """Write behind training. It takes a copy of what a rank owns of masters and moments in the host's memory."""
-    home: str | None = None
+    home: LocationText | None = None
     """Folder or URL (s3://bucket/folder, for one) in which each run has a folder of checkpoints, by its name, and finds
     them even from a new run folder. Null is the run folder itself."""
 

@@ -1,13 +1,22 @@
 """Engines, behind one protocol (engine.py)."""
 
 from pretrain.engines.base import choose_device
-from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.engine import (
+    CheckpointingConfig,
+    Engine,
+    EngineConfig,
+    EngineError,
+    NonFiniteError,
+    StepResult,
+    check_ranks,
+)
 from pretrain.engines.phases import RankStep, peak_memory_bytes
 from pretrain.engines.precision import (
     choose_precision,
     compute_dtype,
     gpu_precision,
     has_native_bf16,
+    remark_on_precision,
     scoring_precision,
 )
 from pretrain.models.byte_model import ByteModel
@@ -23,12 +32,14 @@ __all__ = [
     "RankStep",
     "StepResult",
     "build_engine",
+    "check_ranks",
     "choose_device",
     "choose_precision",
     "compute_dtype",
     "gpu_precision",
     "has_native_bf16",
     "peak_memory_bytes",
+    "remark_on_precision",
     "scoring_precision",
 ]
 
@@ -48,6 +59,7 @@ def build_engine(
     Raises:
         EngineError: it cannot be had here.
     """
+    check_ranks(config, world.size)
     sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
     if config.name.startswith("zero"):
         from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 a library that few need

@@ -23,7 +23,7 @@ def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device)
         EngineError: it cannot be had of this model, or here.
     """
     if config.precision == "fp8":
-        _check_float8(device)
+        check_float8(device)
         multiply_in_float8(model)
     recompute(config.activation_checkpointing, model)
     if config.compile:
@@ -54,7 +54,8 @@ def recompute(config: CheckpointingConfig, model: ByteModel) -> None:
                 unit.keeps = "products"
 
 
-def _check_float8(device: torch.device) -> None:
+def check_float8(device: torch.device) -> None:
+    """Check that a device multiplies in float8. Raises EngineError."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         raise EngineError(

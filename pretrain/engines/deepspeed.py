@@ -55,8 +55,6 @@ class DeepSpeedEngine(BaseEngine):
         micro_batch: int,
     ) -> None:
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
-        if world.size == 1:
-            raise EngineError(f"engine.name {config.name} shards over the ranks of a run, and this is one process")
         deepspeed = _import_deepspeed(config.name, self.device.type, world.local_rank)
         settings = _settings(config, model, micro_batch, optimizer.clip_norm)
         try:

@@ -142,6 +142,18 @@ class EngineError(Exception):
     """An engine cannot be had as asked."""
 
 
+def check_ranks(config: EngineConfig, ranks: int) -> None:
+    """Check that an engine can shard over a number of ranks.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    if config.name.startswith("zero") and ranks == 1:
+        raise EngineError(f"engine.name {config.name} shards over the ranks of a run, and this is one process")
+    if config.name == "hsdp" and config.shards is not None and ranks % config.shards:
+        raise EngineError(f"engine.shards ({config.shards}) does not divide the {ranks} ranks")
+
+
 class NonFiniteError(Exception):
     """A gradient is infinite or not a number. Parameters and optimizer are as they were before the step."""
 

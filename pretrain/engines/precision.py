@@ -34,18 +34,24 @@ def choose_precision(asked: str, device: torch.device, kept: str | None = None) 
         asked: `engine.precision`.
         kept: the precision of the run's earlier starts. `auto` stays with it on every machine.
     """
-    native = has_native_bf16(device)
     if asked == "auto":
-        best = "bf16" if native else "fp32"
+        best = "bf16" if has_native_bf16(device) else "fp32"
         if kept not in (None, best):
             log.info("precision %s is kept from the run's earlier starts; %s would be faster here", kept, best)
         asked = kept or best
-    if asked == "bf16" and not native:
-        log.warning(
-            "this machine emulates bf16: products are %.0f times slower than in fp32; engine.precision=fp32 is faster",
-            1 / bf16_speedup(),
-        )
+    if remark := remark_on_precision(asked, device):
+        log.warning("%s", remark)
     return asked
+
+
+def remark_on_precision(precision: str, device: torch.device) -> str | None:
+    """Return why a precision is a bad choice for a device; None where it is not."""
+    if precision != "bf16" or has_native_bf16(device):
+        return None
+    return (
+        f"this machine emulates bf16: products are {1 / bf16_speedup():.0f} times slower than in fp32; "
+        "engine.precision=fp32 is faster"
+    )
 
 
 def scoring_precision(trained: str, device: torch.device) -> str:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
-from pretrain.engines.engine import EngineConfig, EngineError
+from pretrain.engines.engine import EngineConfig
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.optimizers import OptimizerConfig, build_optimizers
@@ -44,7 +44,8 @@ class PyTorchEngine(BaseEngine):
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
         model.train()
         prepare_blocks(config, model, self.device)
-        self._shards = 1 if config.name == "ddp" else _shards(config, world.size)
+        shards = {"ddp": 1, "hsdp": config.shards}.get(config.name)
+        self._shards = shards or world.size
         """Ranks that hold one whole model between them."""
         if config.name == "ddp":
             materialize(model, self.device)
@@ -188,18 +189,6 @@ class _Cast(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         parameters = {name: self.model.get_parameter(name).to(self._dtype) for name in self._outside}
         return functional_call(self.model, parameters, arguments)
-
-
-def _shards(config: EngineConfig, ranks: int) -> int:
-    """Into how many shards a model is cut.
-
-    Raises:
-        EngineError: the ranks cannot be dealt out so.
-    """
-    shards = (config.shards if config.name == "hsdp" else None) or ranks
-    if ranks % shards:
-        raise EngineError(f"engine.shards ({shards}) does not divide the {ranks} ranks")
-    return shards
 
 
 def _local_part(tensor: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
+from byteloom.core.locations import expand_home
 from byteloom.core.packages import MissingPackageError
 from pretrain.provenance import changes
 from pretrain.tracking.delivery import Delivery, Start
@@ -24,12 +25,21 @@ LONGEST_PAUSE_SECONDS = 60.0
 FINAL_DELIVERY_SECONDS = 90.0
 
 
+def _expand_home(uri: str) -> str:
+    """Return a URI with `~` expanded in a folder or in the path of an sqlite store."""
+    scheme = "sqlite:///" if uri.startswith("sqlite:///~") else ""
+    return scheme + expand_home(uri.removeprefix(scheme))
+
+
+TrackingUri = Annotated[str, AfterValidator(_expand_home)]
+
+
 class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Where numbers go beside metrics.jsonl."""
 
     enabled: bool = True
     """Tell MLflow. metrics.jsonl is written either way."""
-    uri: str | None = None
+    uri: TrackingUri | None = None
     """MLflow tracking URI, such as http://host:5000. Without one: an sqlite store, mlflow.db, under run.root."""
     experiment: str = "byteloom"
     """MLflow experiment."""

@@ -23,6 +23,7 @@ def tree_of(corpus: Path, root: Path, name: str, **initialize: object) -> Any:
     tree: Any = recipe_tree(corpus)
     tree["run"] = {"root": str(root), "name": name}
     if initialize:
+        tree["optimizer"]["schedule"] = {"warmup_steps": 0}
         tree["initialize"] = {key: str(value) if key == "weights" else value for key, value in initialize.items()}
     return tree
 
