@@ -7,6 +7,10 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), one call at a time."""
 
 
+def ignore(done: int, total: int) -> None:
+    """Report to nobody."""
+
+
 class Tally:
     """Adds up what threads have done and passes it on."""
 

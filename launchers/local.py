@@ -30,6 +30,8 @@ from launchers import imports
 
 GRACE_SECONDS = 2.0
 """Given to the other ranks when one has failed, to close what they have open, or to fail of the same cause."""
+STOP_SECONDS = 5.0
+"""Given to the other ranks when one has stopped on request; they have nothing more to save."""
 POLL_SECONDS = 0.05
 STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
 """Exit codes of ranks that were asked to stop, and agreed to."""
@@ -136,24 +138,59 @@ class _Rank:
 
 def _watch(ranks: Sequence[_Rank], requests: Sequence[signal.Signals], log_of: Callable[[int], Path]) -> int:
     """Until all ranks have ended, or one has failed; returns the exit code."""
+
+    def send(number: signal.Signals) -> None:
+        for each in ranks:
+            each.send(number)
+
     passed_on = False
+    stop = StopOfRanks(send)
     while True:
         if len(requests) > 1:
             return 128 + requests[-1]
         if requests and not passed_on:
             passed_on = True
-            for each in ranks:
-                each.send(requests[0])
-        ended = [each for each in ranks if each.code is not None]
-        failed = [each for each in ended if each.failed]
-        if failed and requests and failed[0].code == -requests[0]:
-            log.warning("%s: stopped before training began", requests[0].name)
-            return 128 + requests[0]
-        if failed:
+            send(requests[0])
+        codes = [each.code for each in ranks]
+        if any(code in STOPPED for code in codes):
+            if stop.is_over(codes):
+                return max(code for code in codes if code in STOPPED)
+        elif failed := [each for each in ranks if each.failed]:
+            if requests and failed[0].code == -requests[0]:
+                log.warning("%s: stopped before training began", requests[0].name)
+                return 128 + requests[0]
             return _fail(ranks, failed[0], log_of)
-        if len(ended) == len(ranks):
-            return max(each.code or 0 for each in ranks)
+        elif None not in codes:
+            return 0
         time.sleep(POLL_SECONDS)
+
+
+class StopOfRanks:
+    """The end of ranks of which one has stopped on request.
+
+    Before its first step a rank stops without the others: nothing is lost. They wait for it in some collective, so they
+    are asked as well, and have a few seconds to end.
+
+    Args:
+        send: sends a signal to all ranks that run.
+    """
+
+    def __init__(self, send: Callable[[signal.Signals], None]) -> None:
+        self._send = send
+        self._deadline: float | None = None
+
+    def is_over(self, codes: Sequence[int | None]) -> bool:
+        """Return whether all ranks have ended or had their time.
+
+        Args:
+            codes: of all ranks; None while a rank runs. At least one has stopped.
+        """
+        if self._deadline is None:
+            self._deadline = time.monotonic() + STOP_SECONDS
+            number = next(STOPPED[code] for code in codes if code in STOPPED)
+            # A second SIGINT would end at once a rank that is about to end by itself.
+            self._send(signal.SIGTERM if number == signal.SIGINT else number)
+        return None not in codes or time.monotonic() > self._deadline
 
 
 def _fail(ranks: Sequence[_Rank], first: _Rank, log_of: Callable[[int], Path]) -> int:

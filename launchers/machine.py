@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.heartbeat import FOLDER
-from launchers.local import STOPPED, free_port, rank_environment
+from launchers.local import STOPPED, StopOfRanks, free_port, rank_environment
 from launchers.record import Launch
 from launchers.slurm import last_error
 from launchers.supervise import Ending, Plan, heartbeats_of, output_of
@@ -74,6 +74,7 @@ class _Processes:
         heartbeats.mkdir(parents=True)
         port = free_port()
         self._ranks = []
+        self._stop = StopOfRanks(self.send)
         for rank in range(self.size):
             with output_of(folder, rank).open("a") as output:
                 process = subprocess.Popen(
@@ -87,7 +88,12 @@ class _Processes:
 
     def ending(self) -> Ending | None:
         codes = [process.poll() for process in self._ranks]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, *STOPPED)]
+        if stopped := [code for code in codes if code in STOPPED]:
+            if not self._stop.is_over(codes):
+                return None
+            self.kill()
+            return Ending("stopped", STOPPED[max(stopped)].name)
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
             self.kill()
             rank = failed[0]
@@ -95,10 +101,7 @@ class _Processes:
             words = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             said = last_error(output_of(self._folder, rank)) if code > 0 else ""
             return Ending("failed", f"rank {rank}: {said or words}", platform.node(), rank)
-        if None in codes:
-            return None
-        stopped = max(code or 0 for code in codes)
-        return Ending("stopped", STOPPED[stopped].name) if stopped else Ending("finished", "")
+        return None if None in codes else Ending("finished", "")
 
     def send(self, number: signal.Signals) -> None:
         for process in self._ranks:

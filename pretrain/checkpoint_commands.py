@@ -23,11 +23,12 @@ from pretrain.checkpoint import (
     read_metadata,
     verify,
 )
-from pretrain.console import printable, say
+from pretrain.console import display, printable, say
 from pretrain.exports import export, is_export
 from pretrain.progress import size
 from pretrain.run_folder import RunFolder
 from pretrain.run_status import check_run
+from pretrain.stop import stopping_at_once
 from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
@@ -73,12 +74,14 @@ def list_command(
 
 
 @app.command("verify")
+@stopping_at_once(display.close)
 def verify_command(path: RunOrCheckpoint) -> None:
     """Read every byte of a run's checkpoints, or of one, and compare digests; exit code 1 if one is not valid."""
     invalid = 0
     for checkpoint in _chosen(path):
         try:
-            verify(checkpoint)
+            with display.phase(f"verifying {checkpoint.name}") as phase:
+                verify(checkpoint, progress=phase.update)
             say(f"{checkpoint}: every byte is as it was written")
         except InvalidCheckpointError as error:
             say(f"{checkpoint}: not valid: {error}")
@@ -145,6 +148,7 @@ def prune_command(
 
 
 @app.command("export")
+@stopping_at_once(display.close)
 def export_command(
     path: Annotated[
         str,
@@ -158,7 +162,8 @@ def export_command(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False, parser=types.path)],
 ) -> None:
     """Write a checkpoint's weights as safetensors and a card in JSON, for other programs and for initialize.weights."""
-    checkpoint = find_checkpoint(path)
+    with display.phase("verifying the checkpoint") as phase:
+        checkpoint = find_checkpoint(path, progress=phase.update)
     if is_export(Path(path)):
         raise CheckpointError(f"{path} is an export already")
     card = export(checkpoint, out, _bits_per_byte(checkpoint))

@@ -6,20 +6,20 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from byteloom.core.packages import MissingPackageError
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
 from launchers.cluster import ClusterError
-from launchers.local import run_in_process, run_processes
+from launchers.local import run_processes
 from launchers.scheduler import SchedulerError
 from pretrain import argument_types as types
 from pretrain import (
@@ -34,9 +34,9 @@ from pretrain import (
 from pretrain import config as configuration
 from pretrain.arguments import OverridesArgument, RecipeArgument, complete_recipe
 from pretrain.checkpoint import CheckpointError, Metadata, read
-from pretrain.config import ConfigError, recipe_schema
+from pretrain.config import Config, ConfigError, recipe_schema
 from pretrain.config_check import check_recipe, print_findings
-from pretrain.console import byte_progress, run, said, say, speak_as
+from pretrain.console import display, run, say, speak_as
 from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation_report import Report
@@ -48,6 +48,7 @@ from pretrain.models.megabyte import Megabyte
 from pretrain.new_recipe import write_copy
 from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
+from pretrain.stop import StopRequest, stopping_at_once
 from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tracking import MlflowShipper, fault_of, shown, store_evaluation
 from pretrain.train import TrainingError, train
@@ -143,19 +144,19 @@ def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -
     """Train a run, or go on with it where its newest checkpoint is."""
     config = configuration.load(recipe, overrides or [])
     place, processes = place_of(os.environ), config.launch.processes
+    if place is not None and processes not in (1, place.size):
+        raise WorldError(
+            f"launch.processes is {processes}, and another launcher has started {place.size} ranks; leave it to one"
+        )
     is_first = place is None or place.rank == 0
     source = trace(configuration.find(recipe)) if is_first else {}
+    if place is not None or processes == 1:
+        raise typer.Exit(_train(config, source))
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
         save_resolved(resolved, config.as_yaml(), source)
-        if place is None and processes > 1:
-            log_of = RunFolder(Path(config.run.root) / config.run.name).log_of
-            raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
-        if place is not None and processes not in (1, place.size):
-            raise WorldError(
-                f"launch.processes is {processes}, and another launcher has started {place.size} ranks; leave it to one"
-            )
-        raise typer.Exit(run_in_process(TRAIN_ENTRY, resolved))
+        log_of = RunFolder(Path(config.run.root) / config.run.name).log_of
+        raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
 
 
 def _show_versions(wanted: bool) -> None:
@@ -181,20 +182,22 @@ def _options(
 
 def start(recipe: Path) -> int:
     """The train entry that launchers call by name, once a rank; returns the exit code."""
-    return run(lambda: _train(recipe), FAULTS)
+    return run(lambda: _train(configuration.load(recipe), read_source(recipe)), FAULTS)
 
 
-def _train(recipe: Path) -> int:
+def _train(config: Config, source: Mapping[str, str]) -> int:
     place = place_of(os.environ)
     speak_as(place.rank if place else 0)
-    config = configuration.load(recipe)
-    meeting = timedelta(seconds=config.launch.meeting_seconds)
-    world = World.join(choose_device(config.engine.device).type, meeting=meeting)
-    try:
-        with world.in_contact():
-            return train(config, said if world.is_first else Console(quiet=True), world, read_source(recipe))
-    finally:
-        world.leave()
+    stop = StopRequest(display.close, "stopped before the first step; there was nothing to save")
+    with stop.listening():
+        meeting = timedelta(seconds=config.launch.meeting_seconds)
+        with display.phase("waiting for the other ranks"):
+            world = World.join(choose_device(config.engine.device).type, meeting=meeting)
+        try:
+            with world.in_contact():
+                return train(config, world, source, stop)
+        finally:
+            world.leave()
 
 
 def _words(text: str | None) -> str | None:
@@ -204,6 +207,7 @@ def _words(text: str | None) -> str | None:
 
 
 @app.command("eval")
+@stopping_at_once(display.close)
 def eval_command(
     model: ModelPath,
     shards: Annotated[
@@ -255,10 +259,11 @@ def eval_command(
         raise CorpusError(f"{model} was trained without a validation corpus; name one")
     chosen = shards or own
     remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
-    with Corpus(chosen, remote=remote) as corpus, byte_progress("scoring") as bar:
-        counted = count_words(corpus, by.group_of) if words == "count" else {}
-        task = bar.add_task("", total=corpus.raw_bytes)
-        result = evaluate_model(loaded, corpus, mode, rows, by.group_of, lambda done: bar.advance(task, done), stride)
+    with Corpus(chosen, remote=remote) as corpus:
+        with display.phase("counting words"):
+            counted = count_words(corpus, by.group_of) if words == "count" else {}
+        with display.phase("scoring", corpus.raw_bytes) as phase:
+            result = evaluate_model(loaded, corpus, mode, rows, by.group_of, phase.advance, stride)
     report = Report(
         model=str(checkpoint.folder),
         corpus=chosen,
@@ -293,6 +298,7 @@ def _track_evaluation(model: str, checkpoint: Metadata, report: Report) -> None:
 
 
 @app.command("generate")
+@stopping_at_once(lambda: say(""))
 def generate_command(
     model: ModelPath,
     prompt: Annotated[list[str] | None, typer.Option(help="Text the model goes on from; may be given again.")] = None,
@@ -444,7 +450,8 @@ def _load_model(
     path: str, device: Device, precision: Precision | None, latents: int | None
 ) -> tuple[ByteModel, Metadata]:
     """The model of a run's newest checkpoint, of one checkpoint or of an export, ready to score and generate."""
-    checkpoint = find_checkpoint(path)
+    with display.phase("verifying the checkpoint") as phase:
+        checkpoint = find_checkpoint(path, progress=phase.update)
     config = checkpoint.state["config"]
     family = model_config(config["model"])
     if latents is not None:
@@ -454,7 +461,9 @@ def _load_model(
             raise CheckpointError(f"--latents {latents}: more than the sequence length, {family.sequence_length}")
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
-    read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
+    parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]
+    with display.phase("loading the weights") as phase:
+        read(checkpoint, parameters, phase.update)
     place = choose_device(device.value)
     chosen = precision.value if precision else scoring_precision(trained_precision(checkpoint), place)
     return model.to(place, compute_dtype(chosen)), checkpoint

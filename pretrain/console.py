@@ -1,30 +1,19 @@
 """What commands say to people, on standard error; results go to standard output."""
 
-import contextlib
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.text import printable
-from pretrain.progress import duration, size
-
-PLAIN_LINE_SECONDS = 30.0
-"""Where there is no terminal, progress is told this often."""
+from pretrain.progress import Display
 
 said = Console(stderr=True)
+display = Display(said)
+"""Progress of what takes more than some seconds."""
 
 Result = TypeVar("Result")
 
@@ -32,6 +21,7 @@ Result = TypeVar("Result")
 def speak_as(rank: int) -> None:
     """Where several processes share a terminal: all but the first say only what is wrong, and who they are."""
     if rank:
+        display.close()
         _handler.setLevel(logging.WARNING)
         _handler.speaker = f"rank {rank}: "
 
@@ -72,30 +62,3 @@ class _ConsoleHandler(logging.Handler):
 
 
 _handler = _ConsoleHandler(logging.INFO)
-
-
-@contextlib.contextmanager
-def byte_progress(what: str) -> Iterator[Progress]:
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=said, disable=not said.is_terminal) as bar:
-        yield bar
-
-
-class PlainProgress:
-    """Progress where there is no terminal: a line now and then."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._begin = self._last = time.monotonic()
-        self._done_at_begin: int | None = None
-
-    def update(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._done_at_begin is None:
-            self._done_at_begin = done
-        if now - self._last < PLAIN_LINE_SECONDS or not total:
-            return
-        self._last = now
-        speed = (done - self._done_at_begin) / (now - self._begin)
-        left = f", {duration((total - done) / speed)} left" if speed > 0 else ""
-        say(f"{self._what}: {done / total:.0%} of {size(total)}, {size(speed)}/s{left}")

@@ -1,10 +1,8 @@
 """The commands that make corpora."""
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +25,7 @@ from launchers.array import submit_commands
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.scheduler import cancel
 from pretrain import argument_types as types
-from pretrain.console import PlainProgress, byte_progress, printable, said, say
+from pretrain.console import display, printable, said, say
 from pretrain.progress import duration, size
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -165,8 +163,8 @@ def prepare_command(
         return
     started = time.perf_counter()
     try:
-        with _shown("preparing") as show:
-            report = prepare(sources, out, options, show, workers or os.cpu_count() or 1, Task(task, of, merge))
+        with display.phase("preparing") as phase:
+            report = prepare(sources, out, options, phase.update, workers or os.cpu_count() or 1, Task(task, of, merge))
     except KeyboardInterrupt:
         say(f"stopped; {out}.partial keeps what is done, and the same command goes on from there")
         raise typer.Exit(130) from None
@@ -252,11 +250,11 @@ def verify_command(
     if repair and "://" in location:
         raise CorpusError(f"{location} is no folder: --repair mends folders; use it where the corpus was made")
     if repair:
-        with _shown("repairing") as show:
-            for line in repair_corpus(Path(location), mirror, threads, show):
+        with display.phase("repairing") as phase:
+            for line in repair_corpus(Path(location), mirror, threads, phase.update):
                 say(line)
-    with _shown("verifying") as show:
-        faults = verify(location, threads, show)
+    with display.phase("verifying") as phase:
+        faults = verify(location, threads, phase.update)
     if faults:
         raise CorpusError("\n".join(faults))
     say(f"{location}: every byte is as it was written")
@@ -282,24 +280,9 @@ def withdraw_command(
     except OSError as error:
         raise CorpusError(f"cannot read {listed}: {error}") from error
     wanted = [*(keys or []), *(line for line in lines if line.strip())]
-    with Corpus(folder, check_shards=False) as corpus, _shown("looking for them") as show:
-        new = withdraw(corpus, wanted, threads, show)
+    with Corpus(folder, check_shards=False) as corpus, display.phase("looking for them") as phase:
+        new = withdraw(corpus, wanted, threads, phase.update)
     say(f"{len({entry.key for entry in new}):,} documents withdrawn; {folder}/{WITHDRAWN_FILE} lists them")
-
-
-@contextlib.contextmanager
-def _shown(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, or lines now and then; told of bytes done and bytes in all."""
-    plain = PlainProgress(what)
-    with byte_progress(what) as bar:
-        row = bar.add_task("", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(row, completed=done, total=total)
-            if not said.is_terminal:
-                plain.update(done, total)
-
-        yield show
 
 
 def _show_left_out(report: PrepareReport, out: Path) -> None:

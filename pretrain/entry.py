@@ -1,46 +1,64 @@
 """The `byteloom` command. Commands of corpora and of runs, and --version, do not import models and engines.
 
-Those take seconds to import, as they need torch.
+Those take seconds to import, as they need torch. The imports at the top of this file are quick, so that Ctrl-C meets
+`_quiet_interrupts`, and no traceback.
 """
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
-import typer
-
-from data_pipeline.errors import CorpusError
 from launchers import imports
-from launchers.cluster import ClusterError
-from launchers.scheduler import SchedulerError
-from pretrain import corpus_commands, run_commands, versions
-from pretrain.console import run
-from pretrain.run_folder import RunFolderError
 
-FAULTS = (ClusterError, CorpusError, RunFolderError, SchedulerError)
+if TYPE_CHECKING:
+    import typer
 
 
 def main() -> None:
     """Runs the command."""
-    with imports.for_good():
+    with _quiet_interrupts(), imports.for_good():
         command = _imported(sys.argv[1] if sys.argv[1:] else None)
     command()
 
 
+@contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """Have Ctrl-C end the process by the signal, without the traceback of an import."""
+    earlier = signal.getsignal(signal.SIGINT)
+    if earlier is not signal.default_int_handler:  # it is ignored, for one
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
 def _imported(name: str | None) -> Callable[[], object]:
     """Return what runs the command of a name, with what it needs imported and little else."""
+    # ruff: noqa: PLC0415 - imports take seconds
+    from data_pipeline.errors import CorpusError
+    from launchers.cluster import ClusterError
+    from launchers.scheduler import SchedulerError
+    from pretrain import corpus_commands, run_commands, versions
+    from pretrain.console import run
+    from pretrain.run_folder import RunFolderError
+
     if name == "--version":
         return versions.print_versions
+    faults = (ClusterError, CorpusError, RunFolderError, SchedulerError)
     if _has(corpus_commands.app, name):
-        return partial(run, corpus_commands.app, FAULTS)
+        return partial(run, corpus_commands.app, faults)
     if _has(run_commands.app, name):
-        return partial(run, run_commands.app, FAULTS)
-    from pretrain import cli  # noqa: PLC0415 - torch, models and engines
+        return partial(run, run_commands.app, faults)
+    from pretrain import cli  # torch, models and engines
 
     return cli.main
 
 
-def _has(app: typer.Typer, command: str | None) -> bool:
+def _has(app: "typer.Typer", command: str | None) -> bool:
     return command in {registered.name for registered in app.registered_commands}
 
 

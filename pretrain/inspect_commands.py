@@ -19,7 +19,7 @@ from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain import argument_types as types
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
-from pretrain.console import byte_progress, printable, say
+from pretrain.console import display, printable, say
 from pretrain.weights import is_checkpoint, store_of
 
 app = typer.Typer()
@@ -152,9 +152,8 @@ def _show_row(past: PastReading, step: int, row: int) -> None:
 
 def _prove(past: PastReading, threads: int) -> None:
     record, length = past.reading.record, past.reading.mixture.sequence_length
-    with byte_progress("reading again") as bar:
-        task = bar.add_task("", total=record.next_sequence * length)
-        digest = replay(past.reading, threads, lambda sequences: bar.advance(task, sequences * length))
+    with display.phase("reading again", record.next_sequence * length) as phase:
+        digest = replay(past.reading, threads, lambda sequences: phase.advance(sequences * length))
     if digest != record.digest:
         raise CheckpointError(
             f"{past.checkpoint}: what the corpora give is not what the run read until step {record.step}: "

@@ -1,72 +1,263 @@
-"""What a person sees while a run goes on: a live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a live line on a terminal, a plain line now and then elsewhere and in the log.
 
+    Display ─┬─ TrainingProgress   12/1000 ━━━ 1.2345 bits/byte … 3m20s left      the run
+             └─ Phase              validating ━━━ 41% of 12 MB, 1.2 MB/s 6s left   work of more than 3 s
+
+rich has one live area at a time. The display owns it, so a validation is shown below the run that it is a part of.
+"""
+
+import logging
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 
-PLAIN_LINE_SECONDS = 10.0
-BAR_CONSOLE_WIDTH = 110
+QUIET_SECONDS = 3.0
+"""Work that ends within this time is not shown."""
+PLAIN_LINE_SECONDS = 30.0
+"""Time between two plain lines of a phase."""
+TRAINING_LINE_SECONDS = 10.0
+"""Time between two plain lines of training."""
+BAR_WIDTH = 20
+SPINNER = "|/-\\"
+PICTURE_RANK = 9
+"""Rank of a bar or spinner among the fields of a live line."""
+
+log = logging.getLogger(__name__)
+
+
+class Row(Protocol):
+    """A line of the live area."""
+
+    stays: bool
+    """Whether the line stays on the terminal after its work has ended."""
+
+    def line(self, options: ConsoleOptions) -> Text:
+        """Return the line as it is now, no wider than the terminal where that can be."""
+
+
+class Display:
+    """The live area of a terminal, one row for each thing under way, or plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._rows: list[Row] = []
+        self._live: Live | None = None
+        self._is_closed = False
+
+    def tell(self, line: str) -> None:
+        """Log a line, and print it where there is no terminal."""
+        log.debug(line)
+        if not self._console.is_terminal and not self._is_closed:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, what: str, total: float | None = None) -> Iterator["Phase"]:
+        """Show work that may take a while.
+
+        Args:
+            what: the work, such as "rehearsing a micro-batch".
+            total: bytes of the work, if they are known.
+        """
+        phase = Phase(what, total)
+        done = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(phase, done), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield phase
+        finally:
+            done.set()
+            thread.join()
+
+    def _watch(self, phase: "Phase", done: threading.Event) -> None:
+        if done.wait(QUIET_SECONDS):
+            return
+        with self.showing(phase):
+            while True:
+                self.tell(phase.plain_line())
+                if done.wait(PLAIN_LINE_SECONDS):
+                    return
+
+    @contextmanager
+    def showing(self, row: Row) -> Iterator[None]:
+        """Show a row within."""
+        with self._lock:
+            self._rows.append(row)
+            if self._live is None and self._console.is_terminal and not self._is_closed:
+                self._live = Live(self, console=self._console)
+                self._live.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if len(self._rows) == 1:
+                    self._stop(transient=not row.stays)
+                self._rows.remove(row)
+
+    def close(self) -> None:
+        """Show nothing from now on, and leave the terminal as a shell wants it."""
+        with self._lock:
+            self._is_closed = True
+            self._stop(transient=not any(row.stays for row in self._rows))
+
+    def _stop(self, *, transient: bool) -> None:
+        if self._live is not None:
+            self._live.transient = transient
+            self._live.stop()
+            self._live = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # rich calls this under a lock of its own; to take ours as well could deadlock.
+        for row in tuple(self._rows):
+            yield row.line(options)
+
+
+class Phase:
+    """Work that takes a while: how far it is and how long it has taken.
+
+    Args:
+        total: bytes of the work, if they are known.
+    """
+
+    stays = False
+
+    def __init__(self, what: str, total: float | None = None) -> None:
+        self._what = what
+        self._total = total
+        self._done = 0.0
+        self._first: float | None = None
+        """Bytes done at the first report: earlier starts did them."""
+        self._begin = time.monotonic()
+
+    def update(self, done: float, total: float) -> None:
+        """Report how many bytes of how many are done."""
+        self._done, self._total = done, total
+        if self._first is None:
+            self._first = done
+
+    def advance(self, count: float) -> None:
+        """Report more bytes done."""
+        self._first = self._first or 0.0
+        self._done += count
+
+    def plain_line(self) -> str:
+        """Return the progress in a line for logs."""
+        return f"{self._what}: {', '.join(self._figures())}"
+
+    def _figures(self) -> list[str]:
+        """Return share, speed and time left; or the time taken where no bytes have been reported."""
+        seconds = time.monotonic() - self._begin
+        if not self._total or self._first is None:
+            return [f"{duration(seconds)} so far"]
+        speed = (self._done - self._first) / seconds
+        figures = [f"{min(self._done / self._total, 1):.0%} of {size(self._total)}"]
+        if speed > 0:
+            figures += [f"{size(speed)}/s", f"{duration(max(self._total - self._done, 0) / speed)} left"]
+        return figures
+
+    def line(self, options: ConsoleOptions) -> Text:
+        *others, last = self._figures()
+        fields = [Field(0, self._what), *(Field(1 + n, text) for n, text in enumerate(others)), Field(0, last)]
+        if self._total and self._first is not None:
+            return _line(fields, _bar(self._done / self._total, options), options)
+        return _line(fields, Text(SPINNER[int(4 * time.monotonic()) % len(SPINNER)]), options)
 
 
 class TrainingProgress:
-    """Shows step, bits per byte, bytes/s, data-wait share, MFU, memory and time left.
+    """Step, bits per byte, bytes/s, share of waiting for data, MFU, memory and time left of a run.
 
     Args:
-        console: where to write; a live line when it is a terminal.
         steps: of the whole run.
         first_step: steps done before this start.
     """
 
-    def __init__(self, console: Console, steps: int, first_step: int) -> None:
-        self._console = console
-        self._steps = steps
-        self._last_line = float("-inf")
-        self._live = Progress(
-            MofNCompleteColumn(),
-            *([BarColumn(bar_width=20)] if console.width >= BAR_CONSOLE_WIDTH else []),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID = self._live.add_task("", total=steps, completed=first_step)
+    stays = True
 
-    def update(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> str | None:
-        """Shows the state after `step`; returns the line to log when one is due."""
-        parts = [*describe(metrics), f"{duration(seconds_left)} left"]
-        self._live.update(self._task, completed=step, description=" ".join(parts))
+    def __init__(self, display: Display, steps: int, first_step: int) -> None:
+        self._display = display
+        self._steps = steps
+        self._step = first_step
+        self._fields: list[Field] = []
+        self._last_line = float("-inf")
+        self._shown = display.showing(self)
+
+    def update(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
+        """Show the state after `step`; a plain line as well when one is due."""
+        self._step = step
+        self._fields = [*describe(metrics), Field(0, f"{duration(seconds_left)} left")]
         now = time.monotonic()
-        due = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
-        if not due:
-            return None
-        self._last_line = now
-        line = "  ".join([f"step {step}/{self._steps}", *parts])
-        if not self._console.is_terminal:
-            self._console.print(line, highlight=False, soft_wrap=True)
-        return line
+        if now - self._last_line >= TRAINING_LINE_SECONDS or step == self._steps:
+            self._last_line = now
+            self._display.tell("  ".join([f"step {step}/{self._steps}", *(field.text for field in self._fields)]))
+
+    def line(self, options: ConsoleOptions) -> Text:
+        step = Field(0, f"{self._step:>{len(str(self._steps))}}/{self._steps}")
+        return _line([step, *self._fields], _bar(self._step / self._steps, options), options)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        self._shown.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        self._shown.__exit__(kind, error, trace)
 
 
-def describe(metrics: Mapping[str, float]) -> list[str]:
-    """One step's numbers in words; with step and time left they fit a terminal of 80 columns."""
-    return [
-        f"{metrics['train/bits_per_byte']:.4f} bits/byte",
-        f"{size(metrics['bytes_per_second'])}/s",
-        f"wait {metrics['data_wait_share']:.1%}",
-        *([f"MFU {metrics['mfu']:.2f}"] if "mfu" in metrics else []),
-        f"mem {size(metrics['peak_memory_bytes'])}",
+class Field(NamedTuple):
+    """A part of a live line."""
+
+    rank: int
+    """Fields of the highest rank are dropped first where the terminal is narrow; those of rank 0 never."""
+    text: str
+
+
+def describe(metrics: Mapping[str, float]) -> list[Field]:
+    """Return one step's numbers in words; with step and time left they fit a terminal of 80 columns."""
+    fields = [
+        Field(1, f"{metrics['train/bits_per_byte']:.4f} bits/byte"),
+        Field(2, f"{size(metrics['bytes_per_second'])}/s"),
+        Field(4, f"wait {metrics['data_wait_share']:.1%}"),
+        Field(5, f"mem {size(metrics['peak_memory_bytes'])}"),
     ]
+    if "mfu" in metrics:
+        fields.insert(3, Field(3, f"MFU {metrics['mfu']:.2f}"))
+    return fields
+
+
+def _line(fields: Sequence[Field], picture: Text, options: ConsoleOptions) -> Text:
+    """Return a live line: the most important fields that fit, and a picture after the first one if all of them do."""
+    first, *others = fields
+    with_picture = [first, Field(PICTURE_RANK, picture.plain), *others]
+    kept = fitting(with_picture, options.max_width)
+    parts = [picture if field.rank == PICTURE_RANK else Text(field.text) for field in kept]
+    line = Text(" ").join(parts)
+    line.no_wrap, line.overflow = True, "crop"
+    return line
+
+
+def fitting(fields: Sequence[Field], width: int) -> list[Field]:
+    """Return the most important fields: those that fit a width with a space between them."""
+    kept = list(fields)
+    while sum(len(field.text) + 1 for field in kept) - 1 > width:
+        least = max(field.rank for field in kept)
+        if least == 0:
+            break
+        kept = [field for field in kept if field.rank != least]
+    return kept
+
+
+def _bar(share: float, options: ConsoleOptions) -> Text:
+    done = round(min(share, 1.0) * BAR_WIDTH)
+    full, empty = ("#", "-") if options.ascii_only else ("━", "─")
+    return Text.assemble((full * done, "bar.complete"), (empty * (BAR_WIDTH - done), "bar.back"))
 
 
 def size(count: float) -> str:

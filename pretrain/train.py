@@ -18,25 +18,27 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, Field
-from rich.console import Console
+from torch import Tensor
 
 from byteloom.core.validation import Fault
 from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams
+from data_pipeline.rows import Ids
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
 from launchers.heartbeat import Heartbeat
 from launchers.record import reason_of_start
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, locate
+from pretrain.console import display
 from pretrain.engines import (
     EngineConfig,
     NonFiniteError,
@@ -64,7 +66,7 @@ from pretrain.progress import TrainingProgress, duration, size
 from pretrain.provenance import changes, environment, flatten, read_source, source_file, source_text
 from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
-from pretrain.stop import StopRequest
+from pretrain.stop import StoppedError, StopRequest, Vote
 from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, open_tracker
 from pretrain.weights import InitializeConfig, Origin, find_origin, model_changes
 from pretrain.world import ALONE, World
@@ -127,16 +129,22 @@ class TrainingError(Exception):
     """A run cannot go on."""
 
 
-def train(recipe: Recipe, console: Console, world: World = ALONE, source: Mapping[str, str] | None = None) -> int:
-    """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
+def train(
+    recipe: Recipe,
+    world: World = ALONE,
+    source: Mapping[str, str] | None = None,
+    stop: StopRequest | None = None,
+) -> int:
+    """Train the run that a recipe describes, from its newest checkpoint on; return the process's exit code.
 
     Args:
         source: tags that say where the recipe and the code come from; see provenance.py.
-
+        stop: a request that may come at any time; none can come if left out.
     Raises:
         TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError, WorldError: it cannot start or go on;
             says why.
     """
+    stop = stop or StopRequest()
     _check_same_recipe(recipe, world)
     # Everything that can be refused without a run folder is, before one is made.
     streams = open_streams(recipe.data, recipe.model.sequence_length)
@@ -147,21 +155,21 @@ def train(recipe: Recipe, console: Console, world: World = ALONE, source: Mappin
     check_ranks(recipe.engine, world.size)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     origin = _find_origin(recipe, folder, world)
-    stop = StopRequest()
     with ExitStack() as stack:
         heartbeat = Heartbeat.of(os.environ, world.rank)
+        if heartbeat.is_watched:
+            stop.before_exit.append(heartbeat.end)
         world.on_first(lambda: stack.enter_context(folder.locked(take_over=heartbeat.is_watched)))
         home = locate(folder.checkpoints_in(recipe.checkpoint.home))
         fence = Fence(folder.generation, *([home / "generation"] if recipe.checkpoint.home else []))
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
-        stack.enter_context(stop.listening())
         for warning in recipe.warnings() if world.is_first else ():
             log.warning("%s", warning.text)
         run = Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat)
         if world.is_first:
             resolved = folder.config.read_text(encoding="utf-8")
             replace_file(source_file(folder.config), source_text(resolved, source or {}))
-        return run.go(console)
+        return run.go()
 
 
 class Run:
@@ -206,6 +214,7 @@ class Run:
         with torch.device("meta"):
             self.model = build_model(recipe.model)
         self.parameters = self.model.parameter_count()  # while the model is whole
+        self._log_first_line()
         self.flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
         self.engine = build_engine(
             recipe.engine.model_copy(update={"precision": self.precision}),
@@ -217,13 +226,18 @@ class Run:
             micro_batch=recipe.train.micro_batch,
         )
         record = Record()
-        self.checkpoint = self.store.load(self._fragments_of, set_aside=True)
+        with display.phase("loading the checkpoint") as phase:
+            self.checkpoint = self.store.load(self._fragments_of, set_aside=True, progress=phase.update)
+        self.unlogged: dict[str, float] = {}
+        """The numbers of a step whose validation a stop has cut short. They wait for it in the checkpoint."""
         if self.checkpoint is None:
-            self.engine.begin()
-            if origin is not None:
-                origin.give(self.engine)
+            with display.phase("making the first weights"):
+                self.engine.begin()
+                if origin is not None:
+                    origin.give(self.engine)
         else:
             state = self.checkpoint.state
+            self.unlogged = state.get("unlogged", {})
             self.engine.restore(state["counters"])
             record = Record.from_state(state["reading"])
             if not world.is_first:
@@ -244,11 +258,13 @@ class Run:
     def finished(self) -> bool:
         return self.step >= self.recipe.train.steps
 
-    def go(self, console: Console) -> int:
+    def go(self) -> int:
         """From the rehearsal to the last word; returns the exit code."""
         recipe = self.recipe
         meter = self._rehearse()
         tracker = self._open_tracker() if self.world.is_first else None
+        if tracker is not None:
+            self.stop.before_exit.append(lambda code: tracker.close("KILLED", is_hurried=lambda: True))
         loader = Loader(
             self.reading.mixture,
             recipe.loader,
@@ -262,9 +278,9 @@ class Run:
         )
         status = "FAILED"
         try:
-            with loader, TrainingProgress(console, recipe.train.steps, self.step) as progress:
-                if self.checkpoint is None and self.validation is not None:
-                    self._log(tracker, self._validate(self.validation))
+            with loader, TrainingProgress(display, recipe.train.steps, self.step) as progress:
+                if self.checkpoint is None or self._is_unlogged(tracker):
+                    self._log_validated(tracker, self.unlogged)
                 agreed = self.world.size == 1
                 try:
                     self._loop(iter(loader), meter, tracker, progress)
@@ -278,10 +294,11 @@ class Run:
                     if agreed and self.fence.holds:
                         self._save_the_last(tracker)
             self.heartbeat.beat("end", self.step)
-            status = "FINISHED" if self.finished else "KILLED"
+            status = "FINISHED" if self.finished and not self.unlogged else "KILLED"
         finally:
             if tracker is not None:
-                tracker.close(status)
+                with display.phase("delivering numbers to MLflow"):
+                    tracker.close(status, is_hurried=lambda: self.stop.signal is not None)
         if self.world.size > 1 and meter.peak_memory_by_rank:
             log.info("peak memory by rank: %s", ", ".join(size(peak) for peak in meter.peak_memory_by_rank))
         self.world.gather(None)  # a launcher may end the others as soon as one has ended
@@ -293,17 +310,21 @@ class Run:
         recipe = self.recipe
         profiler = StepProfiler(recipe.profile, self.folder.profile_of(self.world.rank), self.engine.device)
         profiler.announce(self.step, recipe.train.steps)
+        shown: AbstractContextManager[object] = display.phase(f"the first step{self._compiling}")
         while not self.finished:
-            with profiler.step(self.step + 1):
+            with profiler.step(self.step + 1), shown:
                 metrics = self._do_step(batches, meter)
             if metrics is None:
                 return
-            seconds_left = meter.seconds_a_step * (recipe.train.steps - self.step)
-            if line := progress.update(self.step, metrics, seconds_left):
-                log.debug(line)
-            if self.validation is not None and (self.finished or self.step % recipe.validation.every == 0):
-                metrics |= self._validate(self.validation)
-            self._log(tracker, metrics)
+            self.stop.defer()
+            shown = nullcontext()
+            progress.update(self.step, metrics, meter.seconds_a_step * (recipe.train.steps - self.step))
+            if self.finished or self.step % recipe.validation.every == 0:
+                self._log_validated(tracker, metrics)
+                if self.unlogged:
+                    return
+            else:
+                self._log(tracker, metrics)
             if self.step % recipe.checkpoint.every == 0:
                 with contextlib.suppress(CheckpointError):  # it has been told; the run goes on, and tries again
                     self._finish_save()
@@ -327,7 +348,27 @@ class Run:
     def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
         if tracker is not None:
             self.fence.check()
+            self.stop.stand_still_if_ending()
             tracker.log(self.step, metrics)
+
+    def _log_validated(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
+        """Log a step's numbers with those of a validation; a stop during it leaves both to the next start."""
+        self.unlogged = {}
+        validated: dict[str, float] = {}
+        if self.validation is not None:
+            try:
+                validated = self._validate(self.validation)
+            except StoppedError:
+                self.unlogged = metrics
+                return
+        if metrics or validated:
+            self._log(tracker, metrics | validated)
+
+    def _is_unlogged(self, tracker: Tracker | None) -> bool:
+        """Return whether the checkpoint has numbers of its step that no start has logged; the same on all ranks."""
+        if not self.unlogged:
+            return False
+        return self.world.on_first(lambda: tracker is not None and tracker.journal.last_step != self.step)
 
     def _next_batch(self, batches: Iterator[Batch], meter: Meter) -> tuple[Batch | None, int, list[float]]:
         """This rank's part of the next batch; none on all ranks once one of them is asked to stop.
@@ -388,18 +429,31 @@ class Run:
             ) from error
 
     def _validate(self, corpus: Corpus) -> dict[str, float]:
+        """Return the bits per byte of a corpus.
+
+        Raises:
+            StoppedError: a rank has been asked to stop; on all ranks.
+        """
         started = time.perf_counter()
         self.heartbeat.beat("evaluation", self.step)
         rows = self.recipe.train.micro_batch
-        part = evaluate(
-            self.engine.nats,
-            corpus,
-            self.recipe.model.sequence_length,
-            rows,
-            stride=stride_of(self.model),
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
+        vote = Vote(self.stop, self.world)
+
+        def nats_of(ids: Ids) -> Tensor:
+            vote.check()
+            return self.engine.nats(ids)
+
+        with display.phase("validating", corpus.raw_bytes) as phase:
+            part = evaluate(
+                nats_of,
+                corpus,
+                self.recipe.model.sequence_length,
+                rows,
+                progress=lambda done: phase.advance(done * self.world.size),  # the other ranks' are about as many
+                stride=stride_of(self.model),
+                rank=self.world.rank,
+                world_size=self.world.size,
+            )
         total = Score()
         for score in self.world.gather(asdict(part.total)):
             total.add(Score(**score))
@@ -422,6 +476,7 @@ class Run:
             "reading": merged(self.world.gather(self.reading.state())),
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
+            "unlogged": self.unlogged,
             "config": self.recipe.as_tree(),
             "precision": self.precision,
             "environment": environment(),
@@ -443,7 +498,8 @@ class Run:
         """
         self.heartbeat.beat("checkpoint", self.step)
         try:
-            self.store.finish()
+            with display.phase(f"waiting for the checkpoint of step {self.begun_step} to be on disk"):
+                self.store.finish()
         except CheckpointError:
             self.begun_step = self.saved_step
             raise
@@ -477,20 +533,32 @@ class Run:
         check_resumes(checkpoint, self.recipe, self.fingerprint)
         return self.engine.fragments()
 
+    @property
+    def _compiling(self) -> str:
+        return ", compiling the blocks" if self.recipe.engine.compile else ""
+
+    def _log_first_line(self) -> None:
+        recipe = self.recipe
+        log.info(
+            "training %s: %s, %s parameters, %s on %s, %s",
+            self.folder.path,
+            recipe.model.family,
+            f"{self.parameters:,}",
+            self.precision,
+            choose_device(recipe.engine.device, self.world.local_rank),
+            f"{recipe.engine.name} of {self.world.size} ranks" if self.world.size > 1 else "one process",
+        )
+
     def _rehearse(self) -> Meter:
         """One made-up micro-batch, before data is touched, and what there is to say at the start."""
         recipe = self.recipe
         started = time.perf_counter()
-        self.engine.rehearse(min(recipe.train.micro_batch, recipe.train.global_batch))
+        with display.phase(f"rehearsing a micro-batch{self._compiling}"):
+            self.engine.rehearse(min(recipe.train.micro_batch, recipe.train.global_batch))
         rehearsal = time.perf_counter() - started
         peak = self._measure_peak()
         log.info(
-            "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; %s",
-            recipe.model.family,
-            f"{self.parameters:,}",
-            f"{recipe.engine.name} of {self.world.size} ranks" if self.world.size > 1 else "one process",
-            self.precision,
-            self.engine.device,
+            "micro-batch rehearsed in %.1f s; %s",
             rehearsal,
             "peak unknown, so no MFU" if peak is None else f"peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})",
         )
@@ -557,7 +625,7 @@ class Run:
         )
 
     def _farewell(self) -> int:
-        if self.finished:
+        if self.finished and not self.unlogged:
             log.info("finished at step %d; everything is in %s", self.step, self.folder.path)
             return 0
         assert self.stop.signal is not None
@@ -585,7 +653,8 @@ def _find_origin(recipe: Recipe, folder: RunFolder, world: World) -> Origin | No
         return None
     with torch.device("meta"):
         model = build_model(recipe.model)
-    return find_origin(recipe.initialize, recipe.model, model, recipe.optimizer.name, world)
+    with display.phase(f"verifying {recipe.initialize.weights}") as phase:
+        return find_origin(recipe.initialize, recipe.model, model, recipe.optimizer.name, world, phase.update)
 
 
 def _has_checkpoint(recipe: Recipe, folder: RunFolder) -> bool:

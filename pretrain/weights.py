@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from byteloom.core.locations import LocationText
+from data_pipeline.progress import Progress, ignore
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, read, verify
 from pretrain.engines import Engine
 from pretrain.exports import is_export, read_export
@@ -55,18 +56,24 @@ class Origin:
 
 
 def find_origin(
-    config: InitializeConfig, own: ModelConfig, model: ByteModel, optimizer: str, world: World = ALONE
+    config: InitializeConfig,
+    own: ModelConfig,
+    model: ByteModel,
+    optimizer: str,
+    world: World = ALONE,
+    progress: Progress = ignore,
 ) -> Origin:
     """What a config asks for. All ranks call it.
 
     Args:
         model: of the run, while its parameters are whole.
         optimizer: the name of the run's.
+        progress: as of `find_checkpoint`.
     Raises:
         CheckpointError: it is not there, or does not fit.
     """
     assert config.weights is not None
-    checkpoint = find_checkpoint(config.weights, world)
+    checkpoint = find_checkpoint(config.weights, world, progress)
     then = checkpoint.state["config"]
     differences = model_changes(then["model"], own)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -113,24 +120,26 @@ def is_checkpoint(place: Location) -> bool:
     return (place / "metadata.json").exists() if isinstance(place, Path) else place.name.startswith("step-")
 
 
-def find_checkpoint(text: str | Path, world: World = ALONE) -> Metadata:
+def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress = ignore) -> Metadata:
     """The newest valid checkpoint of a run, one checkpoint, or an export, of which every byte is as written.
 
     All ranks call it, and each looks at a part.
 
+    Args:
+        progress: called with bytes verified and bytes in all, of this rank's part.
     Raises:
         CheckpointError: it is not there, or not valid; on all ranks.
     """
     place = locate(text)
     folder = place if isinstance(place, Path) and is_export(place) else None
     if folder is None and not is_checkpoint(place):
-        found = store_of(place, world).newest_valid()
+        found = store_of(place, world).newest_valid(progress)
         if found is None:
             raise CheckpointError(f"no valid checkpoint at {text}: it is no run that has one, no checkpoint, no export")
         return found
     checkpoint, fault = None, None
     try:
-        checkpoint = read_export(folder) if folder else verify(place, world.rank, world.size)
+        checkpoint = read_export(folder) if folder else verify(place, world.rank, world.size, progress)
     except CheckpointError as error:
         fault = str(error)
     faults = [text for text in world.gather(fault) if text is not None]

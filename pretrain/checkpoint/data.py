@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.progress import Progress, Tally, ignore
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
@@ -94,19 +95,21 @@ def described(folder: Path, files: Sequence[str], tensors: dict[str, StoredTenso
     return Metadata(home, folder.name, "", tuple(stored), tensors, state)
 
 
-def verify(path: str | Location, part: int = 0, parts: int = 1) -> Metadata:
+def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progress = ignore) -> Metadata:
     """Checks every byte of a checkpoint against its digests, or those of one of so many parts; returns its metadata.
 
+    Args:
+        progress: called with bytes verified and bytes in all, of this part.
     Raises:
         InvalidCheckpointError: it is damaged or incomplete.
         CheckpointError: it cannot be read.
     """
     metadata = read_metadata(path)
-    verify_data(metadata, part, parts)
+    verify_data(metadata, part, parts, progress)
     return metadata
 
 
-def verify_data(metadata: Metadata, part: int = 0, parts: int = 1) -> None:
+def verify_data(metadata: Metadata, part: int = 0, parts: int = 1, progress: Progress = ignore) -> None:
     """As `verify`, where the metadata has been read."""
     windows = [
         Window(file, begin // BLOCK_BYTES, blocks_of(min(begin + WINDOW_BYTES, stored.bytes)), [])
@@ -114,26 +117,30 @@ def verify_data(metadata: Metadata, part: int = 0, parts: int = 1) -> None:
         for begin in range(0, stored.bytes, WINDOW_BYTES)
     ]
     _check_sizes(metadata, range(part, len(metadata.files), parts))
-    _read_windows(metadata, windows[part::parts], np.empty(0, np.uint8))
+    _read_windows(metadata, windows[part::parts], np.empty(0, np.uint8), progress)
 
 
-def read(metadata: Metadata, fragments: Sequence[Fragment]) -> None:
+def read(metadata: Metadata, fragments: Sequence[Fragment], progress: Progress = ignore) -> None:
     """Fills live fragments, whatever ranges the checkpoint was written in, once all they need is found whole.
 
+    Args:
+        progress: called with bytes read and bytes in all.
     Raises:
         InvalidCheckpointError: something they need is damaged; nothing was changed.
         CheckpointError: the checkpoint is of another model or optimizer, or cannot be read; nothing was changed.
     """
     values = host_buffer(sum(len(fragment.data) for fragment in fragments))
-    read_verified(metadata, fragments, values)
+    read_verified(metadata, fragments, values, progress)
     fill(fragments, values)
 
 
-def read_verified(metadata: Metadata, fragments: Sequence[Fragment], values: Tensor) -> None:
+def read_verified(
+    metadata: Metadata, fragments: Sequence[Fragment], values: Tensor, progress: Progress = ignore
+) -> None:
     """Reads what fragments need into a buffer, one after another, and compares digests. Raises as `read`."""
     pieces = plan_reads(metadata, fragments)
     _check_sizes(metadata, {piece.file for piece in pieces})
-    _read_windows(metadata, windows_of(pieces), values.numpy().view(np.uint8))
+    _read_windows(metadata, windows_of(pieces), values.numpy().view(np.uint8), progress)
 
 
 def fill(fragments: Sequence[Fragment], values: Tensor) -> None:
@@ -205,19 +212,20 @@ def windows_of(pieces: Sequence[Piece]) -> list[Window]:
     ]
 
 
-def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndarray) -> None:
+def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndarray, progress: Progress) -> None:
     """Reads windows in some threads, compares digests, and copies the pieces that are wanted.
 
     Raises:
         InvalidCheckpointError, CheckpointError: as `read`.
     """
     own = threading.local()
+    done = Tally(sum(_length_of(metadata, window) for window in windows), progress)
 
     def read_one(window: Window) -> None:
         file, begin, end, pieces = window
         stored = metadata.files[file]
         offset = begin * BLOCK_BYTES
-        length = min(end * BLOCK_BYTES, stored.bytes) - offset
+        length = _length_of(metadata, window)
         whole = len(pieces) == 1 and pieces[0].offset == offset and pieces[0].length == length
         if whole:
             buffer = target[pieces[0].target : pieces[0].target + length]
@@ -236,6 +244,7 @@ def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndar
             for piece in pieces:
                 place = piece.offset - offset
                 target[piece.target : piece.target + piece.length] = buffer[place : place + piece.length]
+        done.add(length)
 
     with ThreadPoolExecutor(metadata.home.readers) as pool:
         try:
@@ -244,6 +253,12 @@ def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndar
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _length_of(metadata: Metadata, window: Window) -> int:
+    """Return the bytes of a window."""
+    end = min(window.end * BLOCK_BYTES, metadata.files[window.file].bytes)
+    return end - window.begin * BLOCK_BYTES
 
 
 def _check_sizes(metadata: Metadata, files: Iterable[int]) -> None:

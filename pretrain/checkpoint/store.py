@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from byteloom.core.locations import LocationText
+from data_pipeline.progress import Progress, ignore
 from pretrain.checkpoint.data import (
     bytes_of,
     copy,
@@ -249,7 +250,11 @@ class CheckpointStore:
         self._home.commit(name, draft, marker)
 
     def load(
-        self, fragments_of: Callable[[Metadata], Sequence[Fragment]], *, set_aside: bool = False
+        self,
+        fragments_of: Callable[[Metadata], Sequence[Fragment]],
+        *,
+        set_aside: bool = False,
+        progress: Progress = ignore,
     ) -> Metadata | None:
         """Fills fragments from the newest checkpoint in which all that any rank needs is as it was written.
 
@@ -259,6 +264,7 @@ class CheckpointStore:
         Args:
             fragments_of: what to fill from a checkpoint. Called again for the one before, if one is not valid.
             set_aside: whether invalid ones on the way are none any more, which is for the run's own processes to do.
+            progress: called with bytes read and bytes in all, of what this rank needs.
         Returns:
             None where there is no checkpoint.
         Raises:
@@ -270,7 +276,7 @@ class CheckpointStore:
             metadata = metadata_in(self._home, name)
             fragments = fragments_of(metadata)
             values = self._buffer(fragments)
-            read_verified(metadata, fragments, values)
+            read_verified(metadata, fragments, values, progress)
             return metadata, fragments, values
 
         found = self._newest(attempt, set_aside=set_aside)
@@ -280,17 +286,19 @@ class CheckpointStore:
         fill(fragments, values)
         return metadata
 
-    def newest_valid(self) -> Metadata | None:
+    def newest_valid(self, progress: Progress = ignore) -> Metadata | None:
         """The newest checkpoint of which every byte is as written. Each rank looks at a part of it, and all agree.
 
+        Args:
+            progress: called with bytes verified and bytes in all, of this rank's part.
         Raises:
             CheckpointError: there are checkpoints and none is valid, or one cannot be read.
         """
-        return self._newest(self._verified, set_aside=False)
+        return self._newest(lambda name: self._verified(name, progress), set_aside=False)
 
-    def _verified(self, name: str) -> Metadata:
+    def _verified(self, name: str, progress: Progress = ignore) -> Metadata:
         metadata = metadata_in(self._home, name)
-        verify_data(metadata, self._world.rank, self._world.size)
+        verify_data(metadata, self._world.rank, self._world.size, progress)
         return metadata
 
     def _newest(self, attempt: Callable[[str], T], *, set_aside: bool) -> T | None:

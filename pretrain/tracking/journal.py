@@ -19,8 +19,10 @@ class Journal:
             last_step: of the checkpoint the run resumes from; None starts an empty journal.
         """
         self.path = path
-        kept = [] if last_step is None else [line.text for line in lines(path) if line.record["step"] <= last_step]
-        replace_file(path, "".join(kept))
+        kept = [] if last_step is None else [line for line in lines(path) if line.record["step"] <= last_step]
+        self.last_step: int = kept[-1].record["step"] if kept else -1
+        """The last step that it had when it was opened; -1 if it had none."""
+        replace_file(path, "".join(line.text for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 60.0
 FINAL_DELIVERY_SECONDS = 90.0
+HURRIED_DELIVERY_SECONDS = 10.0
+"""Time for the final delivery after a request to stop: who asks for it may kill the process soon."""
 
 
 def _expand_home(uri: str) -> str:
@@ -91,11 +93,12 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.journal.append(step, metrics)
 
-    def close(self, status: str) -> None:
+    def close(self, status: str, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Deliver what is left, for a bounded time.
 
         Args:
             status: MLflow's word for how it ended: FINISHED, KILLED or FAILED.
+            is_hurried: whether the process has been asked to stop, so that there is less time.
         """
         self.journal.close()
         if self._shipper is None or self._thread is None or not self._may_write():
@@ -105,7 +108,12 @@ class Tracker:
         except OSError as error:  # a full disk: the run's own fate must not change for it
             log.warning("mlflow.json does not say how the run ended: %s", error)
         self._end.set()
-        self._thread.join(FINAL_DELIVERY_SECONDS)
+        begin = time.monotonic()
+        while self._thread.is_alive():
+            limit = HURRIED_DELIVERY_SECONDS if is_hurried() else FINAL_DELIVERY_SECONDS
+            if time.monotonic() - begin > limit:
+                break
+            self._thread.join(0.1)
         if missing := self._shipper.undelivered():
             log.warning(
                 "%d steps did not reach MLflow at %s; they are safe in %s, and `byteloom track %s` sends them",

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import yaml
-from rich.console import Console
 
 from pretrain.config import load
 from pretrain.engines import StepResult
@@ -35,7 +34,7 @@ def steps_on_rank(world: World, recipe: Path) -> dict[str, Any]:
         result = engine.train_step(micro_batches(1, world), step=1, learning_rate=0.0)
         told[name] = result, time.perf_counter() - begin
     logging.getLogger("pretrain").setLevel(logging.INFO)
-    told["exit code"] = train(load(recipe), Console(quiet=True), world)
+    told["exit code"] = train(load(recipe), world)
     return told
 
 

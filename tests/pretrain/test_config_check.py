@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 from typer.testing import CliRunner
 
 from pretrain.cli import app
@@ -25,7 +24,7 @@ def trained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tree["run"] = {"name": "run", "root": str(folder / "runs")}
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
-    assert train(load(recipe, ["train.steps=4", "validation.shards=null"]), Console(quiet=True)) == 0
+    assert train(load(recipe, ["train.steps=4", "validation.shards=null"])) == 0
     return recipe
 
 
@@ -173,7 +172,7 @@ def test_each_source_of_a_mixture_is_looked_at(recipe: Path, corpus_folder: Path
 
 def test_a_run_logs_the_warnings_of_its_recipe_when_it_starts(recipe: Path, tmp_path: Path):
     few = ("train.steps=3", "validation.shards=null", f"run.root={tmp_path}", "optimizer.epsilon=2")
-    assert train(load(recipe, few), Console(quiet=True)) == 0
+    assert train(load(recipe, few)) == 0
     assert (
         "WARNING optimizer.epsilon is 2, and few models train with more than 1"
         in (tmp_path / "run/train.log").read_text()

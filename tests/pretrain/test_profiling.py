@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 
 from pretrain.config import load
 from pretrain.train import train
@@ -29,7 +28,7 @@ def folder(tmp_path: Path, corpus_folder: Path, caplog: pytest.LogCaptureFixture
 
 def losses_of(folder: Path, *overrides: str) -> list[float]:
     config = load(folder / "recipe.yaml", [*overrides, "validation.shards=null"])
-    assert train(config, Console(quiet=True)) == 0
+    assert train(config) == 0
     lines = (folder / config.run.name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train/bits_per_byte"] for line in lines]
 
