@@ -279,7 +279,8 @@ class Run:
         status = "FAILED"
         try:
             with loader, TrainingProgress(display, recipe.train.steps, self.step) as progress:
-                if self.checkpoint is None or self._is_unlogged(tracker):
+                self._forget_logged(tracker)
+                if self.checkpoint is None or self.unlogged:
                     self._log_validated(tracker, self.unlogged)
                 agreed = self.world.size == 1
                 try:
@@ -364,11 +365,10 @@ class Run:
         if metrics or validated:
             self._log(tracker, metrics | validated)
 
-    def _is_unlogged(self, tracker: Tracker | None) -> bool:
-        """Return whether the checkpoint has numbers of its step that no start has logged; the same on all ranks."""
-        if not self.unlogged:
-            return False
-        return self.world.on_first(lambda: tracker is not None and tracker.journal.last_step != self.step)
+    def _forget_logged(self, tracker: Tracker | None) -> None:
+        """Drop the numbers that came with the checkpoint where an earlier start has logged them."""
+        if self.unlogged and self.world.on_first(lambda: tracker is None or tracker.journal.last_step == self.step):
+            self.unlogged = {}
 
     def _next_batch(self, batches: Iterator[Batch], meter: Meter) -> tuple[Batch | None, int, list[float]]:
         """This rank's part of the next batch; none on all ranks once one of them is asked to stop.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launchers.heartbeat import read_beat
 from pretrain.checkpoint import verify
 from tests.end_to_end.test_resume import STEPS, RunUnderTest
 from tests.launchers.test_local import assert_trained_as_one_process, start_and_wait
@@ -47,8 +48,8 @@ def while_saving(run: RunUnderTest) -> Callable[[list[int]], None]:
     return send
 
 
-def test_a_request_before_training_begins_waits_for_it(recipe: Path, tmp_path: Path):
-    """Of ranks under a supervisor, which blocks signals until the loop listens."""
+def test_a_supervised_rank_that_is_signalled_during_its_imports_stops_with_an_exit_code(recipe: Path, tmp_path: Path):
+    """A rank that a signal kills would count as failed, so it blocks signals until it listens."""
     beats = tmp_path / "beats"
     beats.mkdir()
     run = RunUnderTest(recipe, tmp_path, "early")
@@ -69,4 +70,5 @@ def test_a_request_before_training_begins_waits_for_it(recipe: Path, tmp_path: P
     rank.send_signal(signal.SIGUSR2)
     _, said = rank.communicate(timeout=120)
     assert rank.returncode == USR2_CODE, said
-    assert "SIGUSR2: stopped after step 0" in said
+    assert said.splitlines()[-1] == "SIGUSR2: stopped before the first step; there was nothing to save"
+    assert read_beat(beats, 0) is not None
