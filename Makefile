@@ -22,8 +22,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --requirement requirements.lock
-	$(BIN)/pip install --quiet --no-deps --editable .
+	@echo "Downloading the packages of requirements.lock: about 3 GB where torch is a CUDA build (PyPI's for Linux),"
+	@echo "0.5 GB where it is a CPU build. What pip has in its cache is not downloaded again."
+	DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check --progress-bar on --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 corpus: $(CORPUS)/train/manifest.json ## prepare Python's own standard library as a corpus

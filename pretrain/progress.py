@@ -198,7 +198,7 @@ class TrainingProgress:
             self._display.tell("  ".join([f"step {step}/{self._steps}", *(field.text for field in self._fields)]))
 
     def line(self, options: ConsoleOptions) -> Text:
-        step = Field(0, f"{self._step:>{len(str(self._steps))}}/{self._steps}")
+        step = Field(0, f"{self._step}/{self._steps}")
         return _line([step, *self._fields], _bar(self._step / self._steps, options), options)
 
     def __enter__(self) -> Self:
