@@ -47,7 +47,8 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """Limit of one start: minutes, hours:minutes:seconds or days-hours:minutes:seconds. A longer run goes on in another
     start."""
     signal_seconds: int = Field(default=180, ge=1, le=65535)
-    """So long before the limit ranks are asked to stop: time for a step and a checkpoint. Slurm may be earlier."""
+    """Seconds before the limit at which ranks are asked to stop. The longer of a step and a batch of windows of a
+    validation must fit in, and then a checkpoint. Slurm may be earlier."""
     setup: list[str] = []
     """Lines of shell at the beginning of the job, such as module load cuda."""
     sbatch: dict[str, str | int | bool] = {}

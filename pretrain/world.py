@@ -315,16 +315,19 @@ def _wait_for_listener(place: Place, deadline: float) -> None:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Within, native code writes nothing on standard error: what it has to say is in what it raises."""
+    """Within, native code writes nothing on standard error: what it has to say is in what it raises.
+
+    Python's own lines still go there, from now on by another descriptor: a live line may hold on to its stream.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
+    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
