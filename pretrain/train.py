@@ -720,7 +720,7 @@ def check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
 @contextmanager
 def _log_to(path: Path, fence: Fence) -> Iterator[None]:
     """Writes what is logged, with the progress lines that a terminal does not show, to a file too."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(lambda record: fence.holds)
     loggers = [logging.getLogger(name) for name in ("pretrain", "data_pipeline")]

@@ -12,6 +12,8 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
+from byteloom.core.locations import expand_home
+
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
 """Folder of the recipes that come with Byteloom."""
 PRESETS = CONFIGS / "cluster"
@@ -30,7 +32,7 @@ def find_recipe(text: str) -> Path:
     A path is returned as it is, whether or not there is a file.
 
     Raises:
-        UnknownNameError: no recipe has this name.
+        UnknownNameError: no recipe has this name, or there is no such home folder.
     """
     names = recipe_names()
     path = Path(text)
@@ -50,18 +52,18 @@ def find_recipe(text: str) -> Path:
     known = path.with_suffix("").as_posix().removeprefix("configs/")
     if known in names and not path.exists():
         raise UnknownNameError(f"there is no file {text}; the recipe that comes with Byteloom is named {known}")
-    return path.expanduser()
+    return _expanded(text)
 
 
 def find_preset(text: str) -> Path:
     """Return the file of a cluster preset that is given by its name or its path.
 
     Raises:
-        UnknownNameError: no preset has this name.
+        UnknownNameError: no preset has this name, or there is no such home folder.
     """
     presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
     if _is_path(text):
-        return Path(text).expanduser()
+        return _expanded(text)
     if text not in presets:
         raise UnknownNameError(f"no such preset; there are {', '.join(presets)}, or name a .yaml file")
     return presets[text]
@@ -91,6 +93,13 @@ def name_of(recipe: Path) -> str:
 def _is_path(text: str) -> bool:
     path = Path(text)
     return text.startswith((".", "/", "~")) or path.suffix in (".yaml", ".yml") or path.is_file()
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise UnknownNameError(f"{text}: {error}") from error
 
 
 def _nearest(text: str, names: Mapping[str, Path]) -> list[str]:

@@ -65,6 +65,10 @@ def test_a_path_is_a_path_whether_or_not_there_is_a_file(elsewhere: Path, monkey
     assert load("mine.yaml") == load("~/mine.yaml") == load("./mine.yaml") == load("demo")
 
 
+def test_a_home_folder_that_does_not_exist_is_named():
+    assert refusal("~nobody-here/a.yaml").startswith("~nobody-here/a.yaml: no home folder is known for ~nobody-here")
+
+
 def test_an_unknown_name_gets_the_nearest_names(elsewhere: Path):
     lists = "; `byteloom models` lists the names, and a path ends in .yaml"
     assert refusal("debgu") == f"no recipe is named debgu (did you mean debug?){lists}"
