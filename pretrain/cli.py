@@ -25,6 +25,7 @@ from pretrain import argument_types as types
 from pretrain import (
     checkpoint_commands,
     corpus_commands,
+    crash,
     inspect_commands,
     model_commands,
     run_commands,
@@ -188,6 +189,7 @@ def _train(recipe: Path) -> int:
     place = place_of(os.environ)
     speak_as(place.rank if place else 0)
     config = configuration.load(recipe)
+    crash.keep_in(Path(config.run.root) / config.run.name)
     meeting = timedelta(seconds=config.launch.meeting_seconds)
     world = World.join(choose_device(config.engine.device).type, meeting=meeting)
     try:

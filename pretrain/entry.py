@@ -21,7 +21,11 @@ FAULTS = (ClusterError, CorpusError, RunFolderError, SchedulerError)
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command; an import that fails is reported as its other errors are."""
+    run(_command, FAULTS)
+
+
+def _command() -> None:
     with imports.for_good():
         command = _imported(sys.argv[1] if sys.argv[1:] else None)
     command()
