@@ -25,11 +25,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.atomic import replace_file, sync
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather, part_folder, read_shard
 from data_pipeline.preparation.layout import EmptyCorpusError, Layout, make_layout
-from data_pipeline.preparation.plan import Plan, PrepareOptions, difference, identity, make_plan, remove
+from data_pipeline.preparation.plan import (
+    Plan,
+    PrepareOptions,
+    difference,
+    identity,
+    make_plan,
+    read_skipped,
+    remove,
+)
 from data_pipeline.preparation.scatter import Scatter
 from data_pipeline.preparation.spill import unit_folder
 from data_pipeline.preparation.work import Pool
@@ -72,6 +81,15 @@ class SourceReport:
 
 
 @dataclass
+class _StoredReport:
+    sources: list[str]
+    folder: str | None
+    options: dict[str, Any]
+    parts: list[str]
+    per_source: list[SourceReport]
+
+
+@dataclass
 class PrepareReport:
     """OUT/report.json."""
 
@@ -98,10 +116,16 @@ class PrepareReport:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        rows = [{**row, "left_out": Counter(row["left_out"])} for row in tree["per_source"]]
-        same = {name: tree[name] for name in ("sources", "folder", "options")}
-        return cls(same, tree["parts"], [SourceReport(**row) for row in rows])
+        """Return the report of a corpus.
+
+        Raises:
+            StateFileError: it is missing, cannot be read, or is damaged.
+        """
+        stored = read_json(path, _StoredReport, "restore it, or prepare the corpus again")
+        if stored is None:
+            raise StateFileError(f"{path} is missing")
+        same = {"sources": stored.sources, "folder": stored.folder, "options": stored.options}
+        return cls(same, stored.parts, stored.per_source)
 
 
 def prepare(
@@ -199,7 +223,7 @@ def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
     """The report of a corpus that is there, if it is the one asked for."""
     try:
         report = PrepareReport.load(out / "report.json")
-    except (OSError, ValueError, KeyError):
+    except StateFileError:
         report = None
     if report is None or report.identity != asked:
         raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
@@ -289,11 +313,10 @@ def _write_skipped(plan: Plan, layout: Layout, path: Path) -> None:
             own = unit_folder(plan.folder, unit) / "skipped.jsonl"
             if not plan.options.limited:
                 _append(own, out)
-            elif own.exists():
-                with own.open("rb") as lines:
-                    for line in map(json.loads, lines):
-                        if line.pop("ordinal") < cut:
-                            out.write(json.dumps(line).encode() + b"\n")
+            else:
+                for line in read_skipped(own, plan.folder):
+                    if line.pop("ordinal") < cut:
+                        out.write(json.dumps(line).encode() + b"\n")
         for job in range(sum(layout.shards)):
             _append(plan.folder / "shards" / f"{job:06d}.skipped.jsonl", out)
     sync(path)
@@ -313,9 +336,9 @@ def _report(plan: Plan, layout: Layout) -> PrepareReport:
     for job in range(sum(layout.shards)):
         counts, _ = read_shard(plan.folder, job)
         for number, source in enumerate(sources):
-            source.documents += counts["documents"][number]
-            source.raw_bytes += counts["bytes"][number]
-            source.left_out.update(counts["left_out"][number])
+            source.documents += counts.documents[number]
+            source.raw_bytes += counts.bytes[number]
+            source.left_out.update(counts.left_out[number])
     for source in sources:
         source.left_out = +source.left_out
     return PrepareReport(plan.identity, list(plan.options.parts), sources)

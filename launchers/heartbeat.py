@@ -11,9 +11,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
+
+from byteloom.core.state_files import StateFileError, read_json
 
 FOLDER = "BYTELOOM_HEARTBEATS"
 """The environment variable that names the folder."""
@@ -75,8 +78,9 @@ class Heartbeat:
         if self._path is None:
             return
         beside = self._path.with_suffix(".partial")
-        beside.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        beside.replace(self._path)
+        with suppress(FileNotFoundError):  # the run folder is gone, which the fence explains
+            beside.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            beside.replace(self._path)
 
 
 def beat_of(folder: Path, rank: int) -> Path:
@@ -90,8 +94,7 @@ def stack_of(folder: Path, rank: int) -> Path:
 
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
-    """A rank's last beat; None before its first."""
-    try:
-        return Beat(**json.loads(beat_of(folder, rank).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    """Return a rank's last beat; None before its first, and where the file is damaged: the next beat replaces it."""
+    with suppress(StateFileError):
+        return read_json(beat_of(folder, rank), Beat, "the rank writes it again")
+    return None

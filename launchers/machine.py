@@ -18,7 +18,8 @@ from launchers.supervise import Ending, Plan, heartbeats_of, output_of
 
 def is_running(last: Launch) -> bool:
     """Whether the supervisor of a run in the background is a process of this machine, by the run's last event."""
-    return not last.ends_background and not is_elsewhere(last) and Path(f"/proc/{last.job}").exists()
+    is_here = not last.ends_background and not is_elsewhere(last)
+    return is_here and last.job.isdecimal() and Path(f"/proc/{last.job}").exists()
 
 
 def is_elsewhere(last: Launch) -> bool:

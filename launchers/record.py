@@ -7,15 +7,19 @@ The command that submits and the supervisor of each start write it; whoever want
 """
 
 import json
+import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from byteloom.core.state_files import read_lines
 from launchers.heartbeat import FOLDER as HEARTBEATS
+
+log = logging.getLogger(__name__)
 
 Event = Literal[
     "submitted",  # the scheduler has taken the job
@@ -65,6 +69,7 @@ class LaunchRecord:
 
     def __init__(self, run: Path) -> None:
         self.path = run / "launches.jsonl"
+        self._reported: set[str] = set()
 
     def append(
         self,
@@ -79,18 +84,40 @@ class LaunchRecord:
     ) -> Launch:
         """Writes a line, which is on disk when this returns."""
         launch = Launch(time.time(), event, job, restart, list(nodes), step, reason, faulty)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(launch)) + "\n")
+        with self.path.open("ab+") as file:
+            # A writer that was killed may have left half a line, which must not swallow this one.
+            has_half = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+            file.write(b"\n" * has_half + json.dumps(asdict(launch)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         return launch
 
-    def read(self) -> list[Launch]:
-        """All lines, oldest first; none where nothing was submitted."""
-        if not self.path.exists():
-            return []
-        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-        return [Launch(**json.loads(line)) for line in whole.splitlines()]
+    def read(self, report: Callable[[str], None] = log.warning) -> list[Launch]:
+        """Return all whole lines, oldest first; none where nothing was submitted.
+
+        Damaged lines are left out. The record only counts and explains starts: the fence keeps an older start from
+        writing, whatever the record says.
+
+        Args:
+            report: called with what is wrong with a line, once for each line.
+
+        Raises:
+            StateFileError: the file cannot be read.
+        """
+        launches = []
+        for line in read_lines(self.path, Launch):
+            if line.fault and line.fault not in self._reported:
+                self._reported.add(line.fault)
+                report(line.fault)
+            if line.value is not None:
+                launches.append(line.value)
+        return launches
+
+
+def submissions_of(run: Path) -> dict[int, Path]:
+    """Return the folders of a run's submissions by their numbers, oldest first."""
+    folders = {int(path.name): path for path in (run / "jobs").glob("[0-9]*") if path.name.isdecimal()}
+    return dict(sorted(folders.items()))
 
 
 def reason_of_start(run: Path, environment: Mapping[str, str]) -> str:
@@ -108,4 +135,5 @@ def reason_of_start(run: Path, environment: Mapping[str, str]) -> str:
 
 def last_submission(run: Path) -> Path | None:
     """The folder of a run's newest submission."""
-    return max((path.parent for path in (run / "jobs").glob("[0-9]*/cluster.yaml")), default=None)
+    submitted = [folder for folder in submissions_of(run).values() if (folder / "cluster.yaml").exists()]
+    return submitted[-1] if submitted else None

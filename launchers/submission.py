@@ -34,7 +34,7 @@ from launchers import scheduler
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
 from launchers.executors import import_submitit
 from launchers.machine import Machine, is_running
-from launchers.record import LaunchRecord, last_submission
+from launchers.record import LaunchRecord, last_submission, submissions_of
 from launchers.scheduler import SchedulerError
 from launchers.slurm import Allocation, srun_command
 from launchers.supervise import Plan, Supervisor
@@ -55,8 +55,7 @@ class Submission:
 
     def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig, source: str = "") -> None:
         self.run, self.recipe, self.plan, self.cluster, self.source = run, recipe, plan, cluster, source
-        numbers = [int(path.name) for path in (run / "jobs").glob("[0-9]*")]
-        self.folder = run / "jobs" / f"{max(numbers, default=0) + 1:03d}"
+        self.folder = run / "jobs" / f"{max(submissions_of(run), default=0) + 1:03d}"
 
     def script(self) -> str:
         """The batch script."""

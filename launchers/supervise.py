@@ -23,6 +23,7 @@ from typing import Protocol
 from pydantic import BaseModel, Field
 
 from byteloom.core.numbers import Seconds
+from byteloom.core.state_files import StateFileError, read_json
 from byteloom.core.urls import file_system
 from launchers.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
 from launchers.record import Event, Launch, LaunchRecord
@@ -84,8 +85,16 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**tree, "supervise": SuperviseConfig(**tree["supervise"])})
+        """Return the plan of a submission.
+
+        Raises:
+            StateFileError: there is none, or it is damaged.
+        """
+        advice = "submit the run again"
+        plan = read_json(path, cls, advice)
+        if plan is None:
+            raise StateFileError(f"{path} is missing; {advice}")
+        return plan
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,8 @@ class Supervisor:
         self._tell_of_the_last_start()
         while True:
             self._number = sum(launch.event == "started" for launch in self._of_job())
+            while self.heartbeats.exists():  # a start whose line of the record was lost
+                self._number += 1
             if unwanted := sorted(set(self._excluded()) & set(self.site.nodes)):
                 return self._requeue(f"{', '.join(unwanted)} again", self._excluded())
             if unfit := self.site.unfit():

@@ -29,6 +29,7 @@ from pretrain.progress import size
 from pretrain.run_folder import RunFolder
 from pretrain.run_status import check_run
 from pretrain.stop import stopping_at_once
+from pretrain.tracking.journal import read_journal
 from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
@@ -176,7 +177,7 @@ def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
         return {}
     metrics = RunFolder(checkpoint.folder.parent.parent).metrics
     last: dict[str, float] = {}
-    for record in map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ()):
+    for record in read_journal(metrics):
         if record["step"] <= checkpoint.state["reading"]["step"]:
             last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
     return last
@@ -199,7 +200,7 @@ def _facts(path: Location) -> dict[str, Any]:
     facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-"))}
     try:
         metadata = read_metadata(path)
-    except InvalidCheckpointError as error:
+    except CheckpointError as error:
         return facts | {"fault": str(error), "written": ""}
     return facts | {
         "fault": None,

@@ -25,6 +25,7 @@ from pretrain import argument_types as types
 from pretrain import (
     checkpoint_commands,
     corpus_commands,
+    crash,
     inspect_commands,
     model_commands,
     run_commands,
@@ -188,6 +189,7 @@ def start(recipe: Path) -> int:
 def _train(config: Config, source: Mapping[str, str]) -> int:
     place = place_of(os.environ)
     speak_as(place.rank if place else 0)
+    crash.keep_in(Path(config.run.root) / config.run.name)
     stop = StopRequest(display.close, "stopped before the first step; there was nothing to save")
     with stop.listening():
         meeting = timedelta(seconds=config.launch.meeting_seconds)

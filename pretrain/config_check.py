@@ -8,7 +8,6 @@ A fault does not end the check: what does not depend on it is still looked at. T
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ import torch
 import typer
 
 from byteloom.core.packages import MissingPackageError, missing
+from byteloom.core.state_files import StateFileError
 from data_pipeline.errors import CorpusError
 from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import ONLY_SOURCE, Reading, Record, open_stream
@@ -231,14 +231,12 @@ class _Check:
         Raises:
             RunFolderError: run.json is damaged.
         """
-        path, metrics = self._folder.path / "run.json", self._folder.metrics
-        if not path.exists() or not metrics.exists() or not metrics.stat().st_size:
-            return None
+        metrics = self._folder.metrics
         try:
-            began: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunFolderError(f"{path} is damaged: {error}") from error
-        return began
+            began = self._folder.stored_identity()
+        except StateFileError as error:
+            raise RunFolderError(str(error)) from error
+        return began if metrics.exists() and metrics.stat().st_size else None
 
     def _add_where_it_starts(self, checkpoint: Metadata | None, *, is_new: bool) -> None:
         steps = self._config.train.steps

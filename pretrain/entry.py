@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command; an import that fails is reported as its other errors are."""
+    with _quiet_interrupts(), imports.for_good():
+        from pretrain.console import run
+    run(_command, ())
+
+
+def _command() -> None:
     with _quiet_interrupts(), imports.for_good():
         command = _imported(sys.argv[1] if sys.argv[1:] else None)
     command()

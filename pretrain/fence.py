@@ -5,11 +5,17 @@ node that was cut off, whose processes live on while the job has been started el
 when it is back, and ends. A lock is no help against it: it is one machine's, or is lost with the connection.
 """
 
+import logging
+import re
 import time
 import uuid
+from pathlib import Path
 from typing import NoReturn
 
+from byteloom.core.state_files import StateFileError
 from pretrain.checkpoint.home import Location, Note
+
+log = logging.getLogger(__name__)
 
 PAUSE = 1.0
 """Seconds between two looks of a rank that is about to write nothing."""
@@ -38,14 +44,15 @@ class Fence:
     def claim(self) -> str:
         """Takes the next generation: for the first rank of a start that will go on, once it holds the folder.
 
-        Of two starts that do so at once, the one that writes last has it.
+        Of two starts that do so at once, the one that writes last has it. A note that is damaged is replaced: a start
+        writes only where it finds its own mark, with its own random word, so an older start cannot go on writing.
 
         Raises:
             FencedError: it cannot be noted.
         """
         notes = (*self._far, self._near)
         try:
-            mark = f"{1 + max(_generation(note.read()) for note in notes)} {uuid.uuid4().hex}"
+            mark = f"{1 + max(_counted_in(note) for note in notes)} {uuid.uuid4().hex}"
             for note in notes:
                 note.replace(f"{mark}\n")
         except OSError as error:
@@ -55,9 +62,12 @@ class Fence:
 
     @property
     def holds(self) -> bool:
-        """Whether this start is the newest, as far as the run folder knows."""
+        """Whether this start is the newest, as far as the run folder knows; False where that cannot be read."""
         self._looked = time.monotonic()
-        return self.mark is None or _mark_in(self._near) == self.mark
+        try:
+            return self.mark is None or _mark_in(self._near) == self.mark
+        except OSError:
+            return False
 
     def check(self) -> None:
         """Called before anything is written to the run folder.
@@ -81,15 +91,52 @@ class Fence:
             self.check()
 
     def _refuse(self, note: Note) -> NoReturn:
+        """Raise FencedError with the reason why this start may not write, by what is at a note now."""
+        text, place = note.read(), note.place
+        if text is None and isinstance(place, Path) and not place.parent.exists():
+            raise FencedError(
+                f"the run folder {place.parent} was removed or renamed while the run trained in it; nothing more is "
+                "written, and a new start continues from the checkpoints that are left"
+            )
+        why = "was removed while the run trained" if text is None else "is damaged"
+        if text is None or (generation := _generation_in(text)) is None:
+            raise FencedError(
+                f"{place} {why}: this start cannot know whether a newer one has taken over, so it writes nothing more; "
+                "the same command continues from the newest checkpoint"
+            )
         raise FencedError(
-            f"start {_generation(note.read())} of this run has taken over from this one, start "
-            f"{_generation(self.mark)}, which writes nothing more"
+            f"start {generation} of this run has taken over from this one, start "
+            f"{_generation_in(self.mark or '')}, which writes nothing more"
         )
 
 
 def starts_noted_at(place: Location) -> int:
-    """How often a run has been started."""
-    return _generation(Note(place).read())
+    """Return how often a run has been started.
+
+    Raises:
+        StateFileError: the note is damaged.
+    """
+    return _starts_noted_in(Note(place))
+
+
+def _starts_noted_in(note: Note) -> int:
+    text = note.read()
+    if text is None:
+        return 0
+    generation = _generation_in(text)
+    if generation is None:
+        fault = "it does not hold a start's mark" if text.strip("\0") else "it is empty or holds only zero bytes"
+        raise StateFileError.damaged(note.place, fault, "the next start of the run writes it again")
+    return generation
+
+
+def _counted_in(note: Note) -> int:
+    """Return how often a run has been started, as far as a note knows."""
+    try:
+        return _starts_noted_in(note)
+    except StateFileError as error:
+        log.warning("%s; this start does so, and the count of starts begins again", error)
+        return 0
 
 
 def _mark_in(note: Note) -> str | None:
@@ -97,5 +144,7 @@ def _mark_in(note: Note) -> str | None:
     return None if text is None else text.rstrip("\n")
 
 
-def _generation(mark: str | None) -> int:
-    return int(mark.split()[0]) if mark else 0
+def _generation_in(text: str) -> int | None:
+    """Return the generation that a mark begins with; None where it is damaged."""
+    found = re.match(r"([0-9]{1,9})(?: [0-9a-f]+)?\n?$", text)
+    return int(found[1]) if found else None

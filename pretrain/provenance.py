@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from byteloom.core.configs import is_shipped, name_of
 from byteloom.core.git import Repository, ask_git
 from byteloom.core.packages import installed_version
@@ -24,6 +22,8 @@ PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset"
 
 def environment() -> dict[str, str]:
     """Software and machine, as far as they can change a number."""
+    import torch  # noqa: PLC0415 takes seconds, and status needs none of it
+
     return {
         **{f"version.{name}": installed_version(name) or "none" for name in PACKAGES},
         "version.python": platform.python_version(),

@@ -23,7 +23,7 @@ from pretrain import argument_types as types
 from pretrain.console import printable, say
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
-from pretrain.run_status import RunStatus, check_run, find_runs, status_of
+from pretrain.run_status import RunStatus, check_run, find_runs, status_of, statuses_of
 
 POLL_SECONDS = 0.2
 STATE_SECONDS = 2.0
@@ -44,13 +44,13 @@ def status_command(
     as_json: Annotated[bool, typer.Option("--json", help="All that is known, for programs.")] = False,
 ) -> None:
     """Say how runs fare: in the queue, running, stopped or finished, how far they are, and why they were restarted."""
-    found = [status_of(path) for path in find_runs(runs or [Path("runs")])]
+    found = statuses_of(find_runs(runs or [Path("runs")]))
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
     else:
         Console().print(_table(found))
         for each in found:
-            if remark := _remark(each):
+            for remark in filter(None, (_remark(each), *each.problems)):
                 typer.echo(printable(f"{Path(each.run).name}: {remark}"))
 
 
@@ -86,7 +86,11 @@ def cancel_command(run: RunPath) -> None:
         say(f"{run} was cancelled: job {status.job}")
     else:
         elsewhere = status.state == Phase.RUNNING
-        why = f"cancel it on {status.nodes}" if elsewhere else status.reason or "there is nothing to cancel"
+        why = (
+            f"cancel it on {status.nodes or 'the machine that trains it'}"
+            if elsewhere
+            else status.reason or "there is nothing to cancel"
+        )
         raise RunFolderError(f"{run} is {status.state}: {why}")
 
 

@@ -16,6 +16,7 @@ What `byteloom submit` adds is told in launchers/submission.py.
 
 import fcntl
 import json
+import logging
 import os
 import re
 import time
@@ -25,11 +26,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
 from pydantic import BaseModel, Field, field_validator
 
 from byteloom.core.locations import LocationText
+from byteloom.core.state_files import StateFileError, read_json, read_yaml
 from data_pipeline.atomic import replace_file
+
+log = logging.getLogger(__name__)
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 """Pattern of a run's name."""
@@ -58,6 +61,47 @@ class RunFolderError(Exception):
     """The run folder cannot be used."""
 
 
+class _StoredIdentity(BaseModel, extra="allow"):
+    """run.json: what a run began as."""
+
+    id: str
+    """The word by which the tracker finds the run again."""
+    model: dict[str, Any]
+    data: dict[str, Any]
+    fingerprint: str
+    precision: str | None = None
+    """Precision of the last start."""
+
+
+class _StoredTrain(BaseModel):
+    steps: int
+
+
+class _StoredCheckpoint(BaseModel):
+    home: str | None = None
+
+
+class _StoredEngine(BaseModel):
+    precision: str = "auto"
+
+
+class StoredRecipe(BaseModel):
+    """The fields of config.yaml that are read without the rest of it."""
+
+    train: _StoredTrain
+    engine: _StoredEngine = _StoredEngine()
+    checkpoint: _StoredCheckpoint = _StoredCheckpoint()
+
+
+def read_recipe(path: Path) -> StoredRecipe | None:
+    """Return the main fields of a run's resolved recipe; None where there is no such file.
+
+    Raises:
+        StateFileError: the file cannot be read, or is damaged.
+    """
+    return read_yaml(path, StoredRecipe, "restore it, or start the run again with its recipe, which writes it")
+
+
 class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,9 +121,13 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path | str:
-        """Where its checkpoints lie, as the recipe of its last start has it: a folder, or a URL."""
-        recipe = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
-        return self.checkpoints_in(recipe.get("checkpoint", {}).get("home"))
+        """Where its checkpoints lie, as the recipe of its last start has it: a folder, or a URL.
+
+        Raises:
+            StateFileError: config.yaml cannot be read, or is damaged.
+        """
+        recipe = read_recipe(self.config)
+        return self.checkpoints_in(None if recipe is None else recipe.checkpoint.home)
 
     def checkpoints_in(self, home: str | None) -> Path | str:
         """Where they lie if the recipe has this `checkpoint.home`."""
@@ -112,37 +160,62 @@ class RunFolder:
             yield
 
     def holder(self) -> tuple[str, int] | None:
-        """The host and process that hold the folder; None if nobody does, as far as this machine can tell."""
+        """The host and process that hold the folder; None if nobody does, as far as this machine can tell.
+
+        An empty host means that the lock is held by a process that is not known.
+        """
         if not self.lock.exists():
             return None
-        with self.lock.open() as lock:
+        with self.lock.open(encoding="utf-8", errors="replace") as lock:
             if _is_locked(lock, fcntl.LOCK_SH):
                 return None
-            host, _, process = lock.read().partition(" ")
-            return (host, int(process)) if process else None  # it is just being begun
+            text = lock.read()
+        if not text:  # it is just being begun
+            return None
+        holder = re.fullmatch(r"(\S+) ([0-9]{1,9})\n", text)
+        return (holder[1], int(holder[2])) if holder else ("", 0)
+
+    def stored_identity(self) -> dict[str, Any] | None:
+        """Return what run.json holds; None for a folder in which no run has begun.
+
+        Raises:
+            StateFileError: the file cannot be read, or is damaged.
+        """
+        advice = (
+            "restore it from a copy, or remove it and start with the recipe in config.yaml beside it: the run then "
+            "continues from its checkpoints, and is a new run in MLflow"
+        )
+        stored = read_json(self.path / "run.json", _StoredIdentity, advice)
+        return None if stored is None else stored.model_dump(exclude_unset=True)
 
     def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
         """What the run was when its first number was written, with an id that the tracker finds its run again by.
 
         Args:
             made_of: model, data and fingerprint of this start; kept if nothing has come of an earlier one.
+
+        Raises:
+            StateFileError: run.json cannot be read, or is damaged.
         """
-        path = self.path / "run.json"
-        if path.exists():
-            identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored = self.stored_identity()
+        if stored is not None:
             begun = self.metrics.exists() and self.metrics.stat().st_size
-            if begun or made_of.items() <= identity.items():
-                return identity
+            if begun or made_of.items() <= stored.items():
+                return stored
         identity = {"id": uuid.uuid4().hex, **made_of}
-        replace_file(path, json.dumps(identity, indent=1))
+        replace_file(self.path / "run.json", json.dumps(identity, indent=1))
         return identity
 
     def earlier_precision(self, identity: dict[str, Any]) -> str | None:
         """Return the precision of the run's last start; None if this is the first, or if it had chosen none."""
-        if "precision" in identity or not self.config.exists():
-            return identity.get("precision")
-        precision = yaml.safe_load(self.config.read_text(encoding="utf-8"))["engine"]["precision"]  # an older version's
-        return None if precision == "auto" else str(precision)
+        if "precision" in identity:
+            return identity["precision"]
+        try:
+            recipe = read_recipe(self.config)  # an older version's
+        except StateFileError as error:
+            log.warning("%s; this start does so", error)
+            return None
+        return None if recipe is None or recipe.engine.precision == "auto" else recipe.engine.precision
 
     def keep_precision(self, identity: dict[str, Any], precision: str) -> None:
         """Note the precision of this start in run.json, for the starts that follow."""

@@ -5,30 +5,42 @@ who holds the folder ───────────────────�
 the scheduler, about the job that was submitted last ─────────────────┘
 """
 
-import json
 import os
 import platform
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
+from pydantic import BaseModel
 
+from byteloom.core.state_files import StateFileError, read_yaml
 from launchers import scheduler
 from launchers.machine import is_elsewhere, is_running
 from launchers.record import Launch, LaunchRecord, last_submission
 from launchers.scheduler import Job, Phase, SchedulerError
+from pretrain.checkpoint import CheckpointError, Location, locate
 from pretrain.checkpoint.home import committed, open_home, step_of
 from pretrain.fence import starts_noted_at
 from pretrain.provenance import read_source
-from pretrain.run_folder import RunFolder, RunFolderError
+from pretrain.run_folder import RunFolder, RunFolderError, read_recipe
+from pretrain.tracking.journal import read_journal
+
+T = TypeVar("T")
 
 RECENT_STEPS = 20
 """Speed is the mean over so many."""
 TAIL_BYTES = 64 << 10
 """Of the journal: more than so many steps."""
+ANSWER_SECONDS = 10.0
+"""How long the server of a home of checkpoints may take to answer."""
+NUMBERS_OF_A_STEP = {"step_seconds", "bytes_per_second", "train/bits_per_byte"}
+DAMAGED = "damaged"
+"""State of a run that nobody trains and of which a file cannot be used."""
 ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
 """Events of the record that say why ranks do not run, or run again."""
 
@@ -42,7 +54,7 @@ class RunStatus:
     recipe: str | None
     """The recipe of its last start: the name of one that comes with Byteloom, or the path of a file."""
     state: str
-    """That of its job, while it has one; else running, stopped, finished or failed."""
+    """That of its job, while it has one; else running, stopped, finished, failed or damaged."""
     reason: str
     """The scheduler's, for that state."""
     job: str | None
@@ -70,6 +82,8 @@ class RunStatus:
     """What the newest restart or ending was for."""
     history: list[dict[str, Any]]
     """Lines of launches.jsonl."""
+    problems: list[str]
+    """What is damaged or cannot be read, a line each."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -80,7 +94,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        runs = [path] if _is_run(path) else sorted(filter(_is_run, path.glob("*")))
+        runs = [path] if _is_run(path) else [run for run in sorted(path.glob("*")) if _can_be_seen_as_run(run)]
         if not runs:
             raise RunFolderError(f"{path} is no run, and no folder of runs")
         found += runs
@@ -94,21 +108,24 @@ def status_of(path: Path) -> RunStatus:
         RunFolderError: it is no run.
     """
     check_run(path)
-    folder = RunFolder(path)
-    launches = LaunchRecord(path).read()
+    folder, problems = RunFolder(path), _Problems()
+    problems.read(folder.stored_identity, None)
+    launches = problems.read(lambda: LaunchRecord(path).read(problems.lines.append), list[Launch]())
     submission = last_submission(path)
-    is_local = submission is not None and _tree(submission / "cluster.yaml").get("scheduler") == "local"
+    is_local = submission is not None and problems.read(lambda: _scheduler(submission), "") == "local"
     job = _job(launches, is_local)
-    holder = folder.holder()
-    recent = _recent(folder.metrics)
-    trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
+    holder = problems.read(folder.holder, None)
+    recent = problems.read(lambda: _recent(folder.metrics, problems.lines.append), list[dict[str, Any]]())
+    trained = [line for line in recent if line.keys() >= NUMBERS_OF_A_STEP][-RECENT_STEPS:]
     validated = [line["validation/bits_per_byte"] for line in recent if "validation/bits_per_byte" in line]
     step = recent[-1]["step"] if recent else 0
     resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
-    steps = _steps(resolved)
-    state = _state(job, launches, holder is not None, is_done=step == steps)
+    recipe = problems.read(lambda: read_recipe(resolved), None)
+    steps = recipe.train.steps if recipe else None
+    started = problems.read(lambda: starts_noted_at(folder.generation), 0)
+    newest = problems.read(lambda: _newest_checkpoint(folder), None)
+    state = _state(job, launches, holder is not None, is_done=step == steps, is_damaged=problems.has_damage)
     bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
-    newest = next(reversed(committed(open_home(folder.checkpoints))), None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
     process, nodes = _place(job, is_local, holder)
     return RunStatus(
@@ -126,11 +143,18 @@ def status_of(path: Path) -> RunStatus:
         bytes_per_second=bytes_per_second,
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
-        checkpoint_seconds=time.time() - newest.stat().st_mtime if isinstance(newest, Path) else None,
-        restarts=max(starts_noted_at(folder.generation), sum(launch.event == "started" for launch in launches), 1) - 1,
+        checkpoint_seconds=_age(newest),
+        restarts=max(started, sum(launch.event == "started" for launch in launches), 1) - 1,
         why=endings[-1].summary if endings else "",
         history=[asdict(launch) for launch in launches],
+        problems=problems.lines,
     )
+
+
+def statuses_of(paths: Sequence[Path]) -> list[RunStatus]:
+    """Return the status of each run. They are asked at the same time, because each may wait for a server."""
+    with ThreadPoolExecutor(max(1, len(paths))) as pool:
+        return list(pool.map(status_of, paths))
 
 
 def check_run(path: Path) -> None:
@@ -141,6 +165,57 @@ def check_run(path: Path) -> None:
 
 def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in ("run.json", "launches.jsonl"))
+
+
+def _can_be_seen_as_run(path: Path) -> bool:
+    with suppress(OSError):  # a folder that others may not open
+        return _is_run(path)
+    return False
+
+
+class _Problems:
+    """What is wrong with a run, found while its status is read."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.has_damage = False
+        """Whether a file of the run folder cannot be used."""
+
+    def read(self, read: Callable[[], T], otherwise: T) -> T:
+        """Return what a function reads, or another value where it cannot."""
+        try:
+            return read()
+        except (StateFileError, CheckpointError, OSError) as error:
+            self.has_damage |= isinstance(error, StateFileError)
+            if str(error) not in self.lines:
+                self.lines.append(str(error))
+        return otherwise
+
+
+def _newest_checkpoint(folder: RunFolder) -> Location | None:
+    """Return the newest checkpoint.
+
+    Raises:
+        CheckpointError, OSError: its home cannot be read, or does not answer in time.
+        StateFileError: the recipe that names the home is damaged.
+    """
+    place = locate(folder.checkpoints)
+    if isinstance(place, Path):
+        return next(reversed(committed(open_home(place))), None)
+    found: Future[Location | None] = Future()
+
+    def look() -> None:
+        try:
+            found.set_result(next(reversed(committed(open_home(place))), None))
+        except Exception as error:  # raised again where the result is wanted
+            found.set_exception(error)
+
+    # A daemon, so that a server that never answers does not keep the command from ending.
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        return found.result(ANSWER_SECONDS)
+    except TimeoutError as error:
+        raise CheckpointError(f"{place} does not answer within {ANSWER_SECONDS:.0f} s") from error
 
 
 def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
@@ -175,40 +250,56 @@ def _place(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> t
     return process if host == platform.node() else None, host
 
 
-def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, is_done: bool) -> str:
+def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, *, is_done: bool, is_damaged: bool) -> str:
     if job is not None and job.phase.is_alive:
         return job.phase
-    if is_held or is_done:
-        return Phase.RUNNING if is_held else Phase.FINISHED
+    if is_held:
+        return Phase.RUNNING
+    if is_damaged:
+        return DAMAGED
+    if is_done:
+        return Phase.FINISHED
     if job is not None and job.phase in (Phase.FAILED, Phase.CANCELLED, Phase.UNKNOWN):
         return job.phase
     return Phase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
 
 
-def _recent(journal: Path) -> list[dict[str, Any]]:
-    """The last lines of metrics.jsonl that are whole."""
-    if not journal.exists():
-        return []
-    with journal.open("rb") as file:
-        begin = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
-        file.seek(begin)
-        lines = file.read().split(b"\n")
-    return [json.loads(line) for line in lines[1 if begin else 0 : -1]]
+def _recent(journal: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl that are whole.
+
+    Args:
+        report: called with what is wrong with a line.
+    """
+    begin = 0
+    with suppress(FileNotFoundError), journal.open("rb") as file:
+        if (end := file.seek(0, os.SEEK_END)) > TAIL_BYTES:
+            file.seek(end - TAIL_BYTES)
+            begin = end - TAIL_BYTES + len(file.readline())
+    return read_journal(journal, report, begin)
+
+
+def _age(checkpoint: Location | None) -> float | None:
+    """Seconds since a checkpoint was written; None where that is not known."""
+    if isinstance(checkpoint, Path):
+        with suppress(FileNotFoundError):  # deleted in the meantime, for a newer one
+            return time.time() - checkpoint.stat().st_mtime
+    return None
 
 
 def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:
     """Bytes a second, and seconds a step, if there is one."""
-    if not steps:
-        return None, None
     seconds = sum(step["step_seconds"] for step in steps)
+    if seconds <= 0:
+        return None, None
     return sum(step["bytes_per_second"] * step["step_seconds"] for step in steps) / seconds, seconds / len(steps)
 
 
-def _steps(recipe: Path) -> int | None:
-    """Of the whole run."""
-    return int(_tree(recipe)["train"]["steps"]) if recipe.exists() else None
+class _StoredCluster(BaseModel):
+    """The field of a submission's cluster.yaml that says who runs the job."""
+
+    scheduler: str
 
 
-def _tree(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    return tree
+def _scheduler(submission: Path) -> str:
+    cluster = read_yaml(submission / "cluster.yaml", _StoredCluster, "restore it, or submit the run again")
+    return cluster.scheduler if cluster else ""

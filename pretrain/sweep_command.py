@@ -17,11 +17,13 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from byteloom.core.state_files import read_json
 from data_pipeline.atomic import replace_file
 from launchers.cluster import load_cluster
 from launchers.local import STOPPED
@@ -152,13 +154,19 @@ def _plain(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_") or "none"
 
 
+@dataclass(frozen=True)
+class _StoredSweep:
+    id: str
+
+
 def _identity(folder: Path, overrides: Sequence[str], runs: Sequence[str]) -> str:
     """The id of a sweep, new or that of its first start."""
     path = folder / "sweep.json"
-    identity = json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else uuid.uuid4().hex
+    stored = read_json(path, _StoredSweep, "remove it, and MLflow shows the sweep as a new one")
+    identity = stored.id if stored else uuid.uuid4().hex
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps({"id": identity, "overrides": list(overrides), "runs": list(runs)}, indent=1))
-    return str(identity)
+    return identity
 
 
 def _parent(config: Config, name: str, identity: str, runs: int, overrides: Sequence[str]) -> ParentRun | None:

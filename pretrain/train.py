@@ -472,7 +472,7 @@ class Run:
         if tracker is not None:
             tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
-            "run": self.identity["id"],
+            "run": self.identity.id,
             "reading": merged(self.world.gather(self.reading.state())),
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),

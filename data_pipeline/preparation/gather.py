@@ -10,18 +10,22 @@ shards/
 
 import json
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
+from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.atomic import sync
 from data_pipeline.blocks import Block, pack_documents
 from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.preparation.layout import Layout
-from data_pipeline.preparation.plan import Plan, names_in, refuse_bad, skip_line
+from data_pipeline.preparation.plan import Plan, begin_again, names_in, refuse_bad, skip_line
 from data_pipeline.preparation.spill import Record, Spool, keep_if_any
 from data_pipeline.shards import ShardIndex, write_shard
 from data_pipeline.sources import Skipped, skipped
@@ -40,7 +44,7 @@ class Gather:
         self._shards = plan.folder / "shards"
 
     def done(self) -> set[int]:
-        return {int(name[:-5]) for name in names_in(self._shards) if name.endswith(".json")}
+        return {int(name[:-5]) for name in names_in(self._shards) if re.fullmatch(r"[0-9]+\.json", name)}
 
     def is_done(self, job: int) -> bool:
         return (self._shards / f"{job:06d}.json").exists()
@@ -123,10 +127,34 @@ def part_folder(plan: Plan, part: int) -> Path:
     return plan.folder / "corpus" / plan.options.parts[part]
 
 
-def read_shard(folder: Path, job: int) -> tuple[dict[str, Any], ShardIndex | None]:
-    """The counts and the index of a shard that is done; no index if it is empty and has no tar."""
-    counts = json.loads((folder / "shards" / f"{job:06d}.json").read_text(encoding="utf-8"))
-    return counts, None if counts["empty"] else ShardIndex.load(folder / "shards" / f"{job:06d}.npz")
+@dataclass(frozen=True)
+class ShardCounts:
+    """What a shard holds, and left out, of each source."""
+
+    empty: bool
+    """Whether there is no document in it, and so no tar."""
+    documents: list[int]
+    bytes: list[int]
+    left_out: list[dict[str, int]]
+
+
+def read_shard(folder: Path, job: int) -> tuple[ShardCounts, ShardIndex | None]:
+    """The counts and the index of a shard that is done; no index if it is empty and has no tar.
+
+    Raises:
+        StateFileError: one of them is missing, cannot be read, or is damaged.
+    """
+    path = folder / "shards" / f"{job:06d}.json"
+    advice = f"remove {path} and give the same command again, which then writes that shard again"
+    counts = read_json(path, ShardCounts, advice)
+    if counts is None:
+        raise StateFileError(f"{path} is missing; {begin_again(folder)}")
+    if counts.empty:
+        return counts, None
+    try:
+        return counts, ShardIndex.load(path.with_suffix(".npz"))
+    except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
+        raise StateFileError.damaged(path.with_suffix(".npz"), str(error), advice) from error
 
 
 class Tally:

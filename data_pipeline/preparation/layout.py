@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data_pipeline.atomic import replace_file, sync
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.limits import Room, SourceLimit
-from data_pipeline.preparation.plan import Plan
+from data_pipeline.preparation.plan import Plan, read_array, read_progress, read_skipped
 from data_pipeline.preparation.spill import RUN, RunFile, read_unit, unit_folder
 
 HASHES = 1 << 64
@@ -27,6 +27,13 @@ EVERYTHING = (1 << 63) - 1
 
 class EmptyCorpusError(CorpusError):
     """There is nothing to write, and nothing that a restart could go on with."""
+
+
+@dataclass(frozen=True)
+class _StoredLayout:
+    shards: list[int]
+    bytes: list[int]
+    left_out: list[dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -42,20 +49,23 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        tree = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
-        return cls(folder, tree["shards"], tree["bytes"], tree["left_out"])
+        """Return the layout of OUT.partial.
+
+        Raises:
+            StateFileError: it is missing, cannot be read, or is damaged.
+        """
+        stored = read_progress(folder, "layout.json", _StoredLayout)
+        return cls(folder, stored.shards, stored.bytes, stored.left_out)
 
     @cached_property
     def runs(self) -> NDArray[np.void]:
         """(RUN) every run that the limits let through, in the order of the sources."""
-        array: NDArray[np.void] = np.load(self.folder / "runs.npy", allow_pickle=False)
-        return array
+        return read_array(self.folder, "runs.npy")
 
     @cached_property
     def cuts(self) -> NDArray[np.int64]:
         """For each unit how many documents of it the limits let through; EVERYTHING without end."""
-        array: NDArray[np.int64] = np.load(self.folder / "cuts.npy", allow_pickle=False)
-        return array
+        return read_array(self.folder, "cuts.npy")
 
     def shard(self, job: int) -> tuple[int, int]:
         """The part of a shard and its number there, given its number among all."""
@@ -134,10 +144,8 @@ def _count_cut_unit(plan: Plan, unit: int, counts: dict[str, Any], cut: int, lef
     """Counts what is left out of a unit with or after the limit: documents before it, and files not begun before it."""
     left_out["over the limit"] += int(plan.units[unit]["files"]) - sum(start < cut for start in counts["starts"])
     skipped = unit_folder(plan.folder, unit) / "skipped.jsonl"
-    if skipped.exists():
-        with skipped.open("rb") as lines:
-            for line in map(json.loads, lines):
-                left_out[line["reason"]] += line["ordinal"] < cut
+    for line in read_skipped(skipped, plan.folder):
+        left_out[line["reason"]] += line["ordinal"] < cut
 
 
 def _refuse_empty(plan: Plan, documents: NDArray[np.int64]) -> None:

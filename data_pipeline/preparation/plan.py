@@ -20,15 +20,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from byteloom.core.state_files import StateFileError, read_json, read_lines
 from data_pipeline.atomic import replace_file, sync
 from data_pipeline.errors import CorpusError
 from data_pipeline.readers import ReadOptions, is_container
 from data_pipeline.sources import Selection, Skipped, SourceFile, list_files
+
+T = TypeVar("T")
 
 UNIT_BYTES = 64 << 20
 """File bytes of a unit, about; a larger file is a unit by itself."""
@@ -127,6 +130,19 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _StoredIdentity:
+    sources: list[str]
+    folder: str | None
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _StoredPlan:
+    identity: _StoredIdentity
+    sources: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Plan:
     folder: Path
     """OUT.partial"""
@@ -137,18 +153,28 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path, skip_bad: bool) -> Self:
-        tree = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        options: dict[str, Any] = dict(tree["identity"]["options"], skip_bad=skip_bad)
-        options["selection"] = Selection(**options["selection"])
-        reading: dict[str, Any] = options["reading"]
-        reading["members"] = reading["members"] and tuple(reading["members"])
-        options["reading"] = ReadOptions(**reading)
-        return cls(folder, tree["identity"], PrepareOptions(**options), tree["sources"])
+        """Return the plan of OUT.partial.
+
+        Raises:
+            StateFileError: it is missing, cannot be read, or is damaged.
+        """
+        stored = read_progress(folder, "plan.json", _StoredPlan)
+        options: dict[str, Any] = dict(stored.identity.options, skip_bad=skip_bad)
+        try:
+            options["selection"] = Selection(**options["selection"])
+            reading: dict[str, Any] = options["reading"]
+            reading["members"] = reading["members"] and tuple(reading["members"])
+            options["reading"] = ReadOptions(**reading)
+            planned = PrepareOptions(**options)
+        except (KeyError, TypeError) as error:
+            raise StateFileError.damaged(
+                folder / "plan.json", f"its options are not those of this version ({error})", begin_again(folder)
+            ) from error
+        return cls(folder, asdict(stored.identity), planned, stored.sources)
 
     @cached_property
     def units(self) -> NDArray[np.void]:
-        array: NDArray[np.void] = np.load(self.folder / "units.npy", allow_pickle=False)
-        return array
+        return read_array(self.folder, "units.npy")
 
     def files_of(self, unit: int) -> Iterator[tuple[SourceFile, bool]]:
         """The files of a unit, and whether each is a container."""
@@ -156,10 +182,13 @@ class Plan:
         with (self.folder / "files.jsonl").open("rb") as lines:
             lines.seek(int(self.units[unit]["offset"]))
             while left:
-                rows = json.loads(lines.readline())
-                left -= len(rows)
-                for url, key, size, contains in rows:
-                    yield SourceFile(source, url, key, size), contains
+                try:
+                    rows = json.loads(lines.readline())
+                    files = [(SourceFile(source, url, key, size), contains) for url, key, size, contains in rows]
+                except (ValueError, TypeError) as error:
+                    raise StateFileError.damaged(lines.name, str(error), begin_again(self.folder)) from error
+                left -= len(files)
+                yield from files
 
 
 def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]) -> None:
@@ -219,6 +248,50 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, pro
     planned = [dict(zip(("name", "files", "bytes", "left_out"), total, strict=True)) for total in totals]
     tree = {"identity": identity(sources, options), "sources": planned}
     replace_file(folder / "plan.json", json.dumps(tree, indent=1))
+
+
+def read_progress(folder: Path, name: str, kind: type[T]) -> T:
+    """Return what a JSON file of a working folder holds.
+
+    Args:
+        folder: OUT.partial
+        name: of the file in it.
+
+    Raises:
+        StateFileError: it is missing, cannot be read, or is damaged.
+    """
+    value = read_json(folder / name, kind, begin_again(folder))
+    if value is None:
+        raise StateFileError(f"{folder / name} is missing; {begin_again(folder)}")
+    return value
+
+
+def read_array(folder: Path, name: str) -> Any:
+    """Return what an array file of a working folder holds. Arguments and errors are those of `read_progress`."""
+    try:
+        return np.load(folder / name, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise StateFileError.damaged(folder / name, str(error).partition("\n")[0], begin_again(folder)) from error
+
+
+def read_skipped(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what a unit left out, by its skipped.jsonl; nothing where there is no such file.
+
+    Args:
+        folder: OUT.partial
+
+    Raises:
+        StateFileError: the file cannot be read, or is damaged.
+    """
+    for line in read_lines(path, dict[str, Any]):
+        if line.fault or line.value is None:
+            raise StateFileError(f"{line.fault}; {begin_again(folder)}")
+        yield line.value
+
+
+def begin_again(folder: Path) -> str:
+    """Return the advice for a damaged working folder, as a clause."""
+    return f"remove {folder} and give the same command again, which then begins from the start"
 
 
 def names_in(folder: Path) -> list[str]:

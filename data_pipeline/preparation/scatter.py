@@ -35,7 +35,7 @@ class Scatter:
         self._next: list[int] = np.searchsorted(plan.units["source"], range(len(plan.sources))).tolist()
 
     def done(self) -> set[int]:
-        return {int(name) for name in names_in(self._plan.folder / "units")}
+        return {int(name) for name in names_in(self._plan.folder / "units") if name.isdecimal()}
 
     def is_done(self, job: int) -> bool:
         return unit_folder(self._plan.folder, job).exists()

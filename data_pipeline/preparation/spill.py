@@ -31,10 +31,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
+from byteloom.core.state_files import read_json
 from data_pipeline.atomic import sync
 from data_pipeline.documents import MODALITIES, READ_BYTES, Document
-from data_pipeline.preparation.plan import PrepareOptions, skip_line
+from data_pipeline.preparation.plan import PrepareOptions, begin_again, skip_line
 from data_pipeline.readers import document_of, size_of
 from data_pipeline.sources import Skipped, SourceFile
 
@@ -220,13 +222,26 @@ def unit_folder(folder: Path, unit: int) -> Path:
     return folder / "units" / f"{unit:06d}"
 
 
+class _StoredRun(BaseModel):
+    columns: int
+    documents: list[int]
+
+
+class _StoredUnit(BaseModel):
+    documents: int
+    bytes: int
+    part_documents: list[int]
+    part_bytes: list[int]
+    left_out: dict[str, int]
+    runs: list[_StoredRun]
+    full: bool
+    starts: list[int]
+
+
 def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
     """What unit.json says; None while the unit is not done."""
-    try:
-        counts: dict[str, Any] = json.loads((unit_folder(folder, unit) / "unit.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return counts
+    stored = read_json(unit_folder(folder, unit) / "unit.json", _StoredUnit, begin_again(folder))
+    return None if stored is None else stored.model_dump()
 
 
 def keep_if_any(path: Path) -> None:

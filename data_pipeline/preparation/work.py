@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from byteloom.core.packages import MissingPackageError
+from byteloom.core.state_files import StateFileError
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather
 from data_pipeline.preparation.layout import Layout
@@ -43,6 +44,10 @@ DEATHS = 3
 """Workers that may be killed without a job done between, before that is taken for a fault."""
 
 logger = logging.getLogger(__name__)
+
+
+class WorkerError(Exception):
+    """A worker met an error that nobody expected; a note has the worker's traceback."""
 
 
 class Stage(Protocol):
@@ -225,6 +230,10 @@ class Pool:
                 self._replace(worker)
             elif "error" in message:
                 raise CorpusError(message["error"])
+            elif "crash" in message:
+                failure = WorkerError(f"a worker failed: {message['crash']}")
+                failure.add_note(message["traceback"])
+                raise failure
             elif "bytes" in message:
                 under_way[worker] = message["job"], message["bytes"]
             else:
@@ -329,10 +338,10 @@ def main() -> None:
             stage = stage_named(name, plan)
             do_what_is_left(stage, plan, float(place), lambda job, size: tell(job=job, bytes=size))
             tell(idle=True)
-    except (CorpusError, MissingPackageError, OSError) as error:
+    except (CorpusError, MissingPackageError, StateFileError, OSError) as error:
         tell(error=str(error))
-    except Exception:
-        tell(error=f"a worker failed:\n{traceback.format_exc()}")
+    except Exception as error:
+        tell(crash=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def decode_metadata(content: bytes, path: Location) -> dict[str, Any]:
     """
     try:
         metadata = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(metadata, dict):
         raise InvalidCheckpointError(f"{path} is damaged: it is no JSON object")

@@ -434,7 +434,7 @@ def _file_system(url: Url) -> tuple[Any, str]:
 
 
 class Note:
-    """A small text at a place. Both ways raise OSError."""
+    """A small text at a place. Both ways raise OSError; bytes that are no UTF-8 are read as U+FFFD."""
 
     def __init__(self, place: Location) -> None:
         self.place = place
@@ -444,9 +444,9 @@ class Note:
         """None where there is none."""
         try:
             if isinstance(self.place, Path):
-                return self.place.read_text(encoding="utf-8")
+                return self.place.read_text(encoding="utf-8", errors="replace")
             assert self._bucket is not None
-            return self._bucket.read(self.place.name).decode()
+            return self._bucket.read(self.place.name).decode(errors="replace")
         except FileNotFoundError:
             return None
 

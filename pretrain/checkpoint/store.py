@@ -311,7 +311,12 @@ class CheckpointStore:
             if (found := self._found_by_all(name, attempt, set_aside=set_aside)) is not None:
                 return found
         if self._world.on_first(lambda: bool(self._names()) or self._home.has_set_aside()):
-            raise CheckpointError(f"no checkpoint in {self.folder} is valid; remove the folder to begin anew")
+            what_next = (
+                "restore one from a copy, or remove the folder to train from the beginning"
+                if set_aside
+                else "name another checkpoint, or an export"
+            )
+            raise CheckpointError(f"no checkpoint in {self.folder} is valid; {what_next}")
         return None
 
     def _found_by_all(self, name: str, attempt: Callable[[str], T], *, set_aside: bool) -> T | None:

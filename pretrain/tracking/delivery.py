@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from byteloom.core.state_files import read_json
 from data_pipeline.atomic import replace_file
 
 
@@ -56,7 +57,13 @@ class Delivery:
 
     @classmethod
     def load(cls, path: Path) -> "Delivery | None":
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        """Return what mlflow.json holds; None where there is no such file.
+
+        Raises:
+            StateFileError: the file cannot be read, or is damaged.
+        """
+        advice = "start the run with its recipe again, also a finished one: MLflow is then asked what it has"
+        return read_json(path, cls, advice)
 
     def save(self, path: Path) -> None:
         replace_file(path, json.dumps(vars(self), indent=1))

@@ -1,12 +1,19 @@
 """The journal of a run: metrics.jsonl, one JSON object a line, each with `step` and `time` (seconds since 1970)."""
 
 import json
+import logging
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, Field
+
+from byteloom.core.state_files import read_lines
 from data_pipeline.atomic import replace_file, sync
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -19,7 +26,7 @@ class Journal:
             last_step: of the checkpoint the run resumes from; None starts an empty journal.
         """
         self.path = path
-        kept = [] if last_step is None else [line for line in lines(path) if line.record["step"] <= last_step]
+        kept = [] if last_step is None else _kept_lines(path, last_step)
         self.last_step: int = kept[-1].record["step"] if kept else -1
         """The last step that it had when it was opened; -1 if it had none."""
         replace_file(path, "".join(line.text for line in kept))
@@ -46,14 +53,48 @@ class Line(NamedTuple):
     """Offset in the file just after the line."""
 
 
-def lines(path: Path, offset: int = 0) -> Iterator[Line]:
-    """Yield the whole lines from an offset on; a last line without its end is still being written, or never was."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            yield Line(json.loads(line), line.decode(), offset)
+class JournalRecord(BaseModel, frozen=True, extra="allow"):
+    """The numbers of one line of a journal; those besides these two are its metrics."""
+
+    step: int
+    time: float
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+
+def read_journal(path: Path, report: Callable[[str], None] = log.warning, offset: int = 0) -> list[dict[str, Any]]:
+    """Return the records of a journal, oldest first. Arguments and errors are those of `lines`."""
+    return [line.record for line in lines(path, offset, report)]
+
+
+def lines(path: Path, offset: int = 0, report: Callable[[str], None] = log.warning) -> Iterator[Line]:
+    """Yield the whole lines from an offset on; a last line without its end is still being written, or never was.
+
+    Args:
+        report: called with what is wrong with each damaged line, which is left out.
+
+    Raises:
+        StateFileError: the file cannot be read.
+    """
+    for line in read_lines(path, JournalRecord, offset):
+        if line.fault:
+            report(line.fault)
+        if line.value is not None:
+            yield Line(line.value.model_dump(), f"{line.text}\n", line.end)
+
+
+def _kept_lines(path: Path, last_step: int) -> list[Line]:
+    """Return the journal's lines up to a step.
+
+    A checkpoint is written after the numbers up to its step are on disk, so a loss of power damages only what comes
+    later and is computed again. A journal with other damage is copied before damaged lines are left out: training reads
+    no numbers from it, but a person may want them.
+    """
+    faults: list[str] = []
+    kept = [line for line in lines(path, report=faults.append) if line.record["step"] <= last_step]
+    if faults:
+        copy = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, copy)
+        for fault in faults:
+            log.warning("%s", fault)
+        log.warning("the journal goes on without them; %s has it as it was", copy)
+    return kept

@@ -50,6 +50,8 @@ class MlflowShipper:
         self._recipe_was_sent = False
         self._offset = 0
         """Where in the journal undelivered lines begin, as far as this process knows."""
+        self._reported = set[str]()
+        """What was wrong with the journal's lines."""
 
     def deliver(self) -> int:
         """Send what MLflow has not received; return the number of steps sent.
@@ -99,9 +101,14 @@ class MlflowShipper:
             self.delivery.save(self._state)
 
     def _undelivered_lines(self) -> Iterator[Line]:
-        for line in lines(self._journal, self._offset):
+        for line in lines(self._journal, self._offset, self._report_once):
             if line.record["step"] > self.delivery.delivered_step:
                 yield line
+
+    def _report_once(self, fault: str) -> None:
+        if fault not in self._reported:
+            self._reported.add(fault)
+            log.warning("%s", fault)
 
     def _send(self, store: MlflowStore, run_id: str, batch: list[Value], last: Line) -> None:
         self.delivery.sending_step = last.record["step"]
@@ -145,6 +152,7 @@ class MlflowShipper:
         store.log_params(run_id, {key: params[key] for key in params.keys() - run.data.params.keys()})
         if self.delivery.sending_step > self.delivery.delivered_step:
             self.delivery.delivered_step = self._last_step_known_to(store, run_id)
+            self._save()
         store.client.update_run(run_id, status="RUNNING")
         changed = _changed(params, run.data.params, run.data.tags)
         untold = [start for start in starts if f"start.{start.number}" not in run.data.tags]

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel
 
 from byteloom.core.locations import expand_home
 from byteloom.core.packages import MissingPackageError
+from byteloom.core.state_files import StateFileError
 from pretrain.provenance import changes
 from pretrain.tracking.delivery import Delivery, Start
 from pretrain.tracking.journal import Journal
@@ -175,8 +176,14 @@ def open_tracker(
     """
     if not config.enabled:
         return Tracker(journal, None, may_write)
-    delivery = Delivery.load(state)
     uri = config.store(store_folder)
+    try:
+        delivery = Delivery.load(state)
+    except StateFileError as error:
+        log.warning("%s; this start does so", error)
+        # A delivery that was begun and whose end is not known: MLflow is asked how far it came.
+        sending = description.begins_after
+        delivery = Delivery(uri, None, -1, sending, experiment=config.experiment, identity=description.identity)
     place = (uri, config.experiment, description.identity)
     if delivery is None or (delivery.uri, delivery.experiment, delivery.identity) != place:
         delivery = Delivery(uri, experiment=config.experiment, identity=description.identity)

@@ -115,7 +115,7 @@ def test_a_damaged_export_is_refused(exported: Path, tmp_path: Path):
     (copy / "card.json").write_text(json.dumps(card))
     find_checkpoint(copy)
     (copy / "card.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no whole export"):
+    with pytest.raises(CheckpointError, match=r"card\.json is damaged: format is missing in it"):
         find_checkpoint(copy)
 
 

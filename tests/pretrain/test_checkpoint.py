@@ -306,6 +306,46 @@ def test_only_the_newest_start_of_a_run_commits(tmp_path: Path):
     new_store.save(2, fragments(tensors()), {})
 
 
+def test_what_keeps_a_start_from_writing_is_told_as_it_is(tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fence, store = start_of(folder)
+    note = folder / "generation"
+    mark = note.read_bytes()
+    for content in (b"", b"\0" * 4, b"words", b"\xff\xfe"):
+        note.write_bytes(content)
+        assert not fence.holds
+        with pytest.raises(
+            FencedError, match=f"{note} is damaged: this start cannot know whether a newer one has taken"
+        ):
+            fence.check()
+    note.unlink()
+    with pytest.raises(FencedError, match=f"{note} was removed while the run trained: this start cannot know whether"):
+        fence.check()
+    note.write_bytes(mark)
+    fence.check()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        FencedError, match=f"the run folder {folder} was removed or renamed while the run trained in it"
+    ):
+        fence.check()
+    with pytest.raises(CheckpointError, match="was removed or renamed"):
+        store.save(1, fragments(tensors()), {})
+    assert not folder.exists()
+
+
+def test_a_start_after_a_damaged_generation_still_fences_the_older_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    old, _ = start_of(tmp_path)
+    (tmp_path / "generation").write_bytes(b"\0" * 4)
+    new, _ = start_of(tmp_path)
+    assert f"{tmp_path}/generation is damaged" in caplog.text
+    assert old.mark is not None and new.mark is not None
+    assert old.mark.split()[0] == new.mark.split()[0] == "1"  # the number is lost, the word of its own is not
+    assert (old.holds, new.holds) == (False, True)
+
+
 def test_of_two_starts_at_the_same_time_one_holds(tmp_path: Path):
     fences = [Fence(tmp_path / "generation") for _ in range(2)]
     for fence in fences:

@@ -1,0 +1,330 @@
+"""State files of a run that are damaged: commands say so in a line, and go on or refuse."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launchers.heartbeat import read_beat
+from launchers.record import LaunchRecord, last_submission
+from launchers.supervise import Plan
+from pretrain import run_status
+from pretrain.checkpoint_commands import _bits_per_byte
+from pretrain.cli import FAULTS, app
+from pretrain.console import run as run_command
+from pretrain.run_status import find_runs, statuses_of
+from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_tracker
+from pretrain.tracking.journal import read_journal
+from pretrain.weights import find_checkpoint
+from tests.conftest import recipe_tree
+from tests.distributed.starts import Start, start, train
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def trained_once(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, which tests copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(tree_of(corpus_folder, folder), folder)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained_once, tmp_path / "runs/run")
+
+
+def tree_of(corpus_folder: Path, root: Path, **train_fields: object) -> Any:
+    tree: Any = recipe_tree(corpus_folder)
+    tree["run"] = {"root": str(root), "name": "run"}
+    tree["train"] |= train_fields
+    return tree
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that is refused says: one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: app([str(argument) for argument in arguments]), FAULTS)
+    said = capfd.readouterr().err
+    assert ended.value.code == 1, said
+    assert said.startswith("error: ") and len(said.splitlines()) == 1, said
+    return said
+
+
+def status_of(run: Path) -> run_status.RunStatus:
+    return statuses_of([run])[0]
+
+
+RUN_JSON = (
+    "restore it from a copy, or remove it and start with the recipe in config.yaml beside it: the run then continues "
+    "from its checkpoints, and is a new run in MLflow"
+)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b'{"id": "x"', b"[]", b'{"id": "x"}'])
+def test_training_refuses_a_damaged_run_json_and_the_advice_works(run: Path, corpus_folder: Path, content: bytes):
+    (run / "run.json").write_bytes(content)
+    tree = tree_of(corpus_folder, run.parent, steps=STEPS + 2)
+    before = (run / "metrics.jsonl").read_bytes()
+    codes, said = start(tree, run.parent)
+    assert codes == [1]
+    assert said.startswith(f"error: {run}/run.json is damaged: ") and said.endswith(f"; {RUN_JSON}\n")
+    assert (run / "metrics.jsonl").read_bytes() == before
+    if not content:
+        (run / "run.json").unlink()
+        assert f"goes on after step {STEPS}" in train(tree, run.parent)
+
+
+def test_training_replaces_a_damaged_generation_and_says_so(run: Path, corpus_folder: Path):
+    (run / "generation").write_bytes(b"\0" * 4)
+    said = train(tree_of(corpus_folder, run.parent, steps=STEPS + 2), run.parent)
+    assert f"warning: {run}/generation is damaged: it is empty or holds only zero bytes; " in said
+    assert (run / "generation").read_text().startswith("1 ")
+    assert status_of(run).state == "finished"
+
+
+def damaged_journal(run: Path) -> list[bytes]:
+    """Zero bytes before the third line, and half a line before the fifth; returns the lines as they were."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    content = [*lines[:2], b"\0" * 7 + lines[2], lines[3], lines[1][:20] + b"\n", *lines[4:]]
+    (run / "metrics.jsonl").write_bytes(b"".join(content))
+    return lines
+
+
+def test_training_keeps_every_whole_line_of_a_damaged_journal(run: Path, corpus_folder: Path):
+    lines = damaged_journal(run)
+    damaged = (run / "metrics.jsonl").read_bytes()
+    said = train(tree_of(corpus_folder, run.parent, steps=STEPS + 2), run.parent)
+    path = run / "metrics.jsonl"
+    assert f"warning: {path} is damaged in line 3: 7 bytes before its value belong to no line" in said
+    assert f"warning: {path} is damaged in line 5: it is not JSON" in said
+    assert f"{path}.damaged has it as it was" in said
+    assert path.read_bytes().startswith(b"".join(lines))
+    assert [record["step"] for record in read_journal(path, pytest.fail)] == [*range(STEPS + 1), STEPS + 1, STEPS + 2]
+    assert Path(f"{path}.damaged").read_bytes() == damaged
+
+
+def test_a_new_journal_after_a_checkpoint_is_the_same_to_the_byte(run: Path):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines) + lines[3][:30])  # a last line that was not written to its end
+    Journal(run / "metrics.jsonl", 8).close()
+    assert (run / "metrics.jsonl").read_bytes() == b"".join(lines[:9])
+    assert not (run / "metrics.jsonl.damaged").exists()
+
+
+def test_an_export_takes_its_scores_from_a_damaged_journal(run: Path):
+    expected = _bits_per_byte(find_checkpoint(run))
+    damaged_journal(run)
+    assert expected.keys() == {"train", "validation"}
+    assert _bits_per_byte(find_checkpoint(run)) == expected
+
+
+def test_a_damaged_mlflow_json_is_written_again_and_nothing_is_sent_twice(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
+    from mlflow import MlflowClient  # noqa: PLC0415 takes seconds
+
+    state, journal = tmp_path / "mlflow.json", run / "metrics.jsonl"
+    description = RunDescription("run", "identity", {"a": 1}, {}, begins_after=STEPS, start=1, reason="manual")
+
+    def deliver() -> None:
+        numbers, files = Journal(journal, STEPS), {"recipe": run / "config.yaml", "train_log": run / "train.log"}
+        tracker = open_tracker(TrackingConfig(), numbers, state, tmp_path, description, **files)
+        tracker.close("FINISHED")
+
+    deliver()
+    whole = Delivery.load(state)
+    assert whole is not None and whole.delivered_step == STEPS
+    for content in (b"", b"\0\0", b'{"uri": 3}'):
+        state.write_bytes(content)
+        (run / "mlflow.json").write_bytes(content)
+        assert f"{run}/mlflow.json is damaged: " in refused(capfd, "track", run)
+        deliver()
+        assert f"{state} is damaged: " in caplog.text
+        again = Delivery.load(state)
+        assert again is not None
+        assert (again.run_id, again.delivered_step, again.status) == (whole.run_id, STEPS, "FINISHED")
+    history = MlflowClient(whole.uri).get_metric_history(whole.run_id, "train/bits_per_byte")
+    assert sorted(metric.step for metric in history) == list(range(1, STEPS + 1))
+
+
+SUBMITTED = '{"time": 1.0, "event": "submitted", "job": "4194304999", "nodes": []}\n'
+STARTED = SUBMITTED.replace("submitted", "started")
+
+
+def test_half_a_line_in_the_record_of_launches_hides_no_other_and_is_closed_by_the_next(
+    run: Path, caplog: pytest.LogCaptureFixture
+):
+    record = LaunchRecord(run)
+    record.path.write_text(SUBMITTED + STARTED[:30] + STARTED + STARTED[:25])
+    assert [launch.event for launch in record.read()] == ["submitted", "started"]
+    record.append("failed", "4194304999", reason="it broke")
+    assert [launch.event for launch in record.read()] == ["submitted", "started", "failed"]
+    assert caplog.text.count("launches.jsonl is damaged in line 2: 30 bytes before its value belong to no line") == 1
+    assert caplog.text.count("launches.jsonl is damaged in line 3: it is not JSON") == 1
+    told = status_of(run)
+    assert [launch["event"] for launch in told.history] == ["submitted", "started", "failed"]
+    assert len(told.problems) == 2
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "an empty run.json": (
+        lambda run: (run / "run.json").write_bytes(b""),
+        "damaged",
+        "run.json is damaged: it is empty",
+    ),
+    "a generation of zero bytes": (
+        lambda run: (run / "generation").write_bytes(b"\0" * 4),
+        "damaged",
+        "generation is damaged: it is empty or holds only zero bytes; the next start of the run writes it again",
+    ),
+    "a generation of another program": (
+        lambda run: (run / "generation").write_bytes(b"\xff\xfe1\n"),
+        "damaged",
+        "generation is damaged: it does not hold a start's mark",
+    ),
+    "a config.yaml of zero bytes": (
+        lambda run: (run / "config.yaml").write_bytes(b"\0" * 9),
+        "damaged",
+        "config.yaml is damaged: it holds only zero bytes",
+    ),
+    "a config.yaml without steps": (
+        lambda run: (run / "config.yaml").write_text("train: {}\n"),
+        "damaged",
+        "config.yaml is damaged: train.steps is missing in it",
+    ),
+    "a damaged journal": (damaged_journal, "finished", "metrics.jsonl is damaged in line 3: 7 bytes before its value"),
+    "a journal that is a folder": (
+        lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+        "stopped",
+        "Is a directory",
+    ),
+    "a record of launches that is binary": (
+        lambda run: (run / "launches.jsonl").write_bytes(b"\x80\x81\n"),
+        "finished",
+        "launches.jsonl is damaged in line 1: it is not UTF-8 text",
+    ),
+    "a cluster.yaml that is empty": (
+        lambda run: ((run / "jobs/001").mkdir(parents=True), (run / "jobs/001/cluster.yaml").touch()),
+        "damaged",
+        "jobs/001/cluster.yaml is damaged: it is empty; restore it, or submit the run again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "state", "told"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_status_shows_a_damaged_run_and_hides_no_other(
+    run: Path, damage: Callable[[Path], object], state: str, told: str, capfd: pytest.CaptureFixture[str]
+):
+    other = shutil.copytree(run, run.with_name("zebra"))
+    damage(run)
+    damaged, whole = statuses_of(find_runs([run.parent]))
+    assert (Path(damaged.run), damaged.state) == (run, state)
+    assert told in damaged.problems[0], damaged.problems
+    assert (Path(whole.run), whole.state, whole.problems) == (other, "finished", [])
+    for arguments in ([run.parent], [run.parent, "--json"]):
+        app(["status", *map(str, arguments)], standalone_mode=False)
+        out = capfd.readouterr().out
+        assert told in out or json.dumps(told)[1:-1] in out
+        assert "zebra" in out
+
+
+def test_status_of_a_run_that_is_held_by_an_unknown_process_is_running(run: Path):
+    for content in (b"\0\0\0", b"\xff words\n", b"host not-a-number\n"):
+        (run / ".lock").write_bytes(content)
+        with (run / ".lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            told = status_of(run)
+        assert (told.state, told.process, told.nodes) == ("running", None, "")
+    assert status_of(run).state == "finished"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
+def test_status_as_a_user_who_may_not_read_a_run_shows_the_others(run: Path):
+    shutil.copytree(run, run.with_name("closed")).chmod(0o700)
+    shutil.copytree(run, run.with_name("private"))
+    (run.with_name("private") / "run.json").chmod(0o600)
+    for folder in (*run.parents, run):
+        folder.chmod(folder.stat().st_mode | 0o055)
+        if folder.name.startswith("pytest-of"):
+            break
+    os.seteuid(65534)
+    try:
+        private, whole = statuses_of(find_runs([run.parent]))
+    finally:
+        os.seteuid(0)
+    assert (private.state, whole.state) == ("damaged", "finished")
+    path = run.with_name("private") / "run.json"
+    assert private.problems == [f"{path} cannot be read: Permission denied; get the right to read it from its owner"]
+
+
+@contextmanager
+def server(accepts: bool) -> Iterator[str]:
+    """The URL of a server that takes connections and says nothing, or of none."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if accepts:
+            listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("accepts", "told"), [(False, "cannot be read: "), (True, "does not answer within 1 s")])
+def test_status_of_a_run_whose_checkpoints_are_on_a_server_that_is_down(
+    run: Path, monkeypatch: pytest.MonkeyPatch, accepts: bool, told: str
+):
+    tree = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(tree.replace("home: null", "home: s3://bucket/folder"))
+    if accepts:
+        monkeypatch.setattr(run_status, "ANSWER_SECONDS", 1.0)
+    with server(accepts) as url:
+        for name, value in {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        away = status_of(run)
+    assert (away.state, away.checkpoint_step, away.step) == ("finished", None, STEPS)
+    [problem] = away.problems
+    assert problem.startswith("s3://bucket/folder/run ") and told in problem
+
+
+def test_folders_beside_those_of_submissions_are_none(tmp_path: Path):
+    for name in ("001", "002", "002 (copy)", "10.bak"):
+        (tmp_path / "jobs" / name).mkdir(parents=True)
+        (tmp_path / "jobs" / name / "cluster.yaml").touch()
+    assert last_submission(tmp_path) == tmp_path / "jobs/002"
+
+
+def test_damaged_beats_and_plans_of_a_submission(tmp_path: Path):
+    (tmp_path / "rank-00000.json").write_bytes(b"\0\0")
+    assert read_beat(tmp_path, 0) is None
+    with pytest.raises(Exception, match=r"plan\.json is missing; submit the run again"):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(Exception, match=r"plan\.json is damaged: entry is missing in it; submit the run again"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_folder_is_removed_while_it_trains_says_so(corpus_folder: Path, tmp_path: Path, ranks: int):
+    tree = tree_of(corpus_folder, tmp_path, steps=1_000_000)
+    tree["checkpoint"]["every"] = 5
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    training = Start(recipe, ranks, tmp_path / "said")
+    run = tmp_path / "run"
+    while not any((run / "checkpoints").glob("step-*0")):
+        training.wait(0.05)
+        assert not any(process.exitcode for process in training.processes), training.said
+    run.rename(tmp_path / "moved")
+    assert training.finish(grace=5.0)[0] == 1, training.said
+    assert f"the run folder {run} was removed or renamed while the run trained in it; nothing more is" in training.said
+    assert "Traceback" not in training.said and "has taken over" not in training.said and "Errno" not in training.said
+    assert not run.exists()
