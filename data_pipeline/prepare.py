@@ -91,10 +91,12 @@ class PrepareReport:
     def left_out(self) -> int:
         return sum(source.left_out.total() for source in self.sources)
 
-    def save(self, path: Path) -> None:
+    def as_json(self) -> dict[str, Any]:
         totals = {"documents": self.documents, "raw_bytes": sum(source.raw_bytes for source in self.sources)}
-        tree = {**self.identity, "parts": self.parts, **totals, "per_source": [vars(source) for source in self.sources]}
-        replace_file(path, json.dumps(tree, indent=1))
+        return {**self.identity, "parts": self.parts, **totals, "per_source": [vars(source) for source in self.sources]}
+
+    def save(self, path: Path) -> None:
+        replace_file(path, json.dumps(self.as_json(), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Self:

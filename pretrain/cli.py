@@ -43,6 +43,7 @@ from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_con
 from pretrain.models.megabyte import Megabyte
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
+from pretrain.tables import JsonOption, print_json, print_lines
 from pretrain.tracking import MlflowShipper
 from pretrain.train import TrainingError, train
 from pretrain.weights import find_checkpoint
@@ -208,7 +209,7 @@ def eval_command(
         Path | None,
         typer.Option(help="Folder for bits per byte by position in the window and in the patch: CSV and a picture."),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Bits per byte of a checkpoint on a corpus, by group of documents."""
     loaded, checkpoint = _load_model(model, device, precision, latents)
@@ -233,9 +234,10 @@ def eval_command(
         words=sum(counted.values()) if words in (None, "count") else int(words),
         words_of_groups=counted,
     )
-    report.print()
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    if as_json:
+        print_json(report.as_json())
+    else:
+        report.table().print()
     if curves is not None:
         report.write_curves(curves)
 
@@ -332,7 +334,7 @@ def config_explain(
     field: Annotated[str, typer.Argument(help="Such as model.patch_size, or a section: model.")],
 ) -> None:
     """Say what a field means, with its type, default and bounds."""
-    typer.echo(configuration.explain(field))
+    print_lines(configuration.explain(field).splitlines())
 
 
 def _load_model(

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ RECENT_STEPS = 20
 """Speed is the mean over so many."""
 TAIL_BYTES = 64 << 10
 """Of the journal: more than so many steps."""
+VALIDATION_FIELD = b'"validation/bits_per_byte"'
 ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
 """Events of the record that say why ranks do not run, or run again."""
 
@@ -44,9 +46,10 @@ class RunStatus:
     reason: str
     """The scheduler's, for that state."""
     job: str | None
-    """The scheduler's id; None for a run that was never submitted."""
+    """The scheduler's id of its newest job; None for a run that no scheduler knows."""
     process: int | None
-    """Of this machine, which ends the run in good order when it gets SIGTERM."""
+    """Id of the process of this machine that trains the run, or that supervises it in the background. SIGTERM stops
+    the run in good order."""
     nodes: str
     """Where it runs."""
     step: int
@@ -63,7 +66,10 @@ class RunStatus:
     """Of the newest checkpoint."""
     checkpoint_seconds: float | None
     """Since it was written."""
+    starts: int
+    """Starts that a person asked for, by `train` or `submit`."""
     restarts: int
+    """Starts of the supervisor or the scheduler, within a job."""
     why: str
     """What the newest restart or ending was for."""
     history: list[dict[str, Any]]
@@ -100,7 +106,6 @@ def status_of(path: Path) -> RunStatus:
     holder = folder.holder()
     recent = _recent(folder.metrics)
     trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
-    validated = [line["validation/bits_per_byte"] for line in recent if "validation/bits_per_byte" in line]
     step = recent[-1]["step"] if recent else 0
     steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
     state = _state(job, launches, holder is not None, is_done=step == steps)
@@ -108,22 +113,25 @@ def status_of(path: Path) -> RunStatus:
     newest = next(reversed(CheckpointStore(folder.checkpoints, keep=None).committed()), None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
     process, nodes = _place(job, is_local, holder)
+    started = [launch for launch in launches if launch.event == "started"]
+    restarts = sum(launch.restart > 0 for launch in started)
     return RunStatus(
         run=str(path),
         state=state,
         reason=job.reason if job is not None and state == job.phase else "",
-        job=job.id if job else None,
+        job=job.id if job and not is_local else None,
         process=process,
         nodes=nodes,
         step=step,
         steps=steps,
         bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
-        validation_bits_per_byte=validated[-1] if validated else None,
+        validation_bits_per_byte=_last_validation(folder.metrics),
         bytes_per_second=bytes_per_second,
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=time.time() - newest.stat().st_mtime if isinstance(newest, Path) else None,
-        restarts=max(starts_noted_at(folder.generation), sum(launch.event == "started" for launch in launches), 1) - 1,
+        starts=max(starts_noted_at(folder.generation), len(started)) - restarts,
+        restarts=restarts,
         why=_told(endings[-1]) if endings else "",
         history=[asdict(launch) for launch in launches],
     )
@@ -157,7 +165,10 @@ def _in_the_background(last: Launch) -> Job:
     if is_running(last):
         return Job(last.job, Phase.RUNNING, nodes=platform.node())
     if not last.ends_background and is_elsewhere(last):
-        return Job(last.job, Phase.UNKNOWN, reason="it is a process of another machine", nodes=",".join(last.nodes))
+        nodes = ",".join(last.nodes)
+        return Job(
+            last.job, Phase.UNKNOWN, reason=f"process {last.job} of {nodes} cannot be seen from here", nodes=nodes
+        )
     return Job(last.job, Phase.FORGOTTEN)
 
 
@@ -194,6 +205,18 @@ def _recent(journal: Path) -> list[dict[str, Any]]:
         file.seek(begin)
         lines = file.read().split(b"\n")
     return [json.loads(line) for line in lines[1 if begin else 0 : -1]]
+
+
+def _last_validation(journal: Path) -> float | None:
+    """Return the newest validation loss in metrics.jsonl; None if there is none. It may be far from the end."""
+    if not journal.exists() or not journal.stat().st_size:
+        return None
+    with journal.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+        found = text.rfind(VALIDATION_FIELD, 0, text.rfind(b"\n") + 1)
+        if found < 0:
+            return None
+        line = text[text.rfind(b"\n", 0, found) + 1 : text.find(b"\n", found)]
+    return float(json.loads(line)["validation/bits_per_byte"])
 
 
 def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:
