@@ -55,7 +55,6 @@ app = typer.Typer(
     help="Pretrain models on raw bytes: files to shards, shards to a model, checkpoints that resume to the byte.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)

@@ -28,7 +28,7 @@ from pretrain.console import PlainProgress, byte_progress, said, say
 from pretrain.progress import duration, size
 from pretrain.tables import JsonOption, Table, print_json
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
 OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}

@@ -1,6 +1,7 @@
 """Where the `byteloom` command begins. What makes corpora needs no torch, and what looks after runs no model; both take
 seconds to import."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +16,23 @@ from pretrain import corpus_commands
 from pretrain.console import run
 from pretrain.run_folder import RunFolderError
 
+COMPLETION = "_BYTELOOM_COMPLETE"
+"""Set by the shell when it asks for completions."""
 FAULTS = (ClusterError, CorpusError, RunFolderError, SchedulerError)
 
 
 def main() -> None:
     """Runs the command."""
     with imports.for_good():
-        command = _imported(sys.argv[1] if sys.argv[1:] else None)
+        command = _imported(_name())
     command()
+
+
+def _name() -> str | None:
+    """Return the name of the command. A shell that asks for completions has it in a variable, not in arguments."""
+    completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    words = completed.split() if COMPLETION in os.environ else sys.argv
+    return words[1] if words[1:] else None
 
 
 def _imported(name: str | None) -> Callable[[], object]:

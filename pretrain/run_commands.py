@@ -27,7 +27,7 @@ STATE_SECONDS = 2.0
 """Between two questions whether a run that is followed goes on."""
 IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 

@@ -224,6 +224,8 @@ class Pool:
                 self._replace(worker)
             elif "error" in message:
                 raise CorpusError(message["error"])
+            elif "warning" in message:
+                logger.warning("%s", message["warning"])
             elif "bytes" in message:
                 under_way[worker] = message["job"], message["bytes"]
             else:
@@ -304,6 +306,17 @@ class _Worker:
         self._process.wait()
 
 
+class _Teller(logging.Handler):
+    """Sends a worker's warnings to its pool, which shows them."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(warning=record.getMessage())
+
+
 def main() -> None:
     """A worker's life: see `_Worker`."""
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -319,6 +332,7 @@ def main() -> None:
     def tell(**message: object) -> None:
         print(json.dumps(message), flush=True)
 
+    logging.getLogger("data_pipeline").addHandler(_Teller(tell))
     try:
         plan = None
         while True:
