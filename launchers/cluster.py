@@ -86,11 +86,11 @@ def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
         tree = yaml.load(path.read_text(encoding="utf-8"), _PresetLoader) or {}
     except FileNotFoundError:
         known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
-        raise ClusterError(f"--cluster {name}: no such preset; there are {known}, or name a .yaml file") from None
+        raise ClusterError(f"--cluster {name}: no such preset; choose one of {known}, or a .yaml file") from None
     except yaml.YAMLError as error:
-        raise ClusterError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ClusterError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ClusterError(f"{path}: a preset is a list of fields and their values")
+        raise ClusterError(f"{path} is not a preset: it must have fields with values, such as nodes: 1")
     given = {key: value for key, value in changes.items() if value is not None}
     for text in ("nodes", "time"):
         if tree.get(text) is not None:

@@ -146,7 +146,7 @@ def _watch(ranks: Sequence[_Rank], requests: Sequence[signal.Signals], log_of: C
         ended = [each for each in ranks if each.code is not None]
         failed = [each for each in ended if each.failed]
         if failed and requests and failed[0].code == -requests[0]:
-            log.warning("%s: stopped before training began", requests[0].name)
+            log.warning("%s: stopped before training started", requests[0].name)
             return 128 + requests[0]
         if failed:
             return _fail(ranks, failed[0], log_of)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from byteloom.core.words import count
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -28,15 +29,15 @@ from pretrain.run_status import check_run
 from pretrain.tables import JsonOption, Table, facts, print_json
 from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 
-app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List, check, prune and export the checkpoints of a run.", no_args_is_help=True)
 
 RunPath = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.", show_default=False)
+    str, typer.Argument(metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False)
 ]
 RunOrCheckpoint = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run (all its checkpoints) or a checkpoint: folder or URL.", show_default=False
+        metavar="RUN", help="A run (all its checkpoints) or one checkpoint: folder or URL.", show_default=False
     ),
 ]
 
@@ -67,24 +68,26 @@ def list_table(run: str, found: Sequence[Mapping[str, Any]]) -> Table:
 
 @app.command("verify")
 def verify_command(path: RunOrCheckpoint) -> None:
-    """Read every byte of a run's checkpoints, or of one, and compare digests; exit code 1 if one is not valid."""
+    """Read all bytes of a run's checkpoints, or of one, and compare digests. The exit code is 1 if one is not valid."""
     invalid = 0
     for checkpoint in _chosen(path):
         try:
             verify(checkpoint)
-            say(f"{checkpoint}: every byte is as it was written")
+            say(f"{checkpoint}: valid, every byte is as it was written")
         except InvalidCheckpointError as error:
             say(f"{checkpoint}: not valid: {error}")
             invalid += 1
     if invalid:
-        raise CheckpointError(f"{invalid} of the checkpoints are not valid")
+        raise CheckpointError(f"{count(invalid, 'checkpoint is', 'checkpoints are')} not valid")
 
 
 @app.command("show")
 def show_command(
     path: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="A run (its newest) or a checkpoint: folder or URL.", show_default=False),
+        typer.Argument(
+            metavar="RUN", help="A run (its newest checkpoint) or one checkpoint: folder or URL.", show_default=False
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
     as_json: JsonOption = False,
@@ -152,19 +155,19 @@ def _elements(metadata: Metadata) -> dict[str, int]:
 
 @app.command("prune")
 def prune_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    keep: Annotated[int, typer.Option(min=1, help="The newest that stay.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Those of multiples of so many steps stay as well.")
+        int | None, typer.Option(min=1, help="Keep the checkpoints at multiples of this many steps as well.")
     ] = None,
 ) -> None:
-    """Delete old checkpoints of a run that nobody trains now. Only valid ones count among those that stay."""
+    """Delete old checkpoints of a run that is not training. Only valid checkpoints count as kept."""
     check_run(run)
     with RunFolder(run).locked():
         store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
         for path in store.prune():
             say(f"deleted {path.name}")
-        say(f"{len(store.committed())} checkpoints stay in {run}")
+        say(f"{count(len(store.committed()), 'checkpoint')} kept in {run}")
 
 
 @app.command("export")
@@ -172,17 +175,19 @@ def export_command(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run (its newest valid) or a checkpoint: folder or URL.", show_default=False
+            metavar="RUN",
+            help="A run (its newest valid checkpoint) or one checkpoint: folder or URL.",
+            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write. It must not exist.", show_default=False)],
 ) -> None:
-    """Write a checkpoint's weights as safetensors and a card in JSON, for other programs and for initialize.weights."""
+    """Export the weights of a checkpoint: safetensors, and a card in JSON. initialize.weights reads them too."""
     checkpoint = find_checkpoint(path)
     if is_export(Path(path)):
-        raise CheckpointError(f"{path} is an export already")
+        raise CheckpointError(f"{path} is an export already; name a run or a checkpoint")
     card = export(checkpoint, out, _bits_per_byte(checkpoint))
-    say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,}, in {', '.join(card['files'])}")
+    say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,} in {', '.join(card['files'])}")
 
 
 def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
@@ -200,7 +205,7 @@ def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
 def _of_run(run: str) -> CheckpointStore:
     store = store_of(locate(run))
     if not store.committed():
-        raise CheckpointError(f"{run} is no run that has a checkpoint")
+        raise CheckpointError(f"{run} has no checkpoint")
     return store
 
 

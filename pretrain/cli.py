@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
@@ -63,7 +64,7 @@ app.add_typer(submit_command.app)
 app.add_typer(sweep_command.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
-config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
+config_app = typer.Typer(help="Show, explain and describe recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 FAULTS = (
@@ -85,13 +86,13 @@ FAULTS = (
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Fields to change, such as train.steps=50 model.patch_size=4.", show_default=False),
+    typer.Argument(help="Overrides of fields, such as train.steps=50 model.patch_size=4.", show_default=False),
 ]
 ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run (its newest checkpoint) or a checkpoint: folder or URL; or an export.",
+        help="A run (its newest checkpoint is used), one checkpoint, or an export: folder or URL.",
         show_default=False,
     ),
 ]
@@ -124,17 +125,19 @@ class Grouping(StrEnum):
         }[self.value]
 
 
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA where there is one.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="The run's own when left out.")]
+DeviceOption = Annotated[Device, typer.Option(help="Device to compute on. auto takes CUDA if there is a GPU.")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Precision to compute in. Default: that of the run.")]
 LatentsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Of a Perceiver AR: more predict better, fewer faster. The run's own when left out."),
+    typer.Option(
+        min=1, help="Number of latents of a Perceiver AR: more are more accurate and slower. Default: that of the run."
+    ),
 ]
 
 
 @app.command("train")
 def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Train a run, or go on with it where its newest checkpoint is."""
+    """Train a run, or resume it from its newest checkpoint."""
     config = configuration.load(recipe, overrides or [])
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
@@ -145,7 +148,8 @@ def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
             raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
         if place is not None and processes not in (1, place.size):
             raise WorldError(
-                f"launch.processes is {processes}, and another launcher has started {place.size} ranks; leave it to one"
+                f"launch.processes is {processes}, but another launcher has started {place.size} ranks already; "
+                "set launch.processes=1"
             )
         raise typer.Exit(run_in_process(TRAIN_ENTRY, resolved))
 
@@ -170,7 +174,7 @@ def _train(recipe: Path) -> int:
 
 def _words(text: str | None) -> str | None:
     if text is not None and text != "count" and not (text.isdecimal() and int(text) > 0):
-        raise typer.BadParameter(f"{text} is neither a number of words nor: count")
+        raise typer.BadParameter(f"{text!r} is not a number of words and not the word count")
     return text
 
 
@@ -178,19 +182,19 @@ def _words(text: str | None) -> str | None:
 def eval_command(
     model: ModelPath,
     shards: Annotated[
-        str | None, typer.Argument(help="A corpus, folder or URL; the run's own validation corpus when left out.")
+        str | None, typer.Argument(help="Corpus: folder or URL. Default: the validation corpus of the run.")
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
+        Mode, typer.Option(help="What each byte is predicted from: by default only its own window.")
     ] = Mode.windows,
-    by: Annotated[Grouping, typer.Option(help="How documents are grouped.")] = Grouping.folder,
-    rows: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 16,
+    by: Annotated[Grouping, typer.Option(help="How to group documents.")] = Grouping.folder,
+    rows: Annotated[int, typer.Option(min=1, help="Number of windows scored at once.")] = 16,
     stride: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Bytes scored at the end of each window; fewer give each more context, at more cost. The mode's own "
-            "when left out.",
+            help="Number of bytes scored at the end of each window: fewer have more context and take longer. "
+            "Default: depends on the mode.",
         ),
     ] = None,
     latents: LatentsOption = None,
@@ -201,21 +205,24 @@ def eval_command(
         typer.Option(
             metavar="count|NUMBER",
             callback=_words,
-            help="Perplexity by word as well, of so many words in the corpus, or of those between white space.",
+            help="Show perplexity per word as well. Give the number of words in the corpus, or count to count words "
+            "between white space.",
         ),
     ] = None,
     curves: Annotated[
         Path | None,
-        typer.Option(help="Folder for bits per byte by position in the window and in the patch: CSV and a picture."),
+        typer.Option(
+            help="Folder for the bits per byte at each position in the window and the patch: CSV files and a picture."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of a checkpoint on a corpus, by group of documents."""
+    """Measure the bits per byte of a checkpoint on a corpus, by group of documents."""
     loaded, checkpoint = _load_model(model, device, precision, latents)
     stride = stride or stride_of(loaded, mode)
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
-        raise CorpusError(f"{model} was trained without a validation corpus; name one")
+        raise CorpusError(f"{model} was trained without a validation corpus; name a corpus after it")
     chosen = shards or own
     remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
     with Corpus(chosen, remote=remote) as corpus, byte_progress("scoring") as bar:
@@ -244,27 +251,31 @@ def eval_command(
 @app.command("generate")
 def generate_command(
     model: ModelPath,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text the model goes on from; may be given again.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text that the model continues (repeatable).")] = None,
     prompt_file: Annotated[
-        list[Path] | None, typer.Option(help="File whose bytes the model goes on from; may be given again.")
+        list[Path] | None, typer.Option(help="File whose bytes the model continues (repeatable).")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt, drawn side by side.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Number of continuations of each prompt.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for a file each, PROMPT-SAMPLE.bin; standard output is for one continuation."),
+        typer.Option(help="Folder for the continuations, one file each: PROMPT-SAMPLE.bin. Needed for more than one."),
     ] = None,
-    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write of each, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+    most_bytes: Annotated[
+        int, typer.Option("--bytes", min=1, help="Largest number of bytes of each continuation.")
+    ] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits. 0 takes the most likely byte.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw only from the k most likely bytes.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw only from the most likely bytes whose probabilities add up to p.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random draws.")] = 0,
     latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
-    """Write bytes that follow a prompt to standard output, each as soon as it is drawn; or many to a folder.
+    """Continue a prompt: write the bytes to standard output as they are drawn, or several continuations to a folder.
 
-    A continuation ends early where the model ends the document.
+    A continuation ends early if the model ends the document.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     prompts = [text.encode("utf-8", "surrogateescape") for text in prompt or []]
@@ -272,17 +283,17 @@ def generate_command(
         try:
             prompts.append(path.read_bytes())
         except OSError as error:
-            raise CorpusError(f"cannot read the prompt {path}: {error.strerror}") from error
+            raise CorpusError(f"cannot read the prompt file {path}: {error.strerror}") from error
     prompts = [each for each in prompts or [b""] for _ in range(samples)]
     if out is None and len(prompts) > 1:
-        raise SamplingError(f"{len(prompts)} continuations: name a folder for them, --out FOLDER")
+        raise SamplingError(f"{len(prompts)} continuations need a folder: add --out FOLDER")
     loaded, _ = _load_model(model, device, precision, latents)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     written = [bytearray() for _ in prompts]
     started = time.perf_counter()
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
-        for row, byte in generate_rows(loaded, prompts, count, sampling):
+        for row, byte in generate_rows(loaded, prompts, most_bytes, sampling):
             written[row].append(byte)
             if out is None:
                 sys.stdout.buffer.write(bytes([byte]))
@@ -292,17 +303,19 @@ def generate_command(
         for row, continuation in enumerate(written):
             (out / f"{row // samples:03d}-{row % samples:03d}.bin").write_bytes(continuation)
     total = sum(map(len, written))
-    ended = sum(len(continuation) < count for continuation in written)
-    ending = f"; the model ended {ended} of {len(written)} documents" if ended else ""
-    say(f"\n{total:,} bytes, {total / seconds:,.0f} bytes/s{ending}")
+    ended = sum(len(continuation) < most_bytes for continuation in written)
+    ending = f"; the model ended {ended} of {count(len(written), 'document')}" if ended else ""
+    say(f"\n{count(total, 'byte')}, {total / seconds:,.0f} bytes/s{ending}")
 
 
 @app.command()
-def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
-    """Deliver the numbers of a run that MLflow has not received."""
+def track(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]) -> None:
+    """Send the metrics of a run that MLflow has not received yet."""
     folder = RunFolder(run)
     if not folder.mlflow.exists():
-        raise RunFolderError(f"{run} has no mlflow.json: it is no run folder, or its run was not tracked")
+        raise RunFolderError(
+            f"{run} has no mlflow.json: it is not a run folder, or the run was started with tracking.enabled=false"
+        )
     with folder.locked():
         shipper = MlflowShipper(folder.metrics, folder.mlflow)
         missing = shipper.undelivered()
@@ -313,12 +326,12 @@ def track(run: Annotated[Path, typer.Argument(help="A run folder.", show_default
         except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
             reason = str(error).partition("\n")[0]
             raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
-    say(f"{missing} steps delivered to {shipper.delivery.uri}")
+    say(f"{count(missing, 'step')} delivered to {shipper.delivery.uri}")
 
 
 @config_app.command("show")
 def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Print a recipe with its overrides and every default."""
+    """Print a recipe with its overrides and all defaults."""
     typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
 
 
@@ -330,9 +343,9 @@ def config_schema() -> None:
 
 @config_app.command("explain")
 def config_explain(
-    field: Annotated[str, typer.Argument(help="Such as model.patch_size, or a section: model.")],
+    field: Annotated[str, typer.Argument(help="Field such as model.patch_size, or section such as model.")],
 ) -> None:
-    """Say what a field means, with its type, default and bounds."""
+    """Explain a field: its meaning, type, default and bounds."""
     print_lines(configuration.explain(field).splitlines())
 
 
@@ -345,9 +358,9 @@ def _load_model(
     family = model_config(config["model"])
     if latents is not None:
         if not isinstance(family, PerceiverARConfig):
-            raise CheckpointError(f"--latents {latents}: {path} is a {family.family}, which has none")
+            raise CheckpointError(f"--latents {latents}: {path} is a {family.family} model, which has no latents")
         if latents > family.sequence_length:
-            raise CheckpointError(f"--latents {latents}: more than the sequence length, {family.sequence_length}")
+            raise CheckpointError(f"--latents {latents} is more than the sequence length, {family.sequence_length}")
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])

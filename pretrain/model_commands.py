@@ -25,11 +25,11 @@ def models(
     context: typer.Context,
     recipes: Annotated[Path, typer.Option(help="Folder of recipes.")] = Path("configs"),
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows to measure the activations of; takes some seconds.")
+        int | None, typer.Option(min=1, help="Number of rows to measure the activations of. It takes some seconds.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List every model family and recipe: size, cost a byte, memory, and the paper's figures beside them."""
+    """List all model families and recipes: size, cost per byte, memory, and the figures of the paper."""
     if context.invoked_subcommand is not None:
         return
     found = read_recipes(recipes, micro_batch)
@@ -45,15 +45,18 @@ def models(
 @app.command()
 def estimate(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/megabyte/text.yaml.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Fields to change.", show_default=False)] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many share the work.")] = 1,
-    memory: Annotated[float, typer.Option(min=0, help="Of one GPU, in GiB.")] = 80.0,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows; the recipe's own when left out.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides of fields.", show_default=False)] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.")] = 80.0,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a micro-batch. Default: that of the recipe.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether a recipe fits into GPUs, sharded in each way, and the largest micro-batch that does.
+    """Show whether a recipe fits into the memory of GPUs under each sharding, and the largest micro-batch that fits.
 
-    Activations are measured without a GPU, with and without activation checkpointing: the recipe's, or of every block.
+    This measures activations without a GPU: once with all of them kept, and once with activation checkpointing, as in
+    the recipe or of every block.
     """
     config = configuration.load(recipe, overrides or [])
     dtype = compute_dtype(config.engine.precision)

@@ -29,13 +29,13 @@ IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 
 
 @app.command("status")
 def status_command(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs; runs/ when left out.")
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,17 +51,17 @@ def status_command(
 @app.command("logs")
 def logs_command(
     run: RunPath,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
 ) -> None:
-    """Print what a rank of a run has said, through all its starts."""
+    """Print the log of one rank of a run, from all its starts."""
     check_run(run)
     log = RunFolder(run).log_of(rank)
     submission = last_submission(run)
     if not log.exists() and submission is not None and not follow:
         log = submission / "ranks" / f"rank-{rank:05d}.log"  # it has not come to train
     if not log.exists() and not follow:
-        raise RunFolderError(f"{log} does not exist: rank {rank} has said nothing yet, or there is no such rank")
+        raise RunFolderError(f"{log} does not exist: rank {rank} has logged nothing yet, or the run has no such rank")
     with suppress(BrokenPipeError, KeyboardInterrupt):  # whoever reads has had enough
         for piece in _pieces(run, log, follow):
             sys.stdout.buffer.write(piece)
@@ -70,17 +70,17 @@ def logs_command(
 
 @app.command("cancel")
 def cancel_command(run: RunPath) -> None:
-    """End a run: take its job out of the queue, or ask its processes to stop, which save a checkpoint first."""
+    """Stop a run: cancel its job, or ask its processes to save a checkpoint and stop."""
     status = status_of(run)
     if status.process is not None:
         os.kill(status.process, signal.SIGTERM)
-        say(f"{run} was asked to stop: process {status.process}")
+        say(f"{run} is asked to stop: SIGTERM was sent to process {status.process}")
     elif status.job is not None and status.state in IN_THE_QUEUE:
         scheduler.cancel(status.job)
-        say(f"{run} was cancelled: job {status.job}")
+        say(f"{run}: job {status.job} is cancelled")
     else:
         elsewhere = status.state == Phase.RUNNING
-        why = f"cancel it on {status.nodes}" if elsewhere else status.reason or "there is nothing to cancel"
+        why = f"run this command on {status.nodes}" if elsewhere else status.reason or "there is nothing to cancel"
         raise RunFolderError(f"{run} is {status.state}: {why}")
 
 

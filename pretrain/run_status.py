@@ -86,7 +86,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         runs = [path] if _is_run(path) else sorted(filter(_is_run, path.glob("*")))
         if not runs:
-            raise RunFolderError(f"{path} is no run, and no folder of runs")
+            raise RunFolderError(f"{path} is not a run and not a folder of runs; a run has run.json or launches.jsonl")
         found += runs
     return found
 
@@ -140,7 +140,7 @@ def status_of(path: Path) -> RunStatus:
 def check_run(path: Path) -> None:
     """Raises RunFolderError if a path is no run's."""
     if not _is_run(path):
-        raise RunFolderError(f"{path} is no run")
+        raise RunFolderError(f"{path} is not a run: it has no run.json and no launches.jsonl")
 
 
 def _is_run(path: Path) -> bool:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from byteloom.core.words import count
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.record import last_submission
 from launchers.submission import Submission
@@ -24,40 +25,41 @@ app = typer.Typer()
 @app.command("submit")
 def submit_command(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe, or the folder of a run that was submitted before.", show_default=False)
+        Path, typer.Argument(help="Recipe, or folder of a run that was submitted before.", show_default=False)
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Fields to change, such as train.steps=50 engine.name=fsdp.", show_default=False),
+        typer.Argument(help="Overrides of fields, such as train.steps=50 engine.name=fsdp.", show_default=False),
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(
-            help="A preset of configs/cluster (gpu, cpu, local) or a .yaml file; the run's last when left out."
-        ),
+        typer.Option(help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission."),
     ] = None,
-    nodes: Annotated[str | None, typer.Option(help="How many: 4, or 2-4 for what there is.")] = None,
+    nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4 to accept any number between.")] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes-per-node", help="Ranks on each node; one for each GPU when left out.")
+        int | None,
+        typer.Option("--processes-per-node", help="Number of ranks on each node. Default: one for each GPU."),
     ] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each node.")] = None,
-    cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Processors of each rank.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Whose hours these are.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="Number of GPUs of each node.")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Number of processors of each rank.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account that is charged.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
     time: Annotated[
         str | None,
-        typer.Option(help="Limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00; the run may be longer."),
+        typer.Option(
+            help="Time limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00. A longer run is started again."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and stop.")
+        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and submit nothing.")
     ] = False,
 ) -> None:
-    """Submit a run to a cluster, or go on with one there. It is looked after: restarted, requeued, or given up."""
+    """Submit a run to a cluster, or resume one there. A supervisor restarts it, requeues it, or gives it up."""
     earlier = last_submission(recipe) if recipe.is_dir() else None
     if recipe.is_dir() and earlier is None and not (recipe / "config.yaml").exists():
-        raise ConfigError(f"{recipe} is neither a recipe nor the folder of a run")
+        raise ConfigError(f"{recipe} is not the folder of a run: it has no config.yaml; name a recipe or a run")
     options = {
         "nodes": nodes,
         "processes_per_node": processes,
@@ -70,7 +72,7 @@ def submit_command(
         "time": time,
     }
     if cluster is None and earlier is None:
-        raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file of your own")
+        raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
     file = (earlier or recipe) / "config.yaml" if recipe.is_dir() else recipe
     config = configuration.load(file, overrides or [])
@@ -82,8 +84,10 @@ def submit_command(
         typer.echo(config.as_yaml(), nl=False)
         return
     job = submission.submit()
+    on_nodes = f"{chosen.nodes} node{'' if chosen.nodes == '1' else 's'}"
     say(
-        f"job {job} trains {run}: {chosen.nodes} nodes of {chosen.ranks_per_node} ranks; {submission.folder} has it all"
+        f"job {job} trains {run} on {on_nodes} with {count(chosen.ranks_per_node, 'rank')} each; "
+        f"{submission.folder} has its script and logs"
     )
     typer.echo(job)
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather
 from data_pipeline.preparation.layout import Layout
@@ -126,10 +127,10 @@ def do_what_is_left(stage: Stage, plan: Plan, begin: float, told: Callable[[int,
         told: called with a job and the bytes worked on so far.
     """
     claims = Claims(plan.folder / f"{stage.name}.claims")
-    done, count = stage.done(), len(stage.sizes)
-    first = int(begin * count)
+    done, jobs = stage.done(), len(stage.sizes)
+    first = int(begin * jobs)
     with own_folder(plan.folder / "work") as own:
-        for job in (number % count for number in range(first, first + count)):
+        for job in (number % jobs for number in range(first, first + jobs)):
             if job in done:
                 continue
             with claims.claim(job) as is_ours:
@@ -143,9 +144,9 @@ def _adding(job: int, told: Callable[[int, int], None]) -> Callable[[int], None]
     """Adds up the bytes of a job, and tells of them now and then."""
     total, last = 0, 0.0
 
-    def add(count: int) -> None:
+    def add(size: int) -> None:
         nonlocal total, last
-        total += count
+        total += size
         if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
             told(job, total)
@@ -239,10 +240,10 @@ class Pool:
         self._deaths += 1
         if self._deaths > DEATHS:
             raise CorpusError(
-                f"workers end again and again without finishing a job, the last {how}; is there enough memory? "
-                f"{self._folder} keeps what is done, and the same command goes on from there"
+                f"workers ended {count(self._deaths, 'time')} without finishing a job, the last one {how}; perhaps "
+                f"memory is short. {self._folder} holds the work that is done, and the same command continues"
             )
-        logger.warning("a worker ended %s; another does its work again", how)
+        logger.warning("a worker ended %s; another one repeats its work", how)
         self._workers.remove(worker)
         self._workers.append(self._worker(worker.place))
 

@@ -40,6 +40,8 @@ def read_whole(stream: BinaryIO, key: str, name: str, size: int | None, options:
         read += len(piece)
         yield piece
     if expected is not None and read != expected:
-        raise BadDocumentError(f"{name} changed since it was listed: {expected:,} bytes then, {read:,} now")
+        raise BadDocumentError(
+            f"{name} changed since it was listed: it had {expected:,} bytes then and has {read:,} now"
+        )
     if not read:
-        raise LeftOutError("empty", f"{name} holds nothing")
+        raise LeftOutError("empty", f"{name} is empty")
