@@ -55,14 +55,16 @@ class DeepSpeedEngine(BaseEngine):
     ) -> None:
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
         if world.size == 1:
-            raise EngineError(f"engine.name {config.name} shards over the ranks of a run, and this is one process")
+            raise EngineError(
+                f"engine.name {config.name} needs several ranks, and this run has one process; set launch.processes"
+            )
         deepspeed = _import_deepspeed(self.device.type, world.local_rank)
         settings = _settings(config, model, micro_batch, optimizer.clip_norm)
         try:
             deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             reason = " ".join(str(error).split())
-            raise EngineError(f"DeepSpeed does not take its config, with engine.deepspeed in it: {reason}") from error
+            raise EngineError(f"DeepSpeed refuses its config, which includes engine.deepspeed: {reason}") from error
         model.train()
         prepare_blocks(config, model, self.device)
         decays = decaying(optimizer, model)

@@ -198,7 +198,7 @@ def _shards(config: EngineConfig, ranks: int) -> int:
     """
     shards = (config.shards if config.name == "hsdp" else None) or ranks
     if ranks % shards:
-        raise EngineError(f"engine.shards ({shards}) does not divide the {ranks} ranks")
+        raise EngineError(f"engine.shards is {shards}, which does not divide the {ranks} ranks of the run")
     return shards
 
 
