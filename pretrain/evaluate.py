@@ -163,13 +163,9 @@ def evaluate_model(
         raise EvaluationError(f"--stride is {stride}; this model scores at most {count(most, 'byte')} of a window")
     if mode is Mode.memory:
         if not isinstance(model, TransformerXL) or not model.memory_length:
-            raise EvaluationError(
-                f"mode {mode} is for a Transformer-XL with model.memory_length; this model has no memory"
-            )
+            raise EvaluationError(f"mode {mode} is for a Transformer-XL with model.memory_length; this has none")
         if stride not in (None, length):
-            raise EvaluationError(
-                f"--stride is {stride}; mode {mode} has no stride, since each window begins where the last one ends"
-            )
+            raise EvaluationError(f"--stride is {stride}; mode {mode} takes no stride: windows follow each other")
         return evaluate_with_memory(model, corpus, rows, group_of, progress)
     nats_of = scorer(model)
     if mode.is_strided:

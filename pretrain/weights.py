@@ -125,9 +125,7 @@ def find_checkpoint(text: str | Path, world: World = ALONE) -> Metadata:
     if folder is None and not is_checkpoint(place):
         found = store_of(place, world).newest_valid()
         if found is None:
-            raise CheckpointError(
-                f"{text} has no valid checkpoint; name a run with a checkpoint, one checkpoint, or an export"
-            )
+            raise CheckpointError(f"{text} has no valid checkpoint; name a run with one, a checkpoint, or an export")
         return found
     checkpoint, fault = None, None
     try:

@@ -260,9 +260,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise EngineError(
-            "engine.device is cuda, and torch finds no CUDA device on this machine; set it to cpu or auto"
-        )
+        raise EngineError("the device is set to cuda, but torch finds none on this machine; set it to cpu or auto")
     if local_rank >= torch.cuda.device_count():
         raise EngineError(
             f"rank {local_rank} of this machine has no CUDA device: the machine has "

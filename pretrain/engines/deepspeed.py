@@ -56,7 +56,7 @@ class DeepSpeedEngine(BaseEngine):
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
         if world.size == 1:
             raise EngineError(
-                f"engine.name {config.name} needs several ranks, and this run has one process; set launch.processes"
+                f"engine.name {config.name} needs several ranks, but this run has one; set launch.processes"
             )
         deepspeed = _import_deepspeed(self.device.type, world.local_rank)
         settings = _settings(config, model, micro_batch, optimizer.clip_norm)

@@ -183,9 +183,7 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(command)))
     except (OSError, subprocess.CalledProcessError) as error:
         why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        log.warning(
-            "the faster kernel for bf16 attention did not compile, so torch's is used, at half the speed: %s", why
-        )
+        log.warning("the fast kernel for bf16 attention did not compile; torch's is used, at half the speed: %s", why)
         return None
 
 

@@ -127,7 +127,7 @@ def test_modality_is_what_it_is_said_to_be():
     [
         ({"reader": "image"}, "no reader 'image'; there are auto, files, lines"),
         ({"modality": "video"}, "no modality 'video'"),
-        ({"image_scan": "patch", "patch_size": 100}, "100 bytes a tile"),
+        ({"image_scan": "patch", "patch_size": 100}, "--patch-size is 100"),
         ({"image_size": 0}, "image_size is 0"),
     ],
 )
@@ -513,7 +513,7 @@ def test_damage_in_the_middle_of_a_tar_is_not_its_end(tmp_path: Path):
 def test_what_follows_the_end_of_a_tar_is_told(tmp_path: Path):
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of({"a": b"1"}) + tar_of({"b": b"2"}))
-    with pytest.raises(BadDocumentError, match="more bytes follow the end"):
+    with pytest.raises(BadDocumentError, match="has more bytes after its end"):
         read_all(path)
 
 

@@ -224,7 +224,9 @@ def test_generate_writes_bytes_and_nothing_else(trained: Path, tmp_path: Path):
 def test_generate_writes_many_to_a_folder(byteloom: Run, trained: Path, tmp_path: Path):
     (tmp_path / "prompt").write_bytes(b"class ")
     options = ("--prompt", "def ", "--prompt-file", "prompt", "--samples", "3", "--bytes", "40", "--seed", "3")
-    assert "6 continuations: name a folder for them" in byteloom("generate", trained, *options, check=False).stderr
+    assert (
+        "6 continuations need a folder: add --out FOLDER" in byteloom("generate", trained, *options, check=False).stderr
+    )
     said = byteloom("generate", trained, *options, "--out", "out").stderr
     written = {path.name: path.read_bytes() for path in sorted((tmp_path / "out").iterdir())}
     assert list(written) == [f"00{prompt}-00{sample}.bin" for prompt in range(2) for sample in range(3)]

@@ -52,8 +52,8 @@ def test_it_trains_goes_on_exactly_scores_every_byte_and_writes(byteloom: Run, r
     assert figures[()]["bits_per_byte"] == pytest.approx(records[-1]["validation/bits_per_byte"], rel=1e-6)
 
     for options, said in {
-        ("eval", "--stride", "33"): "stride 33: the model scores 32 bytes of a window, at most",
-        ("generate", "--latents", "129"): "--latents 129: more than the sequence length, 128",
+        ("eval", "--stride", "33"): "--stride is 33; this model scores at most 32 bytes of a window",
+        ("generate", "--latents", "129"): "--latents 129 is more than the sequence length, 128",
     }.items():
         assert str(CliRunner().invoke(app, [options[0], str(whole), *options[1:]]).exception) == said
 

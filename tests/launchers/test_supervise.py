@@ -84,7 +84,9 @@ def test_failures_without_progress_end_with_the_evidence_on_one_page(tmp_path: P
     assert [launch.event for launch in launches].count(
         "started"
     ) == 1 + SOON.attempts  # the first one left a checkpoint
-    reason = "3 starts from step 5 were in vain, the last one so: rank 1: error: the disk is on fire"
+    reason = (
+        "3 starts from step 5 made no newer checkpoint; the last one ended with: rank 1: error: the disk is on fire"
+    )
     assert launches[-1].reason.startswith(reason)
     page = (tmp_path / "run/gave-up.md").read_text()
     assert page.startswith(f"# Given up: {reason}")
@@ -139,5 +141,5 @@ def test_presets_load_and_what_is_wrong_in_one_is_told_in_a_line(tmp_path: Path)
         ClusterError, match=r"own.yaml: partitio is not a field of a preset \(did you mean partition\?\)"
     ):
         load_cluster(str(own), {})
-    with pytest.raises(ClusterError, match="--cluster nowhere: no such preset; there are cpu, gpu, local"):
+    with pytest.raises(ClusterError, match="--cluster nowhere: no such preset; choose one of cpu, gpu, local"):
         load_cluster("nowhere", {})

@@ -54,5 +54,5 @@ def test_a_window_is_profiled_across_a_resume_and_changes_no_loss(folder: Path):
 
 def test_a_window_that_is_over_is_said_to_be(folder: Path):
     losses_of(folder, "train.steps=2", "profile.start=3")
-    assert "steps 3 to 5 are not ahead, and not profiled" in (folder / "plain/train.log").read_text()
+    assert "steps 3 to 5 are past, so the profiler does not record them" in (folder / "plain/train.log").read_text()
     assert not (folder / "plain/profile").exists()

@@ -197,5 +197,5 @@ def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, Rec
 
 
 def test_a_folder_without_recipes_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="holds no recipe"):
+    with pytest.raises(ConfigError, match="has no recipe"):
         read_recipes(tmp_path)
