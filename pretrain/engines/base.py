@@ -223,7 +223,11 @@ class BaseEngine(ABC):
 
     def _describe_non_finite(self, nats: float) -> str:
         bad = sorted({name for names in self._world.gather(self._not_finite()) for name in names})
-        where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
+        where = (
+            f" in {count(len(bad), 'parameter')}, the first of which is {bad[0]}"
+            if bad
+            else "; the gradient of each parameter is finite"
+        )
         return f"the gradient is not finite (loss {nats} nats){where}"
 
 
