@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from byteloom.core.words import count
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.kinds import whole_of
@@ -41,7 +42,7 @@ def read_whole(stream: BinaryIO, key: str, name: str, size: int | None, options:
         yield piece
     if expected is not None and read != expected:
         raise BadDocumentError(
-            f"{name} changed since it was listed: it had {expected:,} bytes then and has {read:,} now"
+            f"{name} changed since it was listed: it had {count(expected, 'byte')} then and has {read:,} now"
         )
     if not read:
         raise LeftOutError("empty", f"{name} is empty")

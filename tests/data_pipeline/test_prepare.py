@@ -305,7 +305,9 @@ def test_a_file_that_changes_after_the_listing_is_found(
     monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
     made = prepare.make_layout
     monkeypatch.setattr(prepare, "make_layout", lambda plan: (made(plan), (tree / "one").write_text("more")))
-    with pytest.raises(CorpusError, match=r"^damaged: .*one changed since it was listed: 1 bytes then, 4 now"):
+    with pytest.raises(
+        CorpusError, match=r"^damaged: .*one changed since it was listed: it had 1 byte then and has 4 now"
+    ):
         prepare.prepare([tree], tmp_path / "out", prepare_options(), lambda done, total: None, workers)
 
 

@@ -125,8 +125,8 @@ def test_modality_is_what_it_is_said_to_be():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"reader": "image"}, "no reader 'image'; there are auto, files, lines"),
-        ({"modality": "video"}, "no modality 'video'"),
+        ({"reader": "image"}, "unknown reader 'image'; choose one of auto, files, lines"),
+        ({"modality": "video"}, "unknown modality 'video'"),
         ({"image_scan": "patch", "patch_size": 100}, "--patch-size is 100"),
         ({"image_size": 0}, "image_size is 0"),
     ],
@@ -142,7 +142,7 @@ def test_a_file_that_changed_since_it_was_listed_is_told(tmp_path: Path, change:
     path.write_bytes(b"as before")
     file = source(path)
     path.write_bytes(change)
-    with pytest.raises(BadDocumentError, match=f"changed since it was listed: 9 bytes then, {len(change)} now"):
+    with pytest.raises(BadDocumentError, match=f"changed since it was listed: it had 9 bytes then and has {len(change)} now"):
         list(document_of(file, ReadOptions()).read())
 
 
@@ -178,7 +178,7 @@ def test_the_standard_library_is_text_but_for_its_compiled_parts():
         if isinstance(file, SourceFile):
             document = document_of(file, options)
             if file.key.endswith(".pyc"):
-                with pytest.raises(BadDocumentError, match="no UTF-8"):
+                with pytest.raises(BadDocumentError, match="not UTF-8"):
                     list(document.read())
             else:
                 assert b"".join(document.read()) == Path(file.url).read_bytes()
@@ -306,7 +306,7 @@ def test_lines_without_the_text_are_skipped_with_their_number_and_the_rest_is_re
     assert [one.key for one in found if isinstance(one, Document)] == ["a.jsonl#000000000", "a.jsonl#000000010"]
     reasons = ["damaged", "no field", "no field", "no field", "no field", "empty", "empty", "damaged", "damaged"]
     assert [one.reason for one in left_out.values()] == reasons
-    assert left_out["a.jsonl#000000001"].detail.startswith(f"line 2 of {path}: no JSON: ")
+    assert left_out["a.jsonl#000000001"].detail.startswith(f"line 2 of {path}: not JSON: ")
     assert left_out["a.jsonl#000000003"].detail == f"line 4 of {path}: its field 'text' is of type int, not text"
 
 
@@ -389,7 +389,7 @@ def test_dots_lead_into_structures(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("field", "problem"), [("txt", r"no column 'txt'; it has id, text"), ("id", "is int64, neither text")]
+    ("field", "problem"), [("txt", r"no column 'txt'; it has id, text"), ("id", "has type int64, which is not text")]
 )
 def test_a_column_that_is_no_text_is_told(tmp_path: Path, field: str, problem: str):
     path = tmp_path / "a.parquet"

@@ -239,7 +239,7 @@ def test_what_was_read_around_a_hole_and_a_withdrawn_document_is_proved_too(fold
             assert (row[stretch] == PADDING).all() if origin.masked else (row[stretch] < SEPARATOR).all()
         assert (row[~named] >= SEPARATOR).all()
         np.testing.assert_array_equal(again.mixture.read(np.arange(g, g + 40)).ids[0], row)
-    with pytest.raises(CorpusError, match="The list only grows"):
+    with pytest.raises(CorpusError, match="restore the list"):
         (folder / "withdrawn.json").unlink()
         reading_of(config, 8, record)
 

@@ -306,7 +306,7 @@ def test_a_cache_that_cannot_be_made_costs_speed_only(
     path.write_text("in the way")
     with Corpus(server.url, remote=cached(cache)) as corpus:
         assert [corpus.read_content(block)[0] for block in range(len(corpus))] == expected
-    assert ["cannot be used" in record.message for record in caplog.records] == [True]
+    assert ["cannot use the cache" in record.message for record in caplog.records] == [True]
 
 
 def test_who_closes_a_corpus_does_not_wait_for_a_server(server: FaultyServer):

@@ -232,6 +232,6 @@ def test_the_command_takes_names_and_lists_of_names(tmp_path: Path, byteloom: Ru
     names = tmp_path / "names"
     names.write_bytes(b"\n" + "\n  \n\n".join(keys[1:4]).encode("utf-8", "surrogateescape"))
     said = byteloom("withdraw", folder, "plain", "--list", names).stderr
-    assert f"4 documents withdrawn; {folder}/withdrawn.json lists them" in said
+    assert f"4 documents withdrawn; {folder}/withdrawn.json lists all" in said
     assert [entry.key for entry in listed(folder)] == keys[:4]
     assert faults(folder) == []

@@ -31,8 +31,9 @@ def trained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path):
-    said = byteloom("prepare", *sources, "--include", "*.py", "--holdout", "0.2", "--out", "out").stderr
-    assert "documents in" in said
+    prepared = byteloom("prepare", *sources, "--include", "*.py", "--holdout", "0.2", "--out", "out", "--json")
+    assert "documents in" in prepared.stderr
+    assert json.loads(prepared.stdout) == json.loads((tmp_path / "out/report.json").read_text())
     corpus = Corpus(tmp_path / "out/train")
     shown = byteloom("inspect", "out/train").stdout
     for text in (
@@ -76,6 +77,10 @@ def test_inspect_says_where_a_row_came_from(byteloom: Run, trained: Path, source
     content = {folder.name: folder for folder in sources}[key.split("/")[0]].parent.joinpath(key).read_bytes()
     config = load(trained / "config.yaml")
     stream = open_streams(config.data, config.model.sequence_length)["corpus"]
+    arguments = ["inspect", str(trained), "--step", "7", "--row", "5", "--json"]
+    found = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)["row"]
+    assert (found["sequence"], found["ids"]) == (41, 128)
+    assert (found["origins"][0]["key"], found["origins"][0]["document_start"]) == (key, first)
     assert stream[41][: last - first + 1].astype("uint8").tobytes() == content[first : last + 1]
 
 
@@ -270,6 +275,11 @@ def test_pruning_deletes_the_oldest_of_a_run_and_refuses_what_is_no_run(trained:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     steps = sorted(path.name for path in (run / "checkpoints").iterdir())
+    shown = json.loads(CliRunner().invoke(app, ["checkpoint", "show", str(run), "--tensors", "--json"]).stdout)
+    assert (shown["step"], shown["steps"], shown["sequences_read"]) == (12, 12, 72)
+    assert shown["elements"]["model"] == sum(
+        math.prod(shape) for name, shape in shown["tensors"].items() if name.startswith("model/")
+    )
     done = CliRunner().invoke(app, ["checkpoint", "prune", str(run), "--keep", "1"])
     assert done.exit_code == 0, done.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps[-1:]

@@ -67,8 +67,8 @@ def test_ranks_that_die_freeze_or_loop_are_started_again_and_the_reasons_recorde
     ]  # fmt: skip
     died, froze, looped = [launch for launch in launches if launch.event == "failed"]
     assert died.reason == "rank 1: was killed by SIGKILL"
-    assert froze.reason.startswith(f"rank 0 on {froze.faulty} hangs in phase step after step 2: nothing for ")
-    assert froze.reason.endswith("(supervise.step_seconds) and does not answer")
+    assert froze.reason.startswith(f"rank 0 on {froze.faulty} hangs in phase step after step 2: no heartbeat for ")
+    assert froze.reason.endswith("(limit: supervise.step_seconds) and does not answer")
     assert "hangs in phase step after step 3" in looped.reason
     stack = tmp_path / "run/jobs/001/heartbeats/start-2/rank-00001.stack"
     assert "loop_for_ever" in stack.read_text()
@@ -97,7 +97,7 @@ def test_asked_to_stop_it_stops_and_is_not_started_again_until_it_is_submitted_a
     run = tmp_path / "run"
     first = submission(run, [{"does": "wait", "rank": 9}])
     job = int(first.submit())
-    with pytest.raises(ClusterError, match=f"job {job} of {run} is running"):
+    with pytest.raises(ClusterError, match=f"{run} has the job {job}, which is running"):
         submission(run, [{"does": "finish"}]).submit()
     beats = run / "jobs/001/heartbeats/start-0"
     wait_until(lambda: all(read_beat(beats, rank) for rank in range(2)), "both ranks", 60)
