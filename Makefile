@@ -2,19 +2,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORPUS := runs/corpora/stdlib
+OLDEST := .venv-oldest
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' requirements-oldest.txt)
+OLDEST_TESTS := data_pipeline/test_readers.py data_pipeline/test_remote.py data_pipeline/test_shards.py \
+	data_pipeline/test_sources.py distributed/test_deepspeed.py end_to_end/test_commands.py \
+	end_to_end/test_tracking.py launchers pretrain/test_checkpoint.py pretrain/test_checkpoint_remote.py \
+	pretrain/test_config.py pretrain/test_curves.py pretrain/test_engine.py pretrain/test_torch_compat.py
 STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo corpus test faults slurm check bench lock clean
+.PHONY: help setup demo corpus test test-oldest faults slurm check bench lock clean
 
 help: ## list what make can do
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.ready ## make .venv with everything pinned in requirements.lock
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
@@ -24,11 +30,11 @@ corpus: $(CORPUS)/train/manifest.json ## prepare Python's own standard library a
 
 $(CORPUS)/train/manifest.json: | $(VENV)/.ready
 	$(BIN)/byteloom prepare $(STDLIB) --include '*.py' --exclude site-packages --exclude dist-packages \
-		--holdout 0.05 --out $(CORPUS)
+		--holdout 0.01 --out $(CORPUS)
 
 demo: setup corpus ## train a small model on it for a few minutes and let it write
 	$(BIN)/byteloom inspect $(CORPUS)/train
-	$(BIN)/byteloom train configs/demo.yaml
+	$(BIN)/byteloom train demo
 	@echo; echo "The model goes on from 'def ':"; echo
 	@$(BIN)/byteloom generate runs/demo --prompt 'def ' --bytes 400 --temperature 0.7
 	@echo
@@ -36,10 +42,17 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
 	@echo "By document:  $(BIN)/byteloom eval runs/demo"
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000"
-	@echo "Go on:        $(BIN)/byteloom train configs/demo.yaml train.steps=5000"
+	@echo "Go on:        $(BIN)/byteloom train demo train.steps=5000"
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-oldest: ## run a quick part of the tests with the oldest supported versions, in .venv-oldest
+	@echo "Downloads the oldest supported versions into $(OLDEST), torch $(OLDEST_TORCH) among them: up to 4 GB."
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/^torch==.*/torch==$(OLDEST_TORCH)/' requirements-oldest.txt > $(OLDEST)/constraints.txt
+	DS_BUILD_OPS=0 $(OLDEST)/bin/pip install --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist loadfile $(addprefix tests/,$(OLDEST_TESTS))
 
 faults: setup ## kill the ranks of 200 small runs, and look whether each goes on
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --rounds 200
@@ -71,8 +84,8 @@ lock: ## pin what pyproject.toml allows today into requirements.lock
 	DS_BUILD_OPS=0 .lock-venv/bin/pip install --quiet --editable '.[dev]'
 	{ echo "# Every package of the environment, pinned; made by 'make lock', installed by 'make setup'."; \
 		echo "# Where torch is a CUDA build, it pins its own CUDA packages."; \
-		.lock-venv/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
+		.lock-venv/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
 	rm -rf .lock-venv
 
 clean: ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .lock-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .lock-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

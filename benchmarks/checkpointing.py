@@ -2,10 +2,11 @@
 
 python benchmarks/checkpointing.py [--quick] [--compile] [--json PATH]
 
-A MEGABYTE with patches of 32 (global 512 wide, 8 layers; local 128 wide, 4 layers), one row, bf16. A step is one of the
-engine, update included; modes take turns, and a time is told as the median of its ratios to the step without
-checkpointing in the same round. `dropout` is of 0.1, as in the paper: on a CPU attention inside the patches then keeps
-its weights, and drawing their masks again is most of what is computed again, which a GPU does for next to nothing.
+A MEGABYTE with patches of 32 (global 512 wide, 8 layers; local 128 wide, 4 layers), one row, in bf16, or in fp32 where
+the CPU emulates bf16. A step is the engine's, with its update. Modes take turns; a time is the median of its ratios to
+the step without checkpointing in the same round. `dropout` is of 0.1, as in the paper: on a CPU attention inside the
+patches then keeps its weights, and drawing their masks again is most of what is computed again, which a GPU does for
+next to nothing.
 
 Peak memory is that of all tensors beside parameters, gradients and moments in a forward and a backward pass, counted
 and not sampled, by `pretrain.footprint`: of this CPU, and as on a GPU with fused attention. `--compile` adds compiled
@@ -22,12 +23,12 @@ import torch
 
 from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Rows
-from pretrain.engines import CheckpointingConfig, Engine, EngineConfig, build_engine
+from pretrain.engines import CheckpointingConfig, Engine, EngineConfig, build_engine, compute_dtype
 from pretrain.engines.blocks import recompute
 from pretrain.footprint import activations_of, measure_activations
 from pretrain.models import ModelConfig, build_model, model_config
 from pretrain.optimizers import OptimizerConfig
-from report import Metric, report
+from report import Metric, native_precisions, report
 
 WAYS = {
     "none": CheckpointingConfig(),
@@ -50,21 +51,22 @@ def main() -> None:
     chosen = parser.parse_args()
     length = 2**14 if chosen.quick else 2**16
     rounds = 1 if chosen.quick else ROUNDS
-    metrics = compared(WAYS, megabyte(length), rounds, compiles=chosen.compile)
-    metrics += compared(DROPPING, megabyte(length, dropout=0.1), rounds)
-    report(f"Activation checkpointing at T = {length:,}", metrics, chosen.json)
+    precision = native_precisions()[-1]
+    metrics = compared(WAYS, megabyte(length), precision, rounds, compiles=chosen.compile)
+    metrics += compared(DROPPING, megabyte(length, dropout=0.1), precision, rounds)
+    report(f"Activation checkpointing at T = {length:,}, {precision}", metrics, chosen.json)
 
 
 def compared(
-    ways: dict[str, CheckpointingConfig], config: ModelConfig, rounds: int, *, compiles: bool = False
+    ways: dict[str, CheckpointingConfig], config: ModelConfig, precision: str, rounds: int, *, compiles: bool = False
 ) -> list[Metric]:
     """Steps and peaks of each way, in shares of those without checkpointing."""
-    engines = {name: engine_of(config, way) for name, way in ways.items()}
+    engines = {name: engine_of(config, way, precision) for name, way in ways.items()}
     if compiles:
-        engines["compiled"] = engine_of(config, CheckpointingConfig(), compiles=True)
+        engines["compiled"] = engine_of(config, CheckpointingConfig(), precision, compiles=True)
     times = step_times(engines, config.sequence_length, rounds)
     plain = statistics.median(times["none"])
-    most = {name: peaks(config, way) for name, way in ways.items()}
+    most = {name: peaks(config, way, compute_dtype(precision)) for name, way in ways.items()}
     metrics = []
     for name, seconds in times.items():
         most_time, most_memory = (
@@ -91,8 +93,8 @@ def megabyte(length: int, dropout: float = 0.0) -> ModelConfig:
     )
 
 
-def engine_of(config: ModelConfig, way: CheckpointingConfig, compiles: bool = False) -> Engine:
-    how = EngineConfig(activation_checkpointing=way, compile=compiles)
+def engine_of(config: ModelConfig, way: CheckpointingConfig, precision: str, compiles: bool = False) -> Engine:
+    how = EngineConfig(precision=precision, activation_checkpointing=way, compile=compiles)
     with torch.device("meta"):
         model = build_model(config)
     engine = build_engine(how, model, OptimizerConfig(), seed=0)
@@ -113,12 +115,12 @@ def step_times(engines: dict[str, Engine], length: int, rounds: int) -> dict[str
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def peaks(config: ModelConfig, way: CheckpointingConfig) -> tuple[int, int]:
+def peaks(config: ModelConfig, way: CheckpointingConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Peak bytes of activations, of this CPU and as on a GPU."""
-    model = build_model(config).bfloat16()
+    model = build_model(config).to(dtype)
     recompute(way, model)
     on_cpu = activations_of(model, torch.zeros(1, config.sequence_length, dtype=torch.int16))
-    return on_cpu.peak, measure_activations(config, 1, torch.bfloat16, way).peak
+    return on_cpu.peak, measure_activations(config, 1, dtype, way).peak
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-BATCH = 2
-LENGTH = 8192
+QUICK_OPTION = "--quick"
+"""Of this process and of models.py: a smaller batch."""
+BATCH, LENGTH = (1, 2048) if QUICK_OPTION in sys.argv else (2, 8192)
 PATCH = 8
 LATENTS = 1024
 GLOBAL_WIDTH, GLOBAL_LAYERS, GLOBAL_HEADS = 512, 8, 8
@@ -44,7 +45,7 @@ Build = Callable[[Tensor, str, list[str]], tuple[Callable[[], object], dict[str,
 
 
 def main() -> None:
-    name, precision, *settings = sys.argv[1:]
+    name, precision, *settings = (word for word in sys.argv[1:] if word != QUICK_OPTION)
     modules, build = CONTENDERS[name]
     for module in modules:
         import_module(module)

@@ -3,7 +3,7 @@
 python benchmarks/engines.py [--quick] [--json PATH]
 
 Ranks are processes of one thread each that meet over gloo on this machine; the model is that of
-configs/megabyte/books-10m.yaml, in bf16; for memory, half as wide.
+configs/megabyte/books-10m.yaml: for memory, half as wide and in bf16; for time, in fp32 where the CPU emulates bf16.
 
 Memory, on 4 ranks: the bytes of all tensors that live on a rank between backward and the update (masters, moments,
 gradients, copies, and whatever an engine left unsharded), beyond those that lived before the engine was built. The
@@ -37,14 +37,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Rows
 from pretrain.config import Config, load
-from pretrain.engines import Engine, EngineError, StepResult, build_engine
+from pretrain.engines import Engine, EngineError, StepResult, build_engine, compute_dtype
 from pretrain.models import ByteModel, build_model
 from pretrain.world import ALONE, World
-from report import Metric, options, report
+from report import Metric, native_precisions, options, report
 
 RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
 MEMORY_RANKS, TIME_RANKS, ROWS = 4, 2, 4
-SMALLER = ["model.sequence_length=256", "model.global_model.width=256", "model.local_model.width=64"]
+SMALLER = [
+    "engine.precision=bf16",
+    "model.sequence_length=64",
+    "model.global_model.width=256",
+    "model.local_model.width=64",
+]
 ENGINES = {
     "ddp": ["engine.name=ddp"],
     "fsdp": ["engine.name=fsdp"],
@@ -73,10 +78,11 @@ them, but lives on; without a bucket only the states are left."""
 def main() -> None:
     chosen = options(__doc__)
     rounds = 5 if chosen.quick else 25
+    precision = native_precisions()[-1]
     metrics = memory_metrics(on_ranks(MEMORY_RANKS, memory_on_rank))
     for ranks in (1, TIME_RANKS):
-        metrics += time_metrics(on_ranks(ranks, times_on_rank, rounds))
-    report("Engines", metrics, chosen.json)
+        metrics += time_metrics(on_ranks(ranks, times_on_rank, rounds, precision))
+    report(f"Engines; times in {precision}", metrics, chosen.json)
 
 
 def memory_metrics(told: list[dict[str, Any]]) -> list[Metric]:
@@ -130,16 +136,16 @@ def memory_on_rank(world: World) -> dict[str, Any]:
         engine = engine_of([*SMALLER, *overrides], place, rows=1)
         if not isinstance(engine, str):
             for step in range(2):  # DDP lays its buckets out anew after the first
-                engine.train_step(batch(place, 1, 256), step=step, learning_rate=1e-4)
+                engine.train_step(batch(place, 1, 64), step=step, learning_rate=1e-4)
         told[name] = engine if isinstance(engine, str) else found[-1] - before
         del engine
     handle.remove()
     return told
 
 
-def times_on_rank(world: World, rounds: int) -> dict[str, Any]:
+def times_on_rank(world: World, rounds: int, precision: str) -> dict[str, Any]:
     """By the clock and of the CPU, this rank's seconds of each contender's steps; and their phases."""
-    config = load(RECIPE)
+    config = load(RECIPE, [f"engine.precision={precision}"])
     bare = BareLoop(the_model(config), config, world)
     micro_batches = batch(world, ROWS, config.model.sequence_length)
     ids = torch.from_numpy(micro_batches[0].ids)
@@ -147,7 +153,7 @@ def times_on_rank(world: World, rounds: int) -> dict[str, Any]:
     for name, overrides in ENGINES.items():
         if name in ("hsdp of 2", "zero3, no bucket") or (world.size == 1 and name != "ddp"):
             continue  # one process has nothing to share, groups of 2 are all of 2 ranks, and buckets are for speed
-        engine = engine_of(overrides, world, ROWS)
+        engine = engine_of([f"engine.precision={precision}", *overrides], world, ROWS)
         if not isinstance(engine, str):
             work[name] = partial(engine.train_step, micro_batches, step=0, learning_rate=1e-4)
     for function in work.values():
@@ -177,10 +183,10 @@ def times_on_rank(world: World, rounds: int) -> dict[str, Any]:
 
 
 class BareLoop:
-    """Plain PyTorch: bf16 copies in the graph, DDP on several ranks, clipping, fused AdamW on fp32 masters."""
+    """Plain PyTorch: a cast in the graph, DDP on several ranks, clipping, fused AdamW on fp32 masters."""
 
     def __init__(self, model: ByteModel, config: Config, world: World) -> None:
-        self._module: nn.Module = _InLowPrecision(model)
+        self._module: nn.Module = _InPrecision(model, compute_dtype(config.engine.precision))
         if world.size > 1:
             self._module = DistributedDataParallel(self._module, gradient_as_bucket_view=True)
         self._parameters = list(model.parameters())
@@ -204,13 +210,14 @@ class BareLoop:
         return loss.item()
 
 
-class _InLowPrecision(nn.Module):
-    def __init__(self, model: ByteModel) -> None:
+class _InPrecision(nn.Module):
+    def __init__(self, model: ByteModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        copies = {name: parameter.bfloat16() for name, parameter in self.model.named_parameters()}
+        copies = {name: parameter.to(self.dtype) for name, parameter in self.model.named_parameters()}
         return functional_call(self.model, copies, (ids,)).mean()
 
 

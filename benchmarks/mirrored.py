@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import Config, load
-from pretrain.engines.base import compute_dtype
+from pretrain.engines import compute_dtype, scoring_precision
 from pretrain.fragments import whole
 from pretrain.models import build_model
 from pretrain.models.perceiver_ar import PerceiverAR
@@ -151,12 +151,12 @@ def mirrored(half: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def trained(run: Path, config: Config) -> PerceiverAR:
-    """The model of a run's newest checkpoint, in the precision it was trained in."""
+    """Return the model of a run's newest checkpoint, in the precision that `eval` would take."""
     model = build_model(config.model).eval()
     assert isinstance(model, PerceiverAR)
     parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]
     assert CheckpointStore(RunFolder(run).checkpoints, keep=1).load(lambda checkpoint: parameters) is not None
-    return model.to(compute_dtype(config.engine.precision))
+    return model.to(compute_dtype(scoring_precision(config.engine.precision, torch.device("cpu"))))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain.engines import has_native_bf16
 from pretrain.tables import Table
 
 
@@ -37,6 +39,14 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="end within a minute, with fewer rounds")
     parser.add_argument("--json", type=Path, help="write the metrics here as well")
     return parser.parse_args()
+
+
+def native_precisions() -> tuple[str, ...]:
+    """Return the precisions that this CPU has instructions for, the fastest last; print what is left out."""
+    if has_native_bf16(torch.device("cpu")):
+        return ("fp32", "bf16")
+    print("bf16 is left out: this CPU emulates it", file=sys.stderr)
+    return ("fp32",)
 
 
 def interleaved(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -10,9 +10,9 @@ import torch
 from batch import random_batch
 
 from pretrain.config import load
-from pretrain.engines import build_engine
+from pretrain.engines import build_engine, compute_dtype
 from pretrain.models import build_model
-from report import Metric, interleaved, options, report
+from report import Metric, interleaved, native_precisions, options, report
 
 RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
 SIZE = 2048
@@ -25,14 +25,14 @@ def product(square: torch.Tensor) -> float:
 def main() -> None:
     chosen = options(__doc__)
     metrics = []
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision in native_precisions():
         config = load(RECIPE, [f"engine.precision={precision}"])
         torch.manual_seed(0)
         model = build_model(config.model)
         engine = build_engine(config.engine, model, config.optimizer, seed=0)
         rows, length = config.train.micro_batch, config.model.sequence_length
         batch = random_batch(rows, length)
-        square = torch.randn(SIZE, SIZE, device=engine.device).to(dtype)
+        square = torch.randn(SIZE, SIZE, device=engine.device).to(compute_dtype(precision))
         work = {
             "step": partial(engine.train_step, batch, step=0, learning_rate=1e-4),
             "product": partial(product, square),

@@ -33,7 +33,7 @@ class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     """How one process reads ahead. Memory, beside the blocks that lanes are in: for each thread and two more, a window
     of 32 MiB, as much again while a mixture's is read or where there is padding; and `prefetch` micro-batches."""
 
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(default=2, ge=1, le=1024)
     """Threads that read and decompress."""
     prefetch: int = Field(default=8, ge=1)
     """Micro-batches read ahead of the training step, at least."""

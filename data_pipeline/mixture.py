@@ -19,7 +19,9 @@ from data_pipeline.rows import Ids, Rows, interleave
 from data_pipeline.stream import ByteStream
 
 SHARE_BITS = 24
-"""Shares are multiples of 2**-24: integers, so that the schedule is exact for 2**38 sequences."""
+"""Shares are multiples of 2**-24: integers, so that the schedule is exact for MOST_SEQUENCES."""
+MOST_SEQUENCES = 1 << 38
+"""Sequences of a run, at most."""
 SCHEDULE_VERSION = 1
 """Goes up if the schedule ever changes; part of the fingerprint."""
 

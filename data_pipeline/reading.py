@@ -18,6 +18,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
+from byteloom.core.locations import LocationText
 from data_pipeline.errors import CorpusError
 from data_pipeline.loader import WINDOW, Batch, Loader, LoaderConfig
 from data_pipeline.mixture import Mixture, Stage, left_out
@@ -34,9 +35,9 @@ ONLY_SOURCE = "corpus"
 class SourceConfig(PackingConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """One corpus of a mixture."""
 
-    shards: str
+    shards: LocationText
     """Folder or URL of a corpus that `byteloom prepare` wrote."""
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=0)
     """Sequences of this source in proportion to the other sources' weights, from the first step on."""
 
 
@@ -45,14 +46,14 @@ class StageConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 
     step: int = Field(ge=1)
     """The new weights hold after this many steps."""
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    weights: dict[str, Annotated[float, Field(ge=0)]]
     """By source; a source that is not named keeps its weight."""
 
 
 class DataConfig(PackingConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """What a run reads, and in which order. Either `shards`, or `mixture`."""
 
-    shards: str | None = None
+    shards: LocationText | None = None
     """Folder or URL of a corpus that `byteloom prepare` wrote, with manifest.json in it."""
     mixture: dict[str, SourceConfig] = Field(default={})
     """Several corpora by weight: for each, under a name of your choice, its shards, weight, packing and
@@ -274,16 +275,29 @@ def open_streams(config: DataConfig, sequence_length: int) -> dict[str, ByteStre
     streams: dict[str, ByteStream] = {}
     with ExitStack() as opened:
         for name, source in config.sources().items():
-            streams[name] = ByteStream(
-                opened.enter_context(Corpus(source.shards, remote=config.remote)),
-                PackingConfig(packing=source.packing, separate_documents=source.separate_documents),
-                sequence_length,
-                lanes=config.lanes,
-                seed=config.seed,
-                bad_blocks=config.bad_blocks,
-            )
+            streams[name] = open_stream(config, source, sequence_length)
+            opened.enter_context(streams[name].corpus)
         opened.pop_all()  # all are open: they stay so
     return streams
+
+
+def open_stream(config: DataConfig, source: SourceConfig, sequence_length: int) -> ByteStream:
+    """Open one corpus of a recipe.
+
+    Raises:
+        CorpusError: the corpus is missing, damaged or shorter than a sequence.
+    """
+    with ExitStack() as opened:
+        stream = ByteStream(
+            opened.enter_context(Corpus(source.shards, remote=config.remote)),
+            PackingConfig(packing=source.packing, separate_documents=source.separate_documents),
+            sequence_length,
+            lanes=config.lanes,
+            seed=config.seed,
+            bad_blocks=config.bad_blocks,
+        )
+        opened.pop_all()
+    return stream
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

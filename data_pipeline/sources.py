@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
+from byteloom.core.packages import MissingPackageError, needed_by
+from byteloom.core.urls import file_system
 from data_pipeline.errors import BadDocumentError, CorpusError
 from data_pipeline.gitignore import RuleFile, is_ignored, parse_rules, rules_above
 
@@ -130,6 +132,8 @@ def open_file(url: str, buffered: bool = True) -> BinaryIO:
         # Range requests are not for every web server; without a block size fsspec makes one request and streams it.
         ahead = {"block_size": 0} if _is_http(url) else {"block_size": READ_AHEAD_BYTES, "cache_type": "readahead"}
         return io.BufferedReader(_Stream(filesystem.open(path, "rb", **ahead), url, not _is_http(url)), BUFFER_BYTES)
+    except MissingPackageError:
+        raise
     except Exception as error:  # each of fsspec's libraries has errors of its own
         raise LeftOutError("unreadable", f"cannot read {url}: {_in_a_line(error)}") from error
 
@@ -245,6 +249,8 @@ def _remote_root(source: str) -> _Root:
     except FileNotFoundError as error:
         why = f" ({_in_a_line(error.__cause__)})" if error.__cause__ else ""
         raise CorpusError(f"no such file or folder: {source}{why}") from error
+    except MissingPackageError:
+        raise
     except Exception as error:  # each of fsspec's libraries has errors of its own
         raise CorpusError(f"cannot read {source}: {_in_a_line(error)}") from error
 
@@ -367,16 +373,15 @@ def _is_http(url: str) -> bool:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it. fsspec keeps one of each kind."""
-    from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs are worth it
-
     options: dict[str, Any] = {"use_listings_cache": False}  # it would hold every listing in memory
     if _is_http(url):
-        from aiohttp import ClientTimeout  # noqa: PLC0415 - a third of a second
+        with needed_by(url, "aiohttp"):
+            from aiohttp import ClientTimeout  # noqa: PLC0415 - a third of a second
 
         # Bytes as they are stored, not compressed for the way; and no end after five minutes, as is aiohttp's default.
         options["headers"] = {"Accept-Encoding": "identity"}
         options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=60, sock_read=300)}
-    return url_to_fs(url, **options)
+    return file_system(url, **options)
 
 
 def _last_part(path: str) -> str:

@@ -24,6 +24,10 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 
+from byteloom.core.locations import LocationText
+from byteloom.core.numbers import Seconds
+from byteloom.core.packages import needed_by
+from byteloom.core.urls import file_system
 from data_pipeline.errors import CorpusError, CorruptBlockError, ForbiddenError, MissingFileError, ShardEndsError
 
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ T = TypeVar("T")
 class RemoteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How shards that lie at a URL are fetched. A folder of this machine needs none of it."""
 
-    cache: str | None = None
+    cache: LocationText | None = None
     """Folder of this machine that keeps what was fetched, for the next epoch and the next run. The processes of a
     machine, and any number of corpora, share it."""
     cache_bytes: int = Field(default=64 << 30, ge=0)
@@ -62,10 +66,10 @@ class RemoteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     4 MiB of raw bytes, compressed; with less, bytes are fetched more than once."""
     attempts: int = Field(default=10, ge=1)
     """Times a request is made before the corpus counts as unreadable."""
-    backoff_seconds: float = Field(default=0.5, ge=0)
+    backoff_seconds: float = Field(default=0.5, ge=0, le=1e9)
     """Longest pause after the first failed attempt; it doubles with each, up to 30 s, and each pause is drawn evenly
     between 0 and the longest. A server that says how long to wait is obeyed, up to 30 s."""
-    timeout_seconds: float = Field(default=30.0, gt=0)
+    timeout_seconds: Seconds = 30.0
     """A connection that brings nothing for this long has failed."""
 
 
@@ -121,6 +125,7 @@ def open_storage(location: str | Path, config: RemoteConfig) -> Storage:
 
     Raises:
         CorpusError: nothing here opens URLs of this kind.
+        MissingPackageError: the package that opens them is not installed.
     """
     return Remote(str(location), config) if "://" in str(location) else Folder(Path(location))
 
@@ -212,7 +217,7 @@ class Remote:
         self._lock = threading.Lock()
         try:
             self._files, self._root = _file_system(self.location, config.timeout_seconds)
-        except (ImportError, ValueError) as error:
+        except ValueError as error:
             raise CorpusError(f"{url} cannot be opened: {error}") from error
 
     def identify(self, digest: str) -> None:
@@ -348,12 +353,11 @@ class _WrongAnswerError(Exception):
 
 def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     """The file system of a URL and the path in it, without caches or attempts of its own."""
-    from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs are worth it
-
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("http", "https"):
-        import aiohttp  # noqa: PLC0415 - a third of a second that only URLs are worth
+        with needed_by(url, "aiohttp"):
+            import aiohttp  # noqa: PLC0415 - a third of a second that only URLs are worth
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         # A server that compresses on the way would answer with ranges of something else.
@@ -361,7 +365,7 @@ def _file_system(url: str, timeout: float) -> tuple[Any, str]:
     elif protocol in ("s3", "s3a"):
         times = {"connect_timeout": timeout, "read_timeout": timeout}
         options["config_kwargs"] = {**times, "retries": {"total_max_attempts": 1}}
-    files, root = url_to_fs(url, **options)
+    files, root = file_system(url, **options)
     if protocol in ("s3", "s3a"):
         files.retries = 1
     return files, root

@@ -10,10 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError
-
 from launchers.cluster import ClusterConfig, ClusterError, refusal
+from launchers.executors import import_submitit
 
 RESTARTS = 5
 """After so many, a task that is killed stays dead; one that is asked to make room is started again any number of times.
@@ -51,7 +49,8 @@ def submit_commands(
     if shutil.which("srun") is None:
         raise ClusterError("this machine has no srun: Slurm is not installed, or its environment module is not loaded")
     is_new = not folder.exists()
-    executor = SlurmExecutor(folder)
+    submitit = import_submitit()
+    executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
         **cluster.as_submitit(),
         job_name=name,
@@ -66,7 +65,7 @@ def submit_commands(
     )
     try:
         return executor.map_array(become, [list(command) for command in commands])[0].job_id.partition("_")[0]
-    except FailedJobError as error:
+    except submitit.core.utils.FailedJobError as error:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise refusal(str(error)) from error

@@ -1,16 +1,17 @@
 """Presets of clusters: what a job asks of the scheduler, in a YAML file that `byteloom submit --cluster` names."""
 
-import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
 
-PRESETS = Path(__file__).parents[1] / "configs" / "cluster"
+from byteloom.core.configs import UnknownNameError, find_preset
+from byteloom.core.validation import describe_expected, describe_value, nearest
 
 
 class ClusterError(Exception):
@@ -22,7 +23,7 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
 
     scheduler: Literal["slurm", "local"] = "slurm"
     """Who runs the job: Slurm, or this machine (submitit's local executor)."""
-    nodes: str = Field(default="1", pattern=r"^[1-9]\d*(-[1-9]\d*)?$")
+    nodes: str = Field(default="1", pattern=r"^[1-9]\d*(-[1-9]\d*)?$", examples=["4", "2-4"])
     """How many nodes: 4, or 2-4 for as many as there are when it starts; a restart may be given another number."""
     processes_per_node: int | None = Field(default=None, ge=1)
     """Ranks on each node; without it one for each GPU, or one."""
@@ -40,7 +41,9 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """Quality of service."""
     constraint: str | None = None
     """Features that nodes must have."""
-    time: str | None = Field(default=None, pattern=r"^(\d+|(\d+-)?\d+(:\d+){0,2})$")
+    time: str | None = Field(
+        default=None, pattern=r"^(\d+|(\d+-)?\d+(:\d+){0,2})$", examples=["90", "12:00:00", "2-00:00:00"]
+    )
     """Limit of one start: minutes, hours:minutes:seconds or days-hours:minutes:seconds. A longer run goes on in another
     start."""
     signal_seconds: int = Field(default=180, ge=1, le=65535)
@@ -81,12 +84,15 @@ def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
     Raises:
         ClusterError: there is none, or it is wrong.
     """
-    path = Path(name) if name.endswith(".yaml") else PRESETS / f"{name}.yaml"
     try:
+        path = find_preset(name)
         tree = yaml.load(path.read_text(encoding="utf-8"), _PresetLoader) or {}
-    except FileNotFoundError:
-        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
-        raise ClusterError(f"--cluster {name}: no such preset; choose one of {known}, or a .yaml file") from None
+    except UnknownNameError as error:
+        raise ClusterError(f"--cluster {name}: {error}") from None
+    except OSError as error:
+        raise ClusterError(f"--cluster {name}: cannot read the preset: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ClusterError(f"{path} is not a preset: it is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ClusterError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -98,17 +104,27 @@ def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate_json(json.dumps({**tree, **given}, default=str), strict=True)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors(include_url=False):
-            field = ".".join(map(str, fault["loc"]))
-            origin = f"option --{field.replace('_', '-')}" if field in given else str(path)
-            if fault["type"] == "extra_forbidden":
-                nearest = difflib.get_close_matches(field, ClusterConfig.model_fields, 1)
-                hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-                lines.append(f"{origin}: {field} is not a field of a preset{hint}")
-            else:
-                lines.append(f"{origin}: {field} is {json.dumps(fault['input'], default=str)}; {fault['msg']}")
-        raise ClusterError("\n".join(lines)) from None
+        faults = error.errors(include_url=False)
+        raise ClusterError("\n".join(dict.fromkeys(_describe(fault, given, path) for fault in faults))) from None
+
+
+def _describe(fault: ErrorDetails, given: Container[str], path: Path) -> str:
+    """Return what is wrong, where it came from and what is expected.
+
+    Args:
+        given: fields that are options of the command.
+        path: of the preset.
+    """
+    name, *inside = map(str, fault["loc"])
+    field = ".".join([name, *inside[:1]])
+    origin = f"option --{field.replace('_', '-')}" if field in given else str(path)
+    if fault["type"] == "extra_forbidden":
+        return f"{origin}: {field} is not a field of a preset{nearest(field, list(ClusterConfig.model_fields))}"
+    if name == "sbatch" and inside:
+        expected = "it must be text, a whole number, true or false"
+    else:
+        expected = describe_expected(fault, examples=ClusterConfig.model_fields[name].examples or ())
+    return f"{origin}: {field} is {describe_value(fault['input'])}; {expected}"
 
 
 class _PresetLoader(yaml.SafeLoader):

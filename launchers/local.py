@@ -25,6 +25,7 @@ from types import FrameType
 
 from pydantic import BaseModel, Field
 
+from byteloom.core.numbers import Seconds
 from launchers import imports
 
 GRACE_SECONDS = 2.0
@@ -40,9 +41,9 @@ log = logging.getLogger(__name__)
 class LaunchConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How many processes train, where no other launcher (torchrun, srun) starts them."""
 
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=1024)
     """Ranks that `byteloom train` starts on this machine and watches over: one for each GPU."""
-    meeting_seconds: float = Field(default=300.0, gt=0)
+    meeting_seconds: Seconds = 300.0
     """How long a rank waits at the start until all the others are there."""
 
 

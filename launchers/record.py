@@ -9,10 +9,13 @@ The command that submits and the supervisor of each start write it; whoever want
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+from launchers.heartbeat import FOLDER as HEARTBEATS
 
 Event = Literal[
     "submitted",  # the scheduler has taken the job
@@ -44,6 +47,12 @@ class Launch:
     reason: str = ""
     faulty: str = ""
     """The node to blame, where one is."""
+
+    @property
+    def summary(self) -> str:
+        """The event and its reason, for people."""
+        event = self.event.replace("_", " ")
+        return f"{event}: {self.reason}" if self.reason else event
 
     @property
     def ends_background(self) -> bool:
@@ -82,6 +91,19 @@ class LaunchRecord:
             return []
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
         return [Launch(**json.loads(line)) for line in whole.splitlines()]
+
+
+def reason_of_start(run: Path, environment: Mapping[str, str]) -> str:
+    """Return why the ranks of a run are being started: what the record says, or the scheduler, or "manual"."""
+    if HEARTBEATS in environment:  # a supervisor starts them, and has just noted it
+        launches = LaunchRecord(run).read()
+        before = [last for last, launch in pairwise(launches) if launch.event == "started"]
+        return before[-1].summary if before else "submitted"
+    if (restarts := environment.get("SLURM_RESTART_COUNT", "0")) != "0":
+        return f"Slurm requeued job {environment.get('SLURM_JOB_ID')} (restart {restarts})"
+    if (restarts := environment.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        return f"torchrun restarted the ranks (restart {restarts})"
+    return "manual"
 
 
 def last_submission(run: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,8 @@ class Allocation:
                 "PATH in the preset's setup, or choose other nodes"
             )
         # A node that does not see the run folder would fail without a word, or train with another's code.
-        look = f'test -e {self._folder}/plan.json && test -x {sys.executable} || echo "$SLURMD_NODENAME"'
+        plan, python = shlex.quote(f"{self._folder}/plan.json"), shlex.quote(sys.executable)
+        look = f'test -e {plan} && test -x {python} || echo "$SLURMD_NODENAME"'
         done = subprocess.run(
             ["srun", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1", "--chdir=/", "sh", "-c", look],
             capture_output=True,
@@ -192,7 +194,7 @@ def srun_command(plan: Plan, folder: Path, nodes: int, name: str) -> list[str]:
         *gpus,
         "--kill-on-bad-exit=1",
         "--unbuffered",
-        f"--output={folder}/ranks/rank-%5t.log",
+        f"--output={str(folder).replace('%', '%%')}/ranks/rank-%5t.log",
         "--open-mode=append",
         *(sys.executable, "-P", "-m", "launchers.rank", plan.entry, f"{folder}/config.yaml"),
     ]

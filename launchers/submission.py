@@ -4,6 +4,7 @@
     RUN/gave-up.md           why nothing is started any more, if it is so
     RUN/jobs/001/            the first submission; another one of the same run is 002
         config.yaml          the resolved recipe, which every start of this job trains
+        config.source.json   the recipe that a person named, and the commits of its repository and of Byteloom
         code/                the packages as they were then, which every start of this job runs
         cluster.yaml         what the job asks for
         plan.json            what the supervisor is told
@@ -28,19 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from submitit import LocalExecutor, SlurmExecutor
-from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers import scheduler
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
+from launchers.executors import import_submitit
 from launchers.machine import Machine, is_running
 from launchers.record import LaunchRecord, last_submission
 from launchers.scheduler import SchedulerError
 from launchers.slurm import Allocation, srun_command
 from launchers.supervise import Plan, Supervisor
 
-PACKAGES = ("data_pipeline", "launchers", "pretrain")
+PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
 LONGEST_LOCAL_MINUTES = 60 * 24 * 365
 OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
@@ -51,19 +50,21 @@ class Submission:
     Args:
         run: the run folder.
         recipe: the resolved recipe, as YAML.
+        source: JSON text that records what the recipe was made of.
     """
 
-    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig) -> None:
-        self.run, self.recipe, self.plan, self.cluster = run, recipe, plan, cluster
+    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig, source: str = "") -> None:
+        self.run, self.recipe, self.plan, self.cluster, self.source = run, recipe, plan, cluster, source
         numbers = [int(path.name) for path in (run / "jobs").glob("[0-9]*")]
         self.folder = run / "jobs" / f"{max(numbers, default=0) + 1:03d}"
 
     def script(self) -> str:
         """The batch script."""
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
-        return _make_sbatch_string(
+        script: str = import_submitit().slurm.slurm._make_sbatch_string(
             command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
         )
+        return script
 
     def srun(self) -> str:
         """How the job's supervisor will start the ranks on the least number of nodes."""
@@ -100,7 +101,13 @@ class Submission:
         return self.folder / "submitit"
 
     def refuse(self) -> None:
-        """Raises ClusterError if it cannot be submitted: an earlier job is not over, or Slurm could never run this."""
+        """Check that it can be submitted.
+
+        Raises:
+            ClusterError: an earlier job is not over, or Slurm could never run this.
+            MissingPackageError: submitit is not installed.
+        """
+        import_submitit()
         self._refuse_two_at_once()
         if self.cluster.scheduler == "slurm":
             self._refuse_the_impossible()
@@ -143,6 +150,7 @@ class Submission:
         for folder in (self.folder, self.folder / "ranks", self._submitit):
             folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
+        (self.folder / "config.source.json").write_text(self.source, encoding="utf-8")
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(self.cluster.model_dump()), encoding="utf-8")
         self.plan.save(self.folder / "plan.json")
         source = Path(__file__).parents[1]
@@ -154,10 +162,10 @@ class Submission:
     def _submit(self) -> str:
         arguments = (supervise, str(self.folder), self.cluster.scheduler)
         if self.cluster.scheduler == "local":
-            local = LocalExecutor(self._submitit)
+            local = import_submitit().LocalExecutor(self._submitit)
             local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
             with _importing_from(self.folder / "code"):
-                return local.submit(*arguments).job_id
+                return str(local.submit(*arguments).job_id)
         return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
     def parameters(self, folder: str) -> dict[str, Any]:
@@ -225,12 +233,13 @@ def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int)
 
 def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
     """Submits calls, several of them as an array; returns the ids of their jobs."""
-    slurm = SlurmExecutor(folder)
+    submitit = import_submitit()
+    slurm = submitit.SlurmExecutor(folder)
     slurm.update_parameters(**parameters)
     try:
         with slurm.batch():
             jobs = [slurm.submit(*task) for task in tasks]
-    except FailedJobError as error:
+    except submitit.core.utils.FailedJobError as error:
         raise refusal(str(error)) from error
     return [job.job_id for job in jobs]
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fsspec.core import url_to_fs
 from pydantic import BaseModel, Field
 
+from byteloom.core.numbers import Seconds
+from byteloom.core.urls import file_system
 from byteloom.core.words import count
 from launchers.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
 from launchers.record import Event, Launch, LaunchRecord
@@ -39,13 +40,13 @@ log = logging.getLogger(__name__)
 class SuperviseConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """When a run that `byteloom submit` has started counts as hung, and when as hopeless."""
 
-    start_seconds: float = Field(default=1200.0, gt=0)
+    start_seconds: Seconds = 1200.0
     """From a start until the first step: meeting, loading a checkpoint, compiling."""
-    step_seconds: float = Field(default=300.0, gt=0)
+    step_seconds: Seconds = 300.0
     """One step, with the wait for its data."""
-    evaluation_seconds: float = Field(default=3600.0, gt=0)
+    evaluation_seconds: Seconds = 3600.0
     """One validation."""
-    checkpoint_seconds: float = Field(default=1800.0, gt=0)
+    checkpoint_seconds: Seconds = 1800.0
     """The wait for a checkpoint, and what is left to do at a run's end."""
     attempts: int = Field(default=3, ge=1)
     """Starts in a row that fail, or meet the time limit, and leave no newer checkpoint; then the run is given up."""
@@ -392,7 +393,7 @@ class Vigil:
 
 def _committed(home: str) -> list[int]:
     """Steps of the checkpoints there. In a folder only committed ones have such names, at a URL they have a marker."""
-    files, root = url_to_fs(home, use_listings_cache=False)
+    files, root = file_system(home, use_listings_cache=False)
     found = files.glob(f"{root}/step-*{'/metadata.json' if '://' in home else ''}")
     return [int(step[1]) for path in found if (step := re.search(r"/step-(\d+)(/metadata\.json)?$", path))]
 

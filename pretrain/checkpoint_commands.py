@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from byteloom.core.words import count
+from pretrain import argument_types as types
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -32,12 +33,18 @@ from pretrain.weights import find_checkpoint, is_checkpoint, store_of
 app = typer.Typer(help="List, check, prune and export the checkpoints of a run.", no_args_is_help=True)
 
 RunPath = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False, parser=types.location
+    ),
 ]
 RunOrCheckpoint = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run (all its checkpoints) or one checkpoint: folder or URL.", show_default=False
+        metavar="RUN",
+        help="A run (all its checkpoints) or one checkpoint: folder or URL.",
+        show_default=False,
+        parser=types.location,
     ),
 ]
 
@@ -86,7 +93,10 @@ def show_command(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run (its newest checkpoint) or one checkpoint: folder or URL.", show_default=False
+            metavar="RUN",
+            help="A run (its newest checkpoint) or one checkpoint: folder or URL.",
+            show_default=False,
+            parser=types.location,
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
@@ -155,7 +165,7 @@ def _elements(metadata: Metadata) -> dict[str, int]:
 
 @app.command("prune")
 def prune_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", parser=types.path)],
     keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Keep the checkpoints at multiples of this many steps as well.")
@@ -178,9 +188,12 @@ def export_command(
             metavar="RUN",
             help="A run (its newest valid checkpoint) or one checkpoint: folder or URL.",
             show_default=False,
+            parser=types.location,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write. It must not exist.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write. It must not exist.", show_default=False, parser=types.path)
+    ],
 ) -> None:
     """Export the weights of a checkpoint: safetensors, and a card in JSON. initialize.weights reads them too."""
     checkpoint = find_checkpoint(path)

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byteloom.core.packages import MissingPackageError
 from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
@@ -21,6 +22,7 @@ from data_pipeline.storage import RemoteConfig
 from launchers.cluster import ClusterError
 from launchers.local import run_in_process, run_processes
 from launchers.scheduler import SchedulerError
+from pretrain import argument_types as types
 from pretrain import (
     checkpoint_commands,
     corpus_commands,
@@ -31,10 +33,12 @@ from pretrain import (
     sweep_command,
 )
 from pretrain import config as configuration
+from pretrain.arguments import OverridesArgument, RecipeArgument, complete_recipe
 from pretrain.checkpoint import CheckpointError, Metadata, read
-from pretrain.config import Config, ConfigError
+from pretrain.config import ConfigError, recipe_schema
+from pretrain.config_check import check_recipe, print_findings
 from pretrain.console import byte_progress, run, said, say, speak_as
-from pretrain.engines import EngineError, choose_device, compute_dtype
+from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation_report import Report
 from pretrain.fence import FencedError
@@ -42,12 +46,15 @@ from pretrain.fragments import whole
 from pretrain.generate import Sampling, SamplingError, generate_rows
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.megabyte import Megabyte
+from pretrain.new_recipe import write_copy
+from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.submit_command import TRAIN_ENTRY
 from pretrain.tables import JsonOption, print_json, print_lines
-from pretrain.tracking import MlflowShipper
+from pretrain.tracking import MlflowShipper, fault_of, shown, store_evaluation
 from pretrain.train import TrainingError, train
-from pretrain.weights import find_checkpoint
+from pretrain.versions import print_versions
+from pretrain.weights import find_checkpoint, trained_precision
 from pretrain.words import count_words
 from pretrain.world import World, WorldError, place_of
 
@@ -83,17 +90,13 @@ FAULTS = (
 )
 """What a person can mend, and is told in a line."""
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as configs/debug.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Overrides of fields, such as train.steps=50 model.patch_size=4.", show_default=False),
-]
 ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
         help="A run (its newest checkpoint is used), one checkpoint, or an export: folder or URL.",
         show_default=False,
+        parser=types.location,
     ),
 ]
 
@@ -126,7 +129,10 @@ class Grouping(StrEnum):
 
 
 DeviceOption = Annotated[Device, typer.Option(help="Device to compute on. auto takes CUDA if there is a GPU.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Precision to compute in. Default: that of the run.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="Precision to compute in. Default: that of the run, or fp32 if this machine emulates bf16."),
+]
 LatentsOption = Annotated[
     int | None,
     typer.Option(
@@ -136,13 +142,15 @@ LatentsOption = Annotated[
 
 
 @app.command("train")
-def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a run, or resume it from its newest checkpoint."""
     config = configuration.load(recipe, overrides or [])
+    place, processes = place_of(os.environ), config.launch.processes
+    is_first = place is None or place.rank == 0
+    source = trace(configuration.find(recipe)) if is_first else {}
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
         resolved = Path(folder) / "recipe.yaml"
-        resolved.write_text(config.as_yaml(), encoding="utf-8")
-        place, processes = place_of(os.environ), config.launch.processes
+        save_resolved(resolved, config.as_yaml(), source)
         if place is None and processes > 1:
             log_of = RunFolder(Path(config.run.root) / config.run.name).log_of
             raise typer.Exit(run_processes(TRAIN_ENTRY, resolved, processes, log_of))
@@ -152,6 +160,27 @@ def train_command(recipe: RecipePath, overrides: Overrides = None) -> None:
                 "set launch.processes=1"
             )
         raise typer.Exit(run_in_process(TRAIN_ENTRY, resolved))
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        print_versions()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_versions,
+            is_eager=True,
+            help="Print the versions of Byteloom, Python, torch, DeepSpeed and the accelerator.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 def start(recipe: Path) -> int:
@@ -167,7 +196,7 @@ def _train(recipe: Path) -> int:
     world = World.join(choose_device(config.engine.device).type, meeting=meeting)
     try:
         with world.in_contact():
-            return train(config, said if world.is_first else Console(quiet=True), world)
+            return train(config, said if world.is_first else Console(quiet=True), world, read_source(recipe))
     finally:
         world.leave()
 
@@ -182,7 +211,8 @@ def _words(text: str | None) -> str | None:
 def eval_command(
     model: ModelPath,
     shards: Annotated[
-        str | None, typer.Argument(help="Corpus: folder or URL. Default: the validation corpus of the run.")
+        str | None,
+        typer.Argument(help="Corpus: folder or URL. Default: the validation corpus of the run.", parser=types.location),
     ] = None,
     mode: Annotated[
         Mode, typer.Option(help="What each byte is predicted from: by default only its own window.")
@@ -212,7 +242,8 @@ def eval_command(
     curves: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the bits per byte at each position in the window and the patch: CSV files and a picture."
+            help="Folder for the bits per byte at each position in the window and the patch: CSV files and a picture.",
+            parser=types.path,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -246,6 +277,21 @@ def eval_command(
         report.table().print()
     if curves is not None:
         report.write_curves(curves)
+    _track_evaluation(model, checkpoint, report)
+
+
+def _track_evaluation(model: str, checkpoint: Metadata, report: Report) -> None:
+    """Store an evaluation of a tracked run, or of a checkpoint in its folder, in MLflow."""
+    path = Path(model).resolve()
+    run = RunFolder(path.parent.parent)
+    if path.parent != run.checkpoints_in(None):
+        run = RunFolder(path)
+    if not run.mlflow.exists() or not checkpoint.state["config"]["tracking"]["enabled"]:
+        return
+    with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
+        report.write_curves(Path(folder))
+        (Path(folder) / "figures.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+        store_evaluation(run.mlflow, Path(folder), f"eval/{checkpoint.name}/{report.name}")
 
 
 @app.command("generate")
@@ -253,12 +299,16 @@ def generate_command(
     model: ModelPath,
     prompt: Annotated[list[str] | None, typer.Option(help="Text that the model continues (repeatable).")] = None,
     prompt_file: Annotated[
-        list[Path] | None, typer.Option(help="File whose bytes the model continues (repeatable).")
+        list[Path] | None,
+        typer.Option(help="File whose bytes the model continues (repeatable).", parser=types.path),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of continuations of each prompt.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the continuations, one file each: PROMPT-SAMPLE.bin. Needed for more than one."),
+        typer.Option(
+            help="Folder for the continuations, one file each: PROMPT-SAMPLE.bin. Needed for more than one.",
+            parser=types.path,
+        ),
     ] = None,
     most_bytes: Annotated[
         int, typer.Option("--bytes", min=1, help="Largest number of bytes of each continuation.")
@@ -309,36 +359,85 @@ def generate_command(
 
 
 @app.command()
-def track(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]) -> None:
-    """Send the metrics of a run that MLflow has not received yet."""
+def track(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False, parser=types.path)],
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Send everything to a new MLflow run, if the old one was deleted.")
+    ] = False,
+) -> None:
+    """Send the metrics and files of a run that MLflow has not received yet."""
     folder = RunFolder(run)
     if not folder.mlflow.exists():
         raise RunFolderError(
             f"{run} has no mlflow.json: it is not a run folder, or the run was started with tracking.enabled=false"
         )
     with folder.locked():
-        shipper = MlflowShipper(folder.metrics, folder.mlflow)
+        shipper = MlflowShipper(folder.metrics, folder.mlflow, folder.config, folder.log_of(0))
+        if new_run:
+            shipper.delivery.forget_run()
         missing = shipper.undelivered()
         if shipper.delivery.status == "RUNNING":  # whoever wrote that is dead: we hold the run's lock
             shipper.set_status("KILLED")
         try:
             shipper.finish()
+        except MissingPackageError:
+            raise
         except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
-            reason = str(error).partition("\n")[0]
-            raise RunFolderError(f"MLflow at {shipper.delivery.uri} cannot be told: {reason}") from error
-    say(f"{count(missing, 'step')} delivered to {shipper.delivery.uri}")
+            raise RunFolderError(
+                f"MLflow at {shown(shipper.delivery.uri)}: {fault_of(error)}. The numbers are safe in {folder.metrics}"
+            ) from error
+    say(f"{count(missing, 'step')} delivered to {shown(shipper.delivery.uri)}")
 
 
 @config_app.command("show")
-def config_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Print a recipe with its overrides and all defaults."""
     typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
+
+
+@config_app.command("new")
+def config_new(
+    path: Annotated[
+        Path, typer.Argument(help="File to write, such as my.yaml.", show_default=False, parser=types.path)
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="Recipe to copy: a name or a .yaml file.",
+            autocompletion=complete_recipe,
+            parser=types.location,
+        ),
+    ] = "debug",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a commented copy of a recipe to edit, and a JSON schema for editors beside it."""
+    schema = write_copy(recipe, path, force)
+    say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields for editors")
+
+
+@config_app.command("check")
+def config_check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a run without training: its recipe, data, checkpoint, memory, disk and packages.
+
+    This writes nothing. The exit code is 1 if a start would fail.
+    """
+    findings = check_recipe(recipe, overrides or [])
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        print_findings(findings)
+    raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    typer.echo(json.dumps(Config.model_json_schema(), indent=1))
+    typer.echo(json.dumps(recipe_schema(), indent=1))
 
 
 @config_app.command("explain")
@@ -364,8 +463,9 @@ def _load_model(
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
     read(checkpoint, [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()])
-    dtype = compute_dtype(precision.value if precision else config["engine"]["precision"])
-    return model.to(choose_device(device.value), dtype), checkpoint
+    place = choose_device(device.value)
+    chosen = precision.value if precision else scoring_precision(trained_precision(checkpoint), place)
+    return model.to(place, compute_dtype(chosen)), checkpoint
 
 
 def main() -> None:

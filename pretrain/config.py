@@ -8,6 +8,7 @@ What is wrong is told in a line: the field, what it should be, and the file and 
 import copy
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -20,15 +21,27 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from byteloom.core.configs import UnknownNameError, find_recipe
+from byteloom.core.validation import (
+    Fault,
+    Mismatch,
+    MismatchError,
+    describe_expected,
+    describe_value,
+    nearest,
+    one_of,
+    shorten,
+)
 from data_pipeline.loader import LoaderConfig
+from data_pipeline.mixture import MOST_SEQUENCES
 from data_pipeline.reading import DataConfig
 from launchers.local import LaunchConfig
 from launchers.supervise import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluate import ValidationConfig
-from pretrain.models import ModelConfig, carries_memory
-from pretrain.optimizers import OptimizerConfig
+from pretrain.models import DEFAULT_FAMILY, ModelConfig, carries_memory, families
+from pretrain.optimizers import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.profiling import ProfileConfig
 from pretrain.run_folder import RunConfig
 from pretrain.tracking import TrackingConfig
@@ -55,29 +68,60 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
-    def _memory_finds_its_rows(self) -> Self:
-        if not carries_memory(self.model):
-            return self
-        if self.data.mixture or self.data.packing == "document":
-            raise ValueError(
-                "model.memory_length carries each row on into the next batch, which rows of a data.mixture or of "
-                "data.packing document do not do; set it to 0, or read one corpus of concatenated documents"
-            )
-        if self.data.lanes != self.train.global_batch:
-            raise ValueError(
-                f"model.memory_length carries each row on into the next batch, for which data.lanes "
-                f"({self.data.lanes}) is to be train.global_batch ({self.train.global_batch})"
-            )
+    def _fields_go_together(self) -> Self:
+        checked = (
+            self._memory_without_rows(),
+            self._muon_without_matrices(),
+            schedule_mismatch(self.optimizer.schedule, self.train.steps),
+            self._too_many_sequences(),
+        )
+        if found := [mismatch for mismatch in checked if mismatch]:
+            raise MismatchError(found)
         return self
 
-    @model_validator(mode="after")
-    def _muon_has_whole_matrices(self) -> Self:
-        if self.optimizer.name == "muon" and self.engine.name != "ddp":
-            raise ValueError(
-                f"optimizer.name muon works on whole matrices, which engine.name {self.engine.name} cuts up; set the "
-                "engine to ddp, or the optimizer to adamw"
+    def _memory_without_rows(self) -> Mismatch | None:
+        if not carries_memory(self.model):
+            return None
+        if self.data.mixture or self.data.packing == "document":
+            return Mismatch(
+                "model.memory_length carries each row on into the next batch, which rows of a data.mixture or of "
+                "data.packing document do not do; set it to 0, or read one corpus of concatenated documents",
+                ("model.memory_length", "data.mixture", "data.packing"),
             )
-        return self
+        if self.data.lanes != self.train.global_batch:
+            return Mismatch(
+                f"model.memory_length carries each row on into the next batch, for which data.lanes "
+                f"({self.data.lanes}) is to be train.global_batch ({self.train.global_batch})",
+                ("data.lanes", "train.global_batch", "model.memory_length"),
+            )
+        return None
+
+    def _muon_without_matrices(self) -> Mismatch | None:
+        if self.optimizer.name != "muon" or self.engine.name == "ddp":
+            return None
+        return Mismatch(
+            f"optimizer.name muon works on whole matrices, which engine.name {self.engine.name} cuts up; set the "
+            "engine to ddp, or the optimizer to adamw",
+            ("optimizer.name", "engine.name"),
+        )
+
+    def _too_many_sequences(self) -> Mismatch | None:
+        sequences = self.train.steps * self.train.global_batch
+        if sequences <= MOST_SEQUENCES:
+            return None
+        return Mismatch(
+            f"train.steps ({self.train.steps}) times train.global_batch ({self.train.global_batch}) is "
+            f"{sequences:.3g} sequences; a run can read {MOST_SEQUENCES:,} at most",
+            ("train.steps", "train.global_batch"),
+        )
+
+    def warnings(self) -> list[Fault]:
+        """Return what is allowed and yet is most often a slip."""
+        train, found = self.train, optimizer_warnings(self.optimizer)
+        if train.micro_batch > train.global_batch:
+            text = f"train.micro_batch ({train.micro_batch}) is more than train.global_batch ({train.global_batch})"
+            found.append(Fault("train.micro_batch", f"{text}, so a step is one pass over the global batch"))
+        return found
 
     def as_tree(self) -> dict[str, Any]:
         """The whole tree as JSON values."""
@@ -91,18 +135,57 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
 class ConfigError(Exception):
     """A recipe or an override is wrong; a line for each fault."""
 
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults or [Fault("", message)]
+
 
 FieldPath = tuple[str, ...]
 
+SCHEMA_TITLE = "Byteloom recipe"
 
-def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a recipe file, with `section.field=value` overrides laid over it.
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors."""
+    schema = Config.model_json_schema()
+    for name, family in families().items():
+        if name != DEFAULT_FAMILY:
+            schema["$defs"][family.__name__]["required"].append("family")
+    return {**schema, "title": SCHEMA_TITLE}
+
+
+def find(recipe: str | Path) -> Path:
+    """Return the file of a recipe, given by the name of one that comes with Byteloom or by its path.
 
     Raises:
-        ConfigError: the file cannot be read, or a field or override is wrong.
+        ConfigError: no recipe has this name.
+    """
+    try:
+        return find_recipe(str(recipe))
+    except UnknownNameError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a recipe, with `section.field=value` overrides laid over it.
+
+    Args:
+        recipe: its name or its path; see `find`.
+
+    Raises:
+        ConfigError: the recipe cannot be found or read, or a field or override is wrong.
     """
     origins: dict[FieldPath, str] = {}
-    return _overridden(_read_yaml(recipe, origins), overrides, origins, str(recipe))
+    path = find(recipe)
+    try:
+        return _overridden(_read_yaml(path, origins), overrides, origins, str(path))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: a value is nested too deeply, or is a part of itself") from error
+
+
+def as_scalar(value: str) -> str:
+    """Return a value as it is written in a recipe, in quotes where YAML would take it for something else."""
+    return yaml.dump(value, Dumper=_RecipeDumper).splitlines()[0]
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
@@ -130,12 +213,54 @@ def parse(tree: dict[str, Any], origins: dict[FieldPath, str], source: str) -> C
         origins: where each value came from, for errors.
         source: where the tree came from, for values that are missing.
     """
+    unusable: dict[FieldPath, str] = {}
+    usable = json.dumps(_usable(tree, (), unusable))
     try:
         # Strict, so that "50" is no number; by way of JSON, where a mapping is what a strict nested node expects.
-        return Config.model_validate_json(json.dumps(tree), strict=True)
+        config, found = Config.model_validate_json(usable, strict=True), []
     except ValidationError as error:
-        lines = [_describe(fault, origins, source) for fault in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines)) from None
+        found = error.errors(include_url=False)
+    faults = [_fault(path, f"{'.'.join(path)} {text}", origins, source) for path, text in unusable.items()]
+    for each in found:
+        cause = each.get("ctx", {}).get("error")
+        path, parent = _place(each["loc"])
+        if isinstance(cause, MismatchError):
+            faults += [_mismatch(mismatch, origins, source) for mismatch in cause.found]
+        elif not any(at[: len(path)] == path for at in unusable):  # nor of a section that lacks a value now
+            faults.append(_described(each, path, parent, origins, source))
+    if faults:
+        raise ConfigError("\n".join(fault.text for fault in faults), faults)
+    return config
+
+
+def _usable(value: Any, path: FieldPath, unusable: dict[FieldPath, str]) -> Any:
+    """Return a value of a tree, with null in the place of what no field takes; note there why, by its path."""
+    fault = None
+    if isinstance(value, dict):
+        return {str(name): _usable(entry, (*path, str(name)), unusable) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_usable(entry, (*path, str(number)), unusable) for number, entry in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        fault = f"is {value}; it must be a finite number"
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        fault = f"is {value:.3g}; it must be less than 2^63"
+    elif isinstance(value, str) and not _is_utf8(value):
+        fault = f"is {value!r}; it must be UTF-8 text"
+    elif not isinstance(value, str | int | float | None):
+        fault = f"is of the YAML type {type(value).__name__}; it must be a number, text, a list or a section"
+    if fault is None:
+        return value
+    unusable[path] = fault
+    return None
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; arguments of the command that are not have lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def explain(name: str) -> str:
@@ -187,7 +312,9 @@ def _explain_field(name: str, field: FieldInfo) -> str:
 def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return " | ".join(map(_type_name, typing.get_args(annotation)))
     if entries := _entries_of(annotation):
         return f"{'mapping' if typing.get_origin(annotation) is dict else 'list'} of {entries.__name__}"
@@ -257,53 +384,102 @@ def _place(location: tuple[int | str, ...]) -> tuple[FieldPath, type[BaseModel]]
     return path, (parents or [Config])[0]
 
 
-def _describe(fault: ErrorDetails, origins: dict[FieldPath, str], source: str) -> str:
-    path, parent = _place(fault["loc"])
-    if fault["type"] == "union_tag_invalid":
-        path = (*path, "family")
+def _fault(path: FieldPath, text: str, origins: dict[FieldPath, str], source: str) -> Fault:
+    return Fault(".".join(path), f"{_origin([path], origins) or source}: {text}")
+
+
+def _mismatch(mismatch: Mismatch, origins: dict[FieldPath, str], source: str) -> Fault:
+    origin = _origin([tuple(field.split(".")) for field in mismatch.fields], origins) or source
+    return Fault(mismatch.fields[0], f"{origin}: {mismatch.text}")
+
+
+def _described(
+    fault: ErrorDetails, path: FieldPath, parent: type[BaseModel], origins: dict[FieldPath, str], source: str
+) -> Fault:
+    """Return what is wrong, where it came from and what is expected.
+
+    Args:
+        path: of the value.
+        parent: the config class that the value is a field of.
+    """
+    kind, value = fault["type"], fault["input"]
+    if kind == "union_tag_invalid":
+        path, value = (*path, "family"), value["family"]
     name = ".".join(path)
-    origin = _origin(path, origins) or source
-    if fault["type"] == "union_tag_invalid":
-        known = " or ".join(fault["ctx"]["expected_tags"].split(", "))
-        return f"{origin}: {name} is {json.dumps(fault['input']['family'])}; input should be {known}"
-    if fault["type"] == "union_tag_not_found":
-        return f"{origin}: {name} is {json.dumps(fault['input'])}; input should be a section"
-    if fault["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(path[-1], parent.model_fields, 1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else f" (it has {', '.join(parent.model_fields)})"
-        return f"{origin}: {name} is not a field of {parent.__name__}{hint}"
-    if fault["type"] == "missing":
-        return f"{origin}: {name} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if fault["type"] == "value_error":
-        return ": ".join(filter(None, (origin, name, message)))
-    return f"{origin}: {name} is {json.dumps(fault['input'])}; {message}"
+    if kind == "extra_forbidden":
+        hint = nearest(path[-1], list(parent.model_fields)) or f" (it has {', '.join(parent.model_fields)})"
+        text = f"{name} is not a field of {parent.__name__}{hint}"
+    elif kind == "missing":
+        text = f"{name} is missing"
+    elif kind == "value_error" and isinstance(value, dict):
+        text = str(fault["ctx"]["error"])
+        text = text if text.startswith(f"{name}.") else f"{name}: {text}"
+    elif kind == "value_error":
+        text = f"{name} is {describe_value(value)}; {fault['ctx']['error']}"
+    else:
+        text = f"{name} is {describe_value(value)}; {_expected(fault, path, parent, origins)}"
+    return _fault(path, text, origins, source)
 
 
-def _origin(path: FieldPath, origins: dict[FieldPath, str]) -> str | None:
-    """Where a value came from: an override of it or of something in it, else the nearest place in the file."""
-    overrides = [origin for p, origin in origins.items() if p[: len(path)] == path and origin.startswith("override ")]
+def _expected(fault: ErrorDetails, path: FieldPath, parent: type[BaseModel], origins: dict[FieldPath, str]) -> str:
+    kind, value = fault["type"], fault["input"]
+    if kind == "union_tag_invalid":
+        return f"it must be {one_of(fault['ctx']['expected_tags'], value['family'])}"
+    if kind == "union_tag_not_found":
+        return "it must be a section, such as {family: …}"
+    typed = (_origin([path], origins) or "").startswith("override ")
+    if kind == "string_type" and typed and not isinstance(value, list | dict | None):
+        # A shell takes quotes away; those within others stay.
+        return f"""it must be text; in a shell: {".".join(path)}="'{value}'\""""
+    field = parent.model_fields.get(path[-1])
+    entries = _entries_of(field.annotation) if field else None
+    section = next((_example(node) for node in [*_nodes_at(path), entries] if node), "")
+    return describe_expected(fault, section=section, examples=field.examples or () if field else ())
+
+
+def _example(node: type[BaseModel]) -> str:
+    """Return a section with the fields that it must have, or with its first field."""
+    names = [name for name, field in node.model_fields.items() if field.is_required()]
+    return "{" + ", ".join(f"{name}: …" for name in names or list(node.model_fields)[:1]) + "}"
+
+
+def _origin(paths: Sequence[FieldPath], origins: dict[FieldPath, str]) -> str | None:
+    """Where values came from: the last override of one, or of what holds it or is in it; else a place in the file."""
+    overrides = [
+        origin
+        for at, origin in origins.items()
+        if origin.startswith("override ") and any(at[: len(path)] == path[: len(at)] for path in paths)
+    ]
     if overrides:
         return overrides[-1]
-    return next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
+    around = [path[:length] for path in paths for length in range(len(path) - 1, 0, -1)]
+    return next((origins[path] for path in [*paths, *around] if path in origins), None)
 
 
 def _apply(override: str, tree: dict[str, Any], origins: dict[FieldPath, str]) -> None:
     name, equals, text = override.partition("=")
+    shown = f"override {shorten(override)}"
     if not equals or not name:
-        raise ConfigError(f"override {override!r} is not of the form section.field=value")
+        raise ConfigError(f"{shown} is not of the form section.field=value")
+    if not _is_utf8(override):
+        raise ConfigError(f"{shown}: it is not UTF-8 text")
     *sections, last = path = tuple(name.split("."))
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override}: {section} is a value, not a section")
+            raise ConfigError(f"{shown}: {section} is a value, not a section")
     try:
         node[last] = yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override}: the value is not YAML: {_first_line(error)}") from error
-    origins[path] = f"override {override}"
+        raise ConfigError(f"{shown}: the value is not YAML: {_first_line(error)}") from error
+    for known in [known for known in origins if known[: len(path)] == path]:
+        del origins[known]
+    origins[path] = shown
+
+
+MOST_DIGITS = 300
+"""Of a whole number in a recipe. A float holds no more, and Python refuses to read more than 4,300."""
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -312,7 +488,10 @@ class _RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 a table of the class, as in the base class
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(self.construct_scalar(node))
+        text = self.construct_scalar(node)
+        if len(text) > MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number has too many digits", node.start_mark)
+        return int(text)
 
 
 class _RecipeDumper(yaml.SafeDumper):

@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from byteloom.core.packages import MissingPackageError
+from byteloom.core.text import printable
 from pretrain.progress import duration, size
 
 PLAIN_LINE_SECONDS = 30.0
@@ -39,22 +41,17 @@ def say(text: str) -> None:
     said.print(printable(_handler.speaker + text), markup=False, highlight=False, soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """Text in which the bytes of a file name that are no UTF-8 are shown as escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> Result:
     """Runs a command, and shows what it logs; a fault that a person can mend is one line and exit code 1.
 
     Args:
-        faults: those errors, besides OSError.
+        faults: those errors, besides OSError and MissingPackageError.
     """
     for name in ("pretrain", "data_pipeline", "launchers"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         logging.getLogger(name).addHandler(_handler)
     # What the operating system says: a full disk, a folder that may not be written.
-    mendable: tuple[type[Exception], ...] = (*faults, OSError)
+    mendable: tuple[type[Exception], ...] = (*faults, MissingPackageError, OSError)
     try:
         return command()
     except mendable as error:

@@ -22,8 +22,10 @@ from data_pipeline.sources import Selection
 from data_pipeline.verify import verify
 from data_pipeline.withdraw import withdraw
 from data_pipeline.withdrawn import FILE as WITHDRAWN_FILE
+from launchers.array import submit_commands
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.scheduler import cancel
+from pretrain import argument_types as types
 from pretrain.console import PlainProgress, byte_progress, said, say
 from pretrain.progress import duration, size
 from pretrain.tables import JsonOption, Table, print_json
@@ -47,9 +49,14 @@ FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How to read them", "The co
 def prepare_command(
     context: typer.Context,
     sources: Annotated[
-        list[str], typer.Argument(help="Files, folders (searched for files), and URLs of both.", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Files, folders (searched for files), and URLs of both.", show_default=False, parser=types.location
+        ),
     ],
-    out: Annotated[Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False)],
+    out: Annotated[
+        Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False, parser=types.path)
+    ],
     include: Annotated[list[str] | None, _option(FILES, "Read only files that match this glob (repeatable).")] = None,
     exclude: Annotated[
         list[str] | None, _option(FILES, "Skip files and folders that match this glob (repeatable).")
@@ -132,7 +139,9 @@ def prepare_command(
     parallel: Annotated[
         int | None, _option(ARRAY, "Largest number of tasks that run at once. Default: all.", min=1)
     ] = None,
-    cluster: Annotated[str, _option(ARRAY, "Name of a cluster preset, or a .yaml file.")] = "cpu",
+    cluster: Annotated[
+        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=types.location)
+    ] = "cpu",
     partition: Annotated[str | None, _option(ARRAY, "Slurm partition.")] = None,
     account: Annotated[str | None, _option(ARRAY, "Slurm account that is charged.")] = None,
     memory: Annotated[str | None, _option(ARRAY, "Memory of each task, such as 4G.")] = None,
@@ -215,8 +224,6 @@ def _submit(
 
     The merge begins however they end: it does what is left, or says why that cannot be done.
     """
-    from launchers.array import submit_commands  # noqa: PLC0415 - submitit, which is needed here alone
-
     if cluster.scheduler != "slurm":
         raise CorpusError("--cluster names a preset for this machine, not for Slurm; leave out --slurm")
     if out.exists():
@@ -259,13 +266,19 @@ def _given(context: typer.Context, names: set[str]) -> list[str]:
 
 @app.command("verify")
 def verify_command(
-    location: Annotated[str, typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False)],
+    location: Annotated[
+        str,
+        typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False, parser=types.location),
+    ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Repair a damaged folder: make index and manifest again from the shards.")
     ] = False,
     mirror: Annotated[
         str | None,
-        typer.Option(help="With --repair: folder or URL of a copy that still has the lost blocks and shards."),
+        typer.Option(
+            help="With --repair: folder or URL of a copy that still has the lost blocks and shards.",
+            parser=types.location,
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of shards read at once.")] = os.cpu_count() or 1,
 ) -> None:
@@ -289,10 +302,13 @@ def verify_command(
 
 @app.command("withdraw")
 def withdraw_command(
-    folder: Annotated[Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=types.path)
+    ],
     keys: Annotated[list[str] | None, typer.Argument(help="Keys of documents.", show_default=False)] = None,
     listed: Annotated[
-        Path | None, typer.Option("--list", help="File with one key on each line. Blank lines are skipped.")
+        Path | None,
+        typer.Option("--list", help="File with one key on each line. Blank lines are skipped.", parser=types.path),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of blocks read at once.")] = os.cpu_count() or 1,
 ) -> None:

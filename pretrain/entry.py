@@ -1,5 +1,7 @@
-"""Where the `byteloom` command begins. What makes corpora needs no torch, and what looks after runs no model; both take
-seconds to import."""
+"""The `byteloom` command. Commands of corpora and of runs, and --version, do not import models and engines.
+
+Those take seconds to import, as they need torch.
+"""
 
 import os
 import sys
@@ -12,7 +14,7 @@ from data_pipeline.errors import CorpusError
 from launchers import imports
 from launchers.cluster import ClusterError
 from launchers.scheduler import SchedulerError
-from pretrain import corpus_commands
+from pretrain import corpus_commands, run_commands, versions
 from pretrain.console import run
 from pretrain.run_folder import RunFolderError
 
@@ -36,14 +38,14 @@ def _name() -> str | None:
 
 
 def _imported(name: str | None) -> Callable[[], object]:
-    """What runs the command of a name, with what it needs and little else."""
+    """Return what runs the command of a name, with what it needs imported and little else."""
+    if name == "--version":
+        return versions.print_versions
     if _has(corpus_commands.app, name):
         return partial(run, corpus_commands.app, FAULTS)
-    from pretrain import run_commands  # noqa: PLC0415 - torch
-
     if _has(run_commands.app, name):
         return partial(run, run_commands.app, FAULTS)
-    from pretrain import cli  # noqa: PLC0415 - models and engines
+    from pretrain import cli  # noqa: PLC0415 - torch, models and engines
 
     return cli.main
 

@@ -26,6 +26,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from byteloom.core.locations import LocationText
 from byteloom.core.words import count
 from data_pipeline.rows import Ids
 from data_pipeline.shards import Corpus
@@ -45,7 +46,7 @@ BLOCKS_AHEAD = 7
 class ValidationConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """What is measured during a run beside the training loss."""
 
-    shards: str | None = None
+    shards: LocationText | None = None
     """Corpus (folder or URL) that training does not read; every byte of it is scored each time. None: no validation."""
     every: int = Field(default=500, ge=1)
     """Steps between validations; there is one before the first step and one after the last as well."""

@@ -4,11 +4,13 @@ Every one of them names the mode and the stride, without which figures do not co
 """
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from byteloom.core.packages import needed_by
 from byteloom.core.words import count
 from pretrain.console import printable
 from pretrain.evaluate import Evaluation, Mode
@@ -35,6 +37,12 @@ class Report:
     """Of the corpus, for perplexity by word. 0: not asked for, or there are none."""
     words_of_groups: Mapping[str, int] = field(default_factory=dict)
     """Where they were counted."""
+
+    @property
+    def name(self) -> str:
+        """Folder name for the figures, which tells evaluations of a checkpoint apart."""
+        corpus = "-".join(self.corpus.rstrip("/").split("/")[-2:])
+        return f"{re.sub(r'[^A-Za-z0-9._-]', '_', corpus)}-{self.mode}-{self.stride}"
 
     @property
     def title(self) -> str:
@@ -98,7 +106,8 @@ class Report:
         self._draw(folder / "positions.png")
 
     def _draw(self, path: Path) -> None:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (takes a second, and few ask for a picture)
+        with needed_by("--curves", "matplotlib"):
+            from matplotlib.figure import Figure  # noqa: PLC0415  (takes a second, and few ask for a picture)
 
         curves = self.curves
         figure = Figure(figsize=(6 * len(curves), 4.5), layout="constrained")

@@ -82,7 +82,8 @@ def read_export(folder: Path) -> Metadata:
             if digest not in (None, _sha256(folder / name)):  # null, where a person put other weights there
                 raise InvalidCheckpointError(f"{folder / name} is not the file that {CARD} has the digest of")
             tensors.update(_tensors_in(folder, name, number))
-        return described(folder, list(card["files"]), tensors, {"config": card["recipe"]})
+        state = {"config": card["recipe"]} | {key: card[key] for key in ("precision",) if key in card}
+        return described(folder, list(card["files"]), tensors, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidCheckpointError(f"{folder} is no whole export: {error!r}") from error
 
@@ -139,6 +140,7 @@ def _card(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, An
             "mixture": {name: source["shards"] for name, source in config["data"]["mixture"].items()},
         },
         "environment": state["environment"],
+        **{key: state[key] for key in ("precision",) if key in state},
         "recipe": config,
     }
 

@@ -31,14 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pretrain.engines import CheckpointingConfig
 from pretrain.engines.blocks import recompute
 from pretrain.models import ByteModel, ModelConfig, build_model
 from pretrain.models.nats import CHUNK
 from pretrain.models.unit import Unit
+from pretrain.torch_compat import TorchDispatchMode, flash_attention, tree_leaves
 
 USABLE = 0.9
 """Share of a GPU's memory that may be filled; the rest is for what is left out."""
@@ -299,7 +298,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout)  # of the shapes
+        output, log_sum = flash_attention(q, k, v, dropout)  # of the shapes
         ctx.save_for_backward(q, k, v, bias, output, log_sum)
         return output
 

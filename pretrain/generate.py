@@ -1,5 +1,6 @@
 """Bytes out of a model, one at a time in each of several rows, through its cached decoder."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise SamplingError(f"--temperature is {self.temperature}; it must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise SamplingError(f"--temperature is {self.temperature}; it must be at least 0, and finite")
         if self.top_k is not None and self.top_k < 1:
             raise SamplingError(f"--top-k is {self.top_k}; it must be at least 1")
         if not 0 < self.top_p <= 1:

@@ -16,6 +16,7 @@ from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import Reading, Record, open_streams, replay
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR
+from pretrain import argument_types as types
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
 from pretrain.console import byte_progress, printable, say
@@ -24,12 +25,19 @@ from pretrain.weights import is_checkpoint, store_of
 
 app = typer.Typer()
 
+NO_WARM_UP = {"schedule": {"warmup_steps": 0}}
+"""Optimizer section that fits a run of any length."""
+
 
 @app.command()
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(help="A corpus (folder or URL), a run, or one checkpoint of a run.", show_default=False),
+        typer.Argument(
+            help="A corpus (folder or URL), a run, or one checkpoint of a run.",
+            show_default=False,
+            parser=types.location,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -89,7 +97,10 @@ def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
     if not checkpoints:
         raise CheckpointError(f"{path} has no checkpoint; name a corpus, a checkpoint, or a run with a checkpoint")
     metadata = read_metadata(checkpoints[-1])
-    config = configuration.with_overrides(metadata.state["config"], overrides, str(metadata.folder))
+    stored = metadata.state["config"]
+    # A recipe of an older version may be refused by now, by sections that do not matter here.
+    tree = {name: stored[name] for name in ("run", "data", "model", "train")} | {"optimizer": NO_WARM_UP}
+    config = configuration.with_overrides(tree, overrides, str(metadata.folder))
     only_known_holes = config.data.model_copy(update={"bad_blocks": 0})
     streams = open_streams(only_known_holes, config.model.sequence_length)
     if fingerprint_of(streams) != metadata.state["fingerprint"]:

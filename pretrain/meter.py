@@ -12,10 +12,10 @@ class Meter:
 
     Args:
         flops_a_step: of forward and backward over a global batch.
-        peak: FLOP/s that all devices of the run could do.
+        peak: FLOP/s that all devices of the run can do; None if that is unknown, and then there is no MFU.
     """
 
-    def __init__(self, flops_a_step: float, peak: float) -> None:
+    def __init__(self, flops_a_step: float, peak: float | None) -> None:
         self._flops_a_step, self._peak = flops_a_step, peak
         self._begin = 0.0
         self.data_seconds = 0.0
@@ -51,9 +51,12 @@ class Meter:
             "data_wait_share": max(data_seconds) / seconds,
             "forward_backward_seconds": max(rank.forward_backward for rank in ranks),
             "optimizer_seconds": max(rank.optimizer for rank in ranks),
-            "mfu": self._flops_a_step / seconds / self._peak,
             "peak_memory_bytes": max(self.peak_memory_by_rank),
         }
+        if self._peak is not None:
+            # A measured peak can be too low; then the fastest step so far is the peak.
+            self._peak = max(self._peak, self._flops_a_step / seconds)
+            numbers["mfu"] = self._flops_a_step / seconds / self._peak
         if len(ranks) > 1:
             numbers |= {
                 "bytes_per_second/per_rank": numbers["bytes_per_second"] / len(ranks),

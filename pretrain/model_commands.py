@@ -9,9 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from byteloom.core.configs import CONFIGS
 from byteloom.core.words import count
+from pretrain import argument_types as types
 from pretrain import config as configuration
-from pretrain.engines import CheckpointingConfig, compute_dtype
+from pretrain.arguments import OverridesArgument, RecipeArgument
+from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
 from pretrain.models import families
 from pretrain.recipes import Recipe, read_recipes
@@ -23,7 +26,10 @@ app = typer.Typer(invoke_without_command=True)
 @app.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
-    recipes: Annotated[Path, typer.Option(help="Folder of recipes.")] = Path("configs"),
+    recipes: Annotated[
+        Path,
+        typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom", parser=types.path),
+    ] = CONFIGS,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Number of rows to measure the activations of. It takes some seconds.")
     ] = None,
@@ -44,10 +50,10 @@ def models(
 
 @app.command()
 def estimate(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/megabyte/text.yaml.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides of fields.", show_default=False)] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.")] = 80.0,
+    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=types.finite)] = 80.0,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows of a micro-batch. Default: that of the recipe.")
     ] = None,
@@ -59,7 +65,8 @@ def estimate(
     the recipe or of every block.
     """
     config = configuration.load(recipe, overrides or [])
-    dtype = compute_dtype(config.engine.precision)
+    precision = gpu_precision(config.engine.precision)
+    dtype = compute_dtype(precision)
     rows = micro_batch or config.train.micro_batch
     checkpointing = config.engine.activation_checkpointing
     if checkpointing.mode not in ("full", "selective"):
@@ -68,15 +75,15 @@ def estimate(
     found = shardings(on_meta(config.model), dtype, gpus)
     usable = memory * 2**30 * USABLE
     gpus_in_words = count(gpus, f"GPU of {memory:g} GiB", f"GPUs of {memory:g} GiB each")
-    title = f"{recipe} on {gpus_in_words}, micro-batch {rows}, {config.engine.precision}"
+    title = f"{recipe} on {gpus_in_words}, micro-batch {rows}, {precision}"
     if as_json:
         figures = {
-            "recipe": str(recipe),
+            "recipe": recipe,
             "gpus": gpus,
             "memory_bytes": memory * 2**30,
             "usable_bytes": usable,
             "micro_batch": rows,
-            "precision": config.engine.precision,
+            "precision": precision,
             "activation_bytes": {"plain": plain.at(rows), "checkpointing": checkpointed.at(rows)},
             "shardings": {
                 sharding.name: sharding.states._asdict()
@@ -130,7 +137,9 @@ def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
 def legend(recipes: Sequence[Recipe], folder: Path, micro_batch: int | None) -> list[str]:
     """Return the lines that explain the catalogue's columns."""
     lines = [
-        f"recipe: the file {folder}/FAMILY/NAME.yaml.",
+        "recipe: the name that commands take, as in `byteloom train debug`."
+        if folder == CONFIGS
+        else f"recipe: the file {folder}/RECIPE.yaml.",
         "params: millions of parameters. printed: as the paper prints them;",
         *(f"  {letter}  {remark}" for remark, letter in _letters(recipes).items()),
         "forward, training: millions of operations for each byte read, over a full row.",
@@ -149,10 +158,8 @@ def _letters(recipes: Sequence[Recipe]) -> dict[str, str]:
 
 
 def _name(recipe: Recipe, folder: Path) -> str:
-    """Without what its family says already."""
-    family = folder / recipe.family
-    inside = recipe.path.is_relative_to(family)
-    return str((recipe.path.relative_to(family) if inside else recipe.path).with_suffix(""))
+    """Return a recipe's path in its folder, without .yaml."""
+    return recipe.path.relative_to(folder).with_suffix("").as_posix()
 
 
 def estimate_table(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 from torch.optim import Optimizer
 
+from byteloom.core.validation import Fault, Mismatch
 from pretrain.models.byte_model import ByteModel
 
 
@@ -80,6 +81,50 @@ def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
     else:
         height = min((steps - step) / (schedule.decay_fraction * steps), 1.0)
     return config.learning_rate * (schedule.final_fraction + (1 - schedule.final_fraction) * height)
+
+
+def schedule_mismatch(schedule: ScheduleConfig, steps: int) -> Mismatch | None:
+    """Return why a schedule does not fit a run of `steps`; None if it fits.
+
+    Warm-up must end before the run does, and before decay begins. Then `learning_rate_at` never falls faster than the
+    decay alone does.
+    """
+    warmup = schedule.warmup_steps
+    if warmup >= steps:
+        return Mismatch(
+            f"optimizer.schedule.warmup_steps ({warmup}) must be less than train.steps ({steps}); the learning rate "
+            "would never reach its peak",
+            ("optimizer.schedule.warmup_steps", "train.steps"),
+        )
+    if schedule.shape == "wsd" and warmup + schedule.decay_fraction * steps > steps + 1:
+        most = math.floor(1000 * (steps - warmup) / steps) / 1000
+        return Mismatch(
+            f"optimizer.schedule.decay_fraction ({schedule.decay_fraction}) must be at most {most}; decay would begin "
+            f"within the {warmup} warm-up steps of a run of {steps}",
+            ("optimizer.schedule.decay_fraction", "optimizer.schedule.warmup_steps", "train.steps"),
+        )
+    return None
+
+
+def optimizer_warnings(config: OptimizerConfig) -> list[Fault]:
+    """Return what is allowed and yet is most often a slip, such as 3e3 for 3e-3."""
+    found = []
+    for name, value in (("learning_rate", config.learning_rate), ("epsilon", config.epsilon)):
+        if value > 1:
+            exponent = math.floor(math.log10(value))
+            hint = f"; did you mean {value / 10**exponent:g}e-{exponent}?" if exponent else ""
+            field = f"optimizer.{name}"
+            found.append(Fault(field, f"{field} is {value:g}, and few models train with more than 1{hint}"))
+    share = config.learning_rate * config.decay
+    if config.name != "adam" and share >= 1:
+        found.append(
+            Fault(
+                "optimizer.weight_decay",
+                f"optimizer.weight_decay ({config.decay:g}) times optimizer.learning_rate ({config.learning_rate:g}) "
+                f"is {share:g}; from 1 on, a step takes more from a weight than there is",
+            )
+        )
+    return found
 
 
 def build_optimizers(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:

@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch.profiler import ProfilerActivity, profile
 
+from pretrain.torch_compat import record_memory, save_memory
+
 log = logging.getLogger(__name__)
 
 TABLE_ROWS = 20
@@ -63,7 +65,7 @@ class StepProfiler:
         snapshot = self._memory and self._device == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device == "cuda" else [])]
         if snapshot:
-            torch.cuda.memory._record_memory_history()
+            record_memory(on=True)
         try:
             with profile(activities=activities, profile_memory=self._memory, acc_events=True) as recorded:
                 yield
@@ -72,10 +74,10 @@ class StepProfiler:
             recorded.export_chrome_trace(f"{path}.json")
             Path(f"{path}.txt").write_text(self._tables(recorded), encoding="utf-8")
             if snapshot:
-                torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")
+                save_memory(f"{path}.memory.pickle")
         finally:
             if snapshot:
-                torch.cuda.memory._record_memory_history(enabled=None)
+                record_memory(on=False)
 
     def _tables(self, recorded: profile) -> str:
         orders = ["time_total", *(["memory_usage"] if self._memory else [])]

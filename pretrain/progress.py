@@ -64,7 +64,7 @@ def describe(metrics: Mapping[str, float]) -> list[str]:
         f"{metrics['train/bits_per_byte']:.4f} bits/byte",
         f"{size(metrics['bytes_per_second'])}/s",
         f"wait {metrics['data_wait_share']:.1%}",
-        f"MFU {metrics['mfu']:.2f}",
+        *([f"MFU {metrics['mfu']:.2f}"] if "mfu" in metrics else []),
         f"mem {size(metrics['peak_memory_bytes'])}",
     ]
 

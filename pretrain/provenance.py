@@ -1,13 +1,23 @@
-"""What a run was made of, and what differs between two starts of it."""
+"""What a run was made of, and what differs between two starts of it.
 
+A recipe is resolved where the command is given, and trained elsewhere: in another process, or in a job much later.
+Beside each resolved recipe NAME.yaml lies NAME.source.json. It holds the recipe that a person named, and the state of
+its repository and of Byteloom's own.
+"""
+
+import hashlib
+import json
 import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from byteloom.core.configs import is_shipped, name_of
+from byteloom.core.git import Repository, ask_git
+from byteloom.core.packages import installed_version
+from byteloom.core.text import printable
 
 PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
 
@@ -15,7 +25,7 @@ PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset"
 def environment() -> dict[str, str]:
     """Software and machine, as far as they can change a number."""
     return {
-        **{f"version.{name}": version(name) for name in PACKAGES},
+        **{f"version.{name}": installed_version(name) or "none" for name in PACKAGES},
         "version.python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": str(torch.get_num_threads()),
@@ -23,18 +33,61 @@ def environment() -> dict[str, str]:
     }
 
 
-def git_state(folder: Path) -> dict[str, str]:
-    """Commit and cleanliness of the working tree that holds a folder; empty where there is none."""
+def trace(recipe: Path) -> dict[str, str]:
+    """Return the tags that say which recipe and which code a start is made of.
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None  # no git, or no repository: then there is no state to tell
-        return done.stdout.strip()
+    recipe                              the name or the path that a person gave
+    recipe.git.commit, recipe.git.clean the repository that holds the recipe
+    git.commit, git.clean               Byteloom's source, where it is a checkout
 
-    commit = git("rev-parse", "HEAD")
-    return {} if commit is None else {"git.commit": commit, "git.clean": str(git("status", "--porcelain") == "")}
+    A tag is left out where there is no repository, or git does not answer in time.
+
+    Args:
+        recipe: a file. A resolved recipe keeps what was recorded of the recipe that it was made of.
+    """
+    own = Repository(Path(__file__).resolve(), tracked=True)
+    earlier = read_source(recipe)
+    if earlier or is_shipped(recipe):
+        ask_git([own])
+        of_recipe = {name: value for name, value in earlier.items() if name.startswith("recipe")} or {
+            "recipe": name_of(recipe),
+            **own.tags("recipe."),
+        }
+    else:
+        repository = Repository(recipe.resolve())
+        ask_git([own, repository])
+        of_recipe = {"recipe": printable(name_of(recipe)), **repository.tags("recipe.")}
+    return {**of_recipe, **own.tags()}
+
+
+def save_resolved(path: Path, resolved: str, source: Mapping[str, str]) -> None:
+    """Write a resolved recipe, given as YAML, and its source beside it."""
+    path.write_text(resolved, encoding="utf-8")
+    source_file(path).write_text(source_text(resolved, source), encoding="utf-8")
+
+
+def source_file(recipe: Path) -> Path:
+    """Return where the source of a resolved recipe is recorded."""
+    return recipe.with_suffix(".source.json")
+
+
+def source_text(resolved: str, source: Mapping[str, str]) -> str:
+    """Return what `source_file` holds for a resolved recipe, given as YAML."""
+    return json.dumps({**source, "sha256": _digest(resolved.encode())}, indent=1)
+
+
+def read_source(recipe: Path) -> dict[str, str]:
+    """Return the recorded source of a resolved recipe; empty where none is, or the recipe was changed since."""
+    try:
+        tags = json.loads(source_file(recipe).read_text(encoding="utf-8"))
+        recorded = tags.pop("sha256") == _digest(recipe.read_bytes())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}  # not there, damaged, or of somebody else
+    return {name: str(value) for name, value in tags.items()} if recorded else {}
+
+
+def _digest(recipe: bytes) -> str:
+    return hashlib.sha256(recipe).hexdigest()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

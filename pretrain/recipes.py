@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from byteloom.core.configs import recipe_files
 from pretrain.config import ConfigError, load
-from pretrain.engines import compute_dtype
+from pretrain.engines import compute_dtype, gpu_precision
 from pretrain.footprint import measure_kept, on_meta, shardings
 
 TRAINING_PASSES = 3
@@ -31,7 +32,7 @@ class Recipe:
     flops_per_byte: float
     """Of the forward pass over a full row, by the bytes that it reads."""
     states: int
-    """Bytes of weights, gradients, masters and moments in one process, in the recipe's precision."""
+    """Bytes of weights, gradients, masters and moments in one process, in the recipe's precision on a GPU."""
     activations: int | None
     """Bytes that the forward pass over a micro-batch keeps for the backward pass. None: no micro-batch was named."""
 
@@ -54,14 +55,9 @@ def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
     return recipes
 
 
-def recipe_files(folder: Path) -> list[Path]:
-    """The recipes in a folder, in the order of their paths; presets of clusters are none."""
-    return [path for path in sorted(folder.rglob("*.yaml")) if path.parent.name != "cluster"]
-
-
 def _read(path: Path, micro_batch: int | None) -> Recipe:
     config = load(path)
-    dtype = compute_dtype(config.engine.precision)
+    dtype = compute_dtype(gpu_precision(config.engine.precision))
     model = on_meta(config.model)
     (alone,) = shardings(model, dtype, gpus=1)
     text = path.read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from byteloom.core.words import count
 from launchers import scheduler
 from launchers.record import last_submission
 from launchers.scheduler import Phase
+from pretrain import argument_types as types
 from pretrain.console import say
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
@@ -29,13 +30,14 @@ IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=types.path)]
 
 
 @app.command("status")
 def status_command(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.")
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.", parser=types.path),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 ROOT/NAME/
     config.yaml        the resolved recipe of the last start
+    config.source.json the recipe that a person named, and the commits of its repository and of Byteloom
     train.log          what was said; train.rank-00001.log and so on, by the other ranks
     metrics.jsonl      one line a step
     run.json           the run's identity
@@ -16,6 +17,7 @@ What `byteloom submit` adds is told in launchers/submission.py.
 import fcntl
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,10 +26,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
+from byteloom.core.locations import LocationText
 from data_pipeline.atomic import replace_file
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Pattern of a run's name."""
 PATIENCE = 0.5
 """Seconds that a start waits for the folder: whoever asks whether it is held, holds it for a moment."""
 
@@ -35,10 +40,18 @@ PATIENCE = 0.5
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Where a run lives."""
 
-    root: str = "runs"
-    """Folder of all runs; the embedded MLflow store lies here too."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: LocationText = "runs"
+    """Folder of all runs; the embedded MLflow store lies here too. A leading ~ is the home folder, here and in every
+    field that holds a path."""
+    name: str = Field(json_schema_extra={"pattern": f"^{NAME}$"})
     """The run's folder under the root. A start with the name of a run that is there continues it."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(NAME, name):
+            raise ValueError("it must have only letters, digits, . _ and -, and begin with a letter or a digit")
+        return name
 
 
 class RunFolderError(Exception):
@@ -118,11 +131,23 @@ class RunFolder:
         if path.exists():
             identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             begun = self.metrics.exists() and self.metrics.stat().st_size
-            if begun or identity == {"id": identity["id"], **made_of}:
+            if begun or made_of.items() <= identity.items():
                 return identity
         identity = {"id": uuid.uuid4().hex, **made_of}
         replace_file(path, json.dumps(identity, indent=1))
         return identity
+
+    def earlier_precision(self, identity: dict[str, Any]) -> str | None:
+        """Return the precision of the run's last start; None if this is the first, or if it had chosen none."""
+        if "precision" in identity or not self.config.exists():
+            return identity.get("precision")
+        precision = yaml.safe_load(self.config.read_text(encoding="utf-8"))["engine"]["precision"]  # an older version's
+        return None if precision == "auto" else str(precision)
+
+    def keep_precision(self, identity: dict[str, Any], precision: str) -> None:
+        """Note the precision of this start in run.json, for the starts that follow."""
+        if identity.get("precision") != precision:
+            replace_file(self.path / "run.json", json.dumps(identity | {"precision": precision}, indent=1))
 
 
 def _comes_free(lock: TextIO) -> bool:

@@ -21,9 +21,9 @@ from launchers import scheduler
 from launchers.machine import is_elsewhere, is_running
 from launchers.record import Launch, LaunchRecord, last_submission
 from launchers.scheduler import Job, Phase, SchedulerError
-from pretrain.checkpoint import CheckpointStore
-from pretrain.checkpoint.store import step_of
+from pretrain.checkpoint.home import committed, open_home, step_of
 from pretrain.fence import starts_noted_at
+from pretrain.provenance import read_source
 from pretrain.run_folder import RunFolder, RunFolderError
 
 RECENT_STEPS = 20
@@ -41,6 +41,8 @@ class RunStatus:
 
     run: str
     """Its folder."""
+    recipe: str | None
+    """The recipe of its last start: the name of one that comes with Byteloom, or the path of a file."""
     state: str
     """That of its job, while it has one; else running, stopped, finished or failed."""
     reason: str
@@ -107,16 +109,18 @@ def status_of(path: Path) -> RunStatus:
     recent = _recent(folder.metrics)
     trained = [line for line in recent if "step_seconds" in line][-RECENT_STEPS:]
     step = recent[-1]["step"] if recent else 0
-    steps = _steps(folder.config if folder.config.exists() or submission is None else submission / "config.yaml")
+    resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
+    steps = _steps(resolved)
     state = _state(job, launches, holder is not None, is_done=step == steps)
     bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
-    newest = next(reversed(CheckpointStore(folder.checkpoints, keep=None).committed()), None)
+    newest = next(reversed(committed(open_home(folder.checkpoints))), None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
     process, nodes = _place(job, is_local, holder)
     started = [launch for launch in launches if launch.event == "started"]
     restarts = sum(launch.restart > 0 for launch in started)
     return RunStatus(
         run=str(path),
+        recipe=read_source(resolved).get("recipe"),
         state=state,
         reason=job.reason if job is not None and state == job.phase else "",
         job=job.id if job and not is_local else None,
@@ -132,7 +136,7 @@ def status_of(path: Path) -> RunStatus:
         checkpoint_seconds=time.time() - newest.stat().st_mtime if isinstance(newest, Path) else None,
         starts=max(starts_noted_at(folder.generation), len(started)) - restarts,
         restarts=restarts,
-        why=_told(endings[-1]) if endings else "",
+        why=endings[-1].summary if endings else "",
         history=[asdict(launch) for launch in launches],
     )
 
@@ -190,10 +194,6 @@ def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, is_done: 
     if job is not None and job.phase in (Phase.FAILED, Phase.CANCELLED, Phase.UNKNOWN):
         return job.phase
     return Phase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
-
-
-def _told(launch: Launch) -> str:
-    return f"{launch.event.replace('_', ' ')}: {launch.reason}" if launch.reason else launch.event.replace("_", " ")
 
 
 def _recent(journal: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """`byteloom submit`: the run that a recipe describes, as a job that looks after itself."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,13 @@ from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.record import last_submission
 from launchers.submission import Submission
 from launchers.supervise import Plan
+from pretrain import argument_types as types
 from pretrain import config as configuration
+from pretrain.arguments import OverridesArgument, complete_recipe
 from pretrain.checkpoint import locate
-from pretrain.config import ConfigError
+from pretrain.config import Config
 from pretrain.console import say
+from pretrain.provenance import source_text, trace
 from pretrain.run_folder import RunFolder
 
 TRAIN_ENTRY = "pretrain.cli:start"
@@ -25,15 +29,22 @@ app = typer.Typer()
 @app.command("submit")
 def submit_command(
     recipe: Annotated[
-        Path, typer.Argument(help="Recipe, or folder of a run that was submitted before.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN",
+            help="Recipe: its name or its .yaml file. Or the folder of a run, to submit it again.",
+            show_default=False,
+            autocompletion=complete_recipe,
+            parser=types.location,
+        ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Overrides of fields, such as train.steps=50 engine.name=fsdp.", show_default=False),
-    ] = None,
+    overrides: OverridesArgument = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission."),
+        typer.Option(
+            help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission.",
+            parser=types.location,
+        ),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4 to accept any number between.")] = None,
     processes: Annotated[
@@ -57,9 +68,8 @@ def submit_command(
     ] = False,
 ) -> None:
     """Submit a run to a cluster, or resume one there. A supervisor restarts it, requeues it, or gives it up."""
-    earlier = last_submission(recipe) if recipe.is_dir() else None
-    if recipe.is_dir() and earlier is None and not (recipe / "config.yaml").exists():
-        raise ConfigError(f"{recipe} is not the folder of a run: it has no config.yaml; name a recipe or a run")
+    earlier = last_submission(Path(recipe))
+    file = configuration.find(_recipe_of_run(Path(recipe), earlier) or recipe)
     options = {
         "nodes": nodes,
         "processes_per_node": processes,
@@ -74,10 +84,11 @@ def submit_command(
     if cluster is None and earlier is None:
         raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
-    file = (earlier or recipe) / "config.yaml" if recipe.is_dir() else recipe
     config = configuration.load(file, overrides or [])
+    for warning in config.warnings():
+        say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()
-    submission = Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen)
+    submission = submission_of(run, config, chosen, trace(file))
     if dry_run:
         typer.echo(submission.script())
         typer.echo(f"# The job looks after: {submission.srun()}\n")
@@ -92,7 +103,23 @@ def submit_command(
     typer.echo(job)
 
 
-def plan_of(run: Path, config: configuration.Config, cluster: ClusterConfig) -> Plan:
+def _recipe_of_run(folder: Path, submission: Path | None) -> Path | None:
+    """Return the resolved recipe that a run was started with last; None where the folder is not a run's."""
+    recipe = (submission or folder) / "config.yaml"
+    return recipe if recipe.is_file() else None
+
+
+def submission_of(run: Path, config: Config, cluster: ClusterConfig, source: Mapping[str, str]) -> Submission:
+    """Return the job of a run.
+
+    Args:
+        source: what `trace` says of the recipe.
+    """
+    recipe = config.as_yaml()
+    return Submission(run, recipe, plan_of(run, config, cluster), cluster, source_text(recipe, source))
+
+
+def plan_of(run: Path, config: Config, cluster: ClusterConfig) -> Plan:
     """What the supervisor of a run is told."""
     home = locate(RunFolder(run).checkpoints_in(config.checkpoint.home))
     return Plan(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +25,16 @@ import typer
 from data_pipeline.atomic import replace_file
 from launchers.cluster import load_cluster
 from launchers.local import STOPPED
-from launchers.submission import Submission, submit_array
+from launchers.submission import submit_array
+from pretrain import argument_types as types
 from pretrain import config as configuration
+from pretrain.arguments import RecipeArgument
 from pretrain.config import Config, ConfigError
 from pretrain.console import say
+from pretrain.provenance import save_resolved, trace
 from pretrain.run_status import status_of
-from pretrain.submit_command import plan_of
-from pretrain.tracking import ParentRun
+from pretrain.submit_command import submission_of
+from pretrain.tracking import ParentRun, fault_of, shown
 
 POLL_SECONDS = 0.2
 BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
@@ -41,7 +44,7 @@ app = typer.Typer()
 
 @app.command("sweep")
 def sweep_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe.", show_default=False)],
+    recipe: RecipeArgument,
     overrides: Annotated[
         list[str],
         typer.Argument(
@@ -54,7 +57,10 @@ def sweep_command(
         typer.Option(min=1, help="Largest number of runs at once. Default: 1 on this machine, all on a cluster."),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="Slurm preset or a .yaml file. Default: train on this machine.")
+        str | None,
+        typer.Option(
+            help="Slurm preset (gpu, cpu) or a .yaml file. Default: train on this machine.", parser=types.location
+        ),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Number of nodes of each run.")] = None,
     processes: Annotated[int | None, typer.Option("--processes-per-node", help="Number of ranks on each node.")] = None,
@@ -72,6 +78,7 @@ def sweep_command(
     if chosen is not None and chosen.scheduler != "slurm":
         raise ConfigError(f"--cluster {cluster} is a preset of this machine; leave out --cluster to train here")
     name, configs = _configs(recipe, overrides)
+    source = trace(configuration.find(recipe))
     first = next(iter(configs.values()))
     root = Path(first.run.root)
     folder = root / f"{name}.sweep"
@@ -79,11 +86,11 @@ def sweep_command(
     if parent is not None:
         configs = {name: _child(config, parent.id) for name, config in configs.items()}
     if chosen is None:
-        raise typer.Exit(_train_here(configs, root, folder, parallel or 1, parent))
+        raise typer.Exit(_train_here(configs, source, root, folder, parallel or 1, parent))
     submissions = []
     for name, config in configs.items():
         run = (root / name).resolve()
-        submissions.append(Submission(run, config.as_yaml(), plan_of(run, config, chosen), chosen))
+        submissions.append(submission_of(run, config, chosen, source))
     if parent is not None:
         parent.set_status("SCHEDULED")
     try:
@@ -97,7 +104,7 @@ def sweep_command(
     typer.echo("\n".join(jobs))
 
 
-def _configs(recipe: Path, overrides: Sequence[str]) -> tuple[str, dict[str, Config]]:
+def _configs(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, Config]]:
     """The name of a sweep, and the configs of its runs by their names.
 
     Raises:
@@ -170,9 +177,10 @@ def _parent(config: Config, name: str, identity: str, runs: int, overrides: Sequ
     try:
         return ParentRun(config.tracking, Path(config.run.root), name, identity, runs, {"sweep": " ".join(overrides)})
     except Exception as error:  # MLflow raises many kinds; the person is told
-        reason = str(error).partition("\n")[0]
+        uri = shown(config.tracking.store(Path(config.run.root)))
         raise ConfigError(
-            f"cannot record the sweep in MLflow: {reason}; mend that, or set tracking.enabled=false"
+            f"MLflow at {uri}: {fault_of(error)}. The runs of a sweep are shown together there; "
+            "tracking.enabled=false trains them without MLflow"
         ) from error
 
 
@@ -181,9 +189,19 @@ def _child(config: Config, parent: str) -> Config:
     return config.model_copy(update={"tracking": tracking})
 
 
-def _train_here(configs: dict[str, Config], root: Path, folder: Path, parallel: int, parent: ParentRun | None) -> int:
-    """Trains the runs on this machine, so many at once; returns the exit code."""
-    codes = _run_all(configs, folder, parallel)
+def _train_here(
+    configs: dict[str, Config],
+    source: Mapping[str, str],
+    root: Path,
+    folder: Path,
+    parallel: int,
+    parent: ParentRun | None,
+) -> int:
+    """Train the runs on this machine, so many at once; return the exit code."""
+    files = {name: folder / f"{name}.yaml" for name in configs}
+    for name, config in configs.items():
+        save_resolved(files[name], config.as_yaml(), source)
+    codes = _run_all(files, parallel)
     for name in configs:
         if (root / name / "run.json").exists():
             told = status_of(root / name)
@@ -198,16 +216,14 @@ def _train_here(configs: dict[str, Config], root: Path, folder: Path, parallel: 
     return 1 if failed else 130 if stopped else 0
 
 
-def _run_all(configs: dict[str, Config], folder: Path, parallel: int) -> dict[str, int]:
-    """The exit codes of the runs that were begun: none is any more once one was asked to stop."""
-    waiting, running, codes = list(configs), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
+def _run_all(recipes: dict[str, Path], parallel: int) -> dict[str, int]:
+    """Return the exit codes of the runs that were begun; no run begins once one was asked to stop."""
+    waiting, running, codes = list(recipes), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
     while waiting or running:
         if waiting and len(running) < parallel:
             name = waiting.pop(0)
-            say(f"{len(configs) - len(waiting)} of {len(configs)}: {name}")
-            file = folder / f"{name}.yaml"
-            file.write_text(configs[name].as_yaml(), encoding="utf-8")
-            running[name] = subprocess.Popen([*BYTELOOM, "train", str(file)])
+            say(f"{len(recipes) - len(waiting)} of {len(recipes)}: {name}")
+            running[name] = subprocess.Popen([*BYTELOOM, "train", str(recipes[name])])
             continue
         try:
             time.sleep(POLL_SECONDS)

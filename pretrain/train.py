@@ -17,7 +17,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from pydantic import BaseModel, Field
 from rich.console import Console
 
+from byteloom.core.validation import Fault
 from byteloom.core.words import count
 from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
@@ -35,10 +36,20 @@ from data_pipeline.reading import DataConfig, Reading, Record, merged, open_stre
 from data_pipeline.shards import Corpus
 from data_pipeline.stream import ByteStream
 from launchers.heartbeat import Heartbeat
+from launchers.record import reason_of_start
 from pretrain.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Metadata, locate
-from pretrain.engines import EngineConfig, NonFiniteError, StepResult, build_engine, choose_device
+from pretrain.engines import (
+    EngineConfig,
+    NonFiniteError,
+    StepResult,
+    build_engine,
+    check_ranks,
+    choose_device,
+    choose_precision,
+    has_native_bf16,
+)
 from pretrain.evaluate import ValidationConfig, evaluate, stride_of
-from pretrain.fence import Fence
+from pretrain.fence import Fence, starts_noted_at
 from pretrain.flops import peak_flops
 from pretrain.fragments import Fragment
 from pretrain.meter import Meter
@@ -51,7 +62,7 @@ from pretrain.models import (
 from pretrain.optimizers import OptimizerConfig, learning_rate_at
 from pretrain.profiling import ProfileConfig, StepProfiler
 from pretrain.progress import TrainingProgress, duration, size
-from pretrain.provenance import changes, environment, flatten, git_state
+from pretrain.provenance import changes, environment, flatten, read_source, source_file, source_text
 from pretrain.run_folder import RunConfig, RunFolder
 from pretrain.scores import Score
 from pretrain.stop import StopRequest
@@ -109,13 +120,19 @@ class Recipe(Protocol):
     def as_yaml(self) -> str:
         """The whole tree as a recipe."""
 
+    def warnings(self) -> list[Fault]:
+        """Return what is allowed and yet is most often a slip."""
+
 
 class TrainingError(Exception):
     """A run cannot go on."""
 
 
-def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
+def train(recipe: Recipe, console: Console, world: World = ALONE, source: Mapping[str, str] | None = None) -> int:
     """Trains the run that a recipe describes, from its newest checkpoint on; returns the process's exit code.
+
+    Args:
+        source: tags that say where the recipe and the code come from; see provenance.py.
 
     Raises:
         TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError, WorldError: it cannot start or go on;
@@ -125,9 +142,10 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
     # Everything that can be refused without a run folder is, before one is made.
     streams = open_streams(recipe.data, recipe.model.sequence_length)
     if carries_memory(recipe.model):
-        _check_lanes(streams, recipe.train.global_batch)
+        check_lanes(streams, recipe.train.global_batch)
     validation = Corpus(recipe.validation.shards, remote=recipe.data.remote) if recipe.validation.shards else None
     choose_device(recipe.engine.device, world.local_rank)
+    check_ranks(recipe.engine, world.size)
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
     origin = _find_origin(recipe, folder, world)
     stop = StopRequest()
@@ -138,9 +156,13 @@ def train(recipe: Recipe, console: Console, world: World = ALONE) -> int:
         fence = Fence(folder.generation, *([home / "generation"] if recipe.checkpoint.home else []))
         stack.enter_context(_log_to(folder.log_of(world.rank), fence))
         stack.enter_context(stop.listening())
-        return Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat).go(
-            console
-        )
+        for warning in recipe.warnings() if world.is_first else ():
+            log.warning("%s", warning.text)
+        run = Run(recipe, folder, streams, validation, origin, stop, world=world, fence=fence, heartbeat=heartbeat)
+        if world.is_first:
+            resolved = folder.config.read_text(encoding="utf-8")
+            replace_file(source_file(folder.config), source_text(resolved, source or {}))
+        return run.go(console)
 
 
 class Run:
@@ -171,7 +193,8 @@ class Run:
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
         self.identity = world.on_first(lambda: folder.identity(made_of))
-        self._refuse_another_run()
+        check_same_run(folder.path, self.identity, recipe, self.fingerprint)
+        self.precision = self._settle_precision()
         fence.mark = world.on_first(fence.claim)
         self.store = CheckpointStore(
             folder.checkpoints_in(recipe.checkpoint.home),
@@ -186,7 +209,7 @@ class Run:
         self.parameters = self.model.parameter_count()  # while the model is whole
         self.flops_a_step = 3 * self.model.flops(recipe.model.sequence_length) * recipe.train.global_batch
         self.engine = build_engine(
-            recipe.engine,
+            recipe.engine.model_copy(update={"precision": self.precision}),
             self.model,
             recipe.optimizer,
             recipe.train.seed,
@@ -210,6 +233,7 @@ class Run:
         self.saved_step = self.begun_step = self.step
         """Of the newest checkpoint that is on disk, and of the one that was begun last."""
         if world.is_first:
+            folder.keep_precision(self.identity, self.precision)
             replace_file(folder.config, recipe.as_yaml())
 
     @property
@@ -399,6 +423,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
             "config": self.recipe.as_tree(),
+            "precision": self.precision,
             "environment": environment(),
         }
         self.store.begin(self.step, self.engine.owned_fragments(), state)
@@ -436,43 +461,20 @@ class Run:
             self._save(tracker)
             self._finish_save()
 
-    def _refuse_another_run(self) -> None:
-        """A folder goes on with the model and the stream of bytes that it began with.
+    def _settle_precision(self) -> str:
+        """Return the precision of the passes, chosen by the first rank for all."""
+        device = choose_device(self.recipe.engine.device, self.world.local_rank)
 
-        Raises:
-            CheckpointError: this start has others.
-        """
-        began, now = self.identity, self.recipe.as_tree()
-        if differences := model_changes(began["model"], self.recipe.model):
-            raise CheckpointError(
-                f"{self.folder.path} has a run of another model ({'; '.join(differences)}); "
-                "restore the old model, or choose another run.name"
-            )
-        if began["fingerprint"] != self.fingerprint:
-            why = "; ".join(changes({"data": began["data"]}, {"data": now["data"]}))
-            raise CheckpointError(
-                f"{self.folder.path} has a run that reads other bytes ({why or 'the content of a corpus changed'}); "
-                "restore the old data, or choose another run.name"
-            )
+        def settle() -> str:
+            kept = self.folder.earlier_precision(self.identity)
+            return choose_precision(self.recipe.engine.precision, device, kept)
+
+        precision: str = self.world.on_first(settle)
+        return precision
 
     def _fragments_of(self, checkpoint: Metadata) -> list[Fragment]:
-        """What to load from a checkpoint of this run: everything.
-
-        Raises:
-            CheckpointError: it is of another stream of bytes, which a new run folder does not know; or of another
-                optimizer. Moments are one optimizer's; its rates and decays may change.
-        """
-        if checkpoint.state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint.folder} belongs to a run that reads other bytes; restore the old data, or choose another "
-                "run.name"
-            )
-        then, now = checkpoint.state["config"]["optimizer"]["name"], self.recipe.optimizer.name
-        if then != now:
-            raise CheckpointError(
-                f"{checkpoint.folder} has the moments of optimizer.name={then}, not of {now}; set {then} again, or "
-                "choose another run.name"
-            )
+        """Return what to load from a checkpoint of this run: everything. Raises what `check_resumes` raises."""
+        check_resumes(checkpoint, self.recipe, self.fingerprint)
         return self.engine.fragments()
 
     def _rehearse(self) -> Meter:
@@ -481,17 +483,16 @@ class Run:
         started = time.perf_counter()
         self.engine.rehearse(min(recipe.train.micro_batch, recipe.train.global_batch))
         rehearsal = time.perf_counter() - started
-        peak, source = peak_flops(self.engine.device, self.engine.dtype)
+        peak = self._measure_peak()
         log.info(
-            "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; peak %.3g TFLOP/s (%s)",
+            "%s, %s parameters, %s, %s on %s; micro-batch rehearsed in %.1f s; %s",
             recipe.model.family,
             f"{self.parameters:,}",
             f"{recipe.engine.name} on {self.world.size} ranks" if self.world.size > 1 else "one process",
-            recipe.engine.precision,
+            self.precision,
             self.engine.device,
             rehearsal,
-            peak / 1e12,
-            source,
+            "peak unknown, so no MFU" if peak is None else f"peak {peak[0] / 1e12:.3g} TFLOP/s ({peak[1]})",
         )
         log.info("attention: %s", describe_attention(self.engine.device, self.engine.dtype))
         for name, stream in self.reading.mixture.streams.items():
@@ -513,14 +514,24 @@ class Run:
             log.info("starts with the weights%s of %s", moments, self.origin.checkpoint.folder)
             for difference in self.origin.differences:
                 log.info("different from those weights: %s", difference)
-        return Meter(self.flops_a_step, peak * self.world.size)
+        return Meter(self.flops_a_step, None if peak is None else peak[0] * self.world.size)
+
+    def _measure_peak(self) -> tuple[float, str] | None:
+        """Return the FLOP/s of one device, and their source; None where it emulates the precision's products."""
+
+        def measure() -> tuple[float, str] | None:
+            is_native = self.precision == "fp32" or has_native_bf16(self.engine.device)
+            return peak_flops(self.engine.device, self.engine.dtype) if is_native else None
+
+        peak: tuple[float, str] | None = self.world.on_first(measure)
+        return peak
 
     def _open_tracker(self) -> Tracker:
         journal = Journal(self.folder.metrics, self.step if self.checkpoint else None)
         description = RunDescription(
             name=self.recipe.run.name,
             identity=self.identity["id"],
-            params=flatten(self.recipe.as_tree()) | {"parameters": self.parameters},
+            params=flatten(self.recipe.as_tree()) | {"parameters": self.parameters, "precision": self.precision},
             tags={
                 "corpus.fingerprint": self.fingerprint,
                 "corpus.content_sha256": " ".join(
@@ -528,9 +539,11 @@ class Run:
                 ),
                 "host": platform.node(),
                 **environment(),
-                **git_state(Path.cwd()),
+                **read_source(self.folder.config),
             },
             begins_after=self.step if self.checkpoint else -1,
+            start=starts_noted_at(self.folder.generation),
+            reason=reason_of_start(self.folder.path, os.environ),
         )
         return open_tracker(
             self.recipe.tracking,
@@ -539,6 +552,8 @@ class Run:
             Path(self.recipe.run.root),
             description,
             lambda: self.fence.holds,
+            recipe=self.folder.config,
+            train_log=self.folder.log_of(0),
         )
 
     def _farewell(self) -> int:
@@ -578,8 +593,53 @@ def _has_checkpoint(recipe: Recipe, folder: RunFolder) -> bool:
     return bool(CheckpointStore(folder.checkpoints_in(recipe.checkpoint.home), keep=None).committed())
 
 
-def _check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
-    """Raises TrainingError if a corpus has fewer lanes than asked for: its batches would not go on in the next ones."""
+def check_same_run(folder: Path, began: Mapping[str, Any], recipe: Recipe, fingerprint: str) -> None:
+    """Check that a start has the model and the stream of bytes that its run folder began with.
+
+    Args:
+        began: the run's identity; see `RunFolder.identity`.
+    Raises:
+        CheckpointError: it has others.
+    """
+    if differences := model_changes(began["model"], recipe.model):
+        raise CheckpointError(
+            f"{folder} has a run of another model ({'; '.join(differences)}); "
+            "restore the old model, or choose another run.name"
+        )
+    if began["fingerprint"] != fingerprint:
+        why = "; ".join(changes({"data": began["data"]}, {"data": recipe.as_tree()["data"]}))
+        raise CheckpointError(
+            f"{folder} has a run that reads other bytes ({why or 'the content of a corpus changed'}); "
+            "restore the old data, or choose another run.name"
+        )
+
+
+def check_resumes(checkpoint: Metadata, recipe: Recipe, fingerprint: str) -> None:
+    """Check that a recipe can continue from a checkpoint.
+
+    Raises:
+        CheckpointError: it is of another stream of bytes, which a new run folder does not know; or of another
+            optimizer. Moments are one optimizer's; its rates and decays may change.
+    """
+    if checkpoint.state["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to a run that reads other bytes; restore the old data, or choose another "
+            "run.name"
+        )
+    then, now = checkpoint.state["config"]["optimizer"]["name"], recipe.optimizer.name
+    if then != now:
+        raise CheckpointError(
+            f"{checkpoint.folder} has the moments of optimizer.name={then}, not of {now}; set {then} again, or choose "
+            "another run.name"
+        )
+
+
+def check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
+    """Check that each row of a batch continues in the next one.
+
+    Raises:
+        TrainingError: a corpus is too short for as many lanes as a batch has rows.
+    """
     for stream in streams.values():
         if stream.order.lanes != global_batch:
             raise TrainingError(

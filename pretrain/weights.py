@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
+from byteloom.core.locations import LocationText
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, read, verify
 from pretrain.engines import Engine
 from pretrain.exports import is_export, read_export
@@ -25,7 +26,7 @@ class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
     """What a new run begins with, where not with first values; at step 0 of its own data and schedule. A run that has a
     checkpoint goes on from that, and looks at none of this."""
 
-    weights: str | None = Field(default=None, min_length=1)
+    weights: LocationText | None = None
     """A run folder (its newest valid checkpoint), a checkpoint folder (or the URL of either), or an export; of any
     corpus, engine and number of ranks. Null: first values, drawn by train.seed."""
     moments: bool = False
@@ -137,6 +138,11 @@ def find_checkpoint(text: str | Path, world: World = ALONE) -> Metadata:
         raise CheckpointError(faults[0])
     assert checkpoint is not None
     return checkpoint
+
+
+def trained_precision(checkpoint: Metadata) -> str:
+    """Return the precision of the passes that made a checkpoint; the recipe's, auto at worst, where it has no other."""
+    return str(checkpoint.state.get("precision", checkpoint.state["config"]["engine"]["precision"]))
 
 
 def model_changes(then: Mapping[str, Any], now: ModelConfig) -> list[str]:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 
+from pretrain.torch_compat import all_gather_single
+
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up. A launcher ends them all much sooner when one has died."""
 HANDSHAKE_SECONDS = 20.0
@@ -118,7 +120,7 @@ class World:
         if self.size == 1:
             return [own.tolist()]
         told = torch.empty(self.size * len(numbers), dtype=torch.float64)
-        dist.all_gather_single(told, own)
+        all_gather_single(told, own)
         return told.view(self.size, -1).tolist()
 
     def gather(self, value: Any) -> list[Any]:

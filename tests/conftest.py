@@ -84,13 +84,15 @@ def train_once(folder: Path, corpus_folder: Path) -> Path:
 def byteloom(tmp_path: Path) -> Run:
     """Runs the real command in a folder of its own and returns what it said."""
 
-    def run(*arguments: object, cwd: Path = tmp_path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, cwd: Path = tmp_path, env: Mapping[str, str] | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [BYTELOOM, *map(str, arguments)],
             cwd=cwd,
             capture_output=True,
             text=True,
-            env=environment(),
+            env={**environment(), **(env or {})},
             check=False,
         )
         if check and done.returncode:

@@ -7,9 +7,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+from byteloom.core.configs import recipe_files
 from pretrain.config import Config, all_fields, load
-from pretrain.recipes import recipe_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,12 +33,13 @@ def test_walls_between_packages_stand():
     ("command", "needless"),
     [
         ("import pretrain.entry, pretrain.corpus_commands", {"torch"}),
+        ("import pretrain.entry, pretrain.run_commands", {"torch"}),
         (
             "import pretrain.cli, torch; from tests.distributed.parity import FAMILIES, model; [*map(model, FAMILIES)]",
             {"torch._dynamo", "torch.distributed.fsdp", "deepspeed", "mlflow", "matplotlib"},
         ),
     ],
-    ids=["a corpus", "a model"],
+    ids=["a corpus", "a run", "a model"],
 )
 def test_what_takes_seconds_to_import_is_not_where_it_is_not_needed(command: str, needless: set[str]):
     script = f"import sys; {command}; print(*sys.modules)"
@@ -57,6 +62,25 @@ def test_the_lock_pins_everything_that_is_asked_for():
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert {re.split(r"[<>=\[]", name)[0].lower().replace("_", "-") for name in asked} <= pinned
+
+
+def test_every_range_of_a_dependency_begins_with_the_oldest_version_and_holds_the_locked_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {canonicalize_name(each.name): each.specifier for each in map(Requirement, project["dependencies"])}
+    locked, oldest = pins("requirements.lock"), pins("requirements-oldest.txt")
+    assert asked.keys() == oldest.keys()
+    for name, versions in asked.items():
+        ends = {each.operator: Version(each.version) for each in versions}
+        assert ends.keys() == {">=", "<"}, name
+        assert ends[">="] == oldest[name], name
+        assert locked[name] in versions, name
+    assert SpecifierSet(project["requires-python"]) == SpecifierSet(">=3.11,<3.14")
+
+
+def pins(name: str) -> dict[str, Version]:
+    """Return the versions that a file pins, by package."""
+    lines = (line.partition("==") for line in (ROOT / name).read_text().splitlines() if "==" in line)
+    return {canonicalize_name(package): Version(version) for package, _, version in lines}
 
 
 def test_every_recipe_loads():

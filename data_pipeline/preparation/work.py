@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from byteloom.core.packages import MissingPackageError
 from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather
@@ -271,7 +272,8 @@ class _Worker:
         # Ctrl-C reaches the whole group; workers, which inherit what is blocked, are ended by their pool.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "data_pipeline.preparation.work", *arguments],
+            # -P: a folder named data_pipeline where the command was given is none of ours.
+            [sys.executable, "-P", "-m", "data_pipeline.preparation.work", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
@@ -342,7 +344,7 @@ def main() -> None:
             stage = stage_named(name, plan)
             do_what_is_left(stage, plan, float(place), lambda job, size: tell(job=job, bytes=size))
             tell(idle=True)
-    except (CorpusError, OSError) as error:
+    except (CorpusError, MissingPackageError, OSError) as error:
         tell(error=str(error))
     except Exception:
         tell(error=f"a worker failed:\n{traceback.format_exc()}")

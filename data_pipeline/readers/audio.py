@@ -12,15 +12,19 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
-import soxr
 from numpy.typing import NDArray
 
+from byteloom.core.packages import needed_by
 from data_pipeline.documents import READ_BYTES
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.remarks import Remarks
 from data_pipeline.readers.streams import on_disk
+
+with needed_by("sound", "soundfile"):
+    import soundfile
+with needed_by("sound", "soxr"):
+    import soxr
 
 MIN_UNKNOWN_LENGTH = 0x7FFF_F000
 """Programs that write WAV to a pipe say that so many bytes or more follow, for they cannot know."""

@@ -13,12 +13,15 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from byteloom.core.packages import needed_by
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.remarks import Remarks
 from data_pipeline.readers.streams import pieces_of, seekable
+
+with needed_by("an image", "pillow"):
+    from PIL import Image, ImageOps
 
 MAX_PIXELS = 1 << 26
 """Pixels of an image, at most: 192 MiB of RGB. A small file can say that it holds any number."""

@@ -3,16 +3,18 @@
 from collections.abc import Iterator
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
+from byteloom.core.packages import needed_by
 from data_pipeline.documents import READ_BYTES, Document
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.streams import seekable
 from data_pipeline.readers.text import document_in_memory
 from data_pipeline.sources import Skipped, SourceFile, open_file
+
+with needed_by("a Parquet file", "pyarrow"):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
 BATCH_ROWS = 64
 """Rows in memory at once, beside the page of the file that they are in."""

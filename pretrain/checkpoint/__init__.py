@@ -1,10 +1,18 @@
-"""Checkpoints that belong to no engine."""
+"""Checkpoints that belong to no engine.
 
-from pretrain.checkpoint.data import described, read, read_metadata, verify
+Names are imported when they are first used: some need torch, which takes seconds, and others do not.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
-from pretrain.checkpoint.format import Metadata, StoredTensor
 from pretrain.checkpoint.home import Location, Url, locate
-from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.data import described, read, read_metadata, verify
+    from pretrain.checkpoint.format import Metadata, StoredTensor
+    from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 
 __all__ = [
     "CheckpointConfig",
@@ -21,3 +29,16 @@ __all__ = [
     "read_metadata",
     "verify",
 ]
+
+_WITH_TORCH = {
+    **dict.fromkeys(("described", "read", "read_metadata", "verify"), "data"),
+    **dict.fromkeys(("Metadata", "StoredTensor"), "format"),
+    **dict.fromkeys(("CheckpointConfig", "CheckpointStore"), "store"),
+}
+"""The modules of names that are imported when they are first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

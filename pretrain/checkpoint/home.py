@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from byteloom.core.urls import file_system
 from data_pipeline.atomic import replace_file, sync
 from pretrain.checkpoint.errors import CheckpointError
 
@@ -139,9 +140,27 @@ def open_home(location: str | Location) -> Home:
 
     Raises:
         CheckpointError: nothing here opens URLs of this kind.
+        MissingPackageError: the package that opens them is not installed.
     """
     place = locate(location)
     return Bucket(place) if isinstance(place, Url) else Folder(place)
+
+
+def committed(home: Home) -> list[Location]:
+    """Return the checkpoints of a home, oldest first. Their content is not verified.
+
+    Raises:
+        CheckpointError: the home cannot be read.
+    """
+    try:
+        return [home.location / name for name in home.names()]
+    except OSError as error:
+        raise CheckpointError(f"{home.location} cannot be read: {error}") from error
+
+
+def step_of(checkpoint: Location) -> int:
+    """Return the step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _step_names(names: Iterable[str]) -> list[str]:
@@ -402,15 +421,14 @@ def _file_system(url: Url) -> tuple[Any, str]:
 
     Raises:
         CheckpointError: nothing here opens URLs of this kind.
+        MissingPackageError: the package that opens them is not installed.
     """
-    from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs are worth it
-
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if str(url).startswith("s3"):
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # s3fs has attempts of its own
     try:
-        files, root = url_to_fs(str(url), **options)
-    except (ImportError, ValueError) as error:
+        files, root = file_system(str(url), **options)
+    except ValueError as error:
         raise CheckpointError(f"{url} cannot be opened: {error}") from error
     return files, root.rstrip("/")
 

@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from byteloom.core.locations import LocationText
 from pretrain.checkpoint.data import (
     bytes_of,
     copy,
@@ -41,7 +42,7 @@ from pretrain.checkpoint.format import (
     encode_metadata,
     owned_ranges,
 )
-from pretrain.checkpoint.home import Location, open_home
+from pretrain.checkpoint.home import Location, committed, open_home, step_of
 from pretrain.fragments import Fragment
 from pretrain.world import ALONE, World, WorldError
 
@@ -62,7 +63,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
     """Beside those, checkpoints of steps that are multiples of this are kept for ever."""
     asynchronous: bool = True
     """Write behind training. It takes a copy of what a rank owns of masters and moments in the host's memory."""
-    home: str | None = None
+    home: LocationText | None = None
     """Folder or URL (s3://bucket/folder, for one) in which each run has a folder of checkpoints, by its name, and finds
     them even from a new run folder. Null is the run folder itself."""
 
@@ -378,15 +379,7 @@ class CheckpointStore:
 
     def committed(self) -> list[Location]:
         """The checkpoints there are, oldest first; their content has not been verified."""
-        return [self.folder / name for name in self._names()]
+        return committed(self._home)
 
     def _names(self) -> list[str]:
-        try:
-            return self._home.names()
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
-
-
-def step_of(checkpoint: Location) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(checkpoint.name.removeprefix("step-"))
+        return [checkpoint.name for checkpoint in self.committed()]

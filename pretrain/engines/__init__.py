@@ -1,8 +1,24 @@
 """Engines, behind one protocol (engine.py)."""
 
-from pretrain.engines.base import choose_device, compute_dtype
-from pretrain.engines.engine import CheckpointingConfig, Engine, EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.base import choose_device
+from pretrain.engines.engine import (
+    CheckpointingConfig,
+    Engine,
+    EngineConfig,
+    EngineError,
+    NonFiniteError,
+    StepResult,
+    check_ranks,
+)
 from pretrain.engines.phases import RankStep, peak_memory_bytes
+from pretrain.engines.precision import (
+    choose_precision,
+    compute_dtype,
+    gpu_precision,
+    has_native_bf16,
+    remark_on_precision,
+    scoring_precision,
+)
 from pretrain.models.byte_model import ByteModel
 from pretrain.optimizers import OptimizerConfig
 from pretrain.world import ALONE, World
@@ -16,9 +32,15 @@ __all__ = [
     "RankStep",
     "StepResult",
     "build_engine",
+    "check_ranks",
     "choose_device",
+    "choose_precision",
     "compute_dtype",
+    "gpu_precision",
+    "has_native_bf16",
     "peak_memory_bytes",
+    "remark_on_precision",
+    "scoring_precision",
 ]
 
 
@@ -32,11 +54,12 @@ def build_engine(
     global_batch: int = 1,
     micro_batch: int = 1,
 ) -> Engine:
-    """The engine of a config, with the model in it; arguments as of `BaseEngine`.
+    """Return the engine of a config, with the model in it; arguments as of `BaseEngine`.
 
     Raises:
         EngineError: it cannot be had here.
     """
+    check_ranks(config, world.size)
     sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
     if config.name.startswith("zero"):
         from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 a library that few need

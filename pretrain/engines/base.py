@@ -24,6 +24,7 @@ from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.host_memory import keep_freed_memory
 from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
+from pretrain.engines.precision import compute_dtype
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.seeds import seed_of
@@ -36,6 +37,7 @@ class BaseEngine(ABC):
     Args:
         model: on the meta device, or with values in it, the same on all ranks.
         global_batch, micro_batch: sequences of each.
+        config: its precision is a chosen one, not auto.
     """
 
     def __init__(
@@ -246,11 +248,6 @@ def _widened(rows: Rows, device: torch.device) -> Tensor:
     if rows.padding is not None:
         ids[torch.from_numpy(rows.padding).to(device)] = PADDING
     return ids
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The type of parameters and activations under a precision of EngineConfig."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

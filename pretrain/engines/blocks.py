@@ -1,11 +1,12 @@
 """How an engine has a model's blocks run: what backward computes again, compiled or not, in float8 or not."""
 
 import torch
-import torch._functorch.config as functorch
 from torch import nn
 
+from byteloom.core.packages import needed_by
 from pretrain.engines.engine import CheckpointingConfig, EngineConfig, EngineError
 from pretrain.models.byte_model import ByteModel
+from pretrain.torch_compat import set_activation_memory_budget
 
 FLOAT8_CAPABILITY = (8, 9)
 """Of CUDA: the first that multiplies in float8."""
@@ -22,13 +23,13 @@ def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device)
         EngineError: it cannot be had of this model, or here.
     """
     if config.precision == "fp8":
-        _check_float8(device)
+        check_float8(device)
         multiply_in_float8(model)
     recompute(config.activation_checkpointing, model)
     if config.compile:
         checkpointing = config.activation_checkpointing
         # Read when a block is compiled, in its first pass.
-        functorch.activation_memory_budget = checkpointing.budget if checkpointing.mode == "budget" else 1.0
+        set_activation_memory_budget(checkpointing.budget if checkpointing.mode == "budget" else 1.0)
         for unit in model.units():
             unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
 
@@ -53,7 +54,8 @@ def recompute(config: CheckpointingConfig, model: ByteModel) -> None:
                 unit.keeps = "products"
 
 
-def _check_float8(device: torch.device) -> None:
+def check_float8(device: torch.device) -> None:
+    """Check that a device multiplies in float8. Raises EngineError."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         raise EngineError(
@@ -66,12 +68,10 @@ def multiply_in_float8(model: ByteModel) -> None:
     """Puts torchao's linear maps in the place of those within blocks. Parameters and their names stay.
 
     Raises:
-        EngineError: there is no torchao.
+        MissingPackageError: torchao is not installed.
     """
-    try:
+    with needed_by("engine.precision fp8", "torchao"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: PLC0415 not a dependency
-    except ImportError as error:
-        raise EngineError(f"engine.precision fp8 needs torchao: pip install torchao ({error})") from error
 
     def fits(module: nn.Module, _: str) -> bool:
         return isinstance(module, nn.Linear) and not any(size % FLOAT8_MULTIPLE for size in module.weight.shape)

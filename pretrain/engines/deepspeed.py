@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byteloom.core.packages import needed_by
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.engine import EngineConfig, EngineError
@@ -54,11 +55,7 @@ class DeepSpeedEngine(BaseEngine):
         micro_batch: int,
     ) -> None:
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
-        if world.size == 1:
-            raise EngineError(
-                f"engine.name {config.name} needs several ranks, but this run has one; set launch.processes"
-            )
-        deepspeed = _import_deepspeed(self.device.type, world.local_rank)
+        deepspeed = _import_deepspeed(config.name, self.device.type, world.local_rank)
         settings = _settings(config, model, micro_batch, optimizer.clip_norm)
         try:
             deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
@@ -198,11 +195,19 @@ class DeepSpeedEngine(BaseEngine):
             zero.reset_cpu_buffers()
 
 
-def _import_deepspeed(device_type: str, local_rank: int) -> Any:
-    """DeepSpeed, set to compute on a device and to use the process group that there is."""
+def _import_deepspeed(engine: str, device_type: str, local_rank: int) -> Any:
+    """Return DeepSpeed, set to compute on a device and to use the process group that there is.
+
+    Args:
+        engine: `engine.name`.
+
+    Raises:
+        MissingPackageError: DeepSpeed is not installed.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    deepspeed = importlib.import_module("deepspeed")
+    with needed_by(f"engine.name {engine}", "deepspeed"):
+        deepspeed = importlib.import_module("deepspeed")
     warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # called by DeepSpeed
     # An all-reduce for inference on CPUs, which would be compiled here for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

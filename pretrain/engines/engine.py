@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from torch import Tensor
 
 from data_pipeline.loader import MicroBatch
@@ -42,6 +44,10 @@ class CheckpointingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_
     def _mode_alone(cls, value: Any) -> Any:
         return {"mode": value} if isinstance(value, str) else value
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": list(get_args(CheckpointingMode))}, handler(core_schema)]}
+
     @field_validator("stacks", mode="before")
     @classmethod
     def _names_as_a_tuple(cls, value: Any) -> Any:
@@ -72,10 +78,12 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     """Keep what the optimizer works on (masters, gradients, moments) in the host's memory. Not for ddp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
-    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients, sums over
-    ranks and the loss are fp32 in any case. fp8 is bf16 whose linear maps within blocks multiply in float8, scaled by
-    tensor, through torchao; for CUDA of capability 8.9, for ddp, fsdp and hsdp, and faster only with `compile`."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Precision of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients,
+    sums over ranks and the loss are always fp32. auto is bf16 on a device that multiplies bf16 natively (CUDA of
+    capability 8.0 or more, CPUs with AMX or AVX512_BF16), else fp32; a run keeps its first choice on every machine.
+    fp8 is bf16 whose linear maps within blocks multiply in float8, scaled by tensor, through torchao; for CUDA of
+    capability 8.9, for ddp, fsdp and hsdp, and faster only with `compile`."""
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     compile: bool = False
     """Compile each block with torch.compile. It takes a minute or more at the start, and on a CPU a C++ compiler; the
@@ -132,6 +140,18 @@ _SAID_ELSEWHERE = {
 
 class EngineError(Exception):
     """An engine cannot be had as asked."""
+
+
+def check_ranks(config: EngineConfig, ranks: int) -> None:
+    """Check that an engine can shard over a number of ranks.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    if config.name.startswith("zero") and ranks == 1:
+        raise EngineError(f"engine.name {config.name} needs several ranks, but this run has one; set launch.processes")
+    if config.name == "hsdp" and config.shards is not None and ranks % config.shards:
+        raise EngineError(f"engine.shards is {config.shards}, which does not divide the {ranks} ranks of the run")
 
 
 class NonFiniteError(Exception):

@@ -15,8 +15,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
+from pretrain.torch_compat import call_after_backward
 from pretrain.world import World
 
 
@@ -85,7 +85,7 @@ class PassTimes:
 
     def watch(self, loss: Tensor) -> None:
         """Call before the backward pass of each loss."""
-        loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._all_computed))
+        loss.register_hook(lambda _: call_after_backward(self._all_computed))
 
     def wait(self, seconds: float) -> None:
         """Call after a collective in which the host was blocked."""

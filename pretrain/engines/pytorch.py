@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -22,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
-from pretrain.engines.engine import EngineConfig, EngineError
+from pretrain.engines.engine import EngineConfig
 from pretrain.fragments import Fragment
 from pretrain.models.byte_model import ByteModel, Memory
 from pretrain.optimizers import OptimizerConfig, build_optimizers
+from pretrain.torch_compat import all_gather_single, reduce_scatter_single
 from pretrain.world import ALONE, World
 
 
@@ -44,7 +44,8 @@ class PyTorchEngine(BaseEngine):
         super().__init__(config, model, seed, world, global_batch=global_batch, micro_batch=micro_batch)
         model.train()
         prepare_blocks(config, model, self.device)
-        self._shards = 1 if config.name == "ddp" else _shards(config, world.size)
+        shards = {"ddp": 1, "hsdp": config.shards}.get(config.name)
+        self._shards = shards or world.size
         """Ranks that hold one whole model between them."""
         if config.name == "ddp":
             materialize(model, self.device)
@@ -80,8 +81,8 @@ class PyTorchEngine(BaseEngine):
         if self.device.type == "cpu":
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    gather: Any = _Blocking(dist.all_gather_single, self._waited)
-                    scatter: Any = _Blocking(dist.reduce_scatter_single, self._waited)
+                    gather: Any = _Blocking(all_gather_single, self._waited)
+                    scatter: Any = _Blocking(reduce_scatter_single, self._waited)
                     module.set_custom_all_gather(gather)
                     module.set_custom_reduce_scatter(scatter)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
@@ -188,18 +189,6 @@ class _Cast(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         parameters = {name: self.model.get_parameter(name).to(self._dtype) for name in self._outside}
         return functional_call(self.model, parameters, arguments)
-
-
-def _shards(config: EngineConfig, ranks: int) -> int:
-    """Into how many shards a model is cut.
-
-    Raises:
-        EngineError: the ranks cannot be dealt out so.
-    """
-    shards = (config.shards if config.name == "hsdp" else None) or ranks
-    if ranks % shards:
-        raise EngineError(f"engine.shards is {shards}, which does not divide the {ranks} ranks of the run")
-    return shards
 
 
 def _local_part(tensor: Tensor) -> Tensor:

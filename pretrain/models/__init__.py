@@ -13,6 +13,7 @@ from pretrain.models.transformer import Transformer, TransformerConfig
 from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = [
+    "DEFAULT_FAMILY",
     "FREE_FIELDS",
     "ByteModel",
     "Decoder",
@@ -26,9 +27,13 @@ __all__ = [
 ]
 
 
+DEFAULT_FAMILY = "megabyte"
+"""Family of a model section that names none."""
+
+
 def _family_of(tree: Any) -> Any:
-    """The family that a recipe's section or a config names; MEGABYTE where it names none. None: it is no section."""
-    return tree.get("family", "megabyte") if isinstance(tree, Mapping) else getattr(tree, "family", None)
+    """Return the family of a recipe's section or of a config; None where it is neither."""
+    return tree.get("family", DEFAULT_FAMILY) if isinstance(tree, Mapping) else getattr(tree, "family", None)
 
 
 ModelConfig = Annotated[

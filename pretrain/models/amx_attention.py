@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from byteloom.core.user_cache import user_cache
+from pretrain.torch_compat import compiled_as_constant, cpu_capabilities
+
 log = logging.getLogger(__name__)
 
 SHORTEST = 128
@@ -48,13 +51,10 @@ def takes(q: Tensor, k: Tensor) -> bool:
     )
 
 
+@compiled_as_constant
 def is_available() -> bool:
     """Whether this machine can run the kernel. The first call compiles it, and logs why if it cannot."""
     return _library() is not None
-
-
-# As torch.compiler.assume_constant_result has it, which would import the compiler: two seconds of every command.
-is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, dropout: float) -> Tensor:
@@ -176,7 +176,7 @@ def _run(name: str, heads: dict[str, Tensor], lse: Tensor, first: Tensor, dropou
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    if not all(torch.cpu.get_capabilities().get(name) for name in _NEEDED):
+    if not all(cpu_capabilities().get(name) for name in _NEEDED):
         return None
     command = [os.environ.get("CXX", "c++"), str(_SOURCE), *_OPTIONS]
     try:
@@ -190,7 +190,7 @@ def _library() -> ctypes.CDLL | None:
 def _compiled(command: list[str]) -> Path:
     """Where the compiled code is. Processes that begin at once all compile it, and the last to end is kept."""
     key = hashlib.sha256(repr((command, torch.__version__)).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byteloom"
+    folder = user_cache()
     path = folder / f"amx_attention-{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,16 +9,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.models import amx_attention
+from pretrain.torch_compat import ATTENTION, argument_names
 
 _aten = torch.ops.aten
 PRODUCTS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    *ATTENTION,
     amx_attention.OPERATION,
 }
 """Matrix products and attention: nearly all of a block's work."""
@@ -57,7 +55,7 @@ def keeps(_: Any, operation: Any, *arguments: Any, **options: Any) -> Checkpoint
     """
     if operation not in PRODUCTS:
         return CheckpointPolicy.PREFER_RECOMPUTE
-    given = dict(zip((a.name for a in operation._schema.arguments), arguments, strict=False)) | options
+    given = dict(zip(argument_names(operation), arguments, strict=False)) | options
     return CheckpointPolicy.PREFER_RECOMPUTE if given.get("dropout_p") else CheckpointPolicy.MUST_SAVE
 
 

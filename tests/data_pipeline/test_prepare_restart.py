@@ -56,7 +56,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for path in files * 2:
             lines.write(json.dumps({"text": path.read_text()}) + "\n")
     with tarfile.open(folder / "members.tar", "w") as tar:
-        for path in sorted((STDLIB / "distutils").rglob("*.py")):
+        for path in sorted((STDLIB / "xml").rglob("*.py")):
             tar.add(path, path.name)
         tar.add(STDLIB / "pydoc_data/topics.py", "topics.py")
     return [*(STDLIB / name for name in ("asyncio", "email", "unittest")), *folder.iterdir()]

@@ -142,7 +142,9 @@ def test_a_file_that_changed_since_it_was_listed_is_told(tmp_path: Path, change:
     path.write_bytes(b"as before")
     file = source(path)
     path.write_bytes(change)
-    with pytest.raises(BadDocumentError, match=f"changed since it was listed: it had 9 bytes then and has {len(change)} now"):
+    with pytest.raises(
+        BadDocumentError, match=f"changed since it was listed: it had 9 bytes then and has {len(change)} now"
+    ):
         list(document_of(file, ReadOptions()).read())
 
 

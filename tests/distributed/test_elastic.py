@@ -42,7 +42,7 @@ def finished(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def test_whatever_trains_it_a_run_goes_on(recipe: Any, corpus_folder: Path, tmp_path: Path):
     tree: Any = recipe_tree(corpus_folder)
     recipe(tree, corpus_folder)
-    tree["optimizer"]["schedule"] = {"shape": "constant", "warmup_steps": 10}
+    tree["optimizer"]["schedule"] = {"shape": "constant", "warmup_steps": 3}
     tree["validation"] = {"shards": None}
     tree["run"] = {"root": str(tmp_path), "name": "moved"}
     for steps, ranks, engine in STARTS:

@@ -45,6 +45,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> t
     folder = tmp_path_factory.mktemp("numbers")
     tree = recipe_tree(corpus_folder)
     tree["run"] = {"name": "run", "root": str(folder)}
+    tree["optimizer"] = {"learning_rate": 3e-3, "schedule": {"warmup_steps": 1}}
     tree["train"] = {"steps": 2, "global_batch": 6, "micro_batch": 3}
     tree["profile"] = {"start": 2, "steps": 1}
     recipe = folder / "recipe.yaml"

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Pat
         if path.is_file() and path.name not in ("train.log", ".lock")
     }
     message = refused(byteloom, "train", recipe, "model.local_model.width=32")
-    assert "runs/run is of another model (model.local_model.width: 16 -> 32); choose another run.name" in message
+    assert "runs/run has a run of another model (model.local_model.width: 16 -> 32); restore the old model" in message
     assert {path: path.read_bytes() for path in before} == before
 
 

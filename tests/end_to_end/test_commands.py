@@ -89,17 +89,24 @@ def test_replay_proves_what_a_run_read(byteloom: Run, trained: Path, tmp_path: P
     assert "the run read exactly what it should have read until step 12: 72 sequences of 128 bytes" in said
     checkpoint = shutil.copytree(trained / "checkpoints/step-00000008", tmp_path / "step-00000008")
     assert "until step 8" in byteloom("inspect", "--replay", checkpoint, "--threads", "1").stderr
-    forge(checkpoint, next_sequence=49)
+    forge(checkpoint, "reading", next_sequence=49)
     refused = byteloom("inspect", "--replay", checkpoint, check=False)
     assert refused.returncode == 1
     assert "the corpora do not hold the bytes that the run read until step 8" in refused.stderr
 
 
-def forge(checkpoint: Path, **reading: object) -> None:
-    """Changes the record of what was read, under a right digest."""
+def test_a_run_is_inspected_though_its_recipe_would_be_refused_by_now(trained: Path, tmp_path: Path):
+    checkpoint = shutil.copytree(trained / "checkpoints/step-00000008", tmp_path / "step-00000008")
+    forge(checkpoint, "config", optimizer={"schedule": {"warmup_steps": 500}}, validation={"every": 0})
+    shown = CliRunner().invoke(app, ["inspect", str(checkpoint), "--step=7"])
+    assert shown.exit_code == 0 and "step 7, row 0: sequence 36 of the run" in shown.output, shown
+
+
+def forge(checkpoint: Path, section: str, **entries: object) -> None:
+    """Changes the state of a checkpoint, under a right digest."""
     path = checkpoint / "metadata.json"
     metadata = json.loads(path.read_text())
-    metadata["state"]["reading"].update(reading)
+    metadata["state"][section].update(entries)
     del metadata["blake3"]
     metadata["blake3"] = digest_of(json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode())
     path.write_text(json.dumps(metadata))

@@ -13,6 +13,7 @@ from tests.conftest import BYTELOOM, environment
         ("byteloom pre", ["prepare"]),
         ("byteloom checkpoint ve", ["verify"]),
         ("byteloom prepare --image-s", ["--image-size", "--image-scan"]),
+        ("byteloom train perceiver_ar/deb", ["perceiver_ar/debug"]),
         ("byteloom status --js", ["--json"]),
     ],
 )

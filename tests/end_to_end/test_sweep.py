@@ -1,5 +1,6 @@
 """Grids of runs, trained on this machine; tests/slurm/test_arrays.py has one on a cluster."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,5 @@ def test_runs_of_a_sweep_are_trained_one_after_the_other(byteloom: Run, recipe: 
     assert "error: no corpus at nowhere: there is no such folder" in swept.stderr
     assert f"error: {names[1]} failed; the same command resumes it" in swept.stderr
     assert swept.returncode == 1
+    source = recipe.parent / "runs" / names[0] / "config.source.json"
+    assert json.loads(source.read_text())["recipe"] == str(recipe)

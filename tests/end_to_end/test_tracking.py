@@ -55,6 +55,7 @@ def test_the_embedded_store_holds_the_run_and_goes_on_with_it(byteloom: Run, rec
     assert int(run.data.params["parameters"]) > 1000
     assert len(run.data.tags["corpus.fingerprint"]) == 64
     assert run.data.tags["version.torch"].startswith("2.13")
+    assert run.data.tags["recipe"] == str(recipe)
     assert metrics == journal(folder)
 
     byteloom("train", recipe, "tracking.enabled=true", "train.steps=16")

@@ -23,6 +23,7 @@ def tree_of(corpus: Path, root: Path, name: str, **initialize: object) -> Any:
     tree: Any = recipe_tree(corpus)
     tree["run"] = {"root": str(root), "name": name}
     if initialize:
+        tree["optimizer"]["schedule"] = {"warmup_steps": 0}
         tree["initialize"] = {key: str(value) if key == "weights" else value for key, value in initialize.items()}
     return tree
 
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_left_out_only_when_asked(run: Path, corpus_folder:
     tree["train"]["steps"] = 1
     codes, said = start(tree, tmp_path)
     assert codes == [1] and len(said.splitlines()) == 1
-    assert "is of another model (model.sequence_length: 128 -> 256; " in said
+    assert "belongs to another model (model.sequence_length: 128 -> 256; " in said
     assert "set initialize.partly=true to load the parameters that fit" in said
     assert not (tmp_path / "longer").exists()
     tree["initialize"]["partly"] = True

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
+from byteloom.core.packages import MissingPackageError
 from data_pipeline.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError, CheckpointStore, read, verify
@@ -198,7 +199,7 @@ def test_float8_is_refused_where_it_cannot_be_had():
     ):
         engine("fp8")
     if importlib.util.find_spec("torchao") is None:
-        with pytest.raises(EngineError, match="needs torchao: pip install torchao"):
+        with pytest.raises(MissingPackageError, match=r"engine\.precision fp8 needs torchao: pip install 'torchao'"):
             multiply_in_float8(engine().model)
 
 

@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 from pretrain.models import ByteModel, build_model, model_config
 from pretrain.models.unit import Unit
-from pretrain.optimizers import OptimizerConfig, OptimizerName, ScheduleConfig, build_optimizers, learning_rate_at
+from pretrain.optimizers import (
+    OptimizerConfig,
+    OptimizerName,
+    ScheduleConfig,
+    build_optimizers,
+    learning_rate_at,
+    schedule_mismatch,
+)
 
 STEPS, WARMUP = 100, 10
 RATE = 1e-2
@@ -52,6 +61,49 @@ def test_shapes_are_what_their_names_say():
     stable = rates(shape="wsd", decay_fraction=0.5)
     assert stable[STEPS // 2] == 1.0
     assert stable[STEPS // 2 + 10] == pytest.approx(0.8)
+
+
+@given(
+    shape=st.sampled_from(["polynomial", "cosine", "constant", "wsd"]),
+    steps=st.integers(1, 400),
+    warmup=st.integers(0, 400),
+    final=st.floats(0, 1),
+    power=st.floats(0.1, 4),
+    decay=st.floats(0.01, 1),
+)
+def test_the_rate_never_falls_faster_than_its_decay(
+    shape: Any, steps: int, warmup: int, final: float, power: float, decay: float
+):
+    """The decay alone: wsd falls by 1/(decay * steps) a step, others as fast as they do without a warm-up."""
+    schedule = ScheduleConfig(shape=shape, warmup_steps=warmup, final_fraction=final, power=power, decay_fraction=decay)
+    assume(schedule_mismatch(schedule, steps) is None)
+    config = OptimizerConfig(learning_rate=1.0, schedule=schedule)
+    rates = [learning_rate_at(config, step, steps) for step in range(steps)]
+    after = steps - warmup
+    unwarmed = config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": 0})})
+    alone = [learning_rate_at(unwarmed, step, after) for step in range(after + 1)]
+    steepest = (1 - final) / (decay * steps) if shape == "wsd" else max(a - b for a, b in pairwise(alone))
+    assert all(a - b <= steepest + 1e-9 for a, b in pairwise(rates))
+    assert max(rates) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "field"),
+    [
+        ({"warmup_steps": 100}, 100, "warmup_steps"),
+        ({"warmup_steps": 101}, 100, "warmup_steps"),
+        ({"warmup_steps": 99}, 100, None),
+        ({"warmup_steps": 0}, 1, None),
+        ({"shape": "wsd", "warmup_steps": 40, "decay_fraction": 0.6}, 100, None),
+        ({"shape": "wsd", "warmup_steps": 42, "decay_fraction": 0.6}, 100, "decay_fraction"),
+        ({"shape": "wsd", "warmup_steps": 60, "decay_fraction": 1.0}, 100, "decay_fraction"),
+        ({"shape": "wsd", "warmup_steps": 0, "decay_fraction": 1.0}, 100, None),
+        ({"shape": "cosine", "warmup_steps": 60, "decay_fraction": 1.0}, 100, None),
+    ],
+)
+def test_warm_up_ends_before_the_run_and_before_decay(schedule: dict[str, Any], steps: int, field: str | None):
+    found = schedule_mismatch(ScheduleConfig(**schedule), steps)
+    assert (found and found.fields[0]) == (field and f"optimizer.schedule.{field}")
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ def folder(tmp_path: Path, corpus_folder: Path, caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.INFO, "pretrain")
     tree = recipe_tree(corpus_folder)
     tree["run"] = {"name": "plain", "root": str(tmp_path)}
-    tree["optimizer"] = {"schedule": {"shape": "constant"}}
+    tree["optimizer"] = {"schedule": {"shape": "constant", "warmup_steps": 1}}
     tree["checkpoint"] = {"every": 100}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path

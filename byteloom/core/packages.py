@@ -1,0 +1,57 @@
+"""Packages of other projects: which version is installed, and what to do where one is missing.
+
+Byteloom depends on packages that only some runs use. Such a package is imported within `needed_by`, when it is used.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+
+class MissingPackageError(Exception):
+    """A package that this run uses cannot be imported."""
+
+
+@contextmanager
+def needed_by(user: str, package: str) -> Iterator[None]:
+    """Name the package where an import within fails, with who needs it and the command that installs it.
+
+    Args:
+        user: the field, the command or the kind of file that needs the package.
+        package: its name for pip.
+
+    Raises:
+        MissingPackageError: the package, or one that it needs, is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise missing(user, package, error) from error
+
+
+def missing(user: str, package: str, error: ImportError) -> MissingPackageError:
+    """Return the error that says who needs a package, how to install it, and what its import said."""
+    reason = str(error).partition("\n")[0]
+    return MissingPackageError(f"{user} needs {package}: pip install '{_requirement(package)}' ({reason})")
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package without importing it; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirement(package: str) -> str:
+    """Return a package with the range of versions that Byteloom asks for, where it asks for one."""
+    try:
+        asked = metadata.requires("byteloom") or []
+    except metadata.PackageNotFoundError:
+        asked = []
+    for requirement in asked:
+        name = re.match(r"[\w.-]+", requirement)
+        if name and name[0] == package:
+            return requirement.partition(";")[0].strip()
+    return package

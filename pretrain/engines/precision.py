@@ -1,0 +1,97 @@
+"""The precision of the passes, and what this machine makes of it.
+
+engine.precision: auto ─▶ the precision that the run began with
+                     └──▶ bf16 where this device multiplies it natively, else fp32
+"""
+
+import functools
+import logging
+import time
+
+import torch
+
+from pretrain.flops import product_seconds
+from pretrain.torch_compat import cpu_capabilities
+
+log = logging.getLogger(__name__)
+
+NATIVE_SPEEDUP = 1.2
+"""Least speed of bf16 products over fp32's where a CPU has instructions for them. AVX512_BF16 has twice, AMX more."""
+BUDGET_SECONDS = 0.05
+SIZES = (64, 128, 256, 512)
+"""Of the square products that are compared, as far as the budget allows. Small ones are mostly overhead."""
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the type of parameters and activations under a precision."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
+
+
+def choose_precision(asked: str, device: torch.device, kept: str | None = None) -> str:
+    """Return the precision of a start of a run, and log what is not as the machine would have it.
+
+    Args:
+        asked: `engine.precision`.
+        kept: the precision of the run's earlier starts. `auto` stays with it on every machine.
+    """
+    if asked == "auto":
+        best = "bf16" if has_native_bf16(device) else "fp32"
+        if kept not in (None, best):
+            log.info("precision %s is kept from the run's earlier starts; %s would be faster here", kept, best)
+        asked = kept or best
+    if remark := remark_on_precision(asked, device):
+        log.warning("%s", remark)
+    return asked
+
+
+def remark_on_precision(precision: str, device: torch.device) -> str | None:
+    """Return why a precision is a bad choice for a device; None where it is not."""
+    if precision != "bf16" or has_native_bf16(device):
+        return None
+    return (
+        f"this machine emulates bf16: products are {1 / bf16_speedup():.0f} times slower than in fp32; "
+        "engine.precision=fp32 is faster"
+    )
+
+
+def scoring_precision(trained: str, device: torch.device) -> str:
+    """Return the precision to score and generate in: the run's own, or fp32 where the device emulates that one."""
+    if trained == "fp32" or has_native_bf16(device):
+        return "fp32" if trained == "fp32" else "bf16"
+    if trained != "auto":
+        log.info("computing in fp32: this machine emulates the run's %s", trained)
+    return "fp32"
+
+
+def gpu_precision(asked: str) -> str:
+    """Return what a precision of a recipe is on a GPU, for estimates that need none."""
+    return "bf16" if asked == "auto" else asked
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies bf16 matrices with instructions of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = cpu_capabilities()
+    if flags.get("architecture") == "x86_64" and not (flags.get("amx_bf16") or flags.get("avx512_bf16")):
+        return False
+    return bf16_speedup() >= NATIVE_SPEEDUP
+
+
+@functools.cache
+def bf16_speedup() -> float:
+    """Return how many times faster this CPU multiplies matrices in bf16 than in fp32; well under 0.1 s to measure.
+
+    The CPU's flags alone do not say it: libraries can be told to leave instructions unused.
+    """
+    cpu = torch.device("cpu")
+    end = time.perf_counter() + BUDGET_SECONDS
+    speedup = 1.0
+    for size in SIZES:
+        start = time.perf_counter()
+        fp32, bf16 = (product_seconds(cpu, dtype, size, repeats=3) for dtype in (torch.float32, torch.bfloat16))
+        speedup = fp32 / bf16
+        now = time.perf_counter()
+        if now + 8 * (now - start) > end:  # the next size takes eight times as long
+            break
+    return speedup

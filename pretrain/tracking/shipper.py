@@ -1,0 +1,253 @@
+"""Bring an MLflow run up to date with a run folder."""
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.tracking.delivery import Delivery, Start
+from pretrain.tracking.journal import Line, lines
+from pretrain.tracking.store import NOTE_TAG, PARAM_LENGTH, PARENT_TAG, MlflowStore, TrackingError, Value, fault_of
+
+log = logging.getLogger(__name__)
+
+METRICS_PER_CALL = 1000
+LOG_BYTES = 200_000
+"""How much of the end of train.log is an artifact."""
+RUNS_TAG = "byteloom.runs"
+"""How many runs are shown under the run that has this tag."""
+STARTS = "starts"
+"""Metric that counts the starts, at the step from which each continues."""
+STARTS_DESCRIBED = 20
+"""Starts in the run's description, the newest ones; each has a tag."""
+
+
+class MlflowShipper:
+    """Brings an MLflow run up to date with a run folder.
+
+    Everything it needs is in the run folder, so another process can continue the work, also after the run has ended.
+
+    Args:
+        state: mlflow.json.
+        recipe: config.yaml, an artifact from the first delivery on.
+        train_log: train.log; its end is an artifact when the start ends.
+    """
+
+    def __init__(self, journal: Path, state: Path, recipe: Path, train_log: Path) -> None:
+        self._journal = journal
+        self._state = state
+        self._recipe = recipe
+        self._train_log = train_log
+        loaded = Delivery.load(state)
+        if loaded is None:
+            raise FileNotFoundError(f"{state} does not exist: the run was started without tracking")
+        self.delivery = loaded
+        self._store: MlflowStore | None = None
+        self._saving = threading.Lock()
+        self._recipe_was_sent = False
+        self._offset = 0
+        """Where in the journal undelivered lines begin, as far as this process knows."""
+
+    def deliver(self) -> int:
+        """Send what MLflow has not received; return the number of steps sent.
+
+        Raises whatever MLflow raises when it cannot be reached; what was sent before counts.
+        """
+        store, run_id = self._connected()
+        steps, batch = 0, list[Value]()
+        last: Line | None = None
+        for line in self._undelivered_lines():
+            values = _values(line.record)
+            if last is not None and len(batch) + len(values) > METRICS_PER_CALL:
+                self._send(store, run_id, batch, last)
+                batch = []
+            batch += values
+            last = line
+            steps += 1
+        if last is not None:
+            self._send(store, run_id, batch, last)
+        if not self._recipe_was_sent:
+            self._recipe_was_sent = True
+            self._send_files(store, run_id, with_log=False)
+        return steps
+
+    def finish(self) -> None:
+        """Deliver, and set the run's state in MLflow to the one in mlflow.json."""
+        self.deliver()
+        if self.delivery.status == "RUNNING":
+            return
+        store, run_id = self._connected()
+        store.client.set_terminated(run_id, self.delivery.status)
+        self._update_parent(store)
+        if self.delivery.status == "FINISHED":
+            store.mark_models_ready(store.run(run_id))
+        self._send_files(store, run_id, with_log=True)
+
+    def set_status(self, status: str) -> None:
+        self.delivery.status = status
+        self._save()
+
+    def undelivered(self) -> int:
+        """Steps that MLflow has not received."""
+        return sum(1 for _ in self._undelivered_lines())
+
+    def _save(self) -> None:
+        with self._saving:  # the loop's thread and the shipper's both write the file
+            self.delivery.save(self._state)
+
+    def _undelivered_lines(self) -> Iterator[Line]:
+        for line in lines(self._journal, self._offset):
+            if line.record["step"] > self.delivery.delivered_step:
+                yield line
+
+    def _send(self, store: MlflowStore, run_id: str, batch: list[Value], last: Line) -> None:
+        self.delivery.sending_step = last.record["step"]
+        self._save()
+        store.log_values(run_id, batch)
+        self.delivery.delivered_step = last.record["step"]
+        self._save()
+        self._offset = last.end
+
+    def _send_files(self, store: MlflowStore, run_id: str, *, with_log: bool) -> None:
+        """Store the run's files as artifacts. Numbers are worth more: a failure is a warning."""
+        try:
+            if self._recipe.exists():
+                store.client.log_artifact(run_id, str(self._recipe))
+            if with_log and self._train_log.exists():
+                store.client.log_text(run_id, _end_of(self._train_log), self._train_log.name)
+        except Exception as error:  # artifact stores have kinds of errors of their own
+            log.warning("files of the run were not stored as MLflow artifacts: %s", fault_of(error))
+
+    def _connected(self) -> tuple[MlflowStore, str]:
+        """Return the MLflow store and the run's id, with the run there and described."""
+        if self._store is not None and self.delivery.run_id is not None:
+            return self._store, self.delivery.run_id
+        store = MlflowStore(self.delivery.uri)
+        starts = self.delivery.all_starts()
+        if self.delivery.run_id is None:
+            experiment_id = store.find_or_create_experiment(self.delivery.experiment)
+            self.delivery.run_id = store.find_or_create_run(
+                experiment_id, self.delivery.identity, self.delivery.name, starts[0].time if starts else None
+            )
+            self._save()
+        run_id = self.delivery.run_id
+        try:
+            run = store.run(run_id)
+        except TrackingError as error:
+            raise TrackingError(
+                f"{error}. When the run has ended, `byteloom track {self._state.parent} --new-run` sends everything to "
+                "a new one"
+            ) from error
+        params = self.delivery.params
+        store.log_params(run_id, {key: params[key] for key in params.keys() - run.data.params.keys()})
+        if self.delivery.sending_step > self.delivery.delivered_step:
+            self.delivery.delivered_step = self._last_step_known_to(store, run_id)
+        store.client.update_run(run_id, status="RUNNING")
+        changed = _changed(params, run.data.params, run.data.tags)
+        untold = [start for start in starts if f"start.{start.number}" not in run.data.tags]
+        store.log_values(run_id, [Value(STARTS, start.number, start.time, max(start.after, 0)) for start in untold])
+        store.set_tags(run_id, self.delivery.tags | _tags_of(untold) | {f"now.{key}": params[key] for key in changed})
+        self._describe(store, run, starts, [key for key in changed if params[key] != run.data.params.get(key)])
+        self._mark_as_training(store, run)
+        self._store = store  # numbers are delivered even if the run above cannot be updated
+        self._update_parent(store)
+        return store, run_id
+
+    def _describe(self, store: MlflowStore, run: Any, starts: Sequence[Start], changed: Sequence[str]) -> None:
+        """Write the starts into the run's description, unless a person wrote one."""
+        found = run.data.tags.get(NOTE_TAG, "")
+        if found in ("", self.delivery.note) and any(start.number > 1 for start in starts):
+            now = {key: (run.data.params[key], self.delivery.params[key]) for key in changed}
+            self.delivery.note = _description(starts, now)
+            store.set_tags(run.info.run_id, {NOTE_TAG: self.delivery.note})
+            self._save()
+
+    def _mark_as_training(self, store: MlflowStore, run: Any) -> None:
+        """A server without models, such as one before MLflow 3, keeps everything else."""
+        try:
+            store.mark_as_training(run, self.delivery.name)
+        except Exception as error:
+            if getattr(error, "error_code", "") != "ENDPOINT_NOT_FOUND":
+                raise
+            log.debug("the MLflow server has no models: %s", fault_of(error))
+
+    def _update_parent(self, store: MlflowStore) -> None:
+        """Set the state of the run that this one is shown under: it has ended when all of its runs have."""
+        if PARENT_TAG not in self.delivery.tags:
+            return
+        client = store.client
+        parent = client.get_run(self.delivery.tags[PARENT_TAG])
+        if RUNS_TAG not in parent.data.tags or parent.info.lifecycle_stage == "deleted":  # not ours
+            return
+        of_parent, count = f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'", int(parent.data.tags[RUNS_TAG])
+        children = client.search_runs([parent.info.experiment_id], of_parent, max_results=count)
+        states = {child.info.status for child in children}
+        ended = len(children) == count and "RUNNING" not in states
+        worst = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
+        client.update_run(parent.info.run_id, status=worst if ended else "RUNNING")
+
+    def _last_step_known_to(self, store: MlflowStore, run_id: str) -> int:
+        """Asked when a process was killed between sending steps and noting that they had arrived."""
+        steps = (
+            metric.step
+            for name in ("train/bits_per_byte", "validation/bits_per_byte")
+            for metric in store.client.get_metric_history(run_id, name)
+        )
+        return max(steps, default=-1)
+
+
+def _values(record: Mapping[str, Any]) -> list[Value]:
+    """The finite numbers of a line of the journal."""
+    return [
+        Value(name, value, record["time"], record["step"])
+        for name, value in record.items()
+        if name not in ("time", "step") and math.isfinite(value)
+    ]
+
+
+def _changed(params: Mapping[str, str], told: Mapping[str, str], tags: Mapping[str, str]) -> list[str]:
+    """The parameters of which MLflow's value is, or was, not the present one. MLflow never changes a parameter."""
+    return [
+        key
+        for key, value in params.items()
+        if value[:PARAM_LENGTH] != told.get(key, value[:PARAM_LENGTH]) or f"now.{key}" in tags
+    ]
+
+
+def _tags_of(starts: Sequence[Start]) -> dict[str, str]:
+    tags = {}
+    for start in starts:
+        tags[f"start.{start.number}"] = f"{start.place}: {start.reason} ({start.moment})"
+        if start.changes:
+            tags[f"start.{start.number}.changes"] = "; ".join(start.changes)
+    return tags
+
+
+def _description(starts: Sequence[Start], changed: Mapping[str, tuple[str, str]]) -> str:
+    """Markdown about the starts, and about the parameters that are not what MLflow shows as their value.
+
+    Args:
+        changed: (first value, present value) of each.
+    """
+    text = []
+    if changed:
+        text += ["Parameters that changed since the first start (the table of parameters keeps the first value):", ""]
+        text += [f"- `{name}`: now `{now}`, at first `{first}`" for name, (first, now) in changed.items()]
+        text += [""]
+    text += ["| start | continues | time | reason | changes |", "| --- | --- | --- | --- | --- |"]
+    for start in starts[-STARTS_DESCRIBED:]:
+        cells = (start.number, start.place, start.moment, start.reason, "; ".join(start.changes))
+        text += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ")[:300] for cell in cells) + " |"]
+    return "\n".join(text)
+
+
+def _end_of(path: Path) -> str:
+    """The whole lines at the end of a log."""
+    with path.open("rb") as file:
+        skipped = max(0, file.seek(0, os.SEEK_END) - LOG_BYTES)
+        file.seek(skipped)
+        text = file.read().decode("utf-8", "replace")
+    return text.partition("\n")[2] if skipped else text

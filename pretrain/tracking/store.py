@@ -1,0 +1,243 @@
+"""One MLflow store or server: the only place that imports MLflow, and that reads its errors."""
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import sqlite3
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from byteloom.core.packages import needed_by
+
+log = logging.getLogger(__name__)
+
+RUN_TAG, PARENT_TAG, NOTE_TAG = "byteloom.run", "mlflow.parentRunId", "mlflow.note.content"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""What makes an experiment one of model training, where MLflow's page asks the experiment for it."""
+VALUES_PER_CALL = 100
+"""Parameters or tags that MLflow takes in one call."""
+PARAM_LENGTH, TAG_LENGTH = 6000, 8000
+"""Characters of a value that MLflow keeps."""
+ARTIFACTS = "mlflow-artifacts"
+"""Folder of artifacts beside an sqlite store."""
+SECONDS = 10
+"""Timeout of a request."""
+
+
+class TrackingError(Exception):
+    """MLflow cannot be used; the message says why and what to do."""
+
+
+class Value(NamedTuple):
+    """A metric's value."""
+
+    name: str
+    value: float
+    time: float
+    """Seconds since 1970."""
+    step: int
+
+
+class MlflowStore:
+    """Client of one MLflow store or server. Its methods raise whatever MLflow raises, or TrackingError.
+
+    Args:
+        uri: MLflow tracking URI.
+    Raises:
+        MissingPackageError: MLflow is not installed.
+    """
+
+    def __init__(self, uri: str) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper retries after a pause of its own
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(SECONDS))
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run contacts the server it was given
+        with needed_by("tracking.enabled", "mlflow"):
+            from mlflow import MlflowClient, entities  # noqa: PLC0415 (it takes seconds, and few commands use it)
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.uri = uri
+        self._entities = entities
+        with _sqlite_ready(uri):
+            self.client = MlflowClient(uri)
+
+    def find_or_create_experiment(self, name: str) -> str:
+        """Return the id of an experiment, which is one of model training.
+
+        Raises:
+            TrackingError: it was deleted, or the server is none of MLflow's.
+        """
+        with _sqlite_ready(self.uri):
+            known = self.client.get_experiment_by_name(name)
+            if known is None:
+                tags = {KIND_TAG: KIND}
+                return str(self.client.create_experiment(name, artifact_location=_artifacts_of(self.uri), tags=tags))
+        if not known.experiment_id:
+            raise TrackingError("something answers there, but it is not MLflow")
+        self._check_experiment(known)
+        self._mark_as_training(known)
+        return str(known.experiment_id)
+
+    def find_or_create_run(self, experiment_id: str, identity: str, name: str, started: float | None = None) -> str:
+        """Return the id of the run that has an identity.
+
+        Args:
+            started: seconds since 1970; now, if None.
+        """
+        known = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=1)
+        if known:
+            return str(known[0].info.run_id)
+        start_time = None if started is None else int(started * 1000)
+        run = self.client.create_run(experiment_id, start_time, tags={RUN_TAG: identity}, run_name=name)
+        return str(run.info.run_id)
+
+    def run(self, run_id: str) -> Any:
+        """Return a run.
+
+        Raises:
+            TrackingError: it was deleted.
+        """
+        try:
+            run = self.client.get_run(run_id)
+        except Exception as error:
+            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+                raise TrackingError(f"run {run_id} is no longer there") from error
+            raise
+        if run.info.lifecycle_stage == "deleted":
+            self._check_experiment(self.client.get_experiment(run.info.experiment_id))
+            raise TrackingError(
+                f"run {run_id} was deleted; {self._command('runs restore --run-id', run_id)} restores it"
+            )
+        return run
+
+    def mark_as_training(self, run: Any, name: str) -> None:
+        """Make MLflow's page list a run under model training.
+
+        MLflow 3.17 lists a run that has no model as an output among the evaluations of GenAI applications, and other
+        versions ask the experiment for its kind.
+        """
+        self._mark_as_training(self.client.get_experiment(run.info.experiment_id))
+        if run.outputs is not None and run.outputs.model_outputs:
+            return
+        model = self.client.create_logged_model(
+            run.info.experiment_id, re.sub("[^A-Za-z0-9_-]", "_", name), source_run_id=run.info.run_id
+        )
+        self.client.log_outputs(run.info.run_id, [self._entities.LoggedModelOutput(model.model_id, step=0)])
+
+    def mark_models_ready(self, run: Any) -> None:
+        for output in run.outputs.model_outputs if run.outputs is not None else ():
+            self.client.finalize_logged_model(output.model_id, "READY")
+
+    def log_values(self, run_id: str, values: Sequence[Value]) -> None:
+        """Add metrics; those that MLflow knows already change nothing."""
+        metrics = [self._entities.Metric(name, value, int(time * 1000), step) for name, value, time, step in values]
+        try:
+            self.client.log_batch(run_id, metrics=metrics)
+        except Exception:
+            self.run(run_id)  # a run that was deleted meanwhile has a better message
+            raise
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Add parameters, which must be new: MLflow never changes one."""
+        entries = [self._entities.Param(key, value[:PARAM_LENGTH]) for key, value in params.items()]
+        for first in range(0, len(entries), VALUES_PER_CALL):
+            self.client.log_batch(run_id, params=entries[first : first + VALUES_PER_CALL])
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        entries = [self._entities.RunTag(key, value[:TAG_LENGTH]) for key, value in tags.items()]
+        for first in range(0, len(entries), VALUES_PER_CALL):
+            self.client.log_batch(run_id, tags=entries[first : first + VALUES_PER_CALL])
+
+    def _mark_as_training(self, experiment: Any) -> None:
+        if not experiment.tags.get(KIND_TAG):  # else a person has chosen
+            self.client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
+
+    def _check_experiment(self, experiment: Any) -> None:
+        if experiment.lifecycle_stage == "deleted":
+            restore = self._command("experiments restore --experiment-id", experiment.experiment_id)
+            raise TrackingError(
+                f"experiment {experiment.name} was deleted; {restore} restores it, or choose another "
+                "tracking.experiment"
+            )
+
+    def _command(self, command: str, identifier: str) -> str:
+        return f"`MLFLOW_TRACKING_URI={shown(self.uri)} mlflow {command} {identifier}`"
+
+
+def shown(uri: str) -> str:
+    """Return a tracking URI without the password in it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
+def fault_of(error: BaseException) -> str:
+    """Return in a few words why MLflow could not be used."""
+    chain = list(_chain(error))
+    for cause in chain:
+        if words := _words(cause):
+            return words
+    text = str(error)
+    if found := re.search(r"too many (\d+) error responses|failed with error code (\d+)", text):
+        return f"HTTP {found[1] or found[2]}"
+    if "Remote end closed connection" in text:
+        return "the server closed the connection"
+    if "valid JSON format" in text:
+        return "something answers there, but it is not MLflow"
+    line = text.partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 100 else f"{line[:99]}…"
+
+
+def _words(cause: BaseException) -> str:
+    """Return what an error means that is not of MLflow itself; nothing for an unknown one."""
+    kinds: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+        (TrackingError, str(cause)),
+        (ConnectionRefusedError, "connection refused"),
+        (TimeoutError, "timed out"),
+        (socket.gaierror, "no such host"),
+        (ssl.SSLError, f"TLS failed: {getattr(cause, 'reason', None)}"),
+        (sqlite3.Error, str(cause)),
+    )
+    for kind, words in kinds:
+        if isinstance(cause, kind):
+            return words
+    return cause.strerror or "" if isinstance(cause, OSError) else ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _artifacts_of(uri: str) -> str | None:
+    """Return where the artifacts of an sqlite store lie: beside it. A server knows its own place."""
+    database = _sqlite_file(uri)
+    return None if database is None else (database.parent / ARTIFACTS).as_uri()
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
+
+
+@contextmanager
+def _sqlite_ready(uri: str) -> Iterator[None]:
+    """Let one process at a time create the tables of an sqlite store: MLflow itself does not guard that.
+
+    Raises:
+        OSError, sqlite3.Error: the store cannot be opened, which MLflow itself would try for two minutes.
+    """
+    database = _sqlite_file(uri)
+    if database is None:
+        yield
+        return
+    with database.with_name(database.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA schema_version")
+        yield

@@ -1,0 +1,141 @@
+"""State of git repositories: what is recorded, and that git can never hold up a start."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from byteloom.core.git import Repository, ask_git
+from pretrain.provenance import read_source, save_resolved, trace
+from tests.test_project import ROOT
+
+GIT = shutil.which("git")
+pytestmark = pytest.mark.skipif(GIT is None, reason="no git here")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git without the settings of this machine; return what it prints."""
+    who = ["-c", "user.name=tester", "-c", "user.email=tester"]
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull}
+    done = subprocess.run([GIT, *who, *arguments], cwd=folder, env=environment, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with one commit, in a folder whose name has a space and is not UTF-8."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9 au lait")
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    (folder / ".gitignore").write_text("ignored.yaml\n")
+    (folder / "recipe.yaml").write_text("run: {name: a}\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message=first")
+    return folder
+
+
+def tags(file: Path, tracked: bool = False) -> dict[str, str]:
+    repository = Repository(file, tracked)
+    ask_git([repository])
+    return repository.tags()
+
+
+def fake_git(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a shell script the only git on PATH."""
+    folder.mkdir()
+    (folder / "git").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_commit_and_cleanliness_are_of_the_repository_that_holds_the_file(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commit = git(repository, "rev-parse", "HEAD")
+    monkeypatch.chdir(ROOT)  # what one stands in does not count
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # nor what a git hook has set
+    assert tags(repository / "recipe.yaml", tracked=True) == {"git.commit": commit, "git.clean": "True"}
+    (repository / "recipe.yaml").write_text("run: {name: b}\n")
+    assert tags(repository / "recipe.yaml") == {"git.commit": commit, "git.clean": "False"}
+    assert tags(tmp_path / "recipe.yaml") == {}
+
+
+def test_a_file_that_is_not_tracked_or_is_ignored_has_no_repository(repository: Path):
+    for name in ("new.yaml", "ignored.yaml"):
+        (repository / name).write_text("run: {name: b}\n")
+    assert tags(repository / "new.yaml")["git.clean"] == "False"
+    assert tags(repository / "new.yaml", tracked=True) == {}
+    assert tags(repository / "ignored.yaml") == {}
+
+
+def test_a_git_that_hangs_is_ended_at_the_deadline(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started = tmp_path / "started"
+    fake_git(tmp_path / "bin", f"echo $$ >> {started}\nsleep 1000", monkeypatch)
+    repositories = [Repository(repository / "recipe.yaml"), Repository(Path(__file__), tracked=True)]
+    ask_git(repositories, seconds=1.0)
+    assert [each.tags() for each in repositories] == [{}, {}]
+    for process in map(int, started.read_text().split()):
+        while Path(f"/proc/{process}").exists():
+            time.sleep(0.01)
+
+
+def test_a_slow_git_gives_what_it_has_answered_by_the_deadline(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fake_git(tmp_path / "bin", f'case "$*" in *status*) sleep 1000;; *) exec {GIT} "$@";; esac', monkeypatch)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    slow = Repository(repository / "recipe.yaml")
+    ask_git([slow], seconds=20.0)
+    assert slow.tags() == {"git.commit": git(repository, "rev-parse", "HEAD")}
+
+
+@pytest.mark.parametrize("script", [r"printf '\377\376\n'", "echo not-a-commit", "exit 128"])
+def test_answers_that_are_not_a_commit_are_left_out(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+):
+    fake_git(tmp_path / "bin", script, monkeypatch)
+    assert tags(repository / "recipe.yaml") == {}
+
+
+def test_without_git_and_in_a_repository_of_another_user_nothing_is_recorded(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+        patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own test suite has it
+        assert tags(repository / "recipe.yaml") == {}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tags(repository / "recipe.yaml") == {}
+
+
+def test_a_recipe_and_byteloom_have_commits_of_their_own(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(repository)
+    own = tags(ROOT / "pretrain/provenance.py", tracked=True)
+    of_recipe = {f"recipe.{name}": value for name, value in tags(repository / "recipe.yaml").items()}
+    assert of_recipe["recipe.git.clean"] == "True"
+    path = os.fsencode(repository / "recipe.yaml").decode("utf-8", "backslashreplace")
+    assert trace(Path("recipe.yaml")) == {"recipe": path, **of_recipe, **own}
+    debug = trace(ROOT / "configs/debug.yaml")
+    assert debug == {"recipe": "debug", **{f"recipe.{name}": value for name, value in own.items()}, **own}
+
+
+def test_a_resolved_recipe_keeps_its_source_until_it_is_changed(repository: Path, tmp_path: Path):
+    source = trace(repository / "recipe.yaml")
+    resolved = tmp_path / "config.yaml"
+    save_resolved(resolved, "run: {name: a}\n", source)
+    (repository / "recipe.yaml").write_text("run: {name: b}\n")
+    assert read_source(resolved) == source
+    assert trace(resolved) == source
+    resolved.write_text("run: {name: c}\n")
+    assert read_source(resolved) == {}
+    assert trace(resolved)["recipe"] == str(resolved)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"[]", b"{}", b"null", b'{"sha256": 3}', b"\xff\xfe"])
+def test_a_damaged_source_file_counts_as_none(tmp_path: Path, content: bytes):
+    (tmp_path / "config.yaml").write_text("run: {name: a}\n")
+    (tmp_path / "config.source.json").write_bytes(content)
+    assert read_source(tmp_path / "config.yaml") == {}
