@@ -292,7 +292,7 @@ class _Check:
             check_ranks(engine, ranks)
         except EngineError as error:
             # A launcher such as `byteloom submit` starts as many as it is asked for, whatever the recipe says.
-            alone = "; right for a launcher that starts more" if ranks == 1 else ""
+            alone = ", or use a launcher that starts several" if ranks == 1 else ""
             self._add("warning" if ranks == 1 else "error", "engine.name", f"{error}{alone}")
         with self._refusals("engine.device"):
             device = choose_device(engine.device, ranks - 1)

@@ -111,13 +111,15 @@ def estimate(
 
 
 def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
-    """Yield a table for each family, with its recipes by task."""
+    """Yield a table for each family that has recipes, which it lists by task."""
     letters = _letters(recipes)
     is_measured = any(recipe.activations is not None for recipe in recipes)
     numbers = ["params", "printed", "forward", "training", "states", *(["kept"] if is_measured else [])]
     for family, config in families().items():
-        table = Table(f"{family}: {config.__doc__}", ["recipe", *numbers, "result"], numbers)
         of_family = sorted((r for r in recipes if r.family == family), key=lambda r: r.task or "")
+        if not of_family:
+            continue
+        table = Table(f"{family}: {config.__doc__}", ["recipe", *numbers, "result"], numbers)
         for task, group in itertools.groupby(of_family, lambda r: r.task):
             table.add_heading(task or "no task")
             for recipe in group:

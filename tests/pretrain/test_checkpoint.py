@@ -336,7 +336,7 @@ def test_another_model_is_refused_and_nothing_is_changed(store: CheckpointStore)
     target = zeros()
     for wrong, message in (
         (Fragment("model/c", (2,), 0, torch.zeros(2)), "it has no tensor model/c"),
-        (Fragment("model/a", (5, 7), 0, torch.zeros(35)), r"has shape \[7, 5\] there and \[5, 7\] here"),
+        (Fragment("model/a", (5, 7), 0, torch.zeros(35)), r"has shape \[7, 5\], and this run's has \[5, 7\]"),
     ):
         with pytest.raises(CheckpointError, match=message):
             read(metadata, [*fragments(target), wrong])

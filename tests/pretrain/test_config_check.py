@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(recipe: Path):
     [
         (["model.patch_size=8"], "run.name", "has a run of another model (model.patch_size: 4 -> 8)"),
         (["data.seed=3"], "run.name", "has a run that reads other bytes (data.seed: 0 -> 3)"),
-        (["optimizer.name=adam"], "run.name", "has moments of optimizer.name adamw, not adam"),
+        (["optimizer.name=adam"], "run.name", "has the moments of optimizer.name=adamw, not of adam"),
     ],
 )
 def test_a_run_that_this_recipe_cannot_resume_is_an_error(trained: Path, overrides: list[str], field: str, text: str):
@@ -159,7 +159,7 @@ def test_what_does_not_fit_this_machine_is_found(recipe: Path, corpus_folder: Pa
     assert "which is too much" in errors(recipe, *large)["train.micro_batch"]
     assert "share" in warnings(recipe, "launch.processes=1000")["launch.processes"]
     assert "so some are idle" in warnings(recipe, "launch.processes=3")["train.micro_batch"]
-    assert "and this is one process; right for a launcher" in warnings(recipe, "engine.name=zero1")["engine.name"]
+    assert "set launch.processes, or use a launcher" in warnings(recipe, "engine.name=zero1")["engine.name"]
     shards = ("engine.name=hsdp", "engine.shards=2", "launch.processes=3")
     assert "engine.shards is 2, which does not divide the 3 ranks" in errors(recipe, *shards)["engine.name"]
     assert "validation.shards" in warnings(recipe, f"validation.shards={corpus_folder}/train")
