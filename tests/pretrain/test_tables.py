@@ -79,7 +79,8 @@ def evaluation() -> Table:
 
 def status() -> Table:
     running = RunStatus(
-        run="runs/books-learning_rate-3e-4-seed-1", recipe="megabyte/text", state="running", reason="", job="4711", process=None, nodes="n1",
+        run="runs/books-learning_rate-3e-4-seed-1", recipe="megabyte/text",
+        state="running", reason="", job="4711", process=None, nodes="n1",
         step=123_456, steps=1_000_000, bits_per_byte=1.23456, validation_bits_per_byte=1.3456,
         bytes_per_second=41_234_567.0, seconds_left=360_000.0, checkpoint_step=123_000, checkpoint_seconds=754.0,
         starts=1, restarts=3, why="", history=[],
