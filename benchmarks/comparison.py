@@ -116,14 +116,16 @@ def flops(fields: dict[str, object]) -> int:
     return on_meta(fields).flops(CONTEXT)
 
 
-def byteloom(*arguments: object) -> None:
-    subprocess.run([Path(sys.executable).parent / "byteloom", *map(str, arguments)], check=True)
+def byteloom(*arguments: object) -> str:
+    """Run a command; return what it writes to standard output."""
+    command = [Path(sys.executable).parent / "byteloom", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def bits_per_byte(run: Path, corpus: Path, mode: str) -> float:
     path = run / f"{mode}.json"
     if not path.exists():
-        byteloom("eval", run, corpus, "--mode", mode, "--json", path)
+        path.write_text(byteloom("eval", run, corpus, "--mode", mode, "--json"), encoding="utf-8")
     return float(json.loads(path.read_text())["total"]["bits_per_byte"])
 
 

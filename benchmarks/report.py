@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from pretrain.engines import has_native_bf16
+from pretrain.tables import Table
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,13 @@ def interleaved(work: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def report(title: str, metrics: list[Metric], path: Path | None) -> None:
     """Prints a table and writes the JSON list."""
-    table = Table(title=title, title_justify="left")
-    for name in ("metric", "value", "unit", "goal", "detail"):
-        table.add_column(name, justify="right" if name == "value" else "left")
+    table = Table(title, ["metric", "value", "unit", "goal", "detail"], numbers=["value"])
     for metric in metrics:
         table.add_row(metric.metric, f"{metric.value:.3g}", metric.unit, metric.verdict, metric.detail)
-    console = Console()
-    console.print(table)
-    console.print(
+    table.print()
+    print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, Python {platform.python_version()}",
-        highlight=False,
+        f"torch {torch.__version__}, Python {platform.python_version()}"
     )
     if path is not None:
         path.write_text(json.dumps([asdict(metric) for metric in metrics], indent=1), encoding="utf-8")

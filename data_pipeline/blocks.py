@@ -217,18 +217,18 @@ def decode(stored: StoredBlock, digest: bytes | None = None) -> Block:
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptBlockError(f"its table cannot be read: {error}") from error
     if block.table != table or (digest is not None and block.digest != digest):
-        raise CorruptBlockError("its table does not have the digest of the index")
+        raise CorruptBlockError("the digest of its table is not the one in the index")
     done = 0
     for part in block.slices:
         own = memoryview(content)[part.start : part.start + part.length]
         if hashlib.sha256(own).hexdigest() != part.sha256:
-            raise CorruptBlockError(f"document {part.key} does not have the digest of its table")
+            raise CorruptBlockError(f"the digest of document {part.key} is not the one in its table")
         end = part.start + len(own)
         if part.start != done or len(own) != part.length or content[end : end + part.ends] != DOCUMENT_END * part.ends:
-            raise CorruptBlockError(f"document {part.key} does not lie where its table says")
+            raise CorruptBlockError(f"document {part.key} is not where its table says")
         done = end + part.ends
     if done != len(content):
-        raise CorruptBlockError("its documents are not all that is in it")
+        raise CorruptBlockError("it holds more bytes than its documents")
     if block.ends.tobytes() != stored.ends:
-        raise CorruptBlockError("its document ends are not those of its table")
+        raise CorruptBlockError("the ends of its documents are not those in its table")
     return block

@@ -62,7 +62,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
-            raise CorpusError(f"--task {self.number} --of {self.of}: tasks are counted from 0 to {self.of - 1}")
+            raise CorpusError(
+                f"--task is {self.number} and --of is {self.of}; --task must be between 0 and {self.of - 1}"
+            )
 
 
 @dataclass
@@ -109,10 +111,12 @@ class PrepareReport:
     def left_out(self) -> int:
         return sum(source.left_out.total() for source in self.sources)
 
-    def save(self, path: Path) -> None:
+    def as_json(self) -> dict[str, Any]:
         totals = {"documents": self.documents, "raw_bytes": sum(source.raw_bytes for source in self.sources)}
-        tree = {**self.identity, "parts": self.parts, **totals, "per_source": [vars(source) for source in self.sources]}
-        replace_file(path, json.dumps(tree, indent=1))
+        return {**self.identity, "parts": self.parts, **totals, "per_source": [vars(source) for source in self.sources]}
+
+    def save(self, path: Path) -> None:
+        replace_file(path, json.dumps(self.as_json(), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -215,7 +219,7 @@ def _wait_for(lock: BinaryIO) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise CorpusError(
-            f"{lock.name} cannot be locked ({error.strerror}): processes cannot share work on this file system"
+            f"{lock.name} cannot be locked ({error.strerror}); choose a file system with locks for --out"
         ) from error
 
 
@@ -226,7 +230,7 @@ def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
     except StateFileError:
         report = None
     if report is None or report.identity != asked:
-        raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
+        raise CorpusError(f"{out} exists already; choose another --out, or remove that folder first")
     if folder.exists():
         remove(folder)
     report.was_finished = True
@@ -243,8 +247,8 @@ def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions, list
         plan = Plan.load(folder, options.skip_bad)
         if changed := difference(plan.identity, identity(sources, options)):
             raise CorpusError(
-                f"{folder} was begun with other sources or options ({changed}); "
-                "go on with the same, or remove it to begin anew"
+                f"{folder} was started with other sources or options ({changed}); "
+                "use the same ones, or remove that folder to start again"
             )
         listed(sum(source["bytes"] for source in plan.sources))
         return plan
@@ -260,7 +264,7 @@ def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions, list
 
 def _laid_out(plan: Plan) -> Layout:
     if not (plan.folder / "plan.json").exists():
-        raise CorpusError(f"{plan.folder} was removed while it was worked in")
+        raise CorpusError(f"{plan.folder} was removed while this command was working in it; start again")
     if not (plan.folder / "layout.json").exists():
         try:
             make_layout(plan)
@@ -273,7 +277,7 @@ def _laid_out(plan: Plan) -> Layout:
 def _finish(plan: Plan, layout: Layout, out: Path) -> PrepareReport:
     """Makes shards a corpus, and OUT.partial OUT. Killed at any moment, it can be done again."""
     if not (plan.folder / "layout.json").exists():
-        raise CorpusError(f"{plan.folder} was removed while it was worked in")
+        raise CorpusError(f"{plan.folder} was removed while this command was working in it; start again")
     corpus = plan.folder / "corpus"
     if not (corpus / "report.json").exists():
         _write_indexes(plan, layout)

@@ -182,9 +182,9 @@ class Reading:
         told = [(step, weights) for step, weights in config.weight_stages() if step < record.step]
         if past and past != told:
             raise CorpusError(
-                f"the mixture's weights until step {record.step} were {_in_words(past)}; "
-                f"the recipe says {_in_words(told)}. The past cannot be changed: restore it, and change the weights "
-                f"by a stage in data.stages of step {record.step} or later"
+                f"until step {record.step}, the run read with the weights {_in_words(past)}, and the recipe now has "
+                f"{_in_words(told)} there. Restore the old weights, and change them from a later step with a stage in "
+                f"data.stages (step {record.step} or later)"
             )
         later = config.weight_stages()[len(past) :]
         record.stages = record.stages[: len(past)]
@@ -259,10 +259,10 @@ class Reading:
             CorpusError: the run has had no such step, or a step no such row.
         """
         if not 1 <= step <= self.record.step:
-            raise CorpusError(f"step {step} is not one of the {self.record.step} steps of this checkpoint")
+            raise CorpusError(f"step {step} is not in this checkpoint; choose a step from 1 to {self.record.step}")
         before, sequence, global_batch = max(entry for entry in self.record.batches if entry[0] < step)
         if not 0 <= row < global_batch:
-            raise CorpusError(f"row {row} is not one of the {global_batch} rows of step {step}, counted from 0")
+            raise CorpusError(f"row {row} is not in step {step}; choose a row from 0 to {global_batch - 1}")
         return sequence + (step - 1 - before) * global_batch + row
 
 
@@ -325,8 +325,8 @@ def _in_force(stream: ByteStream, history: list[tuple[int, int, str]]) -> list[t
     for since, count, digest in history:
         if len(entries) < count or prefix_digest(entries, count) != digest:
             raise CorpusError(
-                f"{stream.corpus.location}: the list of withdrawn documents is not the one that the run knows. "
-                "The list only grows: restore it"
+                f"{stream.corpus.location}: the list of withdrawn documents lacks entries that the run has read; "
+                "restore the list, to which entries may only be added"
             )
         in_force += [(entry, since) for entry in entries[done:count]]
         done = count

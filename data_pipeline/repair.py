@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from byteloom.core.words import count
 from data_pipeline.atomic import sync
 from data_pipeline.blocks import StoredBlock
 from data_pipeline.errors import CorpusError
@@ -62,7 +63,7 @@ def repair(
         other = corpora.enter_context(Corpus(mirror, check_shards=False, remote=remote)) if mirror else None
         manifest = _readable_manifest(folder)
         if other is not None and manifest is not None and manifest != other.manifest:
-            raise CorpusError(f"{other.location} is not a mirror of {folder}: its manifest.json is another")
+            raise CorpusError(f"{other.location} is not a mirror of {folder}: it has another manifest.json")
         done = []
         try:
             corpus = Corpus(folder, check_shards=False)
@@ -73,7 +74,7 @@ def repair(
         results = [*_repair_shards(folder, corpus, other, threads, progress), _repair_withdrawn(corpus, other)]
         lost = [str(result) for result in results if isinstance(result, CorpusError)]
         if lost and other is None:
-            lost.append("only a mirror can help: --mirror URL_OR_FOLDER")
+            lost.append("these can only be restored from a mirror: add --mirror URL_OR_FOLDER")
         if lost:
             raise CorpusError("\n".join(lost))
         return done + [result for result in results if isinstance(result, str)]
@@ -96,7 +97,7 @@ def _repair_index(
     else:
         paths = [folder / entry["name"] for entry in manifest["shards"]]
     if not paths:
-        raise CorpusError(f"{folder} holds no shard")
+        raise CorpusError(f"{folder} has no shards")
     done = Tally(sum(path.stat().st_size for path in paths if path.exists()), progress)
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(lambda path: _scanned(path, done.add), paths))
@@ -107,18 +108,20 @@ def _repair_index(
     if manifest is None and mirror is not None:
         if shards and not any(shard.entry in mirror.manifest["shards"] for shard in shards):
             raise CorpusError(
-                f"{mirror.location} is not a mirror of {folder}: no shard that is whole is the same there"
+                f"{mirror.location} is not a mirror of {folder}: none of the intact shards is the same there"
             )
         manifest = mirror.manifest
     if not faults and manifest is not None and [shard.entry for shard in shards] != manifest["shards"]:
-        faults = ["the shards are not those that manifest.json names"]
+        faults = ["the shards are not those in manifest.json"]
     if not faults:
         return _write_from_tars(folder, shards, manifest)
     if mirror is None:
-        said = "manifest.json or the index is damaged as well, so only a mirror can help: --mirror URL_OR_FOLDER"
+        said = (
+            "manifest.json or the index is damaged too, so only a mirror can restore them: add --mirror URL_OR_FOLDER"
+        )
         raise CorpusError("\n".join([*faults, said]))
     _install(folder, lambda staging: _copy_index(mirror, staging))
-    return f"manifest and index copied from {mirror.location}"
+    return f"manifest and index were copied from {mirror.location}"
 
 
 def _doubts(folder: Path, shards: Sequence[ShardIndex]) -> list[str]:
@@ -130,19 +133,20 @@ def _doubts(folder: Path, shards: Sequence[ShardIndex]) -> list[str]:
     for name in INDEX_FILES:
         path = folder / f"{name}.npy"
         found = _records_of(name, shards)
-        count, left = _what_is_left(path)
-        told |= count is not None
-        if count not in (None, len(found)):
-            return [f"{path} lists {count:,} blocks; the {len(shards)} shards that are there hold {len(found):,}"]
+        listed, left = _what_is_left(path)
+        told |= listed is not None
+        if listed is not None and listed != len(found):
+            held = f"{count(len(shards), 'shard')} in the folder with {count(len(found), 'block')}"
+            return [f"{path} lists {count(listed, 'block')}, and there {'is' if len(shards) == 1 else 'are'} {held}"]
         end = 0
         for shard in shards:
             own = slice(end, end := end + len(shard.blocks))
             if len(left[own]) and not (left[own] == found[own][: len(left[own])]).any():
-                return [f"{path} lists other blocks than {folder / shard.entry['name']} holds"]
+                return [f"{path} lists other blocks than {folder / shard.entry['name']} has"]
     for number, shard in enumerate(shards):
         # Preparation skips the numbers of shards that came out empty, so this proves nothing.
         if not told and number_of_shard(shard.entry["name"]) != number:
-            return [f"{folder / shard_name(number)} may be missing: nothing is left that tells"]
+            return [f"{folder / shard_name(number)} may be missing; no file is left that would show it"]
     return []
 
 
@@ -162,10 +166,10 @@ def _what_is_left(path: Path) -> tuple[int | None, NDArray[np.void]]:
     try:
         with path.open("rb") as file:
             np.lib.format.read_magic(file)
-            (count,), _, described = np.lib.format.read_array_header_1_0(file)
+            (number,), _, described = np.lib.format.read_array_header_1_0(file)
             if described.itemsize != dtype.itemsize:
                 raise ValueError("its header is damaged")
-            return count, np.fromfile(file, dtype)
+            return number, np.fromfile(file, dtype)
     except (OSError, ValueError, SyntaxError, TokenError):  # the header is Python's words
         return None, np.empty(0, dtype)
 
@@ -184,15 +188,15 @@ def _write_from_tars(folder: Path, shards: Sequence[ShardIndex], manifest: dict[
     _install(folder, lambda staging: write_index(staging, shards))
     with Corpus(folder, check_shards=False) as corpus:
         if manifest is not None:
-            agreement = "as manifest.json says"
+            agreement = "as in manifest.json"
         elif digest_before == corpus.manifest["index_blake3"]:
-            agreement = "as index.npy says; manifest.json was unreadable"
+            agreement = "as in index.npy; manifest.json was unreadable"
         elif told:
-            agreement = f"of as many blocks as {told[0]}.npy listed; manifest.json was unreadable"
+            agreement = f"with as many blocks as {told[0]}.npy listed; manifest.json was unreadable"
         else:
-            agreement = "manifest.json was unreadable, so nothing tells whether a shard is missing at the end"
-        count = len(shards)
-        return f"manifest and index written from {count:,} shards; content sha256 {corpus.content_sha256}, {agreement}"
+            agreement = "manifest.json was unreadable, so it is unknown whether a shard is missing at the end"
+        written = f"manifest and index were written from {count(len(shards), 'shard')}"
+        return f"{written}; content sha256 {corpus.content_sha256}, {agreement}"
 
 
 def _copy_index(mirror: Corpus, staging: Path) -> None:
@@ -250,11 +254,11 @@ def _repair_withdrawn(corpus: Corpus, mirror: Corpus | None) -> str | CorpusErro
     except CorpusError as error:
         return error
     if not entries:
-        return CorpusError(f"{faults[0]}; {mirror.location} has no list either")
+        return CorpusError(f"{faults[0]}; the mirror {mirror.location} has no list either")
     write_withdrawn(Path(corpus.location), corpus.content_sha256, entries)
     return (
-        f"{corpus.location}/{WITHDRAWN_FILE} is that of {mirror.location} now, with "
-        f"{len({entry.key for entry in entries}):,} documents; withdraw again what was withdrawn here alone"
+        f"{corpus.location}/{WITHDRAWN_FILE} was copied from {mirror.location}, with "
+        f"{count(len({entry.key for entry in entries}), 'document')}; withdraw again what was withdrawn only here"
     )
 
 
@@ -281,11 +285,15 @@ def _repair_shard(folder: Path, corpus: Corpus, shard: int, mirror: Corpus | Non
                 sync(staging)
                 staging.replace(path)
                 sync(folder)
-                origin = f", {fetched} of its {entry['blocks']} blocks from {sources[-1].location}" if fetched else ""
-                return f"{path} written again{origin}"
+                origin = (
+                    f", with {fetched} of {count(entry['blocks'], 'block')} from {sources[-1].location}"
+                    if fetched
+                    else ""
+                )
+                return f"{path} was written again{origin}"
         finally:
             staging.unlink(missing_ok=True)
-    raise CorpusError(f"{path} is damaged in bits of a table that do not change what it says")
+    raise CorpusError(f"{path} is damaged in bits of a table that do not change its meaning")
 
 
 def _first_whole(block: int, through: int, sources: Sequence[Corpus]) -> tuple[StoredBlock, Corpus]:

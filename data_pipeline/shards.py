@@ -210,7 +210,7 @@ def scan_shard(path: Path, progress: Callable[[int], None]) -> ShardIndex:
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
     if not rows:
-        raise CorpusError(f"{path} holds no block")
+        raise CorpusError(f"{path} has no blocks")
     return _shard_index(path.name, rows, tar.bytes, tar.sha256.hexdigest())
 
 
@@ -307,7 +307,7 @@ def write_index(folder: Path, shards: Iterable[ShardIndex]) -> None:
             content.update(blocks["content_sha256"].tobytes())
             entries.append(shard.entry)
         if not entries:
-            raise CorpusError("the corpus is empty: no document holds a byte")
+            raise CorpusError("the corpus is empty: all its documents are empty")
         count = sum(entry["blocks"] for entry in entries)
         for file, dtype in ((lengths_file, LENGTHS), (blocks_file, BLOCK)):
             file.seek(0)
@@ -417,7 +417,7 @@ class Corpus:
         def checked(members: list[memoryview]) -> tuple[bytes, NDArray[np.uint32]]:
             frame, ends = members
             if seal(frame, ends) != seal_of_index:
-                raise CorruptBlockError("it does not have the digest of the index")
+                raise CorruptBlockError("its digest is not the one in the index")
             return decompress(frame), np.frombuffer(ends, ENDS)
 
         return self._read(block, through, 2, checked)
@@ -442,7 +442,7 @@ class Corpus:
         record = self.index[block]
         stored = StoredBlock(*map(bytes, members))
         if seal(stored.frame, stored.ends) != record["stored_blake3"].tobytes():
-            raise CorruptBlockError("it does not have the digest of the index")
+            raise CorruptBlockError("its digest is not the one in the index")
         return stored, decode(stored, record["content_sha256"].tobytes())
 
     def _read(self, block: int, through: int | None, count: int, checked: Callable[[list[memoryview]], T]) -> T:
@@ -506,7 +506,7 @@ def read_manifest(storage: Storage) -> dict[str, Any]:
     path = f"{storage.location}/manifest.json"
     if isinstance(storage, Folder):
         if not storage.path.is_dir():
-            raise CorpusError(f"no corpus at {storage.path}: there is no such folder (byteloom prepare makes one)")
+            raise CorpusError(f"there is no corpus at {storage.path}: no such folder (byteloom prepare makes one)")
         if not (storage.path / "manifest.json").exists():
             raise CorpusError(f"{storage.path} is not a corpus: it has no manifest.json (byteloom prepare writes it)")
     for attempt in range(1, storage.rereads + 1):
@@ -525,9 +525,9 @@ def read_manifest(storage: Storage) -> dict[str, Any]:
 def _parse_manifest(content: bytes) -> dict[str, Any]:
     manifest = json.loads(content.decode())
     if not isinstance(manifest, dict) or manifest.get("manifest_sha256") != _manifest_digest(manifest):
-        raise ValueError("it does not have the digest it was written with")
+        raise ValueError("its digest is not the one it was written with")
     if content != _manifest_text(manifest):
-        raise ValueError("it says what was written, but not in the bytes it was written with")
+        raise ValueError("it has the right content, but not the bytes that were written")
     return manifest
 
 
@@ -539,7 +539,7 @@ def _check_sizes(folder: Folder, manifest: dict[str, Any]) -> None:
     for shard in manifest["shards"]:
         if (found := folder.size(shard["name"])) != shard["bytes"]:
             path = f"{folder.location}/{shard['name']}"
-            raise CorpusError(f"{path} has {found:,} bytes; it was written with {shard['bytes']:,}")
+            raise CorpusError(f"{path} has {found:,} bytes, but was written with {shard['bytes']:,}")
 
 
 def open_index_file(storage: Storage, manifest: dict[str, Any], name: str) -> NDArray[np.void]:
@@ -556,7 +556,7 @@ def open_index_file(storage: Storage, manifest: dict[str, Any], name: str) -> ND
             return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     raise CorpusError(
         f"{storage.location}/{file} is damaged: its digest is not the one in manifest.json; "
-        f"byteloom verify --repair {storage.location} makes it again from the shards"
+        f"byteloom verify --repair {storage.location} writes it again from the shards"
     )
 
 

@@ -276,7 +276,7 @@ def _remote_root(source: str) -> _Root:
 def _remote_entry(name: str, url: str, info: dict[str, Any]) -> _Entry:
     if info["type"] in ("file", "directory"):
         return _Entry(name, url, info["type"] == "directory", info["size"])
-    return _Entry(name, url, False, None, "unreadable", f"not a regular file but of type {info['type']}")
+    return _Entry(name, url, False, None, "unreadable", f"not a regular file; its type is {info['type']}")
 
 
 def _refuse_overlaps(roots: Sequence[_Root]) -> None:
@@ -288,21 +288,21 @@ def _refuse_overlaps(roots: Sequence[_Root]) -> None:
             raise CorpusError(f"{places[root.place].source} and {root.source} are the same source; name it once")
         if root.name in names:
             raise CorpusError(
-                f"{names[root.name].source} and {root.source} are both called {root.name!r}, so their documents could "
-                "not be told apart; prepare them as two corpora, or from a folder above both"
+                f"{names[root.name].source} and {root.source} have the same name {root.name!r}, so their documents "
+                "would have the same keys; prepare them as two corpora, or from a folder that contains both"
             )
         names[root.name] = places[root.place] = root
     for root in roots:
         for above in root.place.parents:
             if above in places and places[above].entry.is_folder:
-                raise CorpusError(f"{root.source} lies in {places[above].source}; name only one of them")
+                raise CorpusError(f"{root.source} is inside {places[above].source}; name only one of them")
 
 
 def _listed(source: int, key: str, entry: _Entry) -> SourceFile | Skipped:
     if entry.problem:
         return Skipped(key, entry.problem, f"{entry.url}: {entry.detail}")
     if entry.size == 0:
-        return Skipped(key, "empty", f"{entry.url}: without a byte")
+        return Skipped(key, "empty", f"{entry.url}: empty")
     return SourceFile(source, entry.url, key, entry.size)
 
 

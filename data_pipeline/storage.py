@@ -228,7 +228,7 @@ class Remote:
                 self._do_without_cache(error)
 
     def _do_without_cache(self, error: OSError) -> None:
-        log.warning("the cache %s cannot be used, so reading is slower: %s", self._config.cache, error)
+        log.warning("cannot use the cache %s, so reading is slower: %s", self._config.cache, error)
         self._cache = None
 
     def read(self, name: str, begin: int, end: int) -> bytes:
@@ -306,11 +306,11 @@ class Remote:
         if len(answer) == end - begin:
             return answer
         if len(answer) < end:
-            raise _WrongAnswerError(f"{len(answer):,} bytes came instead of {end - begin:,}")
+            raise _WrongAnswerError(f"the server sent {len(answer):,} bytes instead of {end - begin:,}")
         with self._lock:
             warn, self._warned_of_ranges = not self._warned_of_ranges, True
         if warn:
-            log.warning("%s sends whole files when asked for a part of one, so reading is slow", self.location)
+            log.warning("%s sends whole files instead of parts of them, so reading is slow", self.location)
         return answer[begin:end]
 
     def _attempts(self, name: str, request: Callable[[], T]) -> T:
@@ -552,7 +552,7 @@ def only_writer(folder: Path, wait: bool) -> Iterator[None]:
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise CorpusError(f"no corpus at {folder}: {error.strerror}") from error
+        raise CorpusError(f"there is no corpus at {folder}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

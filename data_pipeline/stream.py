@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.order import EXTENT_BYTES, ORDER_VERSION, Order, Piece, Run
 from data_pipeline.rows import Ids, Memory, Rows, Window
@@ -87,7 +88,8 @@ class ByteStream:
         self.order = Order(corpus.lengths["raw_bytes"], self._units_of, unit, lanes, seed)
         if self.order.sequences_per_epoch == 0:
             raise CorpusError(
-                f"{corpus.location} has {corpus.raw_bytes:,} bytes, less than one sequence of {sequence_length:,}"
+                f"{corpus.location} has {count(corpus.raw_bytes, 'byte')}, which is less than one sequence of "
+                f"{sequence_length:,}; use a larger corpus, or lower model.sequence_length"
             )
         self._identity = {
             "order": ORDER_VERSION,
@@ -304,7 +306,9 @@ class ByteStream:
             if block in self._remembered:
                 raise CorruptBlockError(f"{error}; the run read it before sequence {self.holes[block]:,}") from error
             if not known and len(self.holes) >= self._bad_blocks:
-                raise CorruptBlockError(f"{error}; data.bad_blocks allows {self._bad_blocks}") from error
+                raise CorruptBlockError(
+                    f"{error}; data.bad_blocks allows {count(self._bad_blocks, 'damaged block')}"
+                ) from error
             self.holes[block] = min(sequence, self.holes.get(block, sequence))
         if not known:
-            log.warning("%s; its bytes are left out of the loss", error)
+            log.warning("%s; the loss does not count its bytes", error)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError, CorruptBlockError, ShardEndsError
 from data_pipeline.progress import Progress, Tally
 from data_pipeline.shards import INDEX_FILES, Corpus, open_index_file, read_manifest
@@ -81,7 +82,7 @@ def _strangers(storage: Storage, manifest: dict[str, Any]) -> list[str]:
         return []
     known = {entry["name"] for entry in manifest["shards"]}
     paths = sorted(storage.path.glob("shard-*.tar*"))
-    return [f"{path} is not in manifest.json; remove it" for path in paths if path.name not in known]
+    return [f"{path} is not in manifest.json; remove that file" for path in paths if path.name not in known]
 
 
 def _faults_of_shard(corpus: Corpus, shard: int, progress: Callable[[int], None]) -> list[str]:
@@ -99,12 +100,12 @@ def _faults_of_shard(corpus: Corpus, shard: int, progress: Callable[[int], None]
                 faults.append(str(error))
                 continue
             # The tar is missing or ends here, so nothing after it can be read either.
-            return [*faults, f"{error}: {blocks[-1] - block + 1} of its {len(blocks)} blocks are lost"]
+            return [*faults, f"{error}: {blocks[-1] - block + 1} of {count(len(blocks), 'block')} lost"]
     if faults:
         return faults
     if not isinstance(corpus.storage, Folder) and fault_of_tar(corpus.storage, entry, lambda size: None) is None:
         return []  # the damage was done on the way
-    return [f"{fault}; the damage lies between its blocks: every document can be read"]
+    return [f"{fault}; the damage is between its blocks, and all documents can be read"]
 
 
 def fault_of_tar(storage: Storage, entry: dict[str, Any], progress: Callable[[int], None]) -> str | None:
@@ -113,7 +114,7 @@ def fault_of_tar(storage: Storage, entry: dict[str, Any], progress: Callable[[in
     sha = hashlib.sha256()
     try:
         if isinstance(storage, Folder) and (found := storage.size(entry["name"])) != entry["bytes"]:
-            return f"{path} has {found:,} bytes; it was written with {entry['bytes']:,}"
+            return f"{path} has {found:,} bytes, but was written with {entry['bytes']:,}"
         for begin in range(0, entry["bytes"], PIECE_BYTES):
             piece = storage.read(entry["name"], begin, min(begin + PIECE_BYTES, entry["bytes"]))
             sha.update(piece)

@@ -26,7 +26,7 @@ def withdraw(corpus: Corpus, keys: Iterable[str], threads: int, progress: Progre
     """
     if not isinstance(corpus.storage, Folder):
         raise CorpusError(
-            f"{corpus.location} is not on this machine; withdraw documents where it is, and copy the list"
+            f"{corpus.location} is a URL; withdraw documents in the folder it was copied from, and copy the list"
         )
     found = _found(corpus, set(keys), threads, progress)
     with only_writer(corpus.storage.path, wait=True):
@@ -67,7 +67,7 @@ def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> 
     if missing := sorted(key for key in keys if not _are_whole(parts_by_key[key])):
         said = f"{corpus.location} has no document {missing[0]!r}"
         if faults:
-            said += ", unless a part of it is in what cannot be read:"
+            said += ", unless it is in a part that cannot be read:"
         raise CorpusError("\n".join([said, *dict.fromkeys(map(str, faults))]))
     return found
 

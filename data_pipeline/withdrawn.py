@@ -52,14 +52,14 @@ def read_withdrawn(storage: Storage, content_sha256: str | None, lengths: NDArra
             return []
         except ForbiddenError as error:
             raise CorpusError(
-                f"{error}. S3 says so, too, where there is no such file and the bucket may not be listed. Permit that "
-                f"(s3:ListBucket), or make a list without a document, by byteloom withdraw --list /dev/null, and put "
-                "it there"
+                f"{error}. S3 gives the same answer for a missing file if listing is forbidden. Permit s3:ListBucket, "
+                "or make an empty list with byteloom withdraw --list /dev/null, and copy it there"
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             if attempt == storage.rereads:
                 raise CorpusError(
-                    f"{path} is damaged: {error}. Restore it from a copy, or from a mirror by byteloom verify --repair"
+                    f"{path} is damaged: {error}. "
+                    "Restore it from a copy, or from a mirror with byteloom verify --repair"
                 ) from error
     raise AssertionError("a last attempt returns or raises")
 
@@ -81,16 +81,16 @@ def _parsed(content: bytes, content_sha256: str | None, lengths: NDArray[np.void
         raise ValueError(f"it has format {fields['format']!r}; this version reads {FORMAT!r}")
     entries = [Withdrawal(*entry) for entry in fields["entries"]]
     if content.decode() != _text(fields["content_sha256"], entries):
-        raise ValueError("it is not as it was written")
+        raise ValueError("its bytes are not those that were written")
     if content_sha256 is not None and fields["content_sha256"] != content_sha256:
-        raise ValueError(f"it is the list of another corpus, of content sha256 {fields['content_sha256']}")
+        raise ValueError(f"it is the list of another corpus, with content sha256 {fields['content_sha256']}")
     if lengths is not None:
         for entry in entries:
             size = 0
             if 0 <= entry.block < len(lengths):
                 size = int(lengths[entry.block]["raw_bytes"]) + int(lengths[entry.block]["document_ends"])
             if not 0 <= entry.start < entry.stop <= size:
-                raise ValueError(f"{entry} is no part of a block")
+                raise ValueError(f"{entry} is not inside a block")
     return entries
 
 

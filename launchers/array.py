@@ -47,7 +47,7 @@ def submit_commands(
         ClusterError: there is no Slurm here, or it refuses.
     """
     if shutil.which("srun") is None:
-        raise ClusterError("this machine has no srun: it has no Slurm, or its environment module is not loaded")
+        raise ClusterError("this machine has no srun: Slurm is not installed, or its environment module is not loaded")
     is_new = not folder.exists()
     submitit = import_submitit()
     executor = submitit.SlurmExecutor(folder)

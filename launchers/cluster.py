@@ -95,9 +95,9 @@ def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
     except UnicodeDecodeError as error:
         raise ClusterError(f"{path} is not a preset: it is not UTF-8 text") from error
     except yaml.YAMLError as error:
-        raise ClusterError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ClusterError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ClusterError(f"{path}: a preset is a list of fields and their values")
+        raise ClusterError(f"{path} is not a preset: it must have fields with values, such as nodes: 1")
     given = {key: value for key, value in changes.items() if value is not None}
     for text in ("nodes", "time"):
         if tree.get(text) is not None:

@@ -157,7 +157,7 @@ def _watch(ranks: Sequence[_Rank], requests: Sequence[signal.Signals], log_of: C
                 return max(code for code in codes if code in STOPPED)
         elif failed := [each for each in ranks if each.failed]:
             if requests and failed[0].code == -requests[0]:
-                log.warning("%s: stopped before training began", requests[0].name)
+                log.warning("%s: stopped before training started", requests[0].name)
                 return 128 + requests[0]
             return _fail(ranks, failed[0], log_of)
         elif None not in codes:

@@ -171,9 +171,9 @@ def _of_accounting(job_id: str) -> list[Job]:
     if asked.returncode and "disabled" not in asked.stderr:
         raise SchedulerError(f"Slurm's accounting does not answer: {_last_line(asked.stderr)}")
     if asked.returncode:
-        return [Job(job_id, Phase.FORGOTTEN, reason="Slurm does not know it any more, and keeps no accounting")]
+        return [Job(job_id, Phase.FORGOTTEN, reason="Slurm has forgotten it, and keeps no accounting")]
     rows = [line.split("|") for line in asked.stdout.splitlines()]
-    return [_accounted(*row) for row in rows] or [Job(job_id, Phase.FORGOTTEN, reason="Slurm has never had it")]
+    return [_accounted(*row) for row in rows] or [Job(job_id, Phase.FORGOTTEN, reason="Slurm does not know it")]
 
 
 def _accounted(job_id: str, words: str, nodes: str) -> Job:
@@ -205,7 +205,7 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError as error:
         raise SchedulerError(
-            f"no {command[0]} here: this machine has no Slurm, or its environment module is not loaded"
+            f"this machine has no {command[0]}: Slurm is not installed, or its environment module is not loaded"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise SchedulerError(f"Slurm does not answer: {command[0]} took more than {error.timeout:.0f} s") from error
@@ -213,5 +213,5 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 def _last_line(text: str) -> str:
     """Of what a command of Slurm says is wrong, without its name."""
-    lines = text.strip().splitlines() or ["it does not say why"]
+    lines = text.strip().splitlines() or ["no reason is given"]
     return re.sub(r"^\w+: (error|fatal): ", "", lines[-1])

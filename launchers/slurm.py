@@ -42,8 +42,8 @@ class Allocation:
     def unfit(self) -> str:
         if missing := [name for name in ("scontrol", "scancel", "squeue") if shutil.which(name) is None]:
             return (
-                f"{self.nodes[0]} has no {missing[0]} in PATH, without which a run cannot be looked after; add its "
-                "folder to PATH in the preset's setup, or name nodes that have it"
+                f"{self.nodes[0]} has no {missing[0]} in PATH, which the supervisor needs; add its folder to "
+                "PATH in the preset's setup, or choose other nodes"
             )
         # A node that does not see the run folder would fail without a word, or train with another's code.
         plan, python = shlex.quote(f"{self._folder}/plan.json"), shlex.quote(sys.executable)
@@ -55,8 +55,8 @@ class Allocation:
             check=False,
         )
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["it does not say why"]
-            return f"srun does not work in this job: {said[-1]}"
+            said = done.stderr.strip().splitlines() or ["no reason is given"]
+            return f"srun fails in this job: {said[-1]}"
         if blind := sorted(done.stdout.split()):
             return (
                 f"{', '.join(blind)} cannot see {self._folder}, or {sys.executable}; put run.root and the environment "

@@ -126,7 +126,9 @@ class Submission:
                 return  # told in a moment, when this job is submitted
             lives, state = phase.is_alive, phase.value
         if lives:
-            raise ClusterError(f"job {job} of {self.run} is {state}; `byteloom cancel {self.run}` ends it")
+            raise ClusterError(
+                f"{self.run} has the job {job}, which is {state}; `byteloom cancel {self.run}` cancels it"
+            )
 
     def _refuse_the_impossible(self) -> None:
         """Many a cluster takes a job that no node can ever run, and lets it wait for ever; not so in a rehearsal."""
@@ -136,8 +138,8 @@ class Submission:
             )
         except FileNotFoundError as error:
             raise ClusterError(
-                "this machine has no sbatch: it has no Slurm, or its environment module is not loaded; submit where "
-                "there is one, or with --cluster local"
+                "this machine has no sbatch: Slurm is not installed, or its environment module is not loaded; submit "
+                "from a machine that has it, or use --cluster local"
             ) from error
         if rehearsal.returncode:
             raise refusal(rehearsal.stderr)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field
 from byteloom.core.numbers import Seconds
 from byteloom.core.state_files import StateFileError, read_json
 from byteloom.core.urls import file_system
+from byteloom.core.words import count
 from launchers.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
 from launchers.record import Event, Launch, LaunchRecord
 
@@ -180,7 +181,7 @@ class Supervisor:
             while self.heartbeats.exists():  # a start whose line of the record was lost
                 self._number += 1
             if unwanted := sorted(set(self._excluded()) & set(self.site.nodes)):
-                return self._requeue(f"{', '.join(unwanted)} again", self._excluded())
+                return self._requeue(f"the job was given {', '.join(unwanted)} again", self._excluded())
             if unfit := self.site.unfit():
                 return self._give_up(unfit)
             self._note("started")
@@ -202,7 +203,7 @@ class Supervisor:
         if hopeless := self._hopeless():
             return self._give_up(hopeless, ending)
         if self.site.has_others and ending.node and self._faults(ending.node) >= self.plan.supervise.faults_of_node:
-            self._note("excluded", f"{self._faults(ending.node)} failures began on {ending.node}", ending.node)
+            self._note("excluded", f"{count(self._faults(ending.node), 'failure')} began on {ending.node}", ending.node)
             return self._requeue(f"without {ending.node}", self._excluded())
         return ""
 
@@ -230,7 +231,8 @@ class Supervisor:
         if len(in_vain) < self.plan.supervise.attempts:
             return ""
         at = f"from step {begun}" if begun else "from the beginning"
-        return f"{len(in_vain)} starts {at} were in vain, the last one so: {in_vain[-1].reason}"
+        starts = count(len(in_vain), "start")
+        return f"{starts} {at} made no newer checkpoint; the last one ended with: {in_vain[-1].reason}"
 
     def _watch(self, ranks: Ranks) -> Ending:
         """Until the ranks have ended, by themselves or because one of them hangs."""
@@ -267,13 +269,13 @@ class Supervisor:
     def _requeue(self, reason: str, exclude: Sequence[str] = ()) -> str:
         self._note("requeued", reason)
         if refusal := self.site.requeue(exclude):
-            return self._give_up(f"it could not be sent back to the queue: {refusal}")
+            return self._give_up(f"the job cannot be requeued: {refusal}")
         return "requeued"
 
     def _give_up(self, reason: str, ending: Ending | None = None) -> str:
         page = self.run / "gave-up.md"
         page.write_text(self._evidence(reason, ending), encoding="utf-8")
-        return self._note("gave_up", f"{reason}; {page} has what is known").event
+        return self._note("gave_up", f"{reason}; see {page}").event
 
     def _tell_of_the_last_start(self) -> None:
         """Notes how a start ended whose supervisor could not: its node was lost, or Slurm killed all at once."""
@@ -283,7 +285,7 @@ class Supervisor:
         last = launches[-1]
         self._number = last.restart
         lost = self.site.lost(last.nodes)
-        reason = f"lost {', '.join(lost)}" if lost else "Slurm ended the start and sent the job back to the queue"
+        reason = f"lost {', '.join(lost)}" if lost else "Slurm ended the start and requeued the job"
         self.record.append(
             "failed" if lost else "stopped",
             last.job,
@@ -339,12 +341,12 @@ class Supervisor:
             lines += ["", f"## Job {self.site.job}, start {self._number}", ""]
             rank = ending.rank or 0
             for path, title in (
-                (output_of(self.folder, rank), f"What rank {rank} said last"),
-                (stack_of(self.heartbeats, rank), f"Where rank {rank} was"),
+                (output_of(self.folder, rank), f"Last lines of rank {rank}"),
+                (stack_of(self.heartbeats, rank), f"Stack of rank {rank}"),
             ):
                 text = path.read_text(encoding="utf-8", errors="backslashreplace") if path.exists() else ""
                 lines += [f"{title} ({path}):", "", *(f"    {line}" for line in text.splitlines()[-40:]), ""]
-        lines += ["", f"`byteloom submit {self.run}` goes on from the newest checkpoint once the cause is mended.", ""]
+        lines += ["", f"`byteloom submit {self.run}` resumes from the newest checkpoint once the cause is mended.", ""]
         return "\n".join(lines)
 
 
@@ -389,12 +391,12 @@ class Vigil:
         rank, phase, silence = max((silences[rank] for rank in mute or range(len(silences))), key=lambda told: told[2])
         beat = self._seen[rank][0]
         node = beat.node if beat else ""
-        at = f"in phase {phase} after step {beat.step}" if beat else "before its first sign of life"
+        at = f"in phase {phase} after step {beat.step}" if beat else "before its first heartbeat"
         answer = " and does not answer" if rank in mute else ""
         return Ending(
             "failed",
-            f"rank {rank}{f' on {node}' if node else ''} hangs {at}: nothing for {silence:.0f} s "
-            f"(supervise.{'checkpoint' if phase == 'end' else phase}_seconds){answer}",
+            f"rank {rank}{f' on {node}' if node else ''} hangs {at}: no heartbeat for {silence:.0f} s "
+            f"(limit: supervise.{'checkpoint' if phase == 'end' else phase}_seconds){answer}",
             node,
             rank,
         )

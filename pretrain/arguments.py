@@ -16,7 +16,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        help="A recipe: a name that `byteloom models` lists, such as debug or megabyte/text, or a .yaml file.",
+        help="Recipe: a name that `byteloom models` lists, such as debug or megabyte/text, or a .yaml file.",
         show_default=False,
         autocompletion=complete_recipe,
         parser=types.location,
@@ -26,7 +26,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FIELD=VALUE",
-        help="Fields to change, such as train.steps=50 model.patch_size=4.",
+        help="Overrides of fields, such as train.steps=50 model.patch_size=4.",
         show_default=False,
     ),
 ]

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from byteloom.core.packages import MissingPackageError
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.storage import RemoteConfig
@@ -51,6 +52,7 @@ from pretrain.provenance import read_source, save_resolved, trace
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.stop import StopRequest, stopping_at_once
 from pretrain.submit_command import TRAIN_ENTRY
+from pretrain.tables import JsonOption, print_json, print_lines
 from pretrain.tracking import MlflowShipper, fault_of, shown, store_evaluation
 from pretrain.train import TrainingError, train
 from pretrain.versions import print_versions
@@ -63,7 +65,6 @@ app = typer.Typer(
     help="Pretrain models on raw bytes: files to shards, shards to a model, checkpoints that resume to the byte.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(corpus_commands.app)
 app.add_typer(inspect_commands.app)
@@ -72,7 +73,7 @@ app.add_typer(submit_command.app)
 app.add_typer(sweep_command.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
-config_app = typer.Typer(help="What a recipe says and may say.", no_args_is_help=True)
+config_app = typer.Typer(help="Show, explain and describe recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 FAULTS = (
@@ -95,7 +96,7 @@ ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run (its newest checkpoint) or a checkpoint: folder or URL; or an export.",
+        help="A run (its newest checkpoint is used), one checkpoint, or an export: folder or URL.",
         show_default=False,
         parser=types.location,
     ),
@@ -129,25 +130,28 @@ class Grouping(StrEnum):
         }[self.value]
 
 
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA where there is one.")]
+DeviceOption = Annotated[Device, typer.Option(help="Device to compute on. auto takes CUDA if there is a GPU.")]
 PrecisionOption = Annotated[
     Precision | None,
-    typer.Option(help="Precision to compute in. Default: the run's own, or fp32 where this machine emulates bf16."),
+    typer.Option(help="Precision to compute in. Default: that of the run, or fp32 if this machine emulates bf16."),
 ]
 LatentsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Of a Perceiver AR: more predict better, fewer faster. The run's own when left out."),
+    typer.Option(
+        min=1, help="Number of latents of a Perceiver AR: more are more accurate and slower. Default: that of the run."
+    ),
 ]
 
 
 @app.command("train")
 def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Train a run, or go on with it where its newest checkpoint is."""
+    """Train a run, or resume it from its newest checkpoint."""
     config = configuration.load(recipe, overrides or [])
     place, processes = place_of(os.environ), config.launch.processes
     if place is not None and processes not in (1, place.size):
         raise WorldError(
-            f"launch.processes is {processes}, and another launcher has started {place.size} ranks; leave it to one"
+            f"launch.processes is {processes}, but another launcher has started {place.size} ranks already; "
+            "set launch.processes=1"
         )
     is_first = place is None or place.rank == 0
     source = trace(configuration.find(recipe)) if is_first else {}
@@ -204,7 +208,7 @@ def _train(config: Config, source: Mapping[str, str]) -> int:
 
 def _words(text: str | None) -> str | None:
     if text is not None and text != "count" and not (text.isdecimal() and int(text) > 0):
-        raise typer.BadParameter(f"{text} is neither a number of words nor: count")
+        raise typer.BadParameter(f"{text!r} is not a number of words and not the word count")
     return text
 
 
@@ -214,21 +218,19 @@ def eval_command(
     model: ModelPath,
     shards: Annotated[
         str | None,
-        typer.Argument(
-            help="A corpus, folder or URL; the run's own validation corpus when left out.", parser=types.location
-        ),
+        typer.Argument(help="Corpus: folder or URL. Default: the validation corpus of the run.", parser=types.location),
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="What a byte is predicted from; its window alone, unless said otherwise.")
+        Mode, typer.Option(help="What each byte is predicted from: by default only its own window.")
     ] = Mode.windows,
-    by: Annotated[Grouping, typer.Option(help="How documents are grouped.")] = Grouping.folder,
-    rows: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 16,
+    by: Annotated[Grouping, typer.Option(help="How to group documents.")] = Grouping.folder,
+    rows: Annotated[int, typer.Option(min=1, help="Number of windows scored at once.")] = 16,
     stride: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Bytes scored at the end of each window; fewer give each more context, at more cost. The mode's own "
-            "when left out.",
+            help="Number of bytes scored at the end of each window: fewer have more context and take longer. "
+            "Default: depends on the mode.",
         ),
     ] = None,
     latents: LatentsOption = None,
@@ -239,26 +241,25 @@ def eval_command(
         typer.Option(
             metavar="count|NUMBER",
             callback=_words,
-            help="Perplexity by word as well, of so many words in the corpus, or of those between white space.",
+            help="Show perplexity per word as well. Give the number of words in the corpus, or count to count words "
+            "between white space.",
         ),
     ] = None,
     curves: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for bits per byte by position in the window and in the patch: CSV and a picture.",
+            help="Folder for the bits per byte at each position in the window and the patch: CSV files and a picture.",
             parser=types.path,
         ),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here as well.", parser=types.path)
-    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of a checkpoint on a corpus, by group of documents."""
+    """Measure the bits per byte of a checkpoint on a corpus, by group of documents."""
     loaded, checkpoint = _load_model(model, device, precision, latents)
     stride = stride or stride_of(loaded, mode)
     own = checkpoint.state["config"]["validation"]["shards"]
     if shards is None and own is None:
-        raise CorpusError(f"{model} was trained without a validation corpus; name one")
+        raise CorpusError(f"{model} was trained without a validation corpus; name a corpus after it")
     chosen = shards or own
     remote = RemoteConfig.model_validate(checkpoint.state["config"]["data"]["remote"])
     with Corpus(chosen, remote=remote) as corpus:
@@ -277,9 +278,10 @@ def eval_command(
         words=sum(counted.values()) if words in (None, "count") else int(words),
         words_of_groups=counted,
     )
-    report.print()
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    if as_json:
+        print_json(report.as_json())
+    else:
+        report.table().print()
     if curves is not None:
         report.write_curves(curves)
     _track_evaluation(model, checkpoint, report)
@@ -303,31 +305,35 @@ def _track_evaluation(model: str, checkpoint: Metadata, report: Report) -> None:
 @stopping_at_once(lambda: say(""))
 def generate_command(
     model: ModelPath,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text the model goes on from; may be given again.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text that the model continues (repeatable).")] = None,
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option(help="File whose bytes the model goes on from; may be given again.", parser=types.path),
+        typer.Option(help="File whose bytes the model continues (repeatable).", parser=types.path),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt, drawn side by side.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Number of continuations of each prompt.")] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for a file each, PROMPT-SAMPLE.bin; standard output is for one continuation.",
+            help="Folder for the continuations, one file each: PROMPT-SAMPLE.bin. Needed for more than one.",
             parser=types.path,
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write of each, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest bytes.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that add up to p.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+    most_bytes: Annotated[
+        int, typer.Option("--bytes", min=1, help="Largest number of bytes of each continuation.")
+    ] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits. 0 takes the most likely byte.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw only from the k most likely bytes.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw only from the most likely bytes whose probabilities add up to p.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random draws.")] = 0,
     latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
-    """Write bytes that follow a prompt to standard output, each as soon as it is drawn; or many to a folder.
+    """Continue a prompt: write the bytes to standard output as they are drawn, or several continuations to a folder.
 
-    A continuation ends early where the model ends the document.
+    A continuation ends early if the model ends the document.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     prompts = [text.encode("utf-8", "surrogateescape") for text in prompt or []]
@@ -335,17 +341,17 @@ def generate_command(
         try:
             prompts.append(path.read_bytes())
         except OSError as error:
-            raise CorpusError(f"cannot read the prompt {path}: {error.strerror}") from error
+            raise CorpusError(f"cannot read the prompt file {path}: {error.strerror}") from error
     prompts = [each for each in prompts or [b""] for _ in range(samples)]
     if out is None and len(prompts) > 1:
-        raise SamplingError(f"{len(prompts)} continuations: name a folder for them, --out FOLDER")
+        raise SamplingError(f"{len(prompts)} continuations need a folder: add --out FOLDER")
     loaded, _ = _load_model(model, device, precision, latents)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     written = [bytearray() for _ in prompts]
     started = time.perf_counter()
     with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
-        for row, byte in generate_rows(loaded, prompts, count, sampling):
+        for row, byte in generate_rows(loaded, prompts, most_bytes, sampling):
             written[row].append(byte)
             if out is None:
                 sys.stdout.buffer.write(bytes([byte]))
@@ -355,22 +361,24 @@ def generate_command(
         for row, continuation in enumerate(written):
             (out / f"{row // samples:03d}-{row % samples:03d}.bin").write_bytes(continuation)
     total = sum(map(len, written))
-    ended = sum(len(continuation) < count for continuation in written)
-    ending = f"; the model ended {ended} of {len(written)} documents" if ended else ""
-    say(f"\n{total:,} bytes, {total / seconds:,.0f} bytes/s{ending}")
+    ended = sum(len(continuation) < most_bytes for continuation in written)
+    ending = f"; the model ended {ended} of {count(len(written), 'document')}" if ended else ""
+    say(f"\n{count(total, 'byte')}, {total / seconds:,.0f} bytes/s{ending}")
 
 
 @app.command()
 def track(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False, parser=types.path)],
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False, parser=types.path)],
     new_run: Annotated[
-        bool, typer.Option("--new-run", help="Send everything to a new MLflow run, where the old one was deleted.")
+        bool, typer.Option("--new-run", help="Send everything to a new MLflow run, if the old one was deleted.")
     ] = False,
 ) -> None:
-    """Deliver the numbers and files of a run that MLflow has not received."""
+    """Send the metrics and files of a run that MLflow has not received yet."""
     folder = RunFolder(run)
     if not folder.mlflow.exists():
-        raise RunFolderError(f"{run} has no mlflow.json: it is no run folder, or its run was not tracked")
+        raise RunFolderError(
+            f"{run} has no mlflow.json: it is not a run folder, or the run was started with tracking.enabled=false"
+        )
     with folder.locked():
         shipper = MlflowShipper(folder.metrics, folder.mlflow, folder.config, folder.log_of(0))
         if new_run:
@@ -386,12 +394,12 @@ def track(
             raise RunFolderError(
                 f"MLflow at {shown(shipper.delivery.uri)}: {fault_of(error)}. The numbers are safe in {folder.metrics}"
             ) from error
-    say(f"{missing} steps delivered to {shown(shipper.delivery.uri)}")
+    say(f"{count(missing, 'step')} delivered to {shown(shipper.delivery.uri)}")
 
 
 @config_app.command("show")
 def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Print a recipe with its overrides and every default."""
+    """Print a recipe with its overrides and all defaults."""
     typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
 
 
@@ -413,22 +421,22 @@ def config_new(
 ) -> None:
     """Write a commented copy of a recipe to edit, and a JSON schema for editors beside it."""
     schema = write_copy(recipe, path, force)
-    say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields to editors")
+    say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields for editors")
 
 
 @config_app.command("check")
 def config_check(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Report what can be known of a run without training: faults, data, what it resumes, memory, disk, packages.
+    """Check a run without training: its recipe, data, checkpoint, memory, disk and packages.
 
-    Writes nothing. The exit code is 1 where a start would fail.
+    This writes nothing. The exit code is 1 if a start would fail.
     """
     findings = check_recipe(recipe, overrides or [])
     if as_json:
-        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=1))
+        print_json([finding._asdict() for finding in findings])
     else:
         print_findings(findings)
     raise typer.Exit(any(finding.level == "error" for finding in findings))
@@ -442,10 +450,10 @@ def config_schema() -> None:
 
 @config_app.command("explain")
 def config_explain(
-    field: Annotated[str, typer.Argument(help="Such as model.patch_size, or a section: model.")],
+    field: Annotated[str, typer.Argument(help="Field such as model.patch_size, or section such as model.")],
 ) -> None:
-    """Say what a field means, with its type, default and bounds."""
-    typer.echo(configuration.explain(field))
+    """Explain a field: its meaning, type, default and bounds."""
+    print_lines(configuration.explain(field).splitlines())
 
 
 def _load_model(
@@ -458,9 +466,9 @@ def _load_model(
     family = model_config(config["model"])
     if latents is not None:
         if not isinstance(family, PerceiverARConfig):
-            raise CheckpointError(f"--latents {latents}: {path} is a {family.family}, which has none")
+            raise CheckpointError(f"--latents {latents}: {path} is a {family.family} model, which has no latents")
         if latents > family.sequence_length:
-            raise CheckpointError(f"--latents {latents}: more than the sequence length, {family.sequence_length}")
+            raise CheckpointError(f"--latents {latents} is more than the sequence length, {family.sequence_length}")
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
     parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]

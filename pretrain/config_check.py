@@ -10,8 +10,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import sys
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,9 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import typer
+from rich.console import Console
 
 from byteloom.core.packages import MissingPackageError, missing
 from byteloom.core.state_files import StateFileError
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.mixture import fingerprint_of
 from data_pipeline.reading import ONLY_SOURCE, Reading, Record, open_stream
@@ -55,6 +55,7 @@ from pretrain.models import ByteModel, carries_memory
 from pretrain.progress import size
 from pretrain.provenance import changes
 from pretrain.run_folder import RunFolder, RunFolderError
+from pretrain.tables import fold, terminal_width
 from pretrain.train import TrainingError, check_lanes, check_resumes, check_same_run
 from pretrain.weights import find_origin
 
@@ -96,20 +97,12 @@ def check_recipe(recipe: str | Path, overrides: Sequence[str]) -> list[Finding]:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """Print a line for each finding to standard output, folded where that is a terminal."""
+    width = terminal_width(Console())
     for level, _, text in findings:
         typer.secho(f"{level:<9}", fg=COLOURS[level], nl=False)
-        typer.echo(_folded(printable(text)))
+        typer.echo(f"\n{' ' * 9}".join(fold(printable(text), None if width is None else max(width - 9, 20))))
     counts = Counter(finding.level for finding in findings)
-    faults = [f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in ("error", "warning")]
-    say(", ".join(faults))
-
-
-def _folded(text: str) -> str:
-    if not sys.stdout.isatty():
-        return text
-    width = max(shutil.get_terminal_size().columns - 9, 20)
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    return f"\n{' ' * 9}".join(lines)
+    say(", ".join(count(counts[level], level) for level in ("error", "warning")))
 
 
 class _Check:
@@ -262,7 +255,7 @@ class _Check:
             epochs = reading.mixture.epochs(reading.sequences_in_all(train.steps))
             for name, stream in streams.items():
                 field, sequences = self._source_field(name), stream.sequences_per_epoch
-                of_length = f"{sequences:,} sequences of {stream.sequence_length:,} bytes an epoch"
+                of_length = f"{sequences:,} sequences of {stream.sequence_length:,} bytes per epoch"
                 self._add(
                     "ok", field, f"{_in_words(stream.corpus)}, {of_length}; the run reads {epochs[name]:.2f} epochs"
                 )
@@ -297,7 +290,7 @@ class _Check:
             check_ranks(engine, ranks)
         except EngineError as error:
             # A launcher such as `byteloom submit` starts as many as it is asked for, whatever the recipe says.
-            alone = "; right for a launcher that starts more" if ranks == 1 else ""
+            alone = ", or use a launcher that starts several" if ranks == 1 else ""
             self._add("warning" if ranks == 1 else "error", "engine.name", f"{error}{alone}")
         with self._refusals("engine.device"):
             device = choose_device(engine.device, ranks - 1)
@@ -307,7 +300,7 @@ class _Check:
                 self._add("warning", "launch.processes", f"{ranks} processes share {cores} processors")
             passes = -(-self._config.train.global_batch // self._config.train.micro_batch)
             if ranks > passes:
-                work = "1 micro-batch" if passes == 1 else f"{passes} micro-batches"
+                work = count(passes, "micro-batch", "micro-batches")
                 self._add("warning", "train.micro_batch", f"a step has {work} for {ranks} processes, so some are idle")
             return device
         return None
@@ -351,7 +344,7 @@ class _Check:
             origin = find_origin(initialize, self._config.model, model, self._config.optimizer.name)
             self._add("ok", field, f"{len(origin.tensors):,} tensors of {origin.checkpoint.folder}")
             for difference in origin.differences:
-                self._add("warning", field, f"not the same as there: {difference}")
+                self._add("warning", field, f"different from those weights: {difference}")
 
     def _check_disk(self, model: ByteModel) -> None:
         """Report whether the checkpoints that are kept fit on the disk."""
@@ -441,4 +434,4 @@ def _nearest_folder(path: Path) -> Path:
 
 def _in_words(corpus: Corpus) -> str:
     documents = corpus.manifest["documents"]
-    return f"{documents:,} document{'' if documents == 1 else 's'}, {size(corpus.raw_bytes)}"
+    return f"{count(documents, 'document')}, {size(corpus.raw_bytes)}"

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
+from byteloom.core.words import count
 from data_pipeline.documents import MODALITIES
 from data_pipeline.errors import CorpusError
 from data_pipeline.prepare import PrepareOptions, PrepareReport, Task, prepare
@@ -25,10 +24,11 @@ from launchers.array import submit_commands
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.scheduler import cancel
 from pretrain import argument_types as types
-from pretrain.console import display, printable, said, say
+from pretrain.console import display, said, say
 from pretrain.progress import duration, size
+from pretrain.tables import JsonOption, Table, print_json
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 BYTELOOM = (sys.executable, "-P", "-m", "pretrain.entry")
 OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
@@ -40,7 +40,7 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How they are read", "The corpus", "The work", "On a Slurm cluster"
+FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How to read them", "The corpus", "The work", "On a Slurm cluster"
 
 
 @app.command("prepare")
@@ -48,86 +48,114 @@ def prepare_command(
     context: typer.Context,
     sources: Annotated[
         list[str],
-        typer.Argument(help="Files, folders to search, and URLs of either.", show_default=False, parser=types.location),
+        typer.Argument(
+            help="Files, folders (searched for files), and URLs of both.", show_default=False, parser=types.location
+        ),
     ],
-    out: Annotated[Path, _option(CORPUS, "The corpus folder to make.", show_default=False, parser=types.path)],
-    include: Annotated[list[str] | None, _option(FILES, "Take only files matching this glob (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, _option(FILES, "Leave out files and folders matching this glob.")] = None,
-    gitignore: Annotated[bool, _option(FILES, "Leave out what git would.", "--gitignore")] = Selection.gitignore,
-    max_documents: Annotated[
-        int | None, _option(FILES, "Documents of each source, at most: the first of the listing.")
+    out: Annotated[
+        Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False, parser=types.path)
+    ],
+    include: Annotated[list[str] | None, _option(FILES, "Read only files that match this glob (repeatable).")] = None,
+    exclude: Annotated[
+        list[str] | None, _option(FILES, "Skip files and folders that match this glob (repeatable).")
     ] = None,
-    max_bytes: Annotated[int | None, _option(FILES, "Raw bytes of each source, at most: its first documents.")] = None,
+    gitignore: Annotated[
+        bool, _option(FILES, "Skip files that .gitignore excludes.", "--gitignore")
+    ] = Selection.gitignore,
+    max_documents: Annotated[
+        int | None, _option(FILES, "Read at most this many documents of each source, from the first.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, _option(FILES, "Read at most this many raw bytes of each source, from the first document.")
+    ] = None,
     deduplicate: Annotated[
-        bool, _option(FILES, "Keep one of documents with the same bytes, and split by content.", "--deduplicate")
+        bool,
+        _option(FILES, "Keep one of several documents with the same bytes, and split by content.", "--deduplicate"),
     ] = PrepareOptions.deduplicate,
     skip_bad: Annotated[
-        bool, _option(FILES, "Leave out documents that cannot be read, and report them.", "--skip-bad")
+        bool, _option(FILES, "Skip documents that cannot be read, and report them.", "--skip-bad")
     ] = PrepareOptions.skip_bad,
     reader: Annotated[
         Reader,
-        _option(READING, "What files are taken for; auto goes by suffix, files takes their bytes as they are."),
+        _option(READING, "How to read files: auto decides by suffix, files reads their bytes unchanged."),
     ] = ReadOptions.reader,
     text_field: Annotated[
-        str, _option(READING, "Field of JSON lines or column of Parquet that is the document.", "--field")
+        str, _option(READING, "Field of JSON lines, or column of Parquet, that holds the document.", "--field")
     ] = ReadOptions.field,
     member: Annotated[
-        list[str] | None, _option(READING, "Suffix of tar members to take (repeatable); all when left out.")
+        list[str] | None, _option(READING, "Suffix of the tar members to read (repeatable). Default: all members.")
     ] = None,
     image_size: Annotated[
-        int | None, _option(READING, "Scale the centre square of images to a side of so many pixels.")
+        int | None, _option(READING, "Scale the centre square of each image to this many pixels a side.")
     ] = ReadOptions.image_size,
     image_filter: Annotated[
-        Literal["lanczos", "box"], _option(READING, "How images are scaled.")
+        Literal["lanczos", "box"], _option(READING, "Filter that scales images.")
     ] = ReadOptions.image_filter,
     image_scan: Annotated[
-        Literal["raster", "patch"], _option(READING, "Order of an image's bytes: row by row, or tile by tile.")
+        Literal["raster", "patch"],
+        _option(READING, "Order of an image's bytes: raster is row by row, patch is tile by tile."),
     ] = ReadOptions.image_scan,
     patch_size: Annotated[
-        int, _option(READING, "Bytes of a tile of the patch scan: three times a square number.")
+        int, _option(READING, "Bytes of one tile of the patch scan: three times a square number.")
     ] = ReadOptions.patch_size,
     audio_rate: Annotated[
-        int | None, _option(READING, "Samples a second that sound is resampled to; its own when left out.")
+        int | None, _option(READING, "Resample sound to this many samples per second. Default: its own rate.")
     ] = ReadOptions.audio_rate,
-    mono: Annotated[bool, _option(READING, "Mix the channels of sound into one.", "--mono")] = False,
+    mono: Annotated[bool, _option(READING, "Mix all channels of sound into one.", "--mono")] = False,
     skip_binary: Annotated[
-        bool, _option(READING, "Leave out files that are no UTF-8 text.", "--skip-binary")
+        bool, _option(READING, "Skip files that are not UTF-8 text.", "--skip-binary")
     ] = ReadOptions.skip_binary,
     modality: Annotated[
-        str | None, _option(READING, f"Of every document: {', '.join(MODALITIES)}; found by suffix when left out.")
+        str | None, _option(READING, f"Modality of every document: {', '.join(MODALITIES)}. Default: by suffix.")
     ] = ReadOptions.modality,
     holdout: Annotated[
-        float, _option(CORPUS, "Share of documents, by hash, for OUT/validation; the rest goes to OUT/train.")
+        float, _option(CORPUS, "Share of documents for OUT/validation, chosen by hash. The others go to OUT/train.")
     ] = PrepareOptions.holdout,
-    seed: Annotated[int, _option(CORPUS, "Changes the shuffle and the held-out documents.")] = PrepareOptions.seed,
-    block_bytes: Annotated[int, _option(CORPUS, "Raw bytes of a block, at most.")] = PrepareOptions.block_bytes,
-    shard_bytes: Annotated[int, _option(CORPUS, "Raw bytes of a shard, about.")] = PrepareOptions.shard_bytes,
+    seed: Annotated[
+        int, _option(CORPUS, "Seed of the shuffle and of the choice of held-out documents.")
+    ] = PrepareOptions.seed,
+    block_bytes: Annotated[int, _option(CORPUS, "Largest size of a block, in raw bytes.")] = PrepareOptions.block_bytes,
+    shard_bytes: Annotated[
+        int, _option(CORPUS, "Approximate size of a shard, in raw bytes.")
+    ] = PrepareOptions.shard_bytes,
     level: Annotated[int, _option(CORPUS, "zstd compression level.", min=1, max=22)] = PrepareOptions.level,
     workers: Annotated[
         int | None,
-        _option(WORK, "Processes to share the work; as many as this machine has processors, or one a task.", min=1),
+        _option(WORK, "Number of processes. Default: one for each processor; with --slurm, one for each task.", min=1),
     ] = None,
-    task: Annotated[int, _option(WORK, "Which task of an array this is, from 0. All name the same OUT.")] = 0,
-    of: Annotated[int, _option(WORK, "Tasks of the array. May change when work is gone on with.")] = 1,
+    task: Annotated[
+        int, _option(WORK, "Number of this task of an array, counted from 0. All tasks name the same OUT.")
+    ] = 0,
+    of: Annotated[int, _option(WORK, "Number of tasks of the array. It may change when the work is continued.")] = 1,
     merge: Annotated[
-        bool, _option(WORK, "Make OUT when all shards are written; or leave it to a call that comes after the array.")
+        bool, _option(WORK, "Make OUT when all shards are written, or leave that to a later call.")
     ] = True,
     slurm: Annotated[
-        bool, _option(ARRAY, "Submit an array of tasks, and a merge that comes after it.", "--slurm")
+        bool, _option(ARRAY, "Submit an array of tasks, and a job that merges their results.", "--slurm")
     ] = False,
-    tasks: Annotated[int, _option(ARRAY, "Tasks of the array.", min=1)] = 8,
-    parallel: Annotated[int | None, _option(ARRAY, "Tasks at once, at most; all when left out.", min=1)] = None,
-    cluster: Annotated[str, _option(ARRAY, "A preset (cpu, gpu) or a .yaml file.", parser=types.location)] = "cpu",
-    partition: Annotated[str | None, _option(ARRAY, "Slurm's partition.")] = None,
-    account: Annotated[str | None, _option(ARRAY, "Whose hours these are.")] = None,
-    memory: Annotated[str | None, _option(ARRAY, "Of each task, such as 4G.")] = None,
-    time_limit: Annotated[
-        str | None, _option(ARRAY, "Of one start of a task, such as 12:00:00; it goes on in another.", "--time")
+    tasks: Annotated[int, _option(ARRAY, "Number of tasks of the array.", min=1)] = 8,
+    parallel: Annotated[
+        int | None, _option(ARRAY, "Largest number of tasks that run at once. Default: all.", min=1)
     ] = None,
+    cluster: Annotated[
+        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=types.location)
+    ] = "cpu",
+    partition: Annotated[str | None, _option(ARRAY, "Slurm partition.")] = None,
+    account: Annotated[str | None, _option(ARRAY, "Slurm account that is charged.")] = None,
+    memory: Annotated[str | None, _option(ARRAY, "Memory of each task, such as 4G.")] = None,
+    time_limit: Annotated[
+        str | None,
+        _option(
+            ARRAY,
+            "Time limit of one start of a task, such as 12:00:00. A task that needs longer is started again.",
+            "--time",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Turn files into a corpus: tar shards of compressed blocks, with manifest and index.
 
-    Killed or stopped, the same command goes on where it was. Work in progress is in OUT.partial.
+    If it is stopped or killed, the same command continues. OUT.partial holds the work in progress.
     """
     options = PrepareOptions(
         selection=Selection(tuple(include or ()), tuple(exclude or ()), gitignore),
@@ -155,7 +183,9 @@ def prepare_command(
         skip_bad=skip_bad,
     )
     if not slurm and (of_the_array := _given(context, OF_THE_ARRAY)):
-        raise CorpusError(f"{of_the_array[0].partition('=')[0]} goes with --slurm")
+        raise CorpusError(f"{of_the_array[0].partition('=')[0]} needs --slurm")
+    if slurm and as_json:
+        raise CorpusError("--json is not for --slurm, which prints the ids of the jobs")
     if slurm:
         asked = {"cpus_per_process": workers or 1, "partition": partition, "account": account}
         asked |= {"memory": memory, "time": time_limit}
@@ -166,19 +196,23 @@ def prepare_command(
         with display.phase("preparing") as phase:
             report = prepare(sources, out, options, phase.update, workers or os.cpu_count() or 1, Task(task, of, merge))
     except KeyboardInterrupt:
-        say(f"stopped; {out}.partial keeps what is done, and the same command goes on from there")
+        say(f"stopped; {out}.partial holds the work that is done, and the same command continues")
         raise typer.Exit(130) from None
     if report is None:
-        say(f"all shards are written; the merge makes {out} of them")
+        say(f"all shards are written; a call with --merge makes {out} of them")
+        if as_json:
+            print_json(None)
         return
     if report.was_finished:
-        say(f"{out} is finished already, from the same sources with the same options")
+        say(f"{out} exists already, made from the same sources with the same options")
     if report.left_out:
-        _show_left_out(report, out)
+        left_out_table(report, out).print(said)
     for part in report.parts:
         with Corpus(out / part) as corpus:
             say(f"{out / part}: {_in_a_line(corpus)}")
-    say(f"{report.documents:,} documents in {duration(time.perf_counter() - started)}")
+    say(f"{count(report.documents, 'document')} in {duration(time.perf_counter() - started)}")
+    if as_json:
+        print_json(report.as_json())
 
 
 def _submit(
@@ -189,9 +223,9 @@ def _submit(
     The merge begins however they end: it does what is left, or says why that cannot be done.
     """
     if cluster.scheduler != "slurm":
-        raise CorpusError("--cluster names a preset of this machine; leave out --slurm")
+        raise CorpusError("--cluster names a preset for this machine, not for Slurm; leave out --slurm")
     if out.exists():
-        raise CorpusError(f"{out} exists already; choose another --out, or remove it first")
+        raise CorpusError(f"{out} exists already; choose another --out, or remove that folder first")
     for source in sources:
         if "://" not in source and not Path(source).exists():
             raise CorpusError(f"no such file or folder: {source}")
@@ -206,7 +240,8 @@ def _submit(
         cancel(array)
         raise
     say(
-        f"array {array} of {tasks} tasks, {parallel} at once, prepares {out}; job {merge} merges it; logs are in {jobs}"
+        f"array {array} of {count(tasks, 'task')}, {parallel} at once, prepares {out}; job {merge} merges the results; "
+        f"logs are in {jobs}"
     )
     typer.echo(f"{array}\n{merge}")
 
@@ -231,24 +266,27 @@ def _given(context: typer.Context, names: set[str]) -> list[str]:
 def verify_command(
     location: Annotated[
         str,
-        typer.Argument(metavar="CORPUS", help="A corpus: a folder or URL.", show_default=False, parser=types.location),
+        typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False, parser=types.location),
     ],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make a damaged folder whole: index and manifest from the shards.")
+        bool, typer.Option("--repair", help="Repair a damaged folder: make index and manifest again from the shards.")
     ] = False,
     mirror: Annotated[
         str | None,
         typer.Option(
-            help="With --repair: folder or URL of a copy, to take lost blocks and shards from.", parser=types.location
+            help="With --repair: folder or URL of a copy that still has the lost blocks and shards.",
+            parser=types.location,
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Shards read at once.")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of shards read at once.")] = os.cpu_count() or 1,
 ) -> None:
     """Check every byte of a corpus: manifest, index and shards; name each damaged block."""
     if mirror is not None and not repair:
-        raise CorpusError("--mirror goes with --repair")
+        raise CorpusError("--mirror needs --repair")
     if repair and "://" in location:
-        raise CorpusError(f"{location} is no folder: --repair mends folders; use it where the corpus was made")
+        raise CorpusError(
+            f"{location} is a URL, and --repair works on folders only; run it on the machine that has the folder"
+        )
     if repair:
         with display.phase("repairing") as phase:
             for line in repair_corpus(Path(location), mirror, threads, phase.update):
@@ -257,47 +295,47 @@ def verify_command(
         faults = verify(location, threads, phase.update)
     if faults:
         raise CorpusError("\n".join(faults))
-    say(f"{location}: every byte is as it was written")
+    say(f"{location}: intact, every byte is as it was written")
 
 
 @app.command("withdraw")
 def withdraw_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="A corpus folder.", show_default=False, parser=types.path)
+        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=types.path)
     ],
-    keys: Annotated[list[str] | None, typer.Argument(help="Names of documents.", show_default=False)] = None,
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys of documents.", show_default=False)] = None,
     listed: Annotated[
         Path | None,
-        typer.Option("--list", help="File with a name a line; blank lines are skipped.", parser=types.path),
+        typer.Option("--list", help="File with one key on each line. Blank lines are skipped.", parser=types.path),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Blocks read at once.")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of blocks read at once.")] = os.cpu_count() or 1,
 ) -> None:
-    """Take documents out of a corpus: no run reads them any more. The shards stay as they are."""
+    """Withdraw documents from a corpus: no run reads them from now on. The shards do not change."""
     if not keys and listed is None:
-        raise typer.BadParameter("name documents, or by --list a file that names them")
+        raise typer.BadParameter("no document is named; give keys, or a file of keys with --list")
     try:
         lines = listed.read_bytes().decode("utf-8", "surrogateescape").split("\n") if listed else []
     except OSError as error:
         raise CorpusError(f"cannot read {listed}: {error}") from error
     wanted = [*(keys or []), *(line for line in lines if line.strip())]
-    with Corpus(folder, check_shards=False) as corpus, display.phase("looking for them") as phase:
+    with Corpus(folder, check_shards=False) as corpus, display.phase("searching") as phase:
         new = withdraw(corpus, wanted, threads, phase.update)
-    say(f"{len({entry.key for entry in new}):,} documents withdrawn; {folder}/{WITHDRAWN_FILE} lists them")
+    say(f"{count(len({entry.key for entry in new}), 'document')} withdrawn; {folder}/{WITHDRAWN_FILE} lists all")
 
 
-def _show_left_out(report: PrepareReport, out: Path) -> None:
-    table = Table(title=escape(printable(f"left out; {out}/skipped.jsonl names each")), title_justify="left")
-    for name in ("source", "reason", "documents"):
-        table.add_column(name, justify="right" if name == "documents" else "left")
+def left_out_table(report: PrepareReport, out: Path) -> Table:
+    """Return how many documents of each source were left out, by reason."""
+    table = Table(f"left out; {out}/skipped.jsonl names each", ["source", "reason", "documents"], ["documents"])
     for source in report.sources:
-        for reason, count in sorted(source.left_out.items()):
-            table.add_row(escape(printable(source.name)), reason, f"{count:,}")
-    said.print(table)
+        for reason, number in sorted(source.left_out.items()):
+            table.add_row(source.name, reason, f"{number:,}")
+    return table
 
 
 def _in_a_line(corpus: Corpus) -> str:
-    stored = sum(shard["bytes"] for shard in corpus.manifest["shards"])
+    shards = corpus.manifest["shards"]
+    stored = sum(shard["bytes"] for shard in shards)
     return (
-        f"{corpus.manifest['documents']:,} documents, {size(corpus.raw_bytes)} in {len(corpus):,} blocks, "
-        f"{len(corpus.manifest['shards'])} shards of {size(stored)} in all"
+        f"{count(corpus.manifest['documents'], 'document')}, {size(corpus.raw_bytes)} in "
+        f"{count(len(corpus), 'block')}, {count(len(shards), 'shard')} of {size(stored)} in total"
     )

@@ -4,6 +4,7 @@ Those take seconds to import, as they need torch. The imports at the top of this
 `_quiet_interrupts`, and no traceback.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from launchers import imports
 if TYPE_CHECKING:
     import typer
 
+COMPLETION = "_BYTELOOM_COMPLETE"
+"""Set by the shell when it asks for completions."""
+
 
 def main() -> None:
     """Run the command; an import that fails is reported as its other errors are."""
@@ -26,7 +30,7 @@ def main() -> None:
 
 def _command() -> None:
     with _quiet_interrupts(), imports.for_good():
-        command = _imported(sys.argv[1] if sys.argv[1:] else None)
+        command = _imported(_name())
     command()
 
 
@@ -40,6 +44,13 @@ def _quiet_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, earlier)
+
+
+def _name() -> str | None:
+    """Return the name of the command. A shell that asks for completions has it in a variable, not in arguments."""
+    completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    words = completed.split() if COMPLETION in os.environ else sys.argv
+    return words[1] if words[1:] else None
 
 
 def _imported(name: str | None) -> Callable[[], object]:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from byteloom.core.locations import LocationText
+from byteloom.core.words import count
 from data_pipeline.rows import Ids
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import PADDING
@@ -106,7 +107,7 @@ class Evaluation:
             try:
                 prices = in_units(row[window.context : len(window.ids)])
             except ValueError as error:
-                raise EvaluationError(f"the model has no sensible prediction in {window.key}: {error}") from error
+                raise EvaluationError(f"the model's loss in {window.key} is not a usable number: {error}") from error
             score = Score(int(prices.sum()), len(prices), int(window.begins_document))
             self.groups.setdefault(group_of(window.key), Score()).add(score)
             self.positions.add(window.context, prices)
@@ -160,17 +161,17 @@ def evaluate_model(
     """
     length, most = model.sequence_length, stride_of(model)
     if stride is not None and stride > most:
-        raise EvaluationError(f"stride {stride}: the model scores {most} bytes of a window, at most")
+        raise EvaluationError(f"--stride is {stride}; this model scores at most {count(most, 'byte')} of a window")
     if mode is Mode.memory:
         if not isinstance(model, TransformerXL) or not model.memory_length:
-            raise EvaluationError(f"mode {mode} is for a Transformer-XL with model.memory_length; this has no memory")
+            raise EvaluationError(f"mode {mode} is for a Transformer-XL with model.memory_length; this has none")
         if stride not in (None, length):
-            raise EvaluationError(f"stride {stride}: in mode {mode} a window begins where the one before ends")
+            raise EvaluationError(f"--stride is {stride}; mode {mode} takes no stride: windows follow each other")
         return evaluate_with_memory(model, corpus, rows, group_of, progress)
     nats_of = scorer(model)
     if mode.is_strided:
         if not isinstance(model, Megabyte):
-            raise EvaluationError(f"mode {mode} is for MEGABYTE; this is a model without patches")
+            raise EvaluationError(f"mode {mode} is for MEGABYTE; this model has no patches")
         nats_of = strided(nats_of, model.patch_size)
     return evaluate(nats_of, corpus, length, rows, group_of, progress, stride or stride_of(model, mode))
 
@@ -256,7 +257,7 @@ def strided(nats_of: Callable[[Ids], Tensor], patch_size: int) -> Callable[[Ids]
         EvaluationError: the patch size is odd.
     """
     if patch_size % 2:
-        raise EvaluationError(f"strided inference needs an even model.patch_size, and it is {patch_size}")
+        raise EvaluationError(f"strided inference needs an even model.patch_size, and this model's is {patch_size}")
     half = patch_size // 2
 
     def nats_of_two_passes(ids: Ids) -> Tensor:

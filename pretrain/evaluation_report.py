@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from byteloom.core.packages import needed_by
+from byteloom.core.words import count
 from pretrain.console import printable
 from pretrain.evaluate import Evaluation, Mode
 from pretrain.scores import Score
+from pretrain.tables import Table, figure
 
 POINTS = 128
 """Of a curve in the picture, at most: neighbouring positions are taken together."""
@@ -49,8 +47,8 @@ class Report:
     @property
     def title(self) -> str:
         return (
-            f"{self.model} on {self.corpus}, mode {self.mode}: windows of {self.sequence_length:,} from each "
-            f"document's start, {self.stride:,} bytes of each scored"
+            f"{self.model} on {self.corpus}, mode {self.mode}: windows of {count(self.sequence_length, 'byte')} from "
+            f"the start of each document, the last {count(self.stride, 'byte')} of each are scored"
         )
 
     @property
@@ -62,23 +60,20 @@ class Report:
             curves["patch"] = positions.scores(self.patch_size)
         return curves
 
-    def print(self) -> None:
-        table = Table(title=escape(printable(self.title)), title_justify="left")
-        table.add_column("documents of")
-        for name in ("bits/byte", "bytes", "documents", *(("words", "perplexity") if self.words else ())):
-            table.add_column(name, justify="right")
+    def table(self) -> Table:
+        """Return the scores of each group of documents, and of all."""
+        numbers = ["bits/byte", "bytes", "documents", *(["words", "perplexity"] if self.words else [])]
+        table = Table(self.title, ["documents of", *numbers], numbers)
         for name, score in sorted(self.evaluation.groups.items()):
-            table.add_row(
-                escape(printable(name)), *_cells(score), *_word_cells(score, self.words_of_groups.get(name, 0))
-            )
+            table.add_row(name, *_cells(score), *_word_cells(score, self.words_of_groups.get(name, 0)))
         if self.evaluation.sample_bytes:
-            table.add_section()
+            table.add_rule()
             for name, score in self.evaluation.sample_bytes.items():
                 table.add_row(f"sound, {name}", *_cells(score))
-        table.add_section()
+        table.add_rule()
         total = self.evaluation.total
         table.add_row("all", *_cells(total), *_word_cells(total, self.words))
-        Console().print(table)
+        return table
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -145,7 +140,7 @@ def _cells(score: Score) -> tuple[str, ...]:
 
 
 def _word_cells(score: Score, words: int) -> tuple[str, ...]:
-    return (f"{words:,}", f"{score.word_perplexity(words):,.2f}") if words else ()
+    return (f"{words:,}", f"{figure(score.word_perplexity(words))}") if words else ()
 
 
 def _as_json(score: Score, words: int = 0) -> dict[str, Any]:

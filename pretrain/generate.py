@@ -28,11 +28,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise SamplingError(f"temperature is {self.temperature}; it must be at least 0, and finite")
+            raise SamplingError(f"--temperature is {self.temperature}; it must be at least 0, and finite")
         if self.top_k is not None and self.top_k < 1:
-            raise SamplingError(f"top_k is {self.top_k}; it is at least 1")
+            raise SamplingError(f"--top-k is {self.top_k}; it must be at least 1")
         if not 0 < self.top_p <= 1:
-            raise SamplingError(f"top_p is {self.top_p}; it is more than 0 and at most 1")
+            raise SamplingError(f"--top-p is {self.top_p}; it must be more than 0 and at most 1")
 
 
 def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) -> Iterator[int]:

@@ -1,15 +1,15 @@
-"""The command that looks at what is there: a corpus, a row of a run's step, the proof of what a run has read."""
+"""The `inspect` command: the contents of a corpus, the origin of a row of a run, the proof of what a run has read."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.explain import explain
 from data_pipeline.mixture import fingerprint_of
@@ -20,6 +20,7 @@ from pretrain import argument_types as types
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
 from pretrain.console import display, printable, say
+from pretrain.tables import JsonOption, Table, facts, print_json, print_lines
 from pretrain.weights import is_checkpoint, store_of
 
 app = typer.Typer()
@@ -33,35 +34,49 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="A corpus (folder or URL); or a run, or one of its checkpoints.",
+            help="A corpus (folder or URL), a run, or one checkpoint of a run.",
             show_default=False,
             parser=types.location,
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Of a run, where its corpora are by now: data.shards=FOLDER.", show_default=False),
+        typer.Argument(help="For a run whose corpora were moved: data.shards=FOLDER.", show_default=False),
     ] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Bytes of a document of the corpus to show.")] = 400,
-    step: Annotated[int | None, typer.Option(help="Of a run: say where a row of this step came from.")] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="For a corpus: how many bytes of its first document to show.")
+    ] = 400,
+    step: Annotated[int | None, typer.Option(help="For a run: show where a row of this step came from.")] = None,
     row: Annotated[int, typer.Option(help="Row of the step's batch, counted from 0.")] = 0,
     replay: Annotated[
-        bool, typer.Option("--replay", help="Of a run: read again all that it read, and compare digests.")
+        bool, typer.Option("--replay", help="For a run: read everything again that it has read, and compare digests.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="That read, for --replay.")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads that read, for --replay.")] = os.cpu_count()
+    or 1,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what is in a corpus, where a row of a run came from, or prove what a run has read."""
+    """Show what is in a corpus, show where a row of a run came from, or prove what a run has read."""
     if step is None and not replay:
         if any((Path(path) / name).exists() for name in ("run.json", "metadata.json")):
-            raise CorpusError(f"{path} is a run: ask for --step and --row, or for --replay")
+            raise CorpusError(f"{path} is a run, not a corpus: add --step and --row, or --replay")
         with Corpus(path) as corpus:
-            _show_corpus(corpus, sample)
+            if as_json:
+                print_json(corpus_facts(corpus))
+            else:
+                corpus_table(corpus.location, corpus_facts(corpus)).print()
+                _show_sample(corpus, sample)
         return
     past = _past_reading(path, overrides or [])
+    found: dict[str, Any] = {}
     if step is not None:
-        _show_row(past, step, row)
+        found["row"] = _row(past, step, row)
+        if not as_json:
+            row_table(found["row"]).print()
+            print_lines([row_summary(found["row"])])
     if replay:
-        _prove(past, threads)
+        found["replay"] = _prove(past, threads)
+    if as_json:
+        print_json(found)
 
 
 class PastReading(NamedTuple):
@@ -80,7 +95,7 @@ def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
     place = locate(path)
     checkpoints = [place] if is_checkpoint(place) else store_of(place).committed()
     if not checkpoints:
-        raise CheckpointError(f"{path} is neither a corpus, nor a checkpoint, nor a run that has one")
+        raise CheckpointError(f"{path} has no checkpoint; name a corpus, a checkpoint, or a run with a checkpoint")
     metadata = read_metadata(checkpoints[-1])
     stored = metadata.state["config"]
     # A recipe of an older version may be refused by now, by sections that do not matter here.
@@ -90,76 +105,127 @@ def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
     streams = open_streams(only_known_holes, config.model.sequence_length)
     if fingerprint_of(streams) != metadata.state["fingerprint"]:
         raise CheckpointError(
-            f"{metadata.folder} was made of another stream of bytes than its corpora give now; "
-            "if they were moved, say where they are: data.shards=FOLDER, or data.mixture.NAME.shards=FOLDER"
+            f"{metadata.folder} has read other bytes than its corpora hold now; if the corpora were moved, "
+            "add their place: data.shards=FOLDER, or data.mixture.NAME.shards=FOLDER"
         )
     record = Record.from_state(metadata.state["reading"])
     return PastReading(metadata.folder, Reading(config.data, streams, record, None))
 
 
-def _show_corpus(corpus: Corpus, sample: int) -> None:
+def corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """Return what is in a corpus."""
     manifest = corpus.manifest
-    stored = sum(shard["bytes"] for shard in manifest["shards"])
-    table = Table(title=escape(printable(corpus.location)), show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in (
-        ("documents", f"{manifest['documents']:,}"),
-        ("raw bytes", f"{corpus.raw_bytes:,}"),
-        ("bytes a document", f"{corpus.raw_bytes / manifest['documents']:,.0f} (mean)"),
-        ("blocks", f"{len(corpus):,} of {int(corpus.lengths['raw_bytes'].max()):,} bytes at most"),
-        ("modalities", ", ".join(corpus.modalities)),
-        ("shards", f"{len(manifest['shards']):,}"),
-        ("stored", f"{stored:,} bytes, {corpus.raw_bytes / stored:.2f} to 1"),
-        ("withdrawn", f"{len({entry.key for entry in corpus.withdrawn}):,} documents"),
-        ("content sha256", corpus.content_sha256),
-    ):
-        table.add_row(name, value)
+    return {
+        "documents": manifest["documents"],
+        "raw_bytes": corpus.raw_bytes,
+        "blocks": len(corpus),
+        "largest_block": int(corpus.lengths["raw_bytes"].max()),
+        "modalities": list(corpus.modalities),
+        "shards": len(manifest["shards"]),
+        "stored_bytes": sum(shard["bytes"] for shard in manifest["shards"]),
+        "withdrawn": len({entry.key for entry in corpus.withdrawn}),
+        "content_sha256": corpus.content_sha256,
+    }
+
+
+def corpus_table(location: str, found: Mapping[str, Any]) -> Table:
+    """Return the facts of a corpus, for people."""
+    raw, stored = found["raw_bytes"], found["stored_bytes"]
+    return facts(
+        location,
+        {
+            "documents": f"{found['documents']:,}",
+            "raw bytes": f"{raw:,}",
+            "bytes per document": f"{raw / found['documents']:,.0f} (mean)",
+            "blocks": f"{found['blocks']:,}; the largest has {count(found['largest_block'], 'byte')}",
+            "modalities": ", ".join(found["modalities"]),
+            "shards": f"{found['shards']:,}",
+            "stored": f"{count(stored, 'byte')}, {raw / stored:.2f} to 1",
+            "withdrawn": count(found["withdrawn"], "document"),
+            "content sha256": found["content_sha256"],
+        },
+    )
+
+
+def _show_sample(corpus: Corpus, sample: int) -> None:
+    if not sample:
+        return
+    block = corpus.read(0)
+    first = block.slices[0]
+    shown = block.content[first.start : first.start + min(sample, first.length)]
     out = Console()
-    out.print(table)
-    if sample:
-        block = corpus.read(0)
-        first = block.slices[0]
-        shown = block.content[first.start : first.start + min(sample, first.length)]
-        out.print(printable(f"\n{first.key} ({first.modality}) begins:"), markup=False, highlight=False)
-        out.print(shown.decode("utf-8", "backslashreplace"), markup=False, highlight=False)
+    out.print(printable(f"\n{first.key} ({first.modality}) begins:"), markup=False, highlight=False, soft_wrap=True)
+    out.print(shown.decode("utf-8", "backslashreplace"), markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_row(past: PastReading, step: int, row: int) -> None:
+def _row(past: PastReading, step: int, row: int) -> dict[str, Any]:
+    """Return where the ids of a row came from."""
     mixture = past.reading.mixture
     sequence = past.reading.sequence_of(step, row)
     source, number = mixture.place(sequence)
-    title = (
-        f"step {step}, row {row}: sequence {sequence:,} of the run, "
-        f"number {number:,} of {source}, {mixture.streams[source].corpus.location}"
-    )
-    table = Table(title=escape(printable(title)), title_justify="left")
-    for name in ("ids", "document", "its bytes", "block"):
-        table.add_column(name, overflow="fold")
-    for origin in explain(mixture, sequence):
-        table.add_row(
-            f"{origin.start}-{origin.start + origin.length - 1}",
-            escape(printable(origin.key)) + (" (not read: damaged or withdrawn)" if origin.masked else ""),
-            f"{origin.document_start:,}-{origin.document_start + origin.length - 1:,}",
-            escape(printable(origin.block)),
-        )
-    out = Console()
-    out.print(table)
     ids = mixture[sequence]
-    separators, padding = int((ids == SEPARATOR).sum()), int((ids == PADDING).sum())
-    out.print(f"{len(ids)} ids: {separators} between documents, {padding} padding")
+    return {
+        "step": step,
+        "row": row,
+        "sequence": sequence,
+        "source": source,
+        "number": number,
+        "corpus": mixture.streams[source].corpus.location,
+        "ids": len(ids),
+        "separators": int((ids == SEPARATOR).sum()),
+        "padding": int((ids == PADDING).sum()),
+        "origins": [asdict(origin) for origin in explain(mixture, sequence)],
+    }
 
 
-def _prove(past: PastReading, threads: int) -> None:
+def row_table(found: Mapping[str, Any]) -> Table:
+    """Return where the ids of a row came from, for people."""
+    title = (
+        f"step {found['step']}, row {found['row']}: sequence {found['sequence']:,} of the run, "
+        f"number {found['number']:,} of {found['source']}, {found['corpus']}"
+    )
+    table = Table(title, ["ids", "document", "its bytes", "block"], numbers=["ids", "its bytes"])
+    for origin in found["origins"]:
+        start, begin, length = origin["start"], origin["document_start"], origin["length"]
+        table.add_row(
+            f"{start}-{start + length - 1}",
+            origin["key"] + (" (not read: damaged or withdrawn)" if origin["masked"] else ""),
+            f"{begin:,}-{begin + length - 1:,}",
+            origin["block"],
+        )
+    return table
+
+
+def row_summary(found: Mapping[str, Any]) -> str:
+    """Return how many ids of a row stand for no byte."""
+    return (
+        f"{count(found['ids'], 'id')}: {count(found['separators'], 'separator')} between documents, "
+        f"{found['padding']:,} padding"
+    )
+
+
+def _prove(past: PastReading, threads: int) -> dict[str, Any]:
+    """Read again what a run has read, and compare digests.
+
+    Raises:
+        CheckpointError: the corpora hold other bytes.
+    """
     record, length = past.reading.record, past.reading.mixture.sequence_length
     with display.phase("reading again", record.next_sequence * length) as phase:
         digest = replay(past.reading, threads, lambda sequences: phase.advance(sequences * length))
     if digest != record.digest:
         raise CheckpointError(
-            f"{past.checkpoint}: what the corpora give is not what the run read until step {record.step}: "
-            f"digest {digest}, the run's is {record.digest}"
+            f"{past.checkpoint}: the corpora do not hold the bytes that the run read until step {record.step}: "
+            f"their digest is {digest}, and the run's is {record.digest}"
         )
     say(
-        f"{past.checkpoint}: the {record.next_sequence:,} sequences of {length:,} that the run read until step "
-        f"{record.step} are exactly what it should have read (digest {digest[:16]}…)"
+        f"{past.checkpoint}: the run read exactly what it should have read until step {record.step}: "
+        f"{count(record.next_sequence, 'sequence')} of {count(length, 'byte')}, digest {digest}"
     )
+    return {
+        "checkpoint": str(past.checkpoint),
+        "step": record.step,
+        "sequences": record.next_sequence,
+        "sequence_length": length,
+        "digest": digest,
+    }

@@ -50,11 +50,11 @@ class StepProfiler:
         """Says what a start that goes on after a step of a run of `steps` will look into."""
         ahead = range(max(self._steps.start, after + 1), min(self._steps.stop, steps + 1))
         if ahead:
-            log.info("steps %d to %d are profiled, into %s", ahead[0], ahead[-1], self._folder.parent)
+            log.info("the profiler will record steps %d to %d in %s", ahead[0], ahead[-1], self._folder.parent)
             if self._memory and self._device != "cuda":
-                log.info("snapshots of memory are CUDA's; here allocations are in the traces and tables")
+                log.info("memory snapshots need CUDA; here the traces and tables show allocations")
         elif self._steps:
-            log.info("steps %d to %d are not ahead, and not profiled", self._steps[0], self._steps[-1])
+            log.info("steps %d to %d are past, so the profiler does not record them", self._steps[0], self._steps[-1])
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:

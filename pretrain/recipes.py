@@ -51,7 +51,7 @@ def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
     """
     recipes = [_read(path, micro_batch) for path in recipe_files(folder)]
     if not recipes:
-        raise ConfigError(f"{folder} holds no recipe")
+        raise ConfigError(f"{folder} has no recipe: no .yaml file")
     return recipes
 
 

@@ -1,73 +1,75 @@
 """The commands that look after runs: how they fare, what they say, and their end."""
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from byteloom.core.words import count
 from launchers import scheduler
 from launchers.record import last_submission
 from launchers.scheduler import Phase
 from pretrain import argument_types as types
-from pretrain.console import printable, say
+from pretrain.console import say
 from pretrain.progress import duration, size
 from pretrain.run_folder import RunFolder, RunFolderError
 from pretrain.run_status import RunStatus, check_run, find_runs, status_of, statuses_of
+from pretrain.tables import JsonOption, Table, print_json, print_lines
 
 POLL_SECONDS = 0.2
 STATE_SECONDS = 2.0
 """Between two questions whether a run that is followed goes on."""
 IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False, parser=types.path)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=types.path)]
 
 
 @app.command("status")
 def status_command(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs; runs/ when left out.", parser=types.path),
+        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.", parser=types.path),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All that is known, for programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say how runs fare: in the queue, running, stopped or finished, how far they are, and why they were restarted."""
+    """Show the state of runs: queued, running, stopped or finished; their progress; and why they were restarted."""
     found = statuses_of(find_runs(runs or [Path("runs")]))
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
+        print_json([asdict(each) for each in found])
     else:
-        Console().print(_table(found))
-        for each in found:
-            for remark in filter(None, (_remark(each), *each.problems)):
-                typer.echo(printable(f"{Path(each.run).name}: {remark}"))
+        status_table(found).print()
+        print_lines(
+            [
+                f"{Path(each.run).name}: {remark}"
+                for each in found
+                for remark in filter(None, (status_remark(each), *each.problems))
+            ]
+        )
 
 
 @app.command("logs")
 def logs_command(
     run: RunPath,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
 ) -> None:
-    """Print what a rank of a run has said, through all its starts."""
+    """Print the log of one rank of a run, from all its starts."""
     check_run(run)
     log = RunFolder(run).log_of(rank)
     submission = last_submission(run)
     if not log.exists() and submission is not None and not follow:
         log = submission / "ranks" / f"rank-{rank:05d}.log"  # it has not come to train
     if not log.exists() and not follow:
-        raise RunFolderError(f"{log} does not exist: rank {rank} has said nothing yet, or there is no such rank")
+        raise RunFolderError(f"{log} does not exist: rank {rank} has logged nothing yet, or the run has no such rank")
     with suppress(BrokenPipeError, KeyboardInterrupt):  # whoever reads has had enough
         for piece in _pieces(run, log, follow):
             sys.stdout.buffer.write(piece)
@@ -76,50 +78,65 @@ def logs_command(
 
 @app.command("cancel")
 def cancel_command(run: RunPath) -> None:
-    """End a run: take its job out of the queue, or ask its processes to stop, which save a checkpoint first."""
+    """Stop a run: cancel its job, or ask its processes to save a checkpoint and stop."""
     status = status_of(run)
     if status.process is not None:
         os.kill(status.process, signal.SIGTERM)
-        say(f"{run} was asked to stop: process {status.process}")
+        say(f"{run} is asked to stop: SIGTERM was sent to process {status.process}")
     elif status.job is not None and status.state in IN_THE_QUEUE:
         scheduler.cancel(status.job)
-        say(f"{run} was cancelled: job {status.job}")
+        say(f"{run}: job {status.job} is cancelled")
     else:
         elsewhere = status.state == Phase.RUNNING
         why = (
-            f"cancel it on {status.nodes or 'the machine that trains it'}"
+            f"run this command on {status.nodes or 'the machine that trains it'}"
             if elsewhere
             else status.reason or "there is nothing to cancel"
         )
         raise RunFolderError(f"{run} is {status.state}: {why}")
 
 
-def _table(found: list[RunStatus]) -> Table:
-    """Fits a terminal of 80 columns."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "state", "step", "bits/byte", "bytes/s", "left", "checkpoint", "restarts"):
-        numeric = name in ("step", "bits/byte", "bytes/s", "left", "restarts")
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for each in found:
-        age = None if each.checkpoint_seconds is None else duration(each.checkpoint_seconds)
-        table.add_row(
-            escape(printable(Path(each.run).name)),
-            each.state,
-            f"{each.step}/{each.steps or '?'}",
-            "" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
-            "" if each.bytes_per_second is None else size(each.bytes_per_second),
-            "" if each.seconds_left is None else duration(each.seconds_left),
-            f"{each.checkpoint_step} ({age})" if age else "",
-            str(each.restarts),
-        )
+def status_table(found: Sequence[RunStatus]) -> Table:
+    """Return a row for each run. A column that no run has a value for is left out."""
+    rows = [
+        {
+            "run": Path(each.run).name,
+            "state": each.state,
+            "step": f"{each.step}/{each.steps or '?'}",
+            "bits/byte": _bits(each.bits_per_byte),
+            "validation": _bits(each.validation_bits_per_byte),
+            "bytes/s": "" if each.bytes_per_second is None else size(each.bytes_per_second),
+            "left": "" if each.seconds_left is None else duration(each.seconds_left),
+            "checkpoint": _checkpoint(each),
+        }
+        for each in found
+    ]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table("", columns, numbers=[name for name in columns if name not in ("run", "state", "checkpoint")])
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
     return table
 
 
-def _remark(status: RunStatus) -> str:
-    """What else there is to say of a run, in a line; empty if there is nothing."""
+def _bits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _checkpoint(status: RunStatus) -> str:
+    if status.checkpoint_step is None:
+        return ""
+    age = "" if status.checkpoint_seconds is None else f" ({duration(status.checkpoint_seconds)})"
+    return f"{status.checkpoint_step}{age}"
+
+
+def status_remark(status: RunStatus) -> str:
+    """Return what the table does not say of a run, in one line: where it runs, its starts, and why it ended."""
     where = f" on {status.nodes}" if status.nodes else ""
     job = f"job {status.job}{where}" if status.job else ""
-    return "; ".join(filter(None, (job, status.reason, status.why)))
+    process = f"process {status.process}{where}" if status.process and not status.job else ""
+    starts = count(status.starts, "start") if status.starts + status.restarts > 1 else ""
+    restarts = count(status.restarts, "automatic restart") if status.restarts else ""
+    return "; ".join(filter(None, (job, process, starts, restarts, status.reason, status.why)))
 
 
 def _pieces(run: Path, log: Path, follow: bool) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from pretrain.checkpoint.home import committed, open_home, step_of
 from pretrain.fence import starts_noted_at
 from pretrain.provenance import read_source
 from pretrain.run_folder import RunFolder, RunFolderError, read_recipe
-from pretrain.tracking.journal import read_journal
+from pretrain.tracking.journal import lines, read_journal
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ ANSWER_SECONDS = 10.0
 NUMBERS_OF_A_STEP = {"step_seconds", "bytes_per_second", "train/bits_per_byte"}
 DAMAGED = "damaged"
 """State of a run that nobody trains and of which a file cannot be used."""
+VALIDATION = "validation/bits_per_byte"
 ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
 """Events of the record that say why ranks do not run, or run again."""
 
@@ -58,9 +60,10 @@ class RunStatus:
     reason: str
     """The scheduler's, for that state."""
     job: str | None
-    """The scheduler's id; None for a run that was never submitted."""
+    """The scheduler's id of its newest job; None for a run that no scheduler knows."""
     process: int | None
-    """Of this machine, which ends the run in good order when it gets SIGTERM."""
+    """Id of the process of this machine that trains the run, or that supervises it in the background. SIGTERM stops
+    the run in good order."""
     nodes: str
     """Where it runs."""
     step: int
@@ -77,7 +80,10 @@ class RunStatus:
     """Of the newest checkpoint."""
     checkpoint_seconds: float | None
     """Since it was written."""
+    starts: int
+    """Starts that a person asked for, by `train` or `submit`."""
     restarts: int
+    """Starts of the supervisor or the scheduler, within a job."""
     why: str
     """What the newest restart or ending was for."""
     history: list[dict[str, Any]]
@@ -96,7 +102,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         runs = [path] if _is_run(path) else [run for run in sorted(path.glob("*")) if _can_be_seen_as_run(run)]
         if not runs:
-            raise RunFolderError(f"{path} is no run, and no folder of runs")
+            raise RunFolderError(f"{path} is not a run and not a folder of runs; a run has run.json or launches.jsonl")
         found += runs
     return found
 
@@ -117,34 +123,36 @@ def status_of(path: Path) -> RunStatus:
     holder = problems.read(folder.holder, None)
     recent = problems.read(lambda: _recent(folder.metrics, problems.lines.append), list[dict[str, Any]]())
     trained = [line for line in recent if line.keys() >= NUMBERS_OF_A_STEP][-RECENT_STEPS:]
-    validated = [line["validation/bits_per_byte"] for line in recent if "validation/bits_per_byte" in line]
     step = recent[-1]["step"] if recent else 0
     resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
     recipe = problems.read(lambda: read_recipe(resolved), None)
     steps = recipe.train.steps if recipe else None
-    started = problems.read(lambda: starts_noted_at(folder.generation), 0)
+    starts = problems.read(lambda: starts_noted_at(folder.generation), 0)
     newest = problems.read(lambda: _newest_checkpoint(folder), None)
     state = _state(job, launches, holder is not None, is_done=step == steps, is_damaged=problems.has_damage)
     bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
     process, nodes = _place(job, is_local, holder)
+    started = [launch for launch in launches if launch.event == "started"]
+    restarts = sum(launch.restart > 0 for launch in started)
     return RunStatus(
         run=str(path),
         recipe=read_source(resolved).get("recipe"),
         state=state,
         reason=job.reason if job is not None and state == job.phase else "",
-        job=job.id if job else None,
+        job=job.id if job and not is_local else None,
         process=process,
         nodes=nodes,
         step=step,
         steps=steps,
         bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
-        validation_bits_per_byte=validated[-1] if validated else None,
+        validation_bits_per_byte=_last_validation(folder.metrics),
         bytes_per_second=bytes_per_second,
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=_age(newest),
-        restarts=max(started, sum(launch.event == "started" for launch in launches), 1) - 1,
+        starts=max(starts, len(started)) - restarts,
+        restarts=restarts,
         why=endings[-1].summary if endings else "",
         history=[asdict(launch) for launch in launches],
         problems=problems.lines,
@@ -160,7 +168,7 @@ def statuses_of(paths: Sequence[Path]) -> list[RunStatus]:
 def check_run(path: Path) -> None:
     """Raises RunFolderError if a path is no run's."""
     if not _is_run(path):
-        raise RunFolderError(f"{path} is no run")
+        raise RunFolderError(f"{path} is not a run: it has no run.json and no launches.jsonl")
 
 
 def _is_run(path: Path) -> bool:
@@ -236,7 +244,10 @@ def _in_the_background(last: Launch) -> Job:
     if is_running(last):
         return Job(last.job, Phase.RUNNING, nodes=platform.node())
     if not last.ends_background and is_elsewhere(last):
-        return Job(last.job, Phase.UNKNOWN, reason="it is a process of another machine", nodes=",".join(last.nodes))
+        nodes = ",".join(last.nodes)
+        return Job(
+            last.job, Phase.UNKNOWN, reason=f"process {last.job} of {nodes} cannot be seen from here", nodes=nodes
+        )
     return Job(last.job, Phase.FORGOTTEN)
 
 
@@ -284,6 +295,19 @@ def _age(checkpoint: Location | None) -> float | None:
         with suppress(FileNotFoundError):  # deleted in the meantime, for a newer one
             return time.time() - checkpoint.stat().st_mtime
     return None
+
+
+def _last_validation(journal: Path) -> float | None:
+    """Return the newest validation loss in metrics.jsonl; None if there is none. It may be far from the end."""
+    if not journal.exists() or not journal.stat().st_size:
+        return None
+    with journal.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+        found = text.rfind(f'"{VALIDATION}"'.encode(), 0, text.rfind(b"\n") + 1)
+        if found < 0:
+            return None
+        begin = text.rfind(b"\n", 0, found) + 1
+    line = next(lines(journal, begin, lambda fault: None), None)  # `_recent` reports damage
+    return line.record.get(VALIDATION) if line else None
 
 
 def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:

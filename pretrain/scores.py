@@ -25,7 +25,7 @@ def in_units(nats: NDArray[np.floating]) -> Units:
     """
     good = np.abs(nats) < HIGHEST_PRICE
     if not good.all():
-        raise ValueError(f"a price of {nats[~good][0]} nats a byte")
+        raise ValueError(f"{nats[~good][0]} nats for one byte")
     return np.rint(nats.astype(np.float64) * UNITS_PER_NAT).astype(np.int64)
 
 

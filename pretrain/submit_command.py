@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from byteloom.core.words import count
 from launchers.cluster import ClusterConfig, ClusterError, load_cluster
 from launchers.record import last_submission
 from launchers.submission import Submission
@@ -31,7 +32,7 @@ def submit_command(
         str,
         typer.Argument(
             metavar="RECIPE|RUN",
-            help="A recipe, by its name or its .yaml file; or the folder of a run, to submit it again.",
+            help="Recipe: its name or its .yaml file. Or the folder of a run, to submit it again.",
             show_default=False,
             autocompletion=complete_recipe,
             parser=types.location,
@@ -41,29 +42,32 @@ def submit_command(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="A preset (gpu, cpu, local) or a .yaml file; the preset of the run's last job when left out.",
+            help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission.",
             parser=types.location,
         ),
     ] = None,
-    nodes: Annotated[str | None, typer.Option(help="How many: 4, or 2-4 for what there is.")] = None,
+    nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4 to accept any number between.")] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes-per-node", help="Ranks on each node; one for each GPU when left out.")
+        int | None,
+        typer.Option("--processes-per-node", help="Number of ranks on each node. Default: one for each GPU."),
     ] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each node.")] = None,
-    cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Processors of each rank.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Whose hours these are.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="Number of GPUs of each node.")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Number of processors of each rank.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account that is charged.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
     time: Annotated[
         str | None,
-        typer.Option(help="Limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00; the run may be longer."),
+        typer.Option(
+            help="Time limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00. A longer run is started again."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and stop.")
+        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and submit nothing.")
     ] = False,
 ) -> None:
-    """Submit a run to a cluster, or go on with one there. It is looked after: restarted, requeued, or given up."""
+    """Submit a run to a cluster, or resume one there. A supervisor restarts it, requeues it, or gives it up."""
     earlier = last_submission(Path(recipe))
     file = configuration.find(_recipe_of_run(Path(recipe), earlier) or recipe)
     options = {
@@ -78,7 +82,7 @@ def submit_command(
         "time": time,
     }
     if cluster is None and earlier is None:
-        raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file of your own")
+        raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
     config = configuration.load(file, overrides or [])
     for warning in config.warnings():
@@ -91,8 +95,10 @@ def submit_command(
         typer.echo(config.as_yaml(), nl=False)
         return
     job = submission.submit()
+    on_nodes = f"{chosen.nodes} node{'' if chosen.nodes == '1' else 's'}"
     say(
-        f"job {job} trains {run}: {chosen.nodes} nodes of {chosen.ranks_per_node} ranks; {submission.folder} has it all"
+        f"job {job} trains {run} on {on_nodes} with {count(chosen.ranks_per_node, 'rank')} each; "
+        f"{submission.folder} has its script and logs"
     )
     typer.echo(job)
 

@@ -50,34 +50,35 @@ def sweep_command(
     overrides: Annotated[
         list[str],
         typer.Argument(
-            help="Fields and their values: optimizer.learning_rate=1e-3,3e-4 train.seed=0,1 is a grid of four runs.",
+            help="Fields with their values: optimizer.learning_rate=1e-3,3e-4 train.seed=0,1 is a grid of four runs.",
             show_default=False,
         ),
     ],
     parallel: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once, at most; one here, all on a cluster.")
+        int | None,
+        typer.Option(min=1, help="Largest number of runs at once. Default: 1 on this machine, all on a cluster."),
     ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="A Slurm preset (gpu, cpu) or a .yaml file; this machine when left out.", parser=types.location
+            help="Slurm preset (gpu, cpu) or a .yaml file. Default: train on this machine.", parser=types.location
         ),
     ] = None,
-    nodes: Annotated[str | None, typer.Option(help="Of each run.")] = None,
-    processes: Annotated[int | None, typer.Option("--processes-per-node", help="Ranks on each node.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each node.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Whose hours these are.")] = None,
-    time_limit: Annotated[str | None, typer.Option("--time", help="Limit of one start of a run.")] = None,
+    nodes: Annotated[str | None, typer.Option(help="Number of nodes of each run.")] = None,
+    processes: Annotated[int | None, typer.Option("--processes-per-node", help="Number of ranks on each node.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="Number of GPUs of each node.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account that is charged.")] = None,
+    time_limit: Annotated[str | None, typer.Option("--time", help="Time limit of one start of a run.")] = None,
 ) -> None:
-    """Train a run for each point of a grid of overrides, shown together in MLflow."""
+    """Train one run for each combination of values. MLflow shows the runs together."""
     options = {"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus}
     options |= {"partition": partition, "account": account, "time": time_limit}
     if cluster is None and (given := [name for name, value in options.items() if value is not None]):
-        raise ConfigError(f"--{given[0].replace('_', '-')} goes with --cluster")
+        raise ConfigError(f"--{given[0].replace('_', '-')} needs --cluster")
     chosen = load_cluster(cluster, options) if cluster else None
     if chosen is not None and chosen.scheduler != "slurm":
-        raise ConfigError(f"--cluster {cluster} is this machine; leave it out to sweep here")
+        raise ConfigError(f"--cluster {cluster} is a preset of this machine; leave out --cluster to train here")
     name, configs = _configs(recipe, overrides)
     source = trace(configuration.find(recipe))
     first = next(iter(configs.values()))
@@ -126,10 +127,12 @@ def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
     """
     axes = {field: _values(field, text) for field, _, text in (override.partition("=") for override in overrides)}
     if len(axes) < len(overrides):
-        raise ConfigError("a field is given twice")
+        raise ConfigError("a field is given twice; give all its values in one override, such as train.seed=0,1")
     varied = [field for field, values in axes.items() if len(values) > 1]
     if not varied:
-        raise ConfigError("nothing to sweep: give a field several values, such as optimizer.learning_rate=1e-3,3e-4")
+        raise ConfigError(
+            "there is one combination only; give a field several values, such as optimizer.learning_rate=1e-3,3e-4"
+        )
     short = {field: field.rpartition(".")[2] for field in varied}
     clear = {field: last if list(short.values()).count(last) == 1 else field for field, last in short.items()}
     points: dict[str, list[str]] = {}
@@ -137,7 +140,9 @@ def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
         point = dict(zip(axes, values, strict=True))
         name = "-".join(f"{clear[field]}-{_plain(point[field])}" for field in varied)
         if name in points:
-            raise ConfigError(f"two runs of the sweep would have the name …-{name}")
+            raise ConfigError(
+                f"two runs of the sweep would have the same name, which ends in {name}; change one of the values"
+            )
         points[name] = [f"{field}={value}" for field, value in point.items()]
     return points
 
@@ -213,7 +218,7 @@ def _train_here(
     failed = [name for name, code in codes.items() if code not in (0, *STOPPED)]
     stopped = len(codes) < len(configs) or any(code in STOPPED for code in codes.values())
     for name in failed:
-        say(f"error: {name} failed; the same command goes on with it")
+        say(f"error: {name} failed; the same command resumes it")
     if parent is not None:
         parent.set_status("FAILED" if failed else "KILLED" if stopped else "FINISHED")
     return 1 if failed else 130 if stopped else 0

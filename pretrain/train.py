@@ -28,6 +28,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from byteloom.core.validation import Fault
+from byteloom.core.words import count
 from data_pipeline.atomic import replace_file
 from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.mixture import fingerprint_of
@@ -424,8 +425,7 @@ class Run:
         except NonFiniteError as error:
             raise TrainingError(
                 f"step {self.step + 1}, sequences {self.reading.record.next_sequence} to {batch.next_sequence - 1}: "
-                f"{error}; "
-                "no parameter was changed by it. A lower optimizer.learning_rate or a longer warm-up may help"
+                f"{error}; no parameter was changed. Try a lower optimizer.learning_rate or a longer warm-up"
             ) from error
 
     def _validate(self, corpus: Corpus) -> dict[str, float]:
@@ -565,7 +565,7 @@ class Run:
         log.info("attention: %s", describe_attention(self.engine.device, self.engine.dtype))
         for name, stream in self.reading.mixture.streams.items():
             log.info(
-                "%s: %s bytes, %s sequences of %s an epoch; the run reads %.2f epochs",
+                "%s: %s bytes, %s sequences of %s bytes per epoch; the run reads %.2f epochs",
                 f"{name}, {stream.corpus.location}" if recipe.data.mixture else stream.corpus.location,
                 f"{stream.corpus.raw_bytes:,}",
                 f"{stream.sequences_per_epoch:,}",
@@ -576,12 +576,12 @@ class Run:
             log.info("goes on after step %d, from %s", self.step, self.checkpoint.folder)
             for name, now in (("config", recipe.as_tree()), ("environment", environment())):
                 for change in changes(self.checkpoint.state[name], now):
-                    log.info("changed since then: %s", change)
+                    log.info("changed since that checkpoint: %s", change)
         elif self.origin is not None:
             moments = "" if self.origin.optimizer_steps is None else " and moments"
-            log.info("begins with the weights%s of %s", moments, self.origin.checkpoint.folder)
+            log.info("starts with the weights%s of %s", moments, self.origin.checkpoint.folder)
             for difference in self.origin.differences:
-                log.info("not the same as there: %s", difference)
+                log.info("different from those weights: %s", difference)
         return Meter(self.flops_a_step, None if peak is None else peak[0] * self.world.size)
 
     def _measure_peak(self) -> tuple[float, str] | None:
@@ -626,11 +626,11 @@ class Run:
 
     def _farewell(self) -> int:
         if self.finished and not self.unlogged:
-            log.info("finished at step %d; everything is in %s", self.step, self.folder.path)
+            log.info("finished at step %d; all files are in %s", self.step, self.folder.path)
             return 0
         assert self.stop.signal is not None
         log.info(
-            "%s: stopped after step %d of %d, with %s checkpoint; the same command goes on from there",
+            "%s: stopped after step %d of %d, with %s checkpoint; the same command resumes from there",
             self.stop.signal.name,
             self.step,
             self.recipe.train.steps,
@@ -672,13 +672,14 @@ def check_same_run(folder: Path, began: Mapping[str, Any], recipe: Recipe, finge
     """
     if differences := model_changes(began["model"], recipe.model):
         raise CheckpointError(
-            f"{folder} is of another model ({'; '.join(differences)}); choose another run.name for a new run"
+            f"{folder} has a run of another model ({'; '.join(differences)}); "
+            "restore the old model, or choose another run.name"
         )
     if began["fingerprint"] != fingerprint:
         why = "; ".join(changes({"data": began["data"]}, {"data": recipe.as_tree()["data"]}))
         raise CheckpointError(
-            f"{folder} reads another stream of bytes ({why or 'the content of a corpus changed'}); "
-            "restore what was, or choose another run.name for a new run"
+            f"{folder} has a run that reads other bytes ({why or 'the content of a corpus changed'}); "
+            "restore the old data, or choose another run.name"
         )
 
 
@@ -691,14 +692,14 @@ def check_resumes(checkpoint: Metadata, recipe: Recipe, fingerprint: str) -> Non
     """
     if checkpoint.state["fingerprint"] != fingerprint:
         raise CheckpointError(
-            f"{checkpoint.folder} is of a run that reads another stream of bytes; restore what was, or choose "
-            "another run.name for a new run"
+            f"{checkpoint.folder} belongs to a run that reads other bytes; restore the old data, or choose another "
+            "run.name"
         )
     then, now = checkpoint.state["config"]["optimizer"]["name"], recipe.optimizer.name
     if then != now:
         raise CheckpointError(
-            f"{checkpoint.folder} has moments of optimizer.name {then}, not {now}; set it back, or choose another "
-            "run.name for a new run"
+            f"{checkpoint.folder} has the moments of optimizer.name={then}, not of {now}; set {then} again, or choose "
+            "another run.name"
         )
 
 
@@ -711,8 +712,8 @@ def check_lanes(streams: dict[str, ByteStream], global_batch: int) -> None:
     for stream in streams.values():
         if stream.order.lanes != global_batch:
             raise TrainingError(
-                f"{stream.corpus.location} has {stream.sequences_per_epoch} sequences, fewer than the "
-                f"{global_batch} rows of a batch, each of which is to go on in the next batch; lower "
+                f"{stream.corpus.location} has {count(stream.sequences_per_epoch, 'sequence')}, fewer than the "
+                f"{global_batch} rows of a batch, and model.memory_length needs one for each row; lower "
                 "train.global_batch and data.lanes, or set model.memory_length to 0"
             )
 

@@ -84,25 +84,25 @@ def find_origin(
     }
     fitting = {name for name, shape in shapes.items() if there.get(name) == shape}
     differences += [
-        f"{name} is {_shape(there.get(name))} there and {_shape(shapes.get(name))} here"
+        _difference(name, there.get(name), shapes.get(name))
         for name in [*shapes, *(there.keys() - shapes.keys())]
         if name not in fitting
     ]
     if differences and not config.partly:
         raise CheckpointError(
-            f"{checkpoint.folder} is of another model ({_few(differences)}); "
-            "initialize.partly=true takes what fits, and says what does not"
+            f"{checkpoint.folder} belongs to another model ({_few(differences)}); "
+            "set initialize.partly=true to load the parameters that fit"
         )
     if not fitting:
         raise CheckpointError(f"{checkpoint.folder} has no parameter that fits this model")
     if not config.moments:
         return Origin(checkpoint, frozenset(f"model/{name}" for name in fitting), None, differences)
     if "counters" not in checkpoint.state:
-        raise CheckpointError(f"{checkpoint.folder} is an export, without moments; set initialize.moments to false")
+        raise CheckpointError(f"{checkpoint.folder} is an export, which has no moments; set initialize.moments=false")
     if then["optimizer"]["name"] != optimizer:
         raise CheckpointError(
-            f"{checkpoint.folder} has moments of optimizer.name {then['optimizer']['name']}, not {optimizer}; "
-            "set initialize.moments to false, or the optimizer to that one"
+            f"{checkpoint.folder} has the moments of optimizer.name={then['optimizer']['name']}, not of {optimizer}; "
+            f"set initialize.moments=false, or optimizer.name={then['optimizer']['name']}"
         )
     tensors = frozenset(
         name for name in checkpoint.tensors if not name.startswith("memory/") and name.partition("/")[2] in fitting
@@ -135,7 +135,7 @@ def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress =
     if folder is None and not is_checkpoint(place):
         found = store_of(place, world).newest_valid(progress)
         if found is None:
-            raise CheckpointError(f"no valid checkpoint at {text}: it is no run that has one, no checkpoint, no export")
+            raise CheckpointError(f"{text} has no valid checkpoint; name a run with one, a checkpoint, or an export")
         return found
     checkpoint, fault = None, None
     try:
@@ -163,8 +163,13 @@ def model_changes(then: Mapping[str, Any], now: ModelConfig) -> list[str]:
     return changes({"model": before}, {"model": after})
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else str(list(shape))
+def _difference(name: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> str:
+    """Return how a parameter differs between a checkpoint and this model, by its shapes; None where it is missing."""
+    if there is None:
+        return f"the checkpoint has no {name}"
+    if here is None:
+        return f"this model has no {name}"
+    return f"{name} has shape {list(there)} in the checkpoint and {list(here)} in this model"
 
 
 def _few(lines: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ class World:
                 store = _meet(place, listens, meeting)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE)
         except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
-            raise WorldError(f"{place} cannot meet the others: {_first_line(error)}") from error
+            raise WorldError(f"{place} cannot connect to the other ranks: {_first_line(error)}") from error
         return cls(place.rank, place.size, place.local_rank)
 
     @contextmanager
@@ -203,7 +203,9 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     if "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in names if name not in environment]:
-            raise WorldError(f"WORLD_SIZE is set, but not {', '.join(missing)}; a launcher sets all of {names}")
+            raise WorldError(
+                f"the environment has WORLD_SIZE but not {', '.join(missing)}; a launcher must set {', '.join(names)}"
+            )
         rank, size, local_rank, port = (_number(environment, name) for name in names if name != "MASTER_ADDR")
         place = Place(rank, size, local_rank, environment["MASTER_ADDR"], port)
     elif _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1:
@@ -217,14 +219,14 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     else:
         return None
     if not (0 <= place.rank < place.size and 0 < place.port < 2**16):
-        raise WorldError(f"the environment makes no sense: {place}")
+        raise WorldError(f"these environment variables do not fit together: {place}")
     return place
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name) or default
     if not text.isdecimal():
-        raise WorldError(f"{name} is {text!r} in the environment; a launcher sets a whole number")
+        raise WorldError(f"the environment variable {name} is {text!r}; it must be a whole number")
     return int(text)
 
 
@@ -236,7 +238,7 @@ def first_host(nodes: str) -> str:
     """
     first = re.match(r"([^\[,]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise WorldError(f"SLURM_STEP_NODELIST is {nodes!r} in the environment; Slurm sets a list of hosts")
+        raise WorldError(f"the environment variable SLURM_STEP_NODELIST is {nodes!r}; it must be a list of hosts")
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
@@ -262,9 +264,7 @@ def _meet(place: Place, listens: bool, limit: timedelta) -> dist.Store:
         store.wait([f"here/{rank}" for rank in range(place.size)], timedelta(seconds=left))
     except dist.DistStoreError as error:
         missing = [str(rank) for rank in range(place.size) if not store.check([f"here/{rank}"])]
-        raise WorldError(
-            f"{place}: not here within {limit.total_seconds():.0f} s: rank {', '.join(missing)}"
-        ) from error
+        raise WorldError(f"{place}: missing after {limit.total_seconds():.0f} s: rank {', '.join(missing)}") from error
     return store
 
 
@@ -291,9 +291,9 @@ def _connect(place: Place, listens: bool) -> dist.Store:
     if not isinstance(answer, RuntimeError):
         return answer
     if not listens:
-        raise WorldError(f"{place}: what listens there is no rank of a run; choose another MASTER_PORT") from answer
+        raise WorldError(f"{place}: another program listens there; choose another MASTER_PORT") from answer
     if "EADDRINUSE" in str(answer):
-        raise WorldError(f"{place}: the port is in use by another process; choose another MASTER_PORT") from answer
+        raise WorldError(f"{place}: another process uses this port; choose another MASTER_PORT") from answer
     raise answer
 
 

@@ -65,7 +65,7 @@ def find_preset(text: str) -> Path:
     if _is_path(text):
         return _expanded(text)
     if text not in presets:
-        raise UnknownNameError(f"no such preset; there are {', '.join(presets)}, or name a .yaml file")
+        raise UnknownNameError(f"no such preset; choose one of {', '.join(presets)}, or a .yaml file")
     return presets[text]
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from byteloom.core.words import count
 from data_pipeline.atomic import replace_file, sync
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.limits import Room, SourceLimit
@@ -74,8 +75,8 @@ class Layout:
 
     def hashes(self, part: int, number: int) -> tuple[int, int]:
         """The first and the last hash of a shard."""
-        count = self.shards[part]
-        return -(-HASHES * number // count), -(-HASHES * (number + 1) // count) - 1
+        shards = self.shards[part]
+        return -(-HASHES * number // shards), -(-HASHES * (number + 1) // shards) - 1
 
 
 def make_layout(plan: Plan) -> None:
@@ -94,7 +95,7 @@ def make_layout(plan: Plan) -> None:
     for unit, planned in enumerate(plan.units):
         counts = read_unit(plan.folder, unit)
         if counts is None:
-            raise CorpusError(f"{plan.folder} has lost unit {unit}; remove it and begin anew")
+            raise CorpusError(f"{plan.folder} has lost unit {unit}; remove the folder and start again")
         source, limit = int(planned["source"]), limits[int(planned["source"])]
         room, was_reached = limit.room, limit.reached
         limit.take(counts)
@@ -151,9 +152,10 @@ def _count_cut_unit(plan: Plan, unit: int, counts: dict[str, Any], cut: int, lef
 def _refuse_empty(plan: Plan, documents: NDArray[np.int64]) -> None:
     if not documents.any():
         searched = ", ".join(source["name"] for source in plan.sources)
-        raise EmptyCorpusError(f"the corpus is empty: no document with a byte in it under {searched}")
-    for part, count in zip(plan.options.parts, documents, strict=True):
-        if not count:
+        raise EmptyCorpusError(f"the corpus is empty: all documents under {searched} are empty, or there is none")
+    for part, number in zip(plan.options.parts, documents, strict=True):
+        if not number:
             raise EmptyCorpusError(
-                f"--holdout {plan.options.holdout} leaves no document for {part}: there are {documents.sum():,} in all"
+                f"--holdout {plan.options.holdout} leaves no document for {part}: "
+                f"the sources have {count(int(documents.sum()), 'document')}"
             )

@@ -83,13 +83,13 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
-            raise CorpusError(f"--holdout is {self.holdout}; it is a share, at least 0 and less than 1")
+            raise CorpusError(f"--holdout is {self.holdout}; it must be a share, at least 0 and less than 1")
         if not 1 <= self.block_bytes <= MAX_BLOCK_BYTES:
-            raise CorpusError(f"--block-bytes is {self.block_bytes:,}; it lies between 1 and {MAX_BLOCK_BYTES:,}")
+            raise CorpusError(f"--block-bytes is {self.block_bytes:,}; it must be between 1 and {MAX_BLOCK_BYTES:,}")
         for name in ("shard_bytes", "max_documents", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise CorpusError(f"--{name.replace('_', '-')} is {value:,}; it is at least 1")
+                raise CorpusError(f"--{name.replace('_', '-')} is {value:,}; it must be at least 1")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, pro
             bytes_of[last] += found_bytes
         write_rows()
     if not files:
-        raise CorpusError(f"the corpus is empty: no file with a byte in it under {', '.join(sources)}")
+        raise CorpusError(f"the corpus is empty: all files under {', '.join(sources)} are empty, or there is none")
     units.append((offset, files, last, to_read))
     progress(sum(bytes_of))
     np.save(folder / "units.npy", np.array(units, UNIT))
@@ -316,8 +316,8 @@ def refuse_bad(left_out: Skipped, options: PrepareOptions, folder: Path, begun: 
     if left_out.reason not in BAD_REASONS or options.skip_bad:
         return
     name = "" if left_out.key in left_out.detail else f" {left_out.key}:"
-    hint = f"; {folder} keeps what is done, and the same command goes on from there" if begun else ""
-    raise CorpusError(f"{left_out.reason}:{name} {left_out.detail}; --skip-bad leaves such documents out{hint}")
+    hint = f". {folder} holds the work that is done, and the same command continues" if begun else ""
+    raise CorpusError(f"{left_out.reason}:{name} {left_out.detail}; --skip-bad skips such documents{hint}")
 
 
 def remove(folder: Path) -> None:

@@ -32,6 +32,7 @@ from typing import Any, Protocol, Self
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.state_files import StateFileError
+from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather
 from data_pipeline.preparation.layout import Layout
@@ -132,10 +133,10 @@ def do_what_is_left(stage: Stage, plan: Plan, begin: float, told: Callable[[int,
         told: called with a job and the bytes worked on so far.
     """
     claims = Claims(plan.folder / f"{stage.name}.claims")
-    done, count = stage.done(), len(stage.sizes)
-    first = int(begin * count)
+    done, jobs = stage.done(), len(stage.sizes)
+    first = int(begin * jobs)
     with own_folder(plan.folder / "work") as own:
-        for job in (number % count for number in range(first, first + count)):
+        for job in (number % jobs for number in range(first, first + jobs)):
             if job in done:
                 continue
             with claims.claim(job) as is_ours:
@@ -149,9 +150,9 @@ def _adding(job: int, told: Callable[[int, int], None]) -> Callable[[int], None]
     """Adds up the bytes of a job, and tells of them now and then."""
     total, last = 0, 0.0
 
-    def add(count: int) -> None:
+    def add(size: int) -> None:
         nonlocal total, last
-        total += count
+        total += size
         if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
             told(job, total)
@@ -234,6 +235,8 @@ class Pool:
                 failure = WorkerError(f"a worker failed: {message['crash']}")
                 failure.add_note(message["traceback"])
                 raise failure
+            elif "warning" in message:
+                logger.warning("%s", message["warning"])
             elif "bytes" in message:
                 under_way[worker] = message["job"], message["bytes"]
             else:
@@ -247,10 +250,10 @@ class Pool:
         self._deaths += 1
         if self._deaths > DEATHS:
             raise CorpusError(
-                f"workers end again and again without finishing a job, the last {how}; is there enough memory? "
-                f"{self._folder} keeps what is done, and the same command goes on from there"
+                f"workers ended {count(self._deaths, 'time')} without finishing a job, the last one {how}; perhaps "
+                f"memory is short. {self._folder} holds the work that is done, and the same command continues"
             )
-        logger.warning("a worker ended %s; another does its work again", how)
+        logger.warning("a worker ended %s; another one repeats its work", how)
         self._workers.remove(worker)
         self._workers.append(self._worker(worker.place))
 
@@ -315,6 +318,17 @@ class _Worker:
         self._process.wait()
 
 
+class _Teller(logging.Handler):
+    """Sends a worker's warnings to its pool, which shows them."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(warning=record.getMessage())
+
+
 def main() -> None:
     """A worker's life: see `_Worker`."""
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -330,6 +344,7 @@ def main() -> None:
     def tell(**message: object) -> None:
         print(json.dumps(message), flush=True)
 
+    logging.getLogger("data_pipeline").addHandler(_Teller(tell))
     try:
         plan = None
         while True:

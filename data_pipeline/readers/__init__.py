@@ -69,4 +69,4 @@ def documents_in(file: SourceFile, options: ReadOptions) -> Iterator[Document | 
             from data_pipeline.readers.parquet import documents_in_parquet  # noqa: PLC0415 - Arrow takes long
 
             return documents_in_parquet(file, options)
-    raise ValueError(f"{file.key} is one document")
+    raise ValueError(f"{file.key} is one document, not a container of several")

@@ -18,6 +18,7 @@ from byteloom.core.packages import needed_by
 from data_pipeline.documents import READ_BYTES
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.remarks import Remarks
 from data_pipeline.readers.streams import on_disk
 
 with needed_by("sound", "soundfile"):
@@ -40,25 +41,32 @@ def read_audio(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[by
         BadDocumentError: it is no sound, damaged, or shorter than it says. Ogg and MP3 do not say how long they are, so
             of those one that is cut short is as long as it is.
     """
+    remarks = Remarks(name)
     with on_disk(stream) as descriptor:
         try:
-            with soundfile.SoundFile(descriptor, closefd=False) as sound:
+            with remarks.collected():
+                sound = soundfile.SoundFile(descriptor, closefd=False)
+            with sound:
                 _refuse_cut(sound)
-                for block in _blocks(sound, options):
+                for block in _blocks(sound, options, remarks):
                     yield _pcm(block)
         except (soundfile.SoundFileError, ValueError) as error:
-            said = str(error).partition("\n")[0]
-            raise BadDocumentError(f"{name} cannot be decoded as sound: {said}") from error
+            reason = str(error).partition("\n")[0].removeprefix(f"Error opening {descriptor}: ")
+            detail = f"; {remarks}" if remarks else ""
+            raise BadDocumentError(f"{name} cannot be decoded as sound: {reason}{detail}") from error
+    remarks.log()
 
 
 def _refuse_cut(sound: soundfile.SoundFile) -> None:
     """libsndfile reads what there is of a file that is cut short, and only its log tells."""
     for stated, found in STATED.findall(sound.extra_info):
         if int(found) < int(stated) < MIN_UNKNOWN_LENGTH:
-            raise ValueError(f"it is cut short: {int(stated):,} bytes of samples stated, {int(found):,} there")
+            raise ValueError(
+                f"it is cut short: its header states {int(stated):,} bytes of samples, and it has {int(found):,}"
+            )
 
 
-def _blocks(sound: soundfile.SoundFile, options: ReadOptions) -> Iterator[NDArray[np.float32]]:
+def _blocks(sound: soundfile.SoundFile, options: ReadOptions, remarks: Remarks) -> Iterator[NDArray[np.float32]]:
     """Samples (frames, channels) between -1 and 1, of the rate and channels that the options want."""
     channels = options.audio_channels or sound.channels
     rate = options.audio_rate or sound.samplerate
@@ -66,15 +74,19 @@ def _blocks(sound: soundfile.SoundFile, options: ReadOptions) -> Iterator[NDArra
     frames = max(1, int(READ_BYTES / (4 * sound.channels) * min(1.0, sound.samplerate / rate)))
     resampler = soxr.ResampleStream(sound.samplerate, rate, channels) if rate != sound.samplerate else None
     read = 0
-    while len(block := sound.read(frames, dtype="float32", always_2d=True)):
+    while True:
+        with remarks.collected():
+            block = sound.read(frames, dtype="float32", always_2d=True)
+        if not len(block):
+            break
         read += len(block)
         if not np.isfinite(block).all():
-            raise ValueError("it has samples that are no numbers")
+            raise ValueError("it has samples that are not finite numbers")
         if channels < sound.channels:
             block = block.mean(axis=1, keepdims=True)
         yield resampler.resample_chunk(block) if resampler else block
     if read < sound.frames and sound.format != "MP3":  # whose number of frames may be an estimate
-        raise ValueError(f"it is cut short: {sound.frames:,} samples stated, {read:,} there")
+        raise ValueError(f"it is cut short: its header states {sound.frames:,} samples, and it has {read:,}")
     if resampler:
         yield resampler.resample_chunk(np.empty((0, channels), np.float32), last=True)
 

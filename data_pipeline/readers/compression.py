@@ -64,7 +64,7 @@ class _Decompressed(io.RawIOBase):
         self._compressed = b""
         if not data:
             if self._frame is not None:
-                raise BadDocumentError(f"{self._name} is cut short: its compressed data has no end")
+                raise BadDocumentError(f"{self._name} is cut short: the end of its compressed data is missing")
             return False
         if self._frame is None:
             data = data.lstrip(b"\0")  # padding to the blocks of a tape; no frame begins with a zero

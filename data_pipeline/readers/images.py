@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from byteloom.core.packages import needed_by
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.remarks import Remarks
 from data_pipeline.readers.streams import pieces_of, seekable
 
 with needed_by("an image", "pillow"):
@@ -67,7 +68,10 @@ def patch_scan(pixels: NDArray[np.uint8], patch_size: int) -> bytes:
     height, width, _ = pixels.shape
     side = tile_side(patch_size)
     if height % side or width % side:
-        raise ValueError(f"{width} x {height} pixels do not divide into tiles of {side} x {side}")
+        raise ValueError(
+            f"{width} x {height} pixels cannot be divided into tiles of {side} x {side}; "
+            f"set --image-size to a multiple of {side}"
+        )
     tiles = pixels.reshape(height // side, side, width // side, side, 3).swapaxes(1, 2)
     return tiles.tobytes()
 
@@ -89,23 +93,28 @@ def tile_side(patch_size: int) -> int:
     """
     side = isqrt(patch_size // 3)
     if side < 1 or 3 * side * side != patch_size:
-        raise ValueError(f"{patch_size} bytes are no square tile of RGB pixels; 12, 48, 192 or 768 are")
+        raise ValueError(f"{patch_size} bytes do not make a square tile of RGB pixels; take 12, 48, 192 or 768")
     return side
 
 
 def _decoded(file: BinaryIO, name: str, options: ReadOptions) -> NDArray[np.uint8]:
     """The pixels (height, width, 3) of an image as the options want it."""
+    remarks = Remarks(name)
     try:
-        with Image.open(file) as image:
+        with remarks.collected(), Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadDocumentError(f"{name} has {image.width} x {image.height} pixels; {MAX_PIXELS:,} are allowed")
+                raise BadDocumentError(
+                    f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are allowed"
+                )
             upright = ImageOps.exif_transpose(image)
             rgb = _to_rgb(upright)
     except BadDocumentError:
         raise
     except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise BadDocumentError(f"{name} cannot be decoded as an image: {said}") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        detail = f"; {remarks}" if remarks else ""
+        raise BadDocumentError(f"{name} cannot be decoded as an image: {reason}{detail}") from error
+    remarks.log()
     return np.asarray(rgb if options.image_size is None else _centre_square(rgb, options.image_size, options))
 
 
@@ -115,7 +124,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).clip(0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -29,10 +29,10 @@ def documents_in_lines(file: SourceFile, options: ReadOptions, is_json: bool) ->
             key = f"{file.key}#{number:09d}"
             try:
                 if line is None:
-                    raise LeftOutError("damaged", f"longer than {MAX_LINE_BYTES:,} bytes")
+                    raise LeftOutError("damaged", f"it is longer than {MAX_LINE_BYTES:,} bytes")
                 content = _field_of(line, path) if is_json else line
                 if not content:
-                    raise LeftOutError("empty", "without a byte")
+                    raise LeftOutError("empty", "it is empty")
                 yield document_in_memory(key, modality, content)
             except LeftOutError as error:
                 yield Skipped(key, error.reason, f"line {number + 1:,} of {file.url}: {error}")
@@ -55,10 +55,10 @@ def _field_of(line: bytes, path: list[str]) -> bytes:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise LeftOutError("damaged", f"no JSON: {error}") from error
+        raise LeftOutError("damaged", f"not JSON: {error}") from error
     for name in path:
         if not isinstance(value, dict) or name not in value:
-            raise LeftOutError("no field", f"has no field {'.'.join(path)!r}")
+            raise LeftOutError("no field", f"it has no field {'.'.join(path)!r}")
         value = value[name]
     if not isinstance(value, str):
         raise LeftOutError("no field", f"its field {'.'.join(path)!r} is of type {type(value).__name__}, not text")

@@ -39,15 +39,15 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if self.reader not in get_args(Reader):
-            raise CorpusError(f"there is no reader {self.reader!r}; there are {', '.join(get_args(Reader))}")
+            raise CorpusError(f"unknown reader {self.reader!r}; choose one of {', '.join(get_args(Reader))}")
         if self.modality is not None and self.modality not in MODALITIES:
-            raise CorpusError(f"there is no modality {self.modality!r}; there are {', '.join(MODALITIES)}")
+            raise CorpusError(f"unknown modality {self.modality!r}; choose one of {', '.join(MODALITIES)}")
         if self.image_scan == "patch" and (
             self.patch_size < 3 or 3 * isqrt(self.patch_size // 3) ** 2 != self.patch_size
         ):
             raise CorpusError(
-                f"a patch scan of {self.patch_size} bytes a tile has no square tiles; "
-                "patch_size must be three times a square number, such as 12, 48, 192 or 768"
+                f"--patch-size is {self.patch_size}; it must be three times a square number, such as 12, 48, 192 or "
+                "768, so that tiles are square"
             )
         for name in ("image_size", "audio_rate"):
             value = getattr(self, name)

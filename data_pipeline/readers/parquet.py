@@ -55,7 +55,9 @@ def _columns(source: BinaryIO, field: str, name: str) -> Iterator[pa.Array]:
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             if not (_is_binary(column.type) or _is_text(column.type)):
-                raise BadDocumentError(f"{name}: its column {field!r} is {column.type}, neither text nor binary")
+                raise BadDocumentError(
+                    f"{name}: its column {field!r} has type {column.type}, which is not text or binary"
+                )
             yield column
     except (pa.ArrowException, OSError) as error:
         raise BadDocumentError(f"cannot read {name}: {str(error).partition(chr(10))[0]}") from error

@@ -64,7 +64,7 @@ class _Member:
     def read(self, key: str, options: ReadOptions) -> Iterator[bytes]:
         """The document, in pieces; each call begins anew."""
         if self._is_past:
-            raise RuntimeError(f"{self._name} must be read before the next member is asked for")
+            raise RuntimeError(f"{self._name} must be read before the next member")
         if self._copy is None:
             with _blaming(self._name):
                 content = self._tar.extractfile(self._header)
@@ -89,7 +89,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # zeros: the end
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("the mark of its end is missing") from error
+            raise tarfile.ReadError("its end mark is missing") from error
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
@@ -98,9 +98,7 @@ def _refuse_more(tar: tarfile.TarFile, name: str) -> None:
     """Reads what is after the end: zeros, unless tars were put one behind the other, of which only one was read."""
     while rest := tar.fileobj.read(READ_BYTES):
         if rest.strip(b"\0"):
-            raise BadDocumentError(
-                f"more bytes follow the end of {name}; if tars were concatenated, prepare each alone"
-            )
+            raise BadDocumentError(f"{name} has more bytes after its end; if it is several tars in one file, split it")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def read_bytes(stream: BinaryIO, name: str, options: ReadOptions, size: int | No
     first = READ_BYTES if size is None else min(size + 1, READ_BYTES)
     piece = stream.read(first)
     if options.skip_binary and is_binary(piece, is_all=len(piece) < first):
-        raise LeftOutError("binary", f"{name} is no UTF-8 text")
+        raise LeftOutError("binary", f"{name} is not UTF-8 text")
     while piece:
         yield piece
         piece = stream.read(READ_BYTES)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from byteloom.core.words import count
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.kinds import whole_of
@@ -40,6 +41,8 @@ def read_whole(stream: BinaryIO, key: str, name: str, size: int | None, options:
         read += len(piece)
         yield piece
     if expected is not None and read != expected:
-        raise BadDocumentError(f"{name} changed since it was listed: {expected:,} bytes then, {read:,} now")
+        raise BadDocumentError(
+            f"{name} changed since it was listed: it had {count(expected, 'byte')} then and has {read:,} now"
+        )
     if not read:
-        raise LeftOutError("empty", f"{name} holds nothing")
+        raise LeftOutError("empty", f"{name} is empty")

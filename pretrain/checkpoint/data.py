@@ -237,7 +237,7 @@ def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndar
         with _told(path):
             count = metadata.home.read_into(f"{metadata.name}/{stored.name}", offset, buffer.data)
         if count != length:
-            raise InvalidCheckpointError(f"{path} is shorter than what was written")
+            raise InvalidCheckpointError(f"{path} is shorter than the file that was written")
         if digests_of(buffer.data) != stored.digests[begin:end]:
             raise InvalidCheckpointError(f"{path} is damaged between bytes {offset:,} and {offset + length:,}")
         if not whole:
@@ -268,7 +268,7 @@ def _check_sizes(metadata: Metadata, files: Iterable[int]) -> None:
             size = metadata.home.size(f"{metadata.name}/{stored.name}")
         if size != stored.bytes:
             longer = "longer" if size > stored.bytes else "shorter"
-            raise InvalidCheckpointError(f"{path} is {longer} than what was written")
+            raise InvalidCheckpointError(f"{path} is {longer} than the file that was written")
 
 
 def digests_of(content: memoryview) -> tuple[str, ...]:

@@ -160,12 +160,12 @@ def decode_metadata(content: bytes, path: Location) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(metadata, dict):
-        raise InvalidCheckpointError(f"{path} is damaged: it is no JSON object")
+        raise InvalidCheckpointError(f"{path} is damaged: it is not a JSON object")
     told = metadata.pop("blake3", None)
     if "sha256" in metadata:  # format 1, which had no blake3
         raise CheckpointError(f"{path} has format {metadata.get('format')!r}; this version reads {FORMAT!r}")
     if told != digest_of(_canonical(metadata)):
-        raise InvalidCheckpointError(f"{path} is damaged: it does not have the digest it was written with")
+        raise InvalidCheckpointError(f"{path} is damaged: its digest is not the one it was written with")
     if metadata["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {metadata['format']!r}; this version reads {FORMAT!r}")
     return metadata
@@ -224,12 +224,12 @@ def _tensor_of(metadata: Metadata, fragment: Fragment) -> StoredTensor:
         kind, _, parameter = fragment.name.partition("/")
         if f"model/{parameter}" in metadata.tensors:
             raise CheckpointError(
-                f"{metadata.folder} is of another optimizer: it has no {kind} of parameter {parameter}"
+                f"{metadata.folder} belongs to another optimizer: it has no {kind} of parameter {parameter}"
             )
-        raise CheckpointError(f"{metadata.folder} is of another model: it has no tensor {fragment.name}")
+        raise CheckpointError(f"{metadata.folder} belongs to another model: it has no tensor {fragment.name}")
     if stored.shape != fragment.shape:
         raise CheckpointError(
-            f"{metadata.folder} is of another model: {fragment.name} has shape {list(stored.shape)} there "
-            f"and {list(fragment.shape)} here"
+            f"{metadata.folder} belongs to another model: its {fragment.name} has shape {list(stored.shape)}, and this "
+            f"run's has {list(fragment.shape)}"
         )
     return stored

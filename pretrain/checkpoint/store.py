@@ -156,7 +156,7 @@ class CheckpointStore:
         self._thread.join()
         fault, self._thread, self._fault, self._staging = self._fault, None, None, None
         if fault is not None:
-            raise CheckpointError(f"no checkpoint could be written: {fault}") from fault
+            raise CheckpointError(f"cannot write a checkpoint: {fault}") from fault
 
     def _stage(self, fragments: Sequence[Fragment]) -> Tensor:
         """The values as they are now, one fragment after another, in a buffer that is used again."""
@@ -179,12 +179,12 @@ class CheckpointStore:
             log.info("checkpoint %s", self.folder / name)
         except Exception as error:  # told at once, and raised by `finish`
             self._fault = error
-            log.error("checkpoint of step %d: %s", step_of(self.folder / name), error)
+            log.error("cannot write the checkpoint of step %d: %s", step_of(self.folder / name), error)
             return
         try:
             self.prune()
         except Exception as error:
-            log.warning("old checkpoints could not be deleted: %s", error)
+            log.warning("cannot delete old checkpoints: %s", error)
 
     def _write(self, name: str, staging: Future[Tensor], owned: Owned, state: dict[str, Any]) -> None:
         world = self._world
@@ -312,7 +312,7 @@ class CheckpointStore:
                 return found
         if self._world.on_first(lambda: bool(self._names()) or self._home.has_set_aside()):
             what_next = (
-                "restore one from a copy, or remove the folder to train from the beginning"
+                "restore one from a copy, or remove that folder to train from the beginning"
                 if set_aside
                 else "name another checkpoint, or an export"
             )
@@ -347,7 +347,7 @@ class CheckpointStore:
 
     def _set_aside(self, name: str, reason: str) -> None:
         self._fence()
-        log.warning("it is set aside as %s", self._home.set_aside(name, reason))
+        log.warning("the checkpoint was moved to %s", self._home.set_aside(name, reason))
 
     def prune(self) -> list[Location]:
         """Deletes the checkpoints that need not be kept; returns those that were. All ranks call it.
@@ -388,7 +388,7 @@ class CheckpointStore:
         try:
             self._home.sweep()
         except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be swept: {error}") from error
+            raise CheckpointError(f"{self.folder} cannot be cleaned up: {error}") from error
 
     def committed(self) -> list[Location]:
         """The checkpoints there are, oldest first; their content has not been verified."""

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from byteloom.core.words import count
 from data_pipeline.loader import MicroBatch
 from data_pipeline.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
@@ -119,8 +120,8 @@ class BaseEngine(ABC):
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
                 raise EngineError(
-                    f"a micro-batch of {rows} rows of {self.model.sequence_length:,} bytes does not fit into the "
-                    f"memory of {self.device}; lower train.micro_batch"
+                    f"a micro-batch of {count(rows, 'row')} of {self.model.sequence_length:,} bytes does not fit into "
+                    f"the memory of {self.device}; lower train.micro_batch"
                 ) from error
             raise
         self._drop_gradient()
@@ -224,7 +225,11 @@ class BaseEngine(ABC):
 
     def _describe_non_finite(self, nats: float) -> str:
         bad = sorted({name for names in self._world.gather(self._not_finite()) for name in names})
-        where = f" in {len(bad)} parameters, the first {bad[0]}" if bad else ", though every parameter's is"
+        where = (
+            f" in {count(len(bad), 'parameter')}, the first of which is {bad[0]}"
+            if bad
+            else "; the gradient of each parameter is finite"
+        )
         return f"the gradient is not finite (loss {nats} nats){where}"
 
 
@@ -256,11 +261,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise EngineError("the device is to be cuda, and this machine has none that torch can use")
+        raise EngineError("the device is set to cuda, but torch finds none on this machine; set it to cpu or auto")
     if local_rank >= torch.cuda.device_count():
         raise EngineError(
-            f"rank {local_rank} of this machine has no CUDA device: it has {torch.cuda.device_count()}; "
-            "start as many ranks as there are devices"
+            f"rank {local_rank} of this machine has no CUDA device: the machine has "
+            f"{count(torch.cuda.device_count(), 'device')}; start one rank for each device"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -59,8 +59,8 @@ def check_float8(device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         raise EngineError(
-            f"engine.precision fp8 needs CUDA of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))} or more, "
-            f"which {name} is not; set it to bf16"
+            f"engine.precision fp8 needs a CUDA device of compute capability "
+            f"{'.'.join(map(str, FLOAT8_CAPABILITY))} or more, and {name} is not one; set it to bf16"
         )
 
 

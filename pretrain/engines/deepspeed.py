@@ -61,7 +61,7 @@ class DeepSpeedEngine(BaseEngine):
             deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             reason = " ".join(str(error).split())
-            raise EngineError(f"DeepSpeed does not take its config, with engine.deepspeed in it: {reason}") from error
+            raise EngineError(f"DeepSpeed refuses its config, which includes engine.deepspeed: {reason}") from error
         model.train()
         prepare_blocks(config, model, self.device)
         decays = decaying(optimizer, model)

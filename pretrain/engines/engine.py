@@ -149,9 +149,9 @@ def check_ranks(config: EngineConfig, ranks: int) -> None:
         EngineError: it cannot.
     """
     if config.name.startswith("zero") and ranks == 1:
-        raise EngineError(f"engine.name {config.name} shards over the ranks of a run, and this is one process")
+        raise EngineError(f"engine.name {config.name} needs several ranks, but this run has one; set launch.processes")
     if config.name == "hsdp" and config.shards is not None and ranks % config.shards:
-        raise EngineError(f"engine.shards ({config.shards}) does not divide the {ranks} ranks")
+        raise EngineError(f"engine.shards is {config.shards}, which does not divide the {ranks} ranks of the run")
 
 
 class NonFiniteError(Exception):

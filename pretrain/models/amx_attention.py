@@ -183,7 +183,7 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(command)))
     except (OSError, subprocess.CalledProcessError) as error:
         why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        log.warning("attention in bf16 takes torch's kernel, half as fast here, as its own did not compile: %s", why)
+        log.warning("the fast kernel for bf16 attention did not compile; torch's is used, at half the speed: %s", why)
         return None
 
 

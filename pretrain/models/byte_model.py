@@ -153,12 +153,16 @@ class ByteModel(nn.Module, ABC):
     def check_length(self, length: int) -> None:
         """Raises ValueError if a row of `length` bytes is more than the model can read."""
         if length > self.sequence_length:
-            raise ValueError(f"a row of {length} bytes is longer than the model's {self.sequence_length}")
+            raise ValueError(
+                f"a row of {length} bytes is longer than the model's sequence length, {self.sequence_length}"
+            )
 
     def check_room(self, length: int) -> None:
         """Raises ValueError if a context of `length` bytes leaves none to predict."""
         if length >= self.sequence_length:
-            raise ValueError(f"the context is full: {length} bytes leave none to predict of {self.sequence_length}")
+            raise ValueError(
+                f"the context is full: it holds {length} of {self.sequence_length} bytes, so no byte is left to predict"
+            )
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_pipeline import prepare
 from data_pipeline.blocks import pack_documents
@@ -290,9 +291,7 @@ def test_what_is_left_out_is_reported_by_name_and_counted(tree: Path, tmp_path: 
 def test_a_bad_document_stops_the_work_which_then_goes_on_without_it(tree: Path, tmp_path: Path):
     write_jsonl(tree / "bad.jsonl", ["good", "better"]).open("a").write("{")
     out = tmp_path / "out"
-    with pytest.raises(
-        CorpusError, match=r"^damaged: .*bad.jsonl.*; --skip-bad .*the same command goes on from there$"
-    ):
+    with pytest.raises(CorpusError, match=r"^damaged: .*bad.jsonl.*; --skip-bad .*the same command continues$"):
         prepare_corpus([tree], out)
     corpus = prepare_corpus([tree], out, skip_bad=True)
     assert corpus.manifest["documents"] == 8
@@ -306,8 +305,21 @@ def test_a_file_that_changes_after_the_listing_is_found(
     monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
     made = prepare.make_layout
     monkeypatch.setattr(prepare, "make_layout", lambda plan: (made(plan), (tree / "one").write_text("more")))
-    with pytest.raises(CorpusError, match=r"^damaged: .*one changed since it was listed: 1 bytes then, 4 now"):
+    with pytest.raises(
+        CorpusError, match=r"^damaged: .*one changed since it was listed: it had 1 byte then and has 4 now"
+    ):
         prepare.prepare([tree], tmp_path / "out", prepare_options(), lambda done, total: None, workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_warning_of_a_library_is_logged_once_with_the_files_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], workers: int
+):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0")
+    prepare.prepare([path], tmp_path / "out", prepare_options(), lambda done, total: None, workers)
+    assert [message.partition(":")[0] for message in caplog.messages] == [f"{path} was decoded with a warning"]
+    assert capfd.readouterr().err == ""
 
 
 def test_an_existing_folder_is_not_touched(tree: Path, tmp_path: Path):

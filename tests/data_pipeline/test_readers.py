@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import warnings
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,9 @@ def test_modality_is_what_it_is_said_to_be():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"reader": "image"}, "no reader 'image'; there are auto, files, lines"),
-        ({"modality": "video"}, "no modality 'video'"),
-        ({"image_scan": "patch", "patch_size": 100}, "100 bytes a tile"),
+        ({"reader": "image"}, "unknown reader 'image'; choose one of auto, files, lines"),
+        ({"modality": "video"}, "unknown modality 'video'"),
+        ({"image_scan": "patch", "patch_size": 100}, "--patch-size is 100"),
         ({"image_size": 0}, "image_size is 0"),
     ],
 )
@@ -141,7 +142,9 @@ def test_a_file_that_changed_since_it_was_listed_is_told(tmp_path: Path, change:
     path.write_bytes(b"as before")
     file = source(path)
     path.write_bytes(change)
-    with pytest.raises(BadDocumentError, match=f"changed since it was listed: 9 bytes then, {len(change)} now"):
+    with pytest.raises(
+        BadDocumentError, match=f"changed since it was listed: it had 9 bytes then and has {len(change)} now"
+    ):
         list(document_of(file, ReadOptions()).read())
 
 
@@ -177,7 +180,7 @@ def test_the_standard_library_is_text_but_for_its_compiled_parts():
         if isinstance(file, SourceFile):
             document = document_of(file, options)
             if file.key.endswith(".pyc"):
-                with pytest.raises(BadDocumentError, match="no UTF-8"):
+                with pytest.raises(BadDocumentError, match="not UTF-8"):
                     list(document.read())
             else:
                 assert b"".join(document.read()) == Path(file.url).read_bytes()
@@ -305,7 +308,7 @@ def test_lines_without_the_text_are_skipped_with_their_number_and_the_rest_is_re
     assert [one.key for one in found if isinstance(one, Document)] == ["a.jsonl#000000000", "a.jsonl#000000010"]
     reasons = ["damaged", "no field", "no field", "no field", "no field", "empty", "empty", "damaged", "damaged"]
     assert [one.reason for one in left_out.values()] == reasons
-    assert left_out["a.jsonl#000000001"].detail.startswith(f"line 2 of {path}: no JSON: ")
+    assert left_out["a.jsonl#000000001"].detail.startswith(f"line 2 of {path}: not JSON: ")
     assert left_out["a.jsonl#000000003"].detail == f"line 4 of {path}: its field 'text' is of type int, not text"
 
 
@@ -388,7 +391,7 @@ def test_dots_lead_into_structures(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("field", "problem"), [("txt", r"no column 'txt'; it has id, text"), ("id", "is int64, neither text")]
+    ("field", "problem"), [("txt", r"no column 'txt'; it has id, text"), ("id", "has type int64, which is not text")]
 )
 def test_a_column_that_is_no_text_is_told(tmp_path: Path, field: str, problem: str):
     path = tmp_path / "a.parquet"
@@ -512,7 +515,7 @@ def test_damage_in_the_middle_of_a_tar_is_not_its_end(tmp_path: Path):
 def test_what_follows_the_end_of_a_tar_is_told(tmp_path: Path):
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of({"a": b"1"}) + tar_of({"b": b"2"}))
-    with pytest.raises(BadDocumentError, match="more bytes follow the end"):
+    with pytest.raises(BadDocumentError, match="has more bytes after its end"):
         read_all(path)
 
 
@@ -583,7 +586,7 @@ def test_patch_scan_of_an_image_written_by_hand():
 
 @pytest.mark.parametrize("size", [0, 3 * 5, 47, 64])
 def test_patches_that_are_no_square_of_pixels_are_refused(size: int):
-    with pytest.raises(ValueError, match="no square tile"):
+    with pytest.raises(ValueError, match="do not make a square tile"):
         patch_scan(np.zeros((8, 8, 3), np.uint8), size)
 
 
@@ -682,6 +685,41 @@ def test_every_cut_of_a_png_is_found(tmp_path: Path, real: Real):
         assert reason_of(path)[0] == "damaged"
 
 
+def image_with_damaged_exif(path: Path) -> Path:
+    """An image about which Pillow warns."""
+    Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0")
+    return path
+
+
+def test_a_warning_of_an_image_library_names_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(image_with_damaged_exif(tmp_path / "a.jpg"))
+    assert caplog.messages[0].startswith(f"{tmp_path}/a.jpg was decoded with a warning: Corrupt EXIF data")
+    tiff = saved(tmp_path / "a.tif", Image.effect_noise((64, 64), 100), compression="tiff_lzw")
+    content = bytearray(tiff.read_bytes())
+    content[1000:1100] = b"\xff" * 100
+    tiff.write_bytes(content)
+    assert "Using code not yet in table" in reason_of(tiff)[1]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_warning_of_a_sound_library_names_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, np.sin(np.arange(44_100) * 0.05), 44_100, format="MP3", subtype="MPEG_LAYER_III")
+    content = bytearray(path.read_bytes())
+    content[3000:3600] = b"\xa5" * 600
+    path.write_bytes(content)
+    read(path)
+    assert caplog.messages[0].startswith(f"{path} was decoded with a warning: Note: Illegal Audio-MPEG-Header")
+    assert len(caplog.messages) == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_an_image_that_says_it_is_huge_is_refused(tmp_path: Path):
     path = saved(tmp_path / "a.png", Image.new("1", (20_000, 4_000)))
     assert path.stat().st_size < 100_000
@@ -690,7 +728,7 @@ def test_an_image_that_says_it_is_huge_is_refused(tmp_path: Path):
 
 def test_an_image_that_does_not_divide_into_tiles_is_refused(tmp_path: Path):
     path = saved(tmp_path / "a.png", Image.new("RGB", (17, 16)))
-    assert "17 x 16 pixels do not divide into tiles of 8 x 8" in reason_of(path, image_scan="patch")[1]
+    assert "17 x 16 pixels cannot be divided into tiles of 8 x 8" in reason_of(path, image_scan="patch")[1]
     assert len(read(path, image_scan="patch", image_size=16)) == 768
 
 
@@ -805,7 +843,7 @@ def test_misnamed_and_empty_sound(tmp_path: Path, real: Real):
     assert "cannot be decoded as sound" in reason_of(tmp_path / "text.wav")[1]
     assert reason_of(write_wav(tmp_path / "none.wav", b""))[0] == "empty"
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 8000, subtype="FLOAT")
-    assert "no numbers" in reason_of(tmp_path / "nan.wav")[1]
+    assert "not finite numbers" in reason_of(tmp_path / "nan.wav")[1]
     speech = real("audio/fsdd_0_")[0]
     (tmp_path / "wav.mp3").write_bytes(speech.read_bytes())
     assert read(tmp_path / "wav.mp3") == wav_samples(speech)

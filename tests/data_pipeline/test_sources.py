@@ -146,7 +146,7 @@ class TestSourcesThatCannotBe:
 
     def test_two_of_one_name(self, tmp_path: Path):
         write(tmp_path, "a/same/x", "b/same/x")
-        assert "both called 'same'" in self.refused(tmp_path / "a/same", tmp_path / "b/same")
+        assert "have the same name 'same'" in self.refused(tmp_path / "a/same", tmp_path / "b/same")
 
     def test_one_twice(self, tmp_path: Path):
         write(tmp_path, "a/x")
@@ -155,12 +155,12 @@ class TestSourcesThatCannotBe:
 
     def test_one_within_another(self, tmp_path: Path):
         write(tmp_path, "a/b/c/x")
-        assert "lies in" in self.refused(tmp_path / "a/b/c", tmp_path / "a")
-        assert "lies in" in self.refused(tmp_path / "a", tmp_path / "a/b/c/x")
+        assert "is inside" in self.refused(tmp_path / "a/b/c", tmp_path / "a")
+        assert "is inside" in self.refused(tmp_path / "a", tmp_path / "a/b/c/x")
 
     def test_remote_ones_too(self):
         fsspec.filesystem("memory").pipe({"/over/lap/x": b"1"})
-        assert "lies in" in self.refused("memory://over", "memory://over/lap")
+        assert "is inside" in self.refused("memory://over", "memory://over/lap")
         assert "no such file" in self.refused("memory://not/there")
 
     def test_of_an_unknown_kind(self):

@@ -117,14 +117,14 @@ def test_every_fault_is_named(copy: Path):
     (copy / "shard-000999.tar.partial").touch()
     names = [str(copy / shard_name(number)) for number in range(6)]
     stranger, first, second, between, cut, gone, grown = faults(copy)
-    assert stranger == f"{copy}/shard-000999.tar.partial is not in manifest.json; remove it"
+    assert stranger == f"{copy}/shard-000999.tar.partial is not in manifest.json; remove that file"
     assert first.startswith(f"block 000000-000003 of {names[0]} is damaged")
     assert second.startswith(f"block 000001-000002 of {names[1]} is damaged")
-    assert between.startswith(f"{names[2]} is damaged") and "every document can be read" in between
-    assert cut.startswith("block 000003-000001 of ") and "10 of its 11 blocks are lost" in cut
+    assert between.startswith(f"{names[2]} is damaged") and "all documents can be read" in between
+    assert cut.startswith("block 000003-000001 of ") and "10 of 11 blocks lost" in cut
     assert f"{names[3]} ends before byte" in cut
-    assert gone.startswith(f"{names[4]} cannot be read: No such file") and "11 of its 11 blocks are lost" in gone
-    assert grown.startswith(f"{names[5]} has ") and "every document can be read" in grown
+    assert gone.startswith(f"{names[4]} cannot be read: No such file") and "11 of 11 blocks lost" in gone
+    assert grown.startswith(f"{names[5]} has ") and "all documents can be read" in grown
 
 
 def test_shards_are_checked_when_the_index_is_lost_too(copy: Path):
@@ -147,13 +147,13 @@ def test_manifest_and_index_are_written_again_from_the_tars(
     [said] = mend(copy)
     assert f"content sha256 {original.content_sha256}" in said
     if "manifest.json" not in names:
-        assert "as manifest.json says" in said
+        assert "as in manifest.json" in said
     elif "index.npy" not in names:
-        assert "as index.npy says" in said
+        assert "as in index.npy" in said
     elif damage == "flip":
-        assert "of as many blocks as lengths.npy listed" in said
+        assert "with as many blocks as lengths.npy listed" in said
     else:
-        assert "nothing tells whether a shard is missing" in said
+        assert "it is unknown whether a shard is missing" in said
     assert contents(copy) == contents(original.location)
 
 
@@ -179,7 +179,7 @@ def test_a_lost_block_needs_a_mirror_and_the_rest_is_mended_without(copy: Path, 
     assert (copy / shard_name(1)).read_bytes() == damaged
     assert len(faults(copy)) == 1
     [said] = mend(copy, original)
-    assert f"1 of its 11 blocks from {original.location}" in said
+    assert f"1 of 11 blocks from {original.location}" in said
     assert contents(copy) == contents(original.location)
     assert mend(copy, original) == []
 
@@ -246,7 +246,7 @@ def test_a_shard_in_the_place_of_another_is_no_shard_of_the_corpus(copy: Path, o
     write_shard(copy, 3, blocks, level=3)
     (copy / "manifest.json").unlink()
     before = contents(copy)
-    with pytest.raises(CorpusError, match=r"lists other blocks than .*shard-000003.tar holds(.|\n)*--mirror"):
+    with pytest.raises(CorpusError, match=r"lists other blocks than .*shard-000003.tar has(.|\n)*--mirror"):
         mend(copy)
     assert contents(copy) == before
     mend(copy, original)
@@ -291,7 +291,7 @@ def test_bits_that_zstd_does_not_look_at_are_mended(copy: Path, original: Corpus
         place = int(corpus.index[13]["frame_offset"]) + begin + 4
     flip(copy / shard_name(1), place, bit=4)
     [fault] = faults(copy)
-    assert "every document can be read" in fault
+    assert "all documents can be read" in fault
     with pytest.raises(CorpusError, match="bits of a table"):
         mend(copy)
     mend(copy, original)
@@ -358,7 +358,7 @@ def test_the_command_names_each_damaged_block_and_mends_it(copy: Path, original:
     ]
     said = byteloom("verify", copy, "--repair", "--mirror", original.location).stderr
     assert "every byte is as it was written" in said
-    assert "1 of its 11 blocks from" in said
+    assert "1 of 11 blocks from" in said
     assert contents(copy) == contents(original.location)
 
 
@@ -429,6 +429,6 @@ def test_training_goes_around_a_bad_block(copy: Path, byteloom: Run, recipe: Pat
         damage_block(copy, stream.order.locate(0)[0].block)
     short = ("train.steps=2", "optimizer.schedule.warmup_steps=1")
     said = byteloom("train", recipe, f"data.shards={copy}", *short, "data.bad_blocks=1").stderr
-    assert "its bytes are left out of the loss" in said
+    assert "the loss does not count its bytes" in said
     lines = (recipe.parent / "runs/run/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["masked_bytes"] > 0

@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(stand: Stand):
     assert any(start.finish(grace=2.0))
     for step in (6, 9, 12):
         assert re.search(rf"checkpoint of step 0*{step}: rank 1: \[Errno 27\] File too large", start.said)
-    assert "error: no checkpoint could be written: rank 1: [Errno 27] File too large" in start.said
+    assert "error: cannot write a checkpoint: rank 1: [Errno 27] File too large" in start.said
     assert "Traceback" not in start.said
     folder = stand.run("full").checkpoints
     assert [path.name for path in folder.iterdir()] == [CheckpointStore(folder, keep=1).path(EVERY).name]

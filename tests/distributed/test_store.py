@@ -138,7 +138,7 @@ def test_what_one_rank_cannot_write_is_no_checkpoint_and_the_next_one_is(of_rank
 def test_what_one_rank_cannot_use_is_loaded_by_none(of_ranks: list[dict[str, Any]]):
     for of_rank in of_ranks:
         told = of_rank["cannot_use"]
-        assert told["fault"].endswith("is of another model: it has no tensor model/b")
+        assert told["fault"].endswith("belongs to another model: it has no tensor model/b")
         assert (told["untouched"], told["left"]) == (True, 1)
 
 

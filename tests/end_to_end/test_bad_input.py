@@ -108,7 +108,7 @@ def test_training_meets_a_corrupt_block(byteloom: Run, folder: Path, recipe: Pat
         ("model.local_model.heads=5", "heads (5) does not divide width (16)"),
         ("data.shards=nowhere", "no corpus at nowhere"),
         ("validation.shards=nowhere", "no corpus at nowhere"),
-        ("engine.device=cuda", "this machine has none"),
+        ("engine.device=cuda", "torch finds none on this machine"),
         ("model.sequence_length=1048576", "less than one sequence"),
     ],
 )
@@ -124,14 +124,14 @@ def test_a_checkpoint_of_another_model(byteloom: Run, recipe: Path, trained: Pat
         if path.is_file() and path.name not in ("train.log", ".lock")
     }
     message = refused(byteloom, "train", recipe, "model.local_model.width=32")
-    assert "runs/run is of another model (model.local_model.width: 16 -> 32); choose another run.name" in message
+    assert "runs/run has a run of another model (model.local_model.width: 16 -> 32); restore the old model" in message
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_checkpoint_of_another_optimizer(byteloom: Run, recipe: Path, trained: Path):
     config = (trained / "config.yaml").read_text()
     message = refused(byteloom, "train", recipe, "train.steps=1000", "optimizer.name=adam")
-    assert "has moments of optimizer.name adamw, not adam; set it back" in message
+    assert "has the moments of optimizer.name=adamw, not of adam; set adamw again" in message
     assert (trained / "config.yaml").read_text() == config
 
 
@@ -139,9 +139,9 @@ def test_a_changed_corpus_under_a_resumed_run(byteloom: Run, recipe: Path, train
     config = (trained / "config.yaml").read_text()
     byteloom("prepare", "files", "--out", "out")
     message = refused(byteloom, "train", recipe, "data.shards=out")
-    assert "reads another stream of bytes (data.shards: " in message
+    assert "has a run that reads other bytes (data.shards: " in message
     message = refused(byteloom, "train", recipe, "data.seed=5")
-    assert "reads another stream of bytes (data.seed: 0 -> 5)" in message
+    assert "has a run that reads other bytes (data.seed: 0 -> 5)" in message
     assert (trained / "config.yaml").read_text() == config
 
 
@@ -152,8 +152,8 @@ def test_a_corpus_that_moved_but_is_the_same_goes_on(byteloom: Run, recipe: Path
 
 
 def test_eval_and_generate_without_a_checkpoint(byteloom: Run, folder: Path):
-    assert "no valid checkpoint at files" in refused(byteloom, "eval", "files", "files")
-    assert "no valid checkpoint at nowhere" in refused(byteloom, "generate", "nowhere")
+    assert "files has no valid checkpoint" in refused(byteloom, "eval", "files", "files")
+    assert "nowhere has no valid checkpoint" in refused(byteloom, "generate", "nowhere")
 
 
 def test_generate_with_impossible_options(byteloom: Run, trained: Path):

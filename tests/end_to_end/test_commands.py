@@ -19,6 +19,7 @@ from pretrain.checkpoint.format import digest_of
 from pretrain.cli import app
 from pretrain.config import load
 from pretrain.run_folder import RunFolderError
+from pretrain.tables import figure
 from pretrain.words import count_words
 from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
@@ -30,8 +31,9 @@ def trained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path):
-    said = byteloom("prepare", *sources, "--include", "*.py", "--holdout", "0.2", "--out", "out").stderr
-    assert "documents in" in said
+    prepared = byteloom("prepare", *sources, "--include", "*.py", "--holdout", "0.2", "--out", "out", "--json")
+    assert "documents in" in prepared.stderr
+    assert json.loads(prepared.stdout) == json.loads((tmp_path / "out/report.json").read_text())
     corpus = Corpus(tmp_path / "out/train")
     shown = byteloom("inspect", "out/train").stdout
     for text in (
@@ -70,23 +72,27 @@ def test_the_run_folder_explains_the_run(trained: Path):
 def test_inspect_says_where_a_row_came_from(byteloom: Run, trained: Path, sources: list[Path]):
     shown = byteloom("inspect", trained, "--step", "7", "--row", "5").stdout
     assert "step 7, row 5: sequence 41 of the run" in shown
-    key, first, last = re.search(r"│ 0-\d+ +│ (\S+) +│ ([\d,]+)-([\d,]+)", shown).groups()
+    key, first, last = re.search(r"^ *0-\d+ +(\S+) +([\d,]+)-([\d,]+)", shown, re.MULTILINE).groups()
     first, last = (int(number.replace(",", "")) for number in (first, last))
     content = {folder.name: folder for folder in sources}[key.split("/")[0]].parent.joinpath(key).read_bytes()
     config = load(trained / "config.yaml")
     stream = open_streams(config.data, config.model.sequence_length)["corpus"]
+    arguments = ["inspect", str(trained), "--step", "7", "--row", "5", "--json"]
+    found = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)["row"]
+    assert (found["sequence"], found["ids"]) == (41, 128)
+    assert (found["origins"][0]["key"], found["origins"][0]["document_start"]) == (key, first)
     assert stream[41][: last - first + 1].astype("uint8").tobytes() == content[first : last + 1]
 
 
 def test_replay_proves_what_a_run_read(byteloom: Run, trained: Path, tmp_path: Path):
     said = byteloom("inspect", "--replay", trained).stderr
-    assert "the 72 sequences of 128 that the run read until step 12 are exactly what it should have read" in said
+    assert "the run read exactly what it should have read until step 12: 72 sequences of 128 bytes" in said
     checkpoint = shutil.copytree(trained / "checkpoints/step-00000008", tmp_path / "step-00000008")
     assert "until step 8" in byteloom("inspect", "--replay", checkpoint, "--threads", "1").stderr
     forge(checkpoint, "reading", next_sequence=49)
     refused = byteloom("inspect", "--replay", checkpoint, check=False)
     assert refused.returncode == 1
-    assert "what the corpora give is not what the run read until step 8" in refused.stderr
+    assert "the corpora do not hold the bytes that the run read until step 8" in refused.stderr
 
 
 def test_a_run_is_inspected_though_its_recipe_would_be_refused_by_now(trained: Path, tmp_path: Path):
@@ -110,8 +116,8 @@ def test_withdrawn_documents_are_not_read_any_more(byteloom: Run, corpus_folder:
     copy = shutil.copytree(corpus_folder, tmp_path / "copy")
     key = Corpus(copy / "train").read(0).slices[0].key
     assert "no document 'nobody'" in byteloom("withdraw", copy / "train", "nobody", check=False).stderr
-    assert "1 documents withdrawn" in byteloom("withdraw", copy / "train", key).stderr
-    assert "1 documents" in byteloom("inspect", copy / "train").stdout
+    assert "1 document withdrawn" in byteloom("withdraw", copy / "train", key).stderr
+    assert json.loads(byteloom("inspect", copy / "train", "--json").stdout)["withdrawn"] == 1
     larger = ("train.steps=50", "train.global_batch=60", "train.micro_batch=60")
     byteloom("train", recipe, f"data.shards={copy}/train", "validation.shards=null", *larger)
     masked = [r["masked_bytes"] for r in map(json.loads, (tmp_path / "runs/run/metrics.jsonl").open())]
@@ -121,12 +127,10 @@ def test_withdrawn_documents_are_not_read_any_more(byteloom: Run, corpus_folder:
     byteloom("inspect", "--replay", tmp_path / "runs/run")
 
 
-def test_eval_agrees_with_validation_and_groups_add_up(byteloom: Run, trained: Path, tmp_path: Path):
+def test_eval_agrees_with_validation_and_groups_add_up(byteloom: Run, trained: Path):
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    table = byteloom("eval", trained, "--by", "document", "--json", "scores.json").stdout
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads(byteloom("eval", trained, "--by", "document", "--json").stdout)
     total, scores = scores["total"], scores["groups"]
-    assert f"{total['bits_per_byte']:.4f}" in table
     assert total["bits_per_byte"] == pytest.approx(last["validation/bits_per_byte"], rel=1e-6)
     assert total["bytes"] == sum(s["bytes"] for s in scores.values())
     assert total["documents"] == len(scores)
@@ -139,14 +143,15 @@ def test_eval_of_one_checkpoint_by_suffix(byteloom: Run, trained: Path, corpus_f
     assert ".py" in byteloom("eval", checkpoint, corpus_folder / "validation", "--by", "suffix").stdout
 
 
-def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
+def test_eval_names_its_mode(byteloom: Run, trained: Path):
     figures = {}
     for mode in ("windows", "sliding", "strided", "sliding-strided"):
-        table = byteloom("eval", trained, "--mode", mode, "--json", "scores.json").stdout
-        scores = json.loads((tmp_path / "scores.json").read_text())
+        shown = CliRunner().invoke(app, ["eval", str(trained), "--mode", mode], catch_exceptions=False).stdout
+        scores = json.loads(byteloom("eval", trained, "--mode", mode, "--json").stdout)
         assert scores["mode"] == mode
         assert scores["stride"] == (64 if "sliding" in mode else 128)
-        assert f"mode {mode}:" in table.replace("\n", " ")
+        assert f"mode {mode}:" in shown
+        assert f"{scores['total']['bits_per_byte']:.4f}" in shown
         figures[mode] = scores["total"]
     assert len({figure["bits_per_byte"] for figure in figures.values()}) == 4
     assert len({figure["bytes"] for figure in figures.values()}) == 1
@@ -155,9 +160,8 @@ def test_eval_names_its_mode(byteloom: Run, trained: Path, tmp_path: Path):
 
 
 def test_eval_writes_words_and_curves(byteloom: Run, trained: Path, corpus_folder: Path, tmp_path: Path):
-    arguments = ["--words", "count", "--curves", "curves", "--json", "scores.json", "--mode", "sliding"]
-    assert "perplexity" in byteloom("eval", trained, *arguments).stdout
-    found = json.loads((tmp_path / "scores.json").read_text())
+    arguments = ["--words", "count", "--curves", "curves", "--json", "--mode", "sliding"]
+    found = json.loads(byteloom("eval", trained, *arguments).stdout)
     with Corpus(corpus_folder / "validation") as corpus:
         words = count_words(corpus, lambda key: "all")["all"]
     assert found["total"]["words"] == words == sum(group["words"] for group in found["groups"].values())
@@ -171,12 +175,13 @@ def test_eval_writes_words_and_curves(byteloom: Run, trained: Path, corpus_folde
     assert (tmp_path / "curves/positions.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_takes_a_number_of_words(trained: Path, tmp_path: Path):
-    scores = tmp_path / "scores.json"
-    arguments = ["eval", str(trained), "--json", str(scores), "--words"]
-    CliRunner().invoke(app, [*arguments, "12345"], catch_exceptions=False)
-    total = json.loads(scores.read_text())["total"]
+def test_eval_takes_a_number_of_words(trained: Path):
+    arguments = ["eval", str(trained), "--words"]
+    shown = CliRunner().invoke(app, [*arguments, "12345", "--json"], catch_exceptions=False).stdout
+    total = json.loads(shown)["total"]
     assert total["word_perplexity"] == pytest.approx(math.exp(total["nats"] / 12345))
+    shown = CliRunner().invoke(app, [*arguments, "12345"], catch_exceptions=False).stdout
+    assert "perplexity" in shown and figure(total["word_perplexity"]) in shown
     assert CliRunner().invoke(app, [*arguments, "many"]).exit_code == 2
 
 
@@ -203,8 +208,8 @@ def test_every_family_trains_goes_on_scores_and_writes(
     byteloom("train", recipe, "train.steps=6")
     steps = [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(7))
-    byteloom("eval", "runs/run", "--mode", mode, "--json", "scores.json")
-    assert 5 < json.loads((tmp_path / "scores.json").read_text())["total"]["bits_per_byte"] < 9
+    scores = json.loads(byteloom("eval", "runs/run", "--mode", mode, "--json").stdout)
+    assert 5 < scores["total"]["bits_per_byte"] < 9
     drawn = subprocess.run(
         [BYTELOOM, "generate", tmp_path / "runs/run", "--bytes", "200"],
         capture_output=True,
@@ -231,7 +236,9 @@ def test_generate_writes_bytes_and_nothing_else(trained: Path, tmp_path: Path):
 def test_generate_writes_many_to_a_folder(byteloom: Run, trained: Path, tmp_path: Path):
     (tmp_path / "prompt").write_bytes(b"class ")
     options = ("--prompt", "def ", "--prompt-file", "prompt", "--samples", "3", "--bytes", "40", "--seed", "3")
-    assert "6 continuations: name a folder for them" in byteloom("generate", trained, *options, check=False).stderr
+    assert (
+        "6 continuations need a folder: add --out FOLDER" in byteloom("generate", trained, *options, check=False).stderr
+    )
     said = byteloom("generate", trained, *options, "--out", "out").stderr
     written = {path.name: path.read_bytes() for path in sorted((tmp_path / "out").iterdir())}
     assert list(written) == [f"00{prompt}-00{sample}.bin" for prompt in range(2) for sample in range(3)]
@@ -275,6 +282,11 @@ def test_pruning_deletes_the_oldest_of_a_run_and_refuses_what_is_no_run(trained:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     steps = sorted(path.name for path in (run / "checkpoints").iterdir())
+    shown = json.loads(CliRunner().invoke(app, ["checkpoint", "show", str(run), "--tensors", "--json"]).stdout)
+    assert (shown["step"], shown["steps"], shown["sequences_read"]) == (12, 12, 72)
+    assert shown["elements"]["model"] == sum(
+        math.prod(shape) for name, shape in shown["tensors"].items() if name.startswith("model/")
+    )
     done = CliRunner().invoke(app, ["checkpoint", "prune", str(run), "--keep", "1"])
     assert done.exit_code == 0, done.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps[-1:]

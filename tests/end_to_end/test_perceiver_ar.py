@@ -45,16 +45,15 @@ def test_it_trains_goes_on_exactly_scores_every_byte_and_writes(byteloom: Run, r
 
     figures = {}
     for options in ((), ("--stride", "8"), ("--latents", "128"), ("--latents", "1")):
-        scores = tmp_path / "scores.json"
-        CliRunner().invoke(app, ["eval", str(whole), "--json", str(scores), *options], catch_exceptions=False)
-        figures[options] = json.loads(scores.read_text())["total"]
+        shown = CliRunner().invoke(app, ["eval", str(whole), "--json", *options], catch_exceptions=False)
+        figures[options] = json.loads(shown.stdout)["total"]
     assert len({figure["bytes"] for figure in figures.values()}) == 1
     assert len({figure["bits_per_byte"] for figure in figures.values()}) == 4
     assert figures[()]["bits_per_byte"] == pytest.approx(records[-1]["validation/bits_per_byte"], rel=1e-6)
 
     for options, said in {
-        ("eval", "--stride", "33"): "stride 33: the model scores 32 bytes of a window, at most",
-        ("generate", "--latents", "129"): "--latents 129: more than the sequence length, 128",
+        ("eval", "--stride", "33"): "--stride is 33; this model scores at most 32 bytes of a window",
+        ("generate", "--latents", "129"): "--latents 129 is more than the sequence length, 128",
     }.items():
         assert str(CliRunner().invoke(app, [options[0], str(whole), *options[1:]]).exception) == said
 

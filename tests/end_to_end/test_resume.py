@@ -132,7 +132,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(
     data.write_bytes(content)
     said = run.finish()
     assert f"checkpoint {newest.name} is not valid" in said
-    assert f"set aside as {newest.name}.invalid" in said
+    assert f"the checkpoint was moved to {newest.name}.invalid" in said
     assert_same(run, reference)
 
 
@@ -142,7 +142,7 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(recipe: Path, tmp_pat
     assert f"finished at step {STEPS}" in run.finish()
     assert run.records() == reference.records()
     said = RunUnderTest(recipe, tmp_path, "run", f"train.steps={STEPS + 5}").finish()
-    assert f"changed since then: train.steps: {STEPS} -> {STEPS + 5}" in said
+    assert f"changed since that checkpoint: train.steps: {STEPS} -> {STEPS + 5}" in said
     assert [r["step"] for r in run.records()] == list(range(STEPS + 6))
 
 

@@ -20,10 +20,10 @@ def test_a_grid_has_a_run_for_each_combination_of_values():
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["a.b=1"], "nothing to sweep"),
+        (["a.b=1"], "there is one combination only"),
         (["a.b=1,2", "a.b=3"], "given twice"),
         (["a.b"], "not of the form"),
-        (["a.b=x/y,x_y"], "two runs of the sweep would have the name"),
+        (["a.b=x/y,x_y"], "two runs of the sweep would have the same name"),
     ],
 )
 def test_a_grid_that_is_none_is_refused(overrides: list[str], fault: str):
@@ -37,7 +37,7 @@ def test_runs_of_a_sweep_are_trained_one_after_the_other(byteloom: Run, recipe: 
     assert len(names) == 2
     assert f"{names[0]}: finished at step 4" in swept.stderr
     assert "error: no corpus at nowhere: there is no such folder" in swept.stderr
-    assert f"error: {names[1]} failed; the same command goes on with it" in swept.stderr
+    assert f"error: {names[1]} failed; the same command resumes it" in swept.stderr
     assert swept.returncode == 1
     source = recipe.parent / "runs" / names[0] / "config.source.json"
     assert json.loads(source.read_text())["recipe"] == str(recipe)

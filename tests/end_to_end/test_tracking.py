@@ -159,7 +159,7 @@ def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloo
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
-    assert "with a checkpoint; the same command goes on from there" in said
+    assert "with a checkpoint; the same command resumes from there" in said
     step = journal(folder)["train/bits_per_byte"][-1][0]
 
     server.start()

@@ -78,12 +78,11 @@ def test_the_card_says_what_the_model_is_and_where_it_comes_from(run: Path, expo
     assert model.load_state_dict(load_file(exported / "model.safetensors"), strict=False).unexpected_keys == []
 
 
-def test_an_export_scores_as_its_checkpoint_does(run: Path, exported: Path, corpus_folder: Path, tmp_path: Path):
+def test_an_export_scores_as_its_checkpoint_does(run: Path, exported: Path, corpus_folder: Path):
     scores = []
-    for number, source in enumerate((run, exported)):
-        path = tmp_path / f"{number}.json"
-        invoke("eval", source, corpus_folder / "validation", "--json", path)
-        scores.append(json.loads(path.read_text())["total"])
+    for source in (run, exported):
+        shown = invoke("eval", source, corpus_folder / "validation", "--json")
+        scores.append(json.loads(shown.stdout)["total"])
     assert scores[0] == scores[1]
 
 
@@ -130,7 +129,7 @@ def test_a_new_run_begins_with_weights_of_another(
     tree["engine"]["name"] = "fsdp"
     tree["train"]["steps"] = 1
     said = train(tree, tmp_path, ranks=2)
-    assert "begins with the weights of" in said and "not the same" not in said
+    assert "starts with the weights of" in said and "different from those" not in said
     begin, after = (journal(path) for path in (tmp_path / "new", run))
     assert begin[0]["step"] == 0
     assert begin[0]["validation/bits_per_byte"] == pytest.approx(after[-1]["validation/bits_per_byte"], rel=1e-6)
@@ -152,7 +151,7 @@ def test_moments_come_along_for_another_schedule(run: Path, corpus_folder: Path,
     tree = tree_of(corpus_folder, tmp_path, "branch", weights=run, moments=True)
     tree["optimizer"] |= {"learning_rate": 1e-30, "weight_decay": 0.0, "beta1": 0.999999, "beta2": 0.999999}
     tree["train"]["steps"] = 1
-    assert "begins with the weights and moments of" in train(tree, tmp_path)
+    assert "starts with the weights and moments of" in train(tree, tmp_path)
     own, other = (content(newest(path / "checkpoints")) for path in (tmp_path / "branch", run))
     assert own.keys() == other.keys()
     for name in own:
@@ -167,12 +166,12 @@ def test_what_does_not_fit_is_left_out_only_when_asked(run: Path, corpus_folder:
     tree["train"]["steps"] = 1
     codes, said = start(tree, tmp_path)
     assert codes == [1] and len(said.splitlines()) == 1
-    assert "is of another model (model.sequence_length: 128 -> 256; " in said
-    assert "initialize.partly=true takes what fits" in said
+    assert "belongs to another model (model.sequence_length: 128 -> 256; " in said
+    assert "set initialize.partly=true to load the parameters that fit" in said
     assert not (tmp_path / "longer").exists()
     tree["initialize"]["partly"] = True
     said = train(tree, tmp_path)
-    assert "not the same as there: model.sequence_length: 128 -> 256" in said
+    assert "different from those weights: model.sequence_length: 128 -> 256" in said
     left = [line.split("there: ")[1].split()[0] for line in said.splitlines() if line.endswith(" here")]
     assert left == ["global_positions"], said
 
@@ -180,9 +179,9 @@ def test_what_does_not_fit_is_left_out_only_when_asked(run: Path, corpus_folder:
 @pytest.mark.parametrize(
     ("initialize", "override", "told"),
     [
-        ({"weights": "nowhere"}, {}, "no valid checkpoint at nowhere"),
-        ({"weights": "EXPORT", "moments": True}, {}, "is an export, without moments"),
-        ({"weights": "RUN", "moments": True}, {"name": "adam"}, "has moments of optimizer.name adamw, not adam"),
+        ({"weights": "nowhere"}, {}, "nowhere has no valid checkpoint"),
+        ({"weights": "EXPORT", "moments": True}, {}, "is an export, which has no moments"),
+        ({"weights": "RUN", "moments": True}, {"name": "adam"}, "has the moments of optimizer.name=adamw, not of adam"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_in_a_line(

@@ -132,7 +132,7 @@ def test_the_installed_commands_work_in_an_empty_folder(installed: Installed, fo
         assert Path(file).is_relative_to(installed.folder)
 
     trained = installed.run("byteloom", "train", "debug", *SMALL, cwd=folder)
-    assert "finished at step 2; everything is in runs/debug" in trained.stderr
+    assert "finished at step 2; all files are in runs/debug" in trained.stderr
     source = json.loads((folder / "runs/debug/config.source.json").read_text())
     assert source.pop("sha256")
     assert source == {"recipe": "debug"}  # no checkout, and so no commit
@@ -163,7 +163,7 @@ def test_a_copy_of_a_recipe_trains(installed: Installed, folder: Path):
     schema = json.loads((folder / "byteloom.schema.json").read_text())
     jsonschema.validate(load(folder / "mine.yaml").as_tree(), schema)
     trained = installed.run("byteloom", "train", "mine.yaml", *SMALL, cwd=folder)
-    assert "finished at step 2; everything is in runs/mine" in trained.stderr
+    assert "finished at step 2; all files are in runs/mine" in trained.stderr
     assert json.loads((folder / "runs/mine/config.source.json").read_text())["recipe"] == str(folder / "mine.yaml")
 
 

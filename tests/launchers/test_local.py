@@ -130,7 +130,7 @@ def test_a_rank_with_another_config_is_refused(recipe: Path):
 def test_a_rank_that_never_comes_is_named(recipe: Path):
     port = free_port()
     (said,) = refusals(by_hand(recipe, 2, [["launch.meeting_seconds=1"]], port))
-    assert said == f"error: rank 0 of 2 at 127.0.0.1:{port}: not here within 1 s: rank 1"
+    assert said == f"error: rank 0 of 2 at 127.0.0.1:{port}: missing after 1 s: rank 1"
 
 
 def test_a_port_in_use_is_refused_by_all_ranks(recipe: Path):
@@ -140,14 +140,16 @@ def test_a_port_in_use_is_refused_by_all_ranks(recipe: Path):
         port = taken.getsockname()[1]
         first, second = refusals(by_hand(recipe, 2, [[], []], port))
     assert first == (
-        f"error: rank 0 of 2 at 127.0.0.1:{port}: the port is in use by another process; choose another MASTER_PORT"
+        f"error: rank 0 of 2 at 127.0.0.1:{port}: another process uses this port; choose another MASTER_PORT"
     )
-    assert second.startswith(f"rank 1: error: rank 1 of 2 at 127.0.0.1:{port}: what listens there is no rank of a run")
+    assert second.startswith(f"rank 1: error: rank 1 of 2 at 127.0.0.1:{port}: another program listens there")
 
 
 def test_two_launchers_that_disagree_are_refused(recipe: Path):
     (said,) = refusals(by_hand(recipe, 2, [["launch.processes=3"]], free_port()))
-    assert said == "error: launch.processes is 3, and another launcher has started 2 ranks; leave it to one"
+    assert (
+        said == "error: launch.processes is 3, but another launcher has started 2 ranks already; set launch.processes=1"
+    )
 
 
 @pytest.mark.long

@@ -67,8 +67,8 @@ def test_ranks_that_die_freeze_or_loop_are_started_again_and_the_reasons_recorde
     ]  # fmt: skip
     died, froze, looped = [launch for launch in launches if launch.event == "failed"]
     assert died.reason == "rank 1: was killed by SIGKILL"
-    assert froze.reason.startswith(f"rank 0 on {froze.faulty} hangs in phase step after step 2: nothing for ")
-    assert froze.reason.endswith("(supervise.step_seconds) and does not answer")
+    assert froze.reason.startswith(f"rank 0 on {froze.faulty} hangs in phase step after step 2: no heartbeat for ")
+    assert froze.reason.endswith("(limit: supervise.step_seconds) and does not answer")
     assert "hangs in phase step after step 3" in looped.reason
     stack = tmp_path / "run/jobs/001/heartbeats/start-2/rank-00001.stack"
     assert "loop_for_ever" in stack.read_text()
@@ -84,7 +84,9 @@ def test_failures_without_progress_end_with_the_evidence_on_one_page(tmp_path: P
     assert [launch.event for launch in launches].count(
         "started"
     ) == 1 + SOON.attempts  # the first one left a checkpoint
-    reason = "3 starts from step 5 were in vain, the last one so: rank 1: error: the disk is on fire"
+    reason = (
+        "3 starts from step 5 made no newer checkpoint; the last one ended with: rank 1: error: the disk is on fire"
+    )
     assert launches[-1].reason.startswith(reason)
     page = (tmp_path / "run/gave-up.md").read_text()
     assert page.startswith(f"# Given up: {reason}")
@@ -95,7 +97,7 @@ def test_asked_to_stop_it_stops_and_is_not_started_again_until_it_is_submitted_a
     run = tmp_path / "run"
     first = submission(run, [{"does": "wait", "rank": 9}])
     job = int(first.submit())
-    with pytest.raises(ClusterError, match=f"job {job} of {run} is running"):
+    with pytest.raises(ClusterError, match=f"{run} has the job {job}, which is running"):
         submission(run, [{"does": "finish"}]).submit()
     beats = run / "jobs/001/heartbeats/start-0"
     wait_until(lambda: all(read_beat(beats, rank) for rank in range(2)), "both ranks", 60)
@@ -139,5 +141,5 @@ def test_presets_load_and_what_is_wrong_in_one_is_told_in_a_line(tmp_path: Path)
         ClusterError, match=r"own.yaml: partitio is not a field of a preset \(did you mean partition\?\)"
     ):
         load_cluster(str(own), {})
-    with pytest.raises(ClusterError, match="--cluster nowhere: no such preset; there are cpu, gpu, local"):
+    with pytest.raises(ClusterError, match="--cluster nowhere: no such preset; choose one of cpu, gpu, local"):
         load_cluster("nowhere", {})

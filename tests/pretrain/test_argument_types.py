@@ -84,7 +84,7 @@ def test_numbers_that_are_not_finite_are_refused(recipe: Path, number: str):
     assert done.exit_code == 2, done.output
     with pytest.raises(SamplingError, match=f"temperature is {number}"):
         Sampling(temperature=float(number))
-    with pytest.raises(SamplingError, match=f"top_p is {number}"):
+    with pytest.raises(SamplingError, match=f"top-p is {number}"):
         Sampling(top_p=float(number))
     done = CliRunner().invoke(app, ["prepare", str(recipe), "--out=corpus", f"--holdout={number}"])
     assert isinstance(done.exception, CorpusError)

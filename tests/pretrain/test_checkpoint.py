@@ -179,7 +179,9 @@ def test_an_invalid_checkpoint_is_set_aside_with_its_reason_and_the_one_before_i
         "step-00000002.invalid",
         "step-00000003.invalid",
     ]
-    assert "is shorter than what was written" in (store.folder / "step-00000003.invalid/invalid.txt").read_text()
+    assert (
+        "is shorter than the file that was written" in (store.folder / "step-00000003.invalid/invalid.txt").read_text()
+    )
     store.save(3, fragments(tensors()), {"step": 3})
     assert newest(store).state == {"step": 3}
 
@@ -276,7 +278,7 @@ def test_a_save_that_fails_behind_training_is_told_and_leaves_the_one_before(
 ):
     store.save(1, fragments(tensors()), {})
     store.begin(2, fragments(tensors()), {"not JSON": object()})
-    with pytest.raises(CheckpointError, match="no checkpoint could be written: Object of type object"):
+    with pytest.raises(CheckpointError, match="cannot write a checkpoint: Object of type object"):
         store.finish()
     assert "checkpoint of step 2: " in caplog.text
     store.finish()
@@ -374,7 +376,7 @@ def test_another_model_is_refused_and_nothing_is_changed(store: CheckpointStore)
     target = zeros()
     for wrong, message in (
         (Fragment("model/c", (2,), 0, torch.zeros(2)), "it has no tensor model/c"),
-        (Fragment("model/a", (5, 7), 0, torch.zeros(35)), r"has shape \[7, 5\] there and \[5, 7\] here"),
+        (Fragment("model/a", (5, 7), 0, torch.zeros(35)), r"has shape \[7, 5\], and this run's has \[5, 7\]"),
     ):
         with pytest.raises(CheckpointError, match=message):
             read(metadata, [*fragments(target), wrong])

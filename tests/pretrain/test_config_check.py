@@ -49,7 +49,7 @@ def test_a_recipe_without_faults_is_described(recipe: Path):
     assert texts[0] == "the recipe is valid"
     for part in (
         "data.shards: ",
-        "128 bytes an epoch; the run reads 0.0",
+        "128 bytes per epoch; the run reads 0.0",
         "scored every 6 steps",
         "run.name: a new run; ",
         "runs/run can be made",
@@ -113,9 +113,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(recipe: Path):
 @pytest.mark.parametrize(
     ("overrides", "field", "text"),
     [
-        (["model.patch_size=8"], "run.name", "is of another model (model.patch_size: 4 -> 8)"),
-        (["data.seed=3"], "run.name", "reads another stream of bytes (data.seed: 0 -> 3)"),
-        (["optimizer.name=adam"], "run.name", "has moments of optimizer.name adamw, not adam"),
+        (["model.patch_size=8"], "run.name", "has a run of another model (model.patch_size: 4 -> 8)"),
+        (["data.seed=3"], "run.name", "has a run that reads other bytes (data.seed: 0 -> 3)"),
+        (["optimizer.name=adam"], "run.name", "has the moments of optimizer.name=adamw, not of adam"),
     ],
 )
 def test_a_run_that_this_recipe_cannot_resume_is_an_error(trained: Path, overrides: list[str], field: str, text: str):
@@ -149,7 +149,7 @@ def test_weights_of_another_run_are_looked_at(trained: Path):
     ]
     assert any(text.startswith("initialize.weights: 43 tensors of ") for text in texts)
     refused = errors(trained, "run.name=new", f"initialize.weights={trained.parent}/runs/run", "model.patch_size=8")
-    assert "is of another model" in refused["initialize.weights"]
+    assert "belongs to another model" in refused["initialize.weights"]
 
 
 def test_what_does_not_fit_this_machine_is_found(recipe: Path, corpus_folder: Path):
@@ -158,9 +158,9 @@ def test_what_does_not_fit_this_machine_is_found(recipe: Path, corpus_folder: Pa
     assert "which is too much" in errors(recipe, *large)["train.micro_batch"]
     assert "share" in warnings(recipe, "launch.processes=1000")["launch.processes"]
     assert "so some are idle" in warnings(recipe, "launch.processes=3")["train.micro_batch"]
-    assert "and this is one process; right for a launcher" in warnings(recipe, "engine.name=zero1")["engine.name"]
+    assert "set launch.processes, or use a launcher" in warnings(recipe, "engine.name=zero1")["engine.name"]
     shards = ("engine.name=hsdp", "engine.shards=2", "launch.processes=3")
-    assert "engine.shards (2) does not divide the 3 ranks" in errors(recipe, *shards)["engine.name"]
+    assert "engine.shards is 2, which does not divide the 3 ranks" in errors(recipe, *shards)["engine.name"]
     assert "validation.shards" in warnings(recipe, f"validation.shards={corpus_folder}/train")
     assert "are fewer than train.global_batch" in warnings(recipe, "train.global_batch=100000")["data.shards"]
 

@@ -194,7 +194,9 @@ def test_selective_checkpointing_keeps_attention_that_draws_nothing():
 
 
 def test_float8_is_refused_where_it_cannot_be_had():
-    with pytest.raises(EngineError, match=r"needs CUDA of compute capability 8\.9 or more, which cpu is not"):
+    with pytest.raises(
+        EngineError, match=r"needs a CUDA device of compute capability 8\.9 or more, and cpu is not one"
+    ):
         engine("fp8")
     if importlib.util.find_spec("torchao") is None:
         with pytest.raises(MissingPackageError, match=r"engine\.precision fp8 needs torchao: pip install 'torchao'"):
@@ -220,7 +222,7 @@ def test_each_optimizer_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_pat
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path):
     folder = CheckpointStore(tmp_path, keep=1).save(0, engine().owned_fragments(), {})
-    with pytest.raises(CheckpointError, match="is of another optimizer: it has no momentum_buffer of parameter "):
+    with pytest.raises(CheckpointError, match="belongs to another optimizer: it has no momentum_buffer of parameter "):
         read(verify(folder), engine(name="muon").fragments())
 
 

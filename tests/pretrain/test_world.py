@@ -63,8 +63,8 @@ def test_steps_that_follow_each_other_meet_at_ports_that_nothing_else_is_given()
     [
         ({"WORLD_SIZE": "eight"}, "WORLD_SIZE is 'eight'"),
         ({"RANK": ""}, "RANK is ''"),
-        ({"RANK": "8"}, "makes no sense: rank 8 of 8"),
-        ({"MASTER_PORT": "123456"}, "makes no sense: rank 3 of 8 at node1:123456"),
+        ({"RANK": "8"}, "do not fit together: rank 8 of 8"),
+        ({"MASTER_PORT": "123456"}, "do not fit together: rank 3 of 8 at node1:123456"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
     ],
 )
@@ -74,7 +74,7 @@ def test_an_environment_that_makes_no_sense_is_refused(change: dict[str, str], c
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(WorldError, match="WORLD_SIZE is set, but not RANK, MASTER_PORT;"):
+    with pytest.raises(WorldError, match="has WORLD_SIZE but not RANK, MASTER_PORT;"):
         place_of({name: value for name, value in TORCHRUN.items() if name not in ("RANK", "MASTER_PORT")})
     with pytest.raises(WorldError, match="SLURM_PROCID is ''"):
         place_of({name: value for name, value in SRUN.items() if name != "SLURM_PROCID"})

@@ -151,7 +151,7 @@ def test_nodes_that_cannot_train_are_named_in_a_line(cluster: Cluster, light: ty
     assert comment in cluster.run("scontrol", "show", "job", blind.job)
 
     poor = light(cluster, tmp_path / "poor", [], nodes="1", setup=["PATH=/nowhere"])
-    assert " has no scontrol in PATH, without which a run cannot be looked after" in poor.wait_for("gave_up")[-1].reason
+    assert " has no scontrol in PATH, which the supervisor needs" in poor.wait_for("gave_up")[-1].reason
     cluster.wait_for(poor.job, "FAILED")
 
 
@@ -182,5 +182,7 @@ def test_what_cannot_be_submitted_is_refused_in_a_line(
     assert len(said.stderr.splitlines()) == 1
 
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ClusterError, match="this machine has no sbatch: it has no Slurm, or its environment module"):
+    with pytest.raises(
+        ClusterError, match="this machine has no sbatch: Slurm is not installed, or its environment module"
+    ):
         light(cluster, tmp_path / "run", [])

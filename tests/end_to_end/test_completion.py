@@ -1,0 +1,33 @@
+"""Shell completion of the command, as a shell asks for it."""
+
+import subprocess
+
+import pytest
+
+from tests.conftest import BYTELOOM, environment
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("byteloom pre", ["prepare"]),
+        ("byteloom checkpoint ve", ["verify"]),
+        ("byteloom prepare --image-s", ["--image-size", "--image-scan"]),
+        ("byteloom train perceiver_ar/deb", ["perceiver_ar/debug"]),
+        ("byteloom status --js", ["--json"]),
+    ],
+)
+def test_bash_completes_commands_and_options(words: str, expected: list[str]):
+    assert completed(COMP_WORDS=words, COMP_CWORD=str(words.count(" "))) == expected
+
+
+def test_the_script_for_a_shell_is_shown():
+    shown = subprocess.run(
+        [BYTELOOM, "--show-completion", "bash"], capture_output=True, text=True, check=True, env=environment()
+    ).stdout
+    assert "_BYTELOOM_COMPLETE=complete_bash" in shown
+
+
+def completed(**variables: str) -> list[str]:
+    asked = {**environment(), "_BYTELOOM_COMPLETE": "complete_bash", **variables}
+    return subprocess.run([BYTELOOM], capture_output=True, text=True, check=True, env=asked).stdout.split()
