@@ -73,7 +73,7 @@ app.add_typer(submit_command.app)
 app.add_typer(sweep_command.app)
 app.add_typer(model_commands.app, name="models")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
-config_app = typer.Typer(help="Show, explain and describe recipes.", no_args_is_help=True)
+config_app = typer.Typer(help="Check, copy, show and explain recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 FAULTS = (

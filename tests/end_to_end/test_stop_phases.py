@@ -79,6 +79,7 @@ def large(tmp_path: Path, corpus_folder: Path) -> Path:
     tree: Any = recipe_tree(corpus_folder)
     tree["model"] = {"family": "transformer", "sequence_length": 512, "width": 512, "layers": 2, "heads": 8}
     tree["train"] = {"steps": 2, "global_batch": 64, "micro_batch": 64}
+    tree["optimizer"] = {"schedule": {"warmup_steps": 0}}
     path = tmp_path / "large.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -194,7 +195,7 @@ def way() -> Iterator[Stalling]:
 
 def test_a_stop_is_heard_while_a_checkpoint_is_loaded_verified_or_saved(way: Stalling, recipe: Path, tmp_path: Path):
     home = f"s3://{BUCKET}/runs"
-    train = ("train", recipe, f"checkpoint.home={home}", "validation.shards=null")
+    train = ("train", recipe, f"checkpoint.home={home}", "validation.shards=null", "optimizer.schedule.warmup_steps=0")
     Command(tmp_path, *train, "train.steps=2").end()
 
     way.waits_for = b"rank-00000.bin"
@@ -234,7 +235,7 @@ def test_ctrl_c_ends_imports_and_generation_without_a_traceback(byteloom: Any, r
     os.kill(importing.process.pid, signal.SIGINT)
     assert importing.end(-signal.SIGINT) == ""
 
-    byteloom("train", recipe, "train.steps=1", "validation.shards=null")
+    byteloom("train", recipe, "train.steps=1", "validation.shards=null", "optimizer.schedule.warmup_steps=0")
     generating = subprocess.Popen(
         [BYTELOOM, "generate", "runs/run", "--bytes", "10000000"],
         cwd=tmp_path,

@@ -22,8 +22,15 @@ from tests.test_project import ROOT
 
 SOURCE = ("byteloom", "configs", "data_pipeline", "launchers", "pretrain", "pyproject.toml", "README.md", "LICENSE")
 """What a wheel is made of."""
-SMALL = ("train.steps=2", "train.global_batch=2", "train.micro_batch=2", "engine.precision=fp32", "engine.device=cpu",
-         "tracking.enabled=false")  # fmt: skip
+SMALL = (
+    "train.steps=2",
+    "train.global_batch=2",
+    "train.micro_batch=2",
+    "optimizer.schedule.warmup_steps=1",
+    "engine.precision=fp32",
+    "engine.device=cpu",
+    "tracking.enabled=false",
+)
 LAUNCH_SECONDS = 240
 """Limit of a submitted run on a loaded machine."""
 
