@@ -200,7 +200,7 @@ class Run:
         self.heartbeat = heartbeat
         tree = recipe.as_tree()
         made_of = {"model": tree["model"], "data": tree["data"], "fingerprint": self.fingerprint}
-        self.identity = world.on_first(lambda: folder.identity(made_of))
+        self.identity: dict[str, Any] = world.on_first(lambda: folder.identity(made_of))
         check_same_run(folder.path, self.identity, recipe, self.fingerprint)
         self.precision = self._settle_precision()
         fence.mark = world.on_first(fence.claim)
@@ -472,7 +472,7 @@ class Run:
         if tracker is not None:
             tracker.journal.sync()  # a checkpoint on disk has its numbers on disk
         state = {
-            "run": self.identity.id,
+            "run": self.identity["id"],
             "reading": merged(self.world.gather(self.reading.state())),
             "fingerprint": self.fingerprint,
             "counters": self.engine.counters(),
