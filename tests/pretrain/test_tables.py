@@ -83,7 +83,7 @@ def status() -> Table:
         state="running", reason="", job="4711", process=None, nodes="n1",
         step=123_456, steps=1_000_000, bits_per_byte=1.23456, validation_bits_per_byte=1.3456,
         bytes_per_second=41_234_567.0, seconds_left=360_000.0, checkpoint_step=123_000, checkpoint_seconds=754.0,
-        starts=1, restarts=3, why="", history=[],
+        starts=1, restarts=3, why="", history=[], problems=[],
     )  # fmt: skip
     queued = replace(
         running, run="runs/new", state="queued", step=0, steps=None, bits_per_byte=None, validation_bits_per_byte=None,
