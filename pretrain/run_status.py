@@ -146,7 +146,7 @@ def status_of(path: Path) -> RunStatus:
         step=step,
         steps=steps,
         bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
-        validation_bits_per_byte=_last_validation(folder.metrics),
+        validation_bits_per_byte=problems.read(lambda: _last_validation(folder.metrics), None),
         bytes_per_second=bytes_per_second,
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
@@ -299,7 +299,7 @@ def _age(checkpoint: Location | None) -> float | None:
 
 def _last_validation(journal: Path) -> float | None:
     """Return the newest validation loss in metrics.jsonl; None if there is none. It may be far from the end."""
-    if not journal.exists() or not journal.stat().st_size:
+    if not journal.is_file() or not journal.stat().st_size:
         return None
     with journal.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
         found = text.rfind(f'"{VALIDATION}"'.encode(), 0, text.rfind(b"\n") + 1)

@@ -100,7 +100,7 @@ def test_a_damaged_shard_is_written_again_once_its_mark_is_removed(tmp_path: Pat
 def test_a_corpus_whose_report_is_damaged_is_not_taken_for_the_one_asked_for(tmp_path: Path, content: bytes):
     go(tmp_path / "out")
     (tmp_path / "out/report.json").write_bytes(content)
-    with pytest.raises(CorpusError, match="out exists already; choose another --out, or remove it first"):
+    with pytest.raises(CorpusError, match="out exists already; choose another --out, or remove that folder first"):
         go(tmp_path / "out")
 
 

@@ -74,7 +74,7 @@ def test_prepare_into_an_existing_folder(byteloom: Run, folder: Path):
 
 def test_inspect_of_what_is_no_corpus(byteloom: Run, folder: Path):
     assert "it has no manifest.json" in refused(byteloom, "inspect", "files")
-    assert "there is no such folder" in refused(byteloom, "inspect", "nowhere")
+    assert "no such folder" in refused(byteloom, "inspect", "nowhere")
 
 
 def test_a_truncated_manifest(byteloom: Run, folder: Path, recipe: Path):

@@ -53,12 +53,12 @@ def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path
 
 def test_the_run_folder_explains_the_run(trained: Path):
     assert sorted(p.name for p in trained.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "generation", "metrics.jsonl", "run.json", "train.log",
+        ".lock", "checkpoints", "config.source.json", "config.yaml", "generation", "metrics.jsonl", "run.json", "train.log",
     ]  # fmt: skip
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["model"]["activation"] == "relu"
     log = (trained / "train.log").read_text()
-    assert "parameters, one process, fp32 on cpu" in log
+    assert "parameters, fp32 on cpu, one process" in log
     assert "step 12: validation" in log
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(13))

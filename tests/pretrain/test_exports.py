@@ -229,7 +229,7 @@ def test_a_run_without_a_valid_checkpoint_is_no_source_and_need_not_be_removed(r
         find_checkpoint(copy)
     assert str(caught.value) == f"no checkpoint in {copy}/checkpoints is valid; name another checkpoint, or an export"
     with pytest.raises(
-        CheckpointError, match="restore one from a copy, or remove the folder to train from the beginning"
+        CheckpointError, match="restore one from a copy, or remove that folder to train from the beginning"
     ):
         CheckpointStore(copy / "checkpoints", keep=None).load(everything, set_aside=True)
     assert verify(run / "checkpoints/step-00000003").name == "step-00000003"
