@@ -131,7 +131,7 @@ def recipe_tree(corpus_folder: Path) -> dict[str, object]:
             "initial_std": 0.02,
         },
         "train": {"steps": 12, "global_batch": 6, "micro_batch": 4},
-        "optimizer": {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2}},
+        "optimizer": {"learning_rate": 3e-3, "schedule": {"warmup_steps": 0}},
         "engine": {"precision": "fp32", "device": "cpu"},
         "checkpoint": {"every": 4},
         "tracking": {"enabled": False},

@@ -41,7 +41,7 @@ def run(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     said = invoke("checkpoint", "export", run, "--out", run.parent / "exported")
-    assert "parameters of step 12, in model.safetensors" in said
+    assert "parameters of step 12 in model.safetensors" in said
     return run.parent / "exported"
 
 
