@@ -83,9 +83,9 @@ class MlflowShipper:
             return
         store, run_id = self._connected()
         store.client.set_terminated(run_id, self.delivery.status)
-        self._update_parent(store)
+        self._update_parent(store, run_id)
         if self.delivery.status == "FINISHED":
-            store.mark_models_ready(store.run(run_id))
+            store.mark_models_ready(run_id)
         self._send_files(store, run_id, with_log=True)
 
     def set_status(self, status: str) -> None:
@@ -160,8 +160,10 @@ class MlflowShipper:
         store.set_tags(run_id, self.delivery.tags | _tags_of(untold) | {f"now.{key}": params[key] for key in changed})
         self._describe(store, run, starts, [key for key in changed if params[key] != run.data.params.get(key)])
         self._mark_as_training(store, run)
+        if page := store.page_of(run):
+            log.info("MLflow page of the run: %s", page)
         self._store = store  # numbers are delivered even if the run above cannot be updated
-        self._update_parent(store)
+        self._update_parent(store, run_id)
         return store, run_id
 
     def _describe(self, store: MlflowStore, run: Any, starts: Sequence[Start], changed: Sequence[str]) -> None:
@@ -182,7 +184,7 @@ class MlflowShipper:
                 raise
             log.debug("the MLflow server has no models: %s", fault_of(error))
 
-    def _update_parent(self, store: MlflowStore) -> None:
+    def _update_parent(self, store: MlflowStore, run_id: str) -> None:
         """Set the state of the run that this one is shown under: it has ended when all of its runs have."""
         if PARENT_TAG not in self.delivery.tags:
             return
@@ -190,6 +192,7 @@ class MlflowShipper:
         parent = client.get_run(self.delivery.tags[PARENT_TAG])
         if RUNS_TAG not in parent.data.tags or parent.info.lifecycle_stage == "deleted":  # not ours
             return
+        store.share_models(run_id, parent)
         of_parent, count = f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'", int(parent.data.tags[RUNS_TAG])
         children = client.search_runs([parent.info.experiment_id], of_parent, max_results=count)
         states = {child.info.status for child in children}
@@ -235,18 +238,20 @@ def _tags_of(starts: Sequence[Start]) -> dict[str, str]:
 
 
 def _description(starts: Sequence[Start], changed: Mapping[str, tuple[str, str]]) -> str:
-    """Markdown about the starts, and about the parameters that are not what MLflow shows as their value.
+    """Return Markdown about the starts, and about the parameters whose value in MLflow is out of date.
+
+    The page shows the first lines alone until a person asks for more.
 
     Args:
         changed: (first value, present value) of each.
     """
-    text = []
+    newest = starts[-1]
+    text = [f"Start {newest.number} continues {newest.place}: {newest.reason} ({newest.moment})", ""]
     if changed:
-        text += ["Parameters that changed since the first start (the table of parameters keeps the first value):", ""]
-        text += [f"- `{name}`: now `{now}`, at first `{first}`" for name, (first, now) in changed.items()]
-        text += [""]
+        values = ", ".join(f"`{name}` {now} (at first {first})" for name, (first, now) in changed.items())
+        text += [f"Parameters now: {values}. The table below keeps the first values.", ""]
     text += ["| start | continues | time | reason | changes |", "| --- | --- | --- | --- | --- |"]
-    for start in starts[-STARTS_DESCRIBED:]:
+    for start in reversed(starts[-STARTS_DESCRIBED:]):
         cells = (start.number, start.place, start.moment, start.reason, "; ".join(start.changes))
         text += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ")[:300] for cell in cells) + " |"]
     return "\n".join(text)

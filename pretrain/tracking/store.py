@@ -115,6 +115,13 @@ class MlflowStore:
             )
         return run
 
+    def page_of(self, run: Any) -> str:
+        """Return the address of a run's page, under model training; nothing for a store without a server."""
+        if not self.uri.startswith(("http://", "https://")):
+            return ""
+        place = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        return f"{shown(self.uri).rstrip('/')}/{place}?workflowType=machine_learning"
+
     def mark_as_training(self, run: Any, name: str) -> None:
         """Make MLflow's page list a run under model training.
 
@@ -122,15 +129,20 @@ class MlflowStore:
         versions ask the experiment for its kind.
         """
         self._mark_as_training(self.client.get_experiment(run.info.experiment_id))
-        if run.outputs is not None and run.outputs.model_outputs:
+        if _models_of(run):
             return
         model = self.client.create_logged_model(
             run.info.experiment_id, re.sub("[^A-Za-z0-9_-]", "_", name), source_run_id=run.info.run_id
         )
         self.client.log_outputs(run.info.run_id, [self._entities.LoggedModelOutput(model.model_id, step=0)])
 
-    def mark_models_ready(self, run: Any) -> None:
-        for output in run.outputs.model_outputs if run.outputs is not None else ():
+    def share_models(self, run_id: str, parent: Any) -> None:
+        """Make a run's models outputs of its parent too, which MLflow's page then lists under model training."""
+        if not _models_of(parent) and (models := _models_of(self.run(run_id))):
+            self.client.log_outputs(parent.info.run_id, models)
+
+    def mark_models_ready(self, run_id: str) -> None:
+        for output in _models_of(self.run(run_id)):
             self.client.finalize_logged_model(output.model_id, "READY")
 
     def log_values(self, run_id: str, values: Sequence[Value]) -> None:
@@ -172,6 +184,11 @@ class MlflowStore:
 def shown(uri: str) -> str:
     """Return a tracking URI without the password in it."""
     return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
+def _models_of(run: Any) -> list[Any]:
+    """Return the models that are outputs of a run; a server before MLflow 3 knows none."""
+    return [] if run.outputs is None else list(run.outputs.model_outputs or ())
 
 
 def fault_of(error: BaseException) -> str:
