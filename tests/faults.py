@@ -290,7 +290,7 @@ class Stand:
         log = run.log_of(0).read_text() if run.log_of(0).exists() else ""
         told = [int(step) for step in re.findall(r"INFO checkpoint \S*/step-(\d+)$", log, re.MULTILINE)]
         assert last >= max(told, default=0), f"step {max(told)} had been committed, and {last} is the last"
-        begun = 0 if "ERROR checkpoint of step" in log else (self._last_step(run) - 1) // EVERY
+        begun = 0 if "ERROR cannot write the checkpoint of step" in log else (self._last_step(run) - 1) // EVERY
         assert last >= EVERY * (begun - 1), f"save {begun} had begun, and step {last} is the last"
         return last
 

@@ -228,4 +228,7 @@ def test_ctrl_c_ends_in_the_middle_and_says_that_it_can_go_on(sources, tmp_path:
     _, said = process.communicate()
     assert process.returncode == 130
     assert not (tmp_path / "out").exists()
-    assert said.strip().splitlines()[-1] == "stopped; out.partial holds the work that is done, and the same command continues"
+    assert (
+        said.strip().splitlines()[-1]
+        == "stopped; out.partial holds the work that is done, and the same command continues"
+    )

@@ -50,7 +50,7 @@ def test_a_run_goes_on_without_mlflow_and_its_numbers_are_delivered_later(bytelo
     run = tmp_path / "runs/run"
     done = byteloom("train", recipe, "tracking.enabled=true", "train.steps=3", env=hidden)
     assert "warning: tracking.enabled needs mlflow: pip install 'mlflow" in done.stderr
-    assert f"`byteloom track {Path('runs/run')}` delivers them" in done.stderr
+    assert f"`byteloom track {Path('runs/run')}` sends them" in done.stderr
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
     [checkpoint] = (run / "checkpoints").iterdir()

@@ -36,7 +36,7 @@ def test_runs_of_a_sweep_are_trained_one_after_the_other(byteloom: Run, recipe: 
     names = [line.partition(": ")[2] for line in swept.stderr.splitlines() if " of 2: " in line]
     assert len(names) == 2
     assert f"{names[0]}: finished at step 4" in swept.stderr
-    assert "error: no corpus at nowhere: there is no such folder" in swept.stderr
+    assert "error: there is no corpus at nowhere: no such folder" in swept.stderr
     assert f"error: {names[1]} failed; the same command resumes it" in swept.stderr
     assert swept.returncode == 1
     source = recipe.parent / "runs" / names[0] / "config.source.json"

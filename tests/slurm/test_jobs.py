@@ -89,7 +89,7 @@ def test_a_job_that_lost_its_node_comes_back(cluster: Cluster):
 def test_what_cannot_be_known_is_said_in_a_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     assert scheduler.job("1").phase is Phase.FORGOTTEN
     assert scheduler.job("1").reason == "Slurm has forgotten it, and keeps no accounting"
-    with pytest.raises(SchedulerError, match="job 1 is forgotten: Slurm does not know it"):
+    with pytest.raises(SchedulerError, match="job 1 is forgotten: Slurm has forgotten it, and keeps no accounting"):
         scheduler.cancel("1")
     with pytest.raises(SchedulerError, match="job 1 cannot be requeued: Invalid job id"):
         scheduler.requeue("1")
