@@ -53,7 +53,8 @@ def test_prepare_then_inspect(byteloom: Run, sources: list[Path], tmp_path: Path
 
 def test_the_run_folder_explains_the_run(trained: Path):
     assert sorted(p.name for p in trained.iterdir()) == [
-        ".lock", "checkpoints", "config.source.json", "config.yaml", "generation", "metrics.jsonl", "run.json", "train.log",
+        ".lock", "checkpoints", "config.source.json", "config.yaml", "generation", "metrics.jsonl", "run.json",
+        "train.log",
     ]  # fmt: skip
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["model"]["activation"] == "relu"
