@@ -81,7 +81,7 @@ def test_the_card_says_what_the_model_is_and_where_it_comes_from(run: Path, expo
 def test_an_export_scores_as_its_checkpoint_does(run: Path, exported: Path, corpus_folder: Path):
     scores = []
     for source in (run, exported):
-        shown = invoke("eval", source, corpus_folder / "validation", "--json")
+        shown = CliRunner().invoke(app, ["eval", str(source), str(corpus_folder / "validation"), "--json"])
         scores.append(json.loads(shown.stdout)["total"])
     assert scores[0] == scores[1]
 

@@ -218,7 +218,6 @@ def test_faults_of_a_store_are_a_few_words(tmp_path: Path):
     assert fault() == "file is not a database"
     assert fault(uri=f"sqlite:///{tmp_path}/missing/mlflow.db") == "No such file or directory"
     assert fault(uri="https://no-such-host.invalid:5000") == "no such host"
-    assert fault_of(ImportError("No module named 'mlflow'", name="mlflow")) == "the package mlflow is not installed"
     assert len(fault_of(ValueError("x" * 300))) == 100
 
 
