@@ -59,7 +59,16 @@ from pretrain.tables import fold, terminal_width
 from pretrain.train import TrainingError, check_lanes, check_resumes, check_same_run
 from pretrain.weights import find_origin
 
-REFUSALS = (CheckpointError, CorpusError, EngineError, MissingPackageError, RunFolderError, TrainingError, OSError)
+REFUSALS = (
+    CheckpointError,
+    CorpusError,
+    EngineError,
+    MissingPackageError,
+    RunFolderError,
+    StateFileError,
+    TrainingError,
+    OSError,
+)
 """Why a run would not start."""
 ATTEMPTS = 3
 """Requests to a corpus at a URL, at most. A run makes data.remote.attempts of them."""
@@ -134,10 +143,13 @@ class _Check:
         if streams is not None:
             self._check_reading(streams, checkpoint)
         self._check_validation(streams)
-        self._check_run(streams, checkpoint)
+        began = None
+        with self._refusals("run.name"):
+            began = self._began()
+            self._check_run(streams, began, checkpoint)
         self._check_folders()
         device = self._check_device()
-        dtype = self._check_precision(device) if device is not None else None
+        dtype = self._check_precision(device, began) if device is not None else None
         model = self._build_model()
         if model is not None:
             self._check_weights(model, checkpoint)
@@ -188,25 +200,27 @@ class _Check:
                         "warning", "validation.shards", f"it has the content of {trained}, which the run trains on"
                     )
 
-    def _check_run(self, streams: dict[str, ByteStream] | None, checkpoint: Metadata | None) -> None:
-        """Report whether a run of this name exists, and whether this recipe resumes it."""
-        with self._refusals("run.name"):
-            if holder := self._folder.holder():
-                raise RunFolderError(f"process {holder[1]} on {holder[0]} is training in {self._folder.path}")
-        with self._refusals("run.name"):
-            began = self._began()
-            if streams is not None:
-                fingerprint = fingerprint_of(streams)
-                if began is not None:
-                    check_same_run(self._folder.path, began, self._config, fingerprint)
-                if checkpoint is not None:
-                    check_resumes(checkpoint, self._config, fingerprint)
-            elif began is not None or checkpoint is not None:
-                self._add(
-                    "warning", "run.name", "without its corpora, it is not known whether this recipe fits the run"
-                )
-            if self._home_was_read:
-                self._add_where_it_starts(checkpoint, is_new=began is None)
+    def _check_run(
+        self, streams: dict[str, ByteStream] | None, began: dict[str, Any] | None, checkpoint: Metadata | None
+    ) -> None:
+        """Report whether a run of this name exists, and whether this recipe resumes it.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        if holder := self._folder.holder():
+            who = f"process {holder[1]} on {holder[0]}" if holder[0] else "another process"
+            self._add("error", "run.name", f"{who} is training in {self._folder.path}")
+        if streams is not None:
+            fingerprint = fingerprint_of(streams)
+            if began is not None:
+                check_same_run(self._folder.path, began, self._config, fingerprint)
+            if checkpoint is not None:
+                check_resumes(checkpoint, self._config, fingerprint)
+        elif began is not None or checkpoint is not None:
+            self._add("warning", "run.name", "without its corpora, it is not known whether this recipe fits the run")
+        if self._home_was_read:
+            self._add_where_it_starts(checkpoint, is_new=began is None)
 
     def _newest_checkpoint(self) -> Metadata | None:
         """Return the newest checkpoint whose metadata is valid; its tensors are not read."""
@@ -222,13 +236,10 @@ class _Check:
         """Return what the run began as, if it has written a number.
 
         Raises:
-            RunFolderError: run.json is damaged.
+            StateFileError: run.json is damaged.
         """
         metrics = self._folder.metrics
-        try:
-            began = self._folder.stored_identity()
-        except StateFileError as error:
-            raise RunFolderError(str(error)) from error
+        began = self._folder.stored_identity()
         return began if metrics.exists() and metrics.stat().st_size else None
 
     def _add_where_it_starts(self, checkpoint: Metadata | None, *, is_new: bool) -> None:
@@ -305,11 +316,10 @@ class _Check:
             return device
         return None
 
-    def _check_precision(self, device: torch.device) -> torch.dtype | None:
+    def _check_precision(self, device: torch.device, began: dict[str, Any] | None) -> torch.dtype | None:
         """Report what precision the passes have; return their type, or None where the device cannot compute in it."""
         asked, field = self._config.engine.precision, "engine.precision"
         with self._refusals(field):
-            began = self._began()
             kept = self._folder.earlier_precision(began) if began else None
             precision = choose_precision(asked, device, kept) if asked == "auto" else asked
             if precision == "fp8":

@@ -135,6 +135,15 @@ def test_a_run_that_another_process_trains_is_an_error(trained: Path):
         assert "is training in" in errors(trained)["run.name"]
 
 
+def test_a_damaged_record_of_a_run_is_an_error(trained: Path, tmp_path: Path):
+    shutil.copytree(trained.parent / "runs", tmp_path / "runs")
+    (tmp_path / "recipe.yaml").write_bytes(trained.read_bytes())
+    (tmp_path / "runs/run/run.json").write_bytes(b"")
+    damaged = found(tmp_path / "recipe.yaml", f"run.root={tmp_path}/runs", level="error")
+    assert [finding.field for finding in damaged] == ["run.name"]
+    assert "run.json is damaged" in damaged[0].text
+
+
 def test_damaged_checkpoints_are_passed_over(trained: Path, tmp_path: Path):
     shutil.copytree(trained.parent / "runs", tmp_path / "runs")
     (tmp_path / "recipe.yaml").write_bytes(trained.read_bytes())
