@@ -161,7 +161,7 @@ def test_eval_and_generate_without_a_checkpoint(byteloom: Run, folder: Path):
 
 def test_generate_with_impossible_options(byteloom: Run, trained: Path):
     assert "--top-p is 0.0" in refused(byteloom, "generate", trained, "--top-p", "0")
-    assert "cannot read the prompt nowhere" in refused(byteloom, "generate", trained, "--prompt-file", "nowhere")
+    assert "cannot read the prompt file nowhere" in refused(byteloom, "generate", trained, "--prompt-file", "nowhere")
 
 
 def test_track_of_what_is_no_run(byteloom: Run, folder: Path):
