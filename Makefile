@@ -43,7 +43,7 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "Corpus:       $(CORPUS)        byteloom inspect $(CORPUS)/train"
 	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
 	@echo "By document:  $(BIN)/byteloom eval runs/demo"
-	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000"
+	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
 	@echo "Go on:        $(BIN)/byteloom train demo train.steps=5000"
 
 test: setup ## run the tests

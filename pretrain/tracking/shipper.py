@@ -249,7 +249,7 @@ def _description(starts: Sequence[Start], changed: Mapping[str, tuple[str, str]]
     text = [f"Start {newest.number} continues {newest.place}: {newest.reason} ({newest.moment})", ""]
     if changed:
         values = ", ".join(f"`{name}` {now} (at first {first})" for name, (first, now) in changed.items())
-        text += [f"Parameters now: {values}. The table below keeps the first values.", ""]
+        text += [f"Parameters now: {values}. The table of parameters keeps the first values.", ""]
     text += ["| start | continues | time | reason | changes |", "| --- | --- | --- | --- | --- |"]
     for start in reversed(starts[-STARTS_DESCRIBED:]):
         cells = (start.number, start.place, start.moment, start.reason, "; ".join(start.changes))

@@ -139,7 +139,8 @@ def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloo
     step = journal(folder)["train/bits_per_byte"][-1][0]
 
     server.start()
-    byteloom("train", recipe, *told, f"train.steps={step + 5}", "validation.every=100000")
+    said = byteloom("train", recipe, *told, f"train.steps={step + 5}", "validation.every=100000").stderr
+    assert f"MLflow page of the run: {server.uri}/#/experiments/" in said
     last, metrics = delivered(server.uri)
     assert last.info.run_id == first.info.run_id
     assert last.info.status == "FINISHED"

@@ -263,11 +263,15 @@ def test_a_deleted_run_or_experiment_comes_back_as_the_message_says(server: Serv
     other.train(1, 2)
     with pytest.raises(TrackingError, match=r"^experiment to be deleted was deleted; .* another tracking.experiment$"):
         other.shipper().finish()
+    other.config = TrackingConfig(uri=server.uri, experiment="another")
+    other.train(3, 3)
+    assert other.steps() == [1, 2, 3]
+    other.config = folder.config
     follow(told)
     folder.train(6, 6)
-    other.train(3, 3)
+    other.train(4, 4)
     assert folder.steps() == [1, 2, 3, 4, 5, 6]
-    assert other.steps() == [1, 2, 3]
+    assert other.steps() == [1, 2, 3, 4]
 
 
 def test_a_run_deleted_while_it_trains_is_named_once(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -1,0 +1,76 @@
+"""MLflow's own page, in a real browser: what a person sees of a run."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.conftest import Run
+from tests.mlflow_server import Server
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PAGE_MILLISECONDS = 60_000
+"""Of the page's own clock, which stands still while it waits for the server."""
+
+pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path, store=tmp_path / "runs/mlflow.db")
+    yield server
+    server.kill()
+
+
+def seen(address: str, profile: Path) -> str:
+    """Return the text of a page that a browser shows, without line breaks."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,1000",
+        f"--user-data-dir={profile}", f"--virtual-time-budget={PAGE_MILLISECONDS}", "--dump-dom", address,
+    ]  # fmt: skip
+    page = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+    page = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", page)))
+
+
+@pytest.mark.timeout(900)
+def test_runs_are_listed_under_model_training_and_show_their_restarts(
+    byteloom: Run, recipe: Path, tmp_path: Path, server: Server
+):
+    told = ("tracking.enabled=true", "run.name=weaver")
+    byteloom("train", recipe, *told, "train.steps=2")
+    byteloom("train", recipe, *told, "train.steps=3", "optimizer.clip_norm=0.5")
+    [run] = runs_in(f"sqlite:///{server.store}")
+    server.start()
+
+    def page(place: str) -> str:
+        experiment = f"{server.uri}/#/experiments/{run.info.experiment_id}"
+        return seen(experiment + place, tmp_path / "profile")
+
+    training = page("?workflowType=machine_learning")
+    assert " Run Name " in training
+    assert " weaver " in training
+    of_applications = page("/evaluation-runs")
+    assert " Evaluation runs " in of_applications
+    assert " weaver " not in of_applications
+    assert " Training runs " in of_applications  # the page has a way to them
+
+    overview = page(f"/runs/{run.info.run_id}?workflowType=machine_learning")
+    assert "Start 2 continues after step 2: manual (20" in overview
+    assert re.search(r"Parameters now: .*optimizer.clip_norm 0.5 \(at first 1.0\)", overview)
+    assert re.search(r" starts 2 .*Parameters \(", overview)
+    artifacts = page(f"/runs/{run.info.run_id}/artifacts?workflowType=machine_learning")
+    assert " config.yaml train.log " in artifacts
+
+
+def runs_in(uri: str) -> list[Any]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("byteloom")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
