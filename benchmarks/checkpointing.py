@@ -10,7 +10,7 @@ next to nothing.
 
 Peak memory is that of all tensors beside parameters, gradients and moments in a forward and a backward pass, counted
 and not sampled, by `pretrain.footprint`: of this CPU, and as on a GPU with fused attention. `--compile` adds compiled
-blocks, which take minutes; their memory a counter cannot see. `--quick` is one round at 16,384 bytes.
+blocks, which take minutes; their memory a counter cannot see. `--quick` is one round at 8,192 bytes.
 """
 
 import argparse
@@ -45,11 +45,11 @@ ROUNDS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="end within a minute: one round at 16,384 bytes")
+    parser.add_argument("--quick", action="store_true", help="end within a minute: one round at 8,192 bytes")
     parser.add_argument("--compile", action="store_true", help="also compiled blocks, with budgets")
     parser.add_argument("--json", type=Path, help="write the metrics here as well")
     chosen = parser.parse_args()
-    length = 2**14 if chosen.quick else 2**16
+    length = 2**13 if chosen.quick else 2**16
     rounds = 1 if chosen.quick else ROUNDS
     precision = native_precisions()[-1]
     metrics = compared(WAYS, megabyte(length), precision, rounds, compiles=chosen.compile)

@@ -9,8 +9,8 @@ Memory, on 4 ranks: the bytes of all tensors that live on a rank between backwar
 gradients, copies, and whatever an engine left unsharded), beyond those that lived before the engine was built. The
 largest rank counts. Theory is docs/engines.md's.
 
-Time, on 1 and 2 ranks: each takes a step of 4 rows of 1,024 bytes with every contender in turn, each round in another
-order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the same mathematics with
+Time, on 1 and 2 ranks: each takes a step of 4 rows of 1,024 bytes (`--quick`: 1 row, 3 rounds) with every contender in
+turn, each round in another order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the same mathematics with
 nothing of Byteloom but the model: `BareLoop` below. Ratios are medians over rounds of steps in the same round; where
 others use the machine too, the ratio of CPU times says more than that by the clock.
 """
@@ -77,11 +77,11 @@ them, but lives on; without a bucket only the states are left."""
 
 def main() -> None:
     chosen = options(__doc__)
-    rounds = 5 if chosen.quick else 25
+    rounds, rows = (3, 1) if chosen.quick else (25, ROWS)
     precision = native_precisions()[-1]
     metrics = memory_metrics(on_ranks(MEMORY_RANKS, memory_on_rank))
     for ranks in (1, TIME_RANKS):
-        metrics += time_metrics(on_ranks(ranks, times_on_rank, rounds, precision))
+        metrics += time_metrics(on_ranks(ranks, times_on_rank, rounds, precision, rows))
     report(f"Engines; times in {precision}", metrics, chosen.json)
 
 
@@ -143,17 +143,17 @@ def memory_on_rank(world: World) -> dict[str, Any]:
     return told
 
 
-def times_on_rank(world: World, rounds: int, precision: str) -> dict[str, Any]:
+def times_on_rank(world: World, rounds: int, precision: str, rows: int) -> dict[str, Any]:
     """By the clock and of the CPU, this rank's seconds of each contender's steps; and their phases."""
     config = load(RECIPE, [f"engine.precision={precision}"])
     bare = BareLoop(the_model(config), config, world)
-    micro_batches = batch(world, ROWS, config.model.sequence_length)
+    micro_batches = batch(world, rows, config.model.sequence_length)
     ids = torch.from_numpy(micro_batches[0].ids)
     work: dict[str, Callable[[], Any]] = {"bare": lambda: bare.step(ids)}
     for name, overrides in ENGINES.items():
         if name in ("hsdp of 2", "zero3, no bucket") or (world.size == 1 and name != "ddp"):
             continue  # one process has nothing to share, groups of 2 are all of 2 ranks, and buckets are for speed
-        engine = engine_of([f"engine.precision={precision}", *overrides], world, ROWS)
+        engine = engine_of([f"engine.precision={precision}", *overrides], world, rows)
         if not isinstance(engine, str):
             work[name] = partial(engine.train_step, micro_batches, step=0, learning_rate=1e-4)
     for function in work.values():

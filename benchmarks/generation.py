@@ -94,7 +94,7 @@ def seconds_without_caches(model: ByteModel, count: int, rounds: int) -> float:
 
 def main() -> None:
     chosen = options(__doc__)
-    count, chunk = (1024, 256) if chosen.quick else (LENGTH, CONTEXT)
+    count, chunk = (512, 128) if chosen.quick else (LENGTH, CONTEXT)
     models = {
         "MEGABYTE": build(megabyte),
         "Transformer": build(transformer),

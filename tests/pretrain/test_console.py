@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(crash.SHOW, raising=False)
+    monkeypatch.setattr(crash, "_preferred", [])  # a run that another test trained in this process
 
 
 def ended(command: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
