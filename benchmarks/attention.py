@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.engines.host_memory import keep_freed_memory
-from pretrain.models.layers import Past, attention, causal_attention, describe_attention
+from pretrain.models.blocks.layers import Past, attention, causal_attention, describe_attention
 from report import Metric, interleaved, native_precisions, options, report
 
 SHAPES = [  # rows, heads, queries, keys

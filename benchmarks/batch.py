@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Rows
+from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.rows import Rows
 
 
 def random_batch(rows: int, length: int) -> list[MicroBatch]:

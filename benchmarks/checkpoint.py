@@ -51,7 +51,7 @@ from pretrain.checkpoint.format import (
     plan_reads,
 )
 from pretrain.checkpoint.home import Folder
-from pretrain.fragments import Fragment, whole
+from pretrain.distributed.fragments import Fragment, whole
 from pretrain.models import ByteModel, build_model, model_config
 from report import Metric, options, report
 

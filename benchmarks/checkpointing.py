@@ -9,8 +9,8 @@ patches then keeps its weights, and drawing their masks again is most of what is
 next to nothing.
 
 Peak memory is that of all tensors beside parameters, gradients and moments in a forward and a backward pass, counted
-and not sampled, by `pretrain.footprint`: of this CPU, and as on a GPU with fused attention. `--compile` adds compiled
-blocks, which take minutes; their memory a counter cannot see. `--quick` is one round at 8,192 bytes.
+and not sampled, by `pretrain.estimate.footprint`: of this CPU, and as on a GPU with fused attention. `--compile` adds
+compiled blocks, which take minutes; their memory a counter cannot see. `--quick` is one round at 8,192 bytes.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Rows
+from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.rows import Rows
 from pretrain.engines import CheckpointingConfig, Engine, EngineConfig, build_engine, compute_dtype
 from pretrain.engines.blocks import recompute
-from pretrain.footprint import activations_of, measure_activations
+from pretrain.estimate.footprint import activations_of, measure_activations
 from pretrain.models import ModelConfig, build_model, model_config
-from pretrain.optimizers import OptimizerConfig
+from pretrain.optim.optimizers import OptimizerConfig
 from report import Metric, native_precisions, report
 
 WAYS = {

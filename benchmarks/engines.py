@@ -10,9 +10,9 @@ gradients, copies, and whatever an engine left unsharded), beyond those that liv
 largest rank counts. Theory is docs/engines.md's.
 
 Time, on 1 and 2 ranks: each takes a step of 4 rows of 1,024 bytes (`--quick`: 1 row, 3 rounds) with every contender in
-turn, each round in another order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the same mathematics with
-nothing of Byteloom but the model: `BareLoop` below. Ratios are medians over rounds of steps in the same round; where
-others use the machine too, the ratio of CPU times says more than that by the clock.
+turn, each round in another order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the
+same mathematics with nothing of Byteloom but the model: `BareLoop` below. Ratios are medians over rounds of steps in
+the same round; where others use the machine too, the ratio of CPU times says more than that by the clock.
 """
 
 import gc
@@ -34,12 +34,12 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Rows
-from pretrain.config import Config, load
+from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.rows import Rows
+from pretrain.config.schema import Config, load
+from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineError, StepResult, build_engine, compute_dtype
 from pretrain.models import ByteModel, build_model
-from pretrain.world import ALONE, World
 from report import Metric, native_precisions, options, report
 
 RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from data_pipeline.vocabulary import SEPARATOR
-from pretrain.generate import Sampling, generate_rows
-from pretrain.models.byte_model import ByteModel
-from pretrain.models.megabyte import Megabyte, MegabyteConfig
-from pretrain.models.transformer import Transformer, TransformerConfig
+from pretrain.evaluation.generation import Sampling, generate_rows
+from pretrain.models.base import ByteModel
+from pretrain.models.families.megabyte import Megabyte, MegabyteConfig
+from pretrain.models.families.transformer import Transformer, TransformerConfig
 from report import Metric, options, report
 
 WIDTH_DIVISOR = 8

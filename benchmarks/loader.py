@@ -37,13 +37,13 @@ from typing import Any, Self
 
 import zstandard
 
-from data_pipeline.blocks import pack_documents
+from data_pipeline.corpus.blocks import pack_documents
+from data_pipeline.corpus.shards import Corpus, shard_name, write_index, write_shard
 from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
-from data_pipeline.loader import WINDOW, Loader, LoaderConfig
-from data_pipeline.reading import DataConfig, open_streams
-from data_pipeline.shards import Corpus, shard_name, write_index, write_shard
-from data_pipeline.stream import ByteStream
+from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.loader import WINDOW, Loader, LoaderConfig
+from data_pipeline.stream.reading import DataConfig, open_streams
 from peers import FRAME_BYTES, LEVEL, PEERS, ROWS, SEQUENCE_LENGTH, SHARD_BYTES, cut
 from report import Metric, options, report
 

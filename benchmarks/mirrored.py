@@ -32,12 +32,12 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.checkpoint import CheckpointStore
-from pretrain.config import Config, load
+from pretrain.config.schema import Config, load
+from pretrain.distributed.fragments import whole
 from pretrain.engines import compute_dtype, scoring_precision
-from pretrain.fragments import whole
 from pretrain.models import build_model
-from pretrain.models.perceiver_ar import PerceiverAR
-from pretrain.run_folder import RunFolder
+from pretrain.models.families.perceiver_ar import PerceiverAR
+from pretrain.training.run_folder import RunFolder
 
 RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-2048.yaml"
 SEED, FRESH_SEED = 0, 1

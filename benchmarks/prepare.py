@@ -26,15 +26,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.shards import Corpus
+from data_pipeline.corpus.shards import Corpus
 from report import Metric, report
 
 PREPARE = """
 import sys
 from pathlib import Path
-from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers import ReadOptions
-from data_pipeline.sources import Selection
+from data_pipeline.sources.listing import Selection
 out, workers, shard_bytes, reader, *sources = sys.argv[1:]
 selection = Selection(exclude=["site-packages"])
 options = PrepareOptions(selection, ReadOptions(reader), shard_bytes=int(shard_bytes), skip_bad=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pretrain.engines import has_native_bf16
-from pretrain.tables import Table
+from pretrain.terminal.tables import Table
 
 
 @dataclass(frozen=True)

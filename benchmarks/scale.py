@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards import BLOCK, LENGTHS, ShardIndex, shard_name, write_index
+from data_pipeline.corpus.shards import BLOCK, LENGTHS, ShardIndex, shard_name, write_index
 from report import Metric, options, report
 
 SHARDS = 10_000
@@ -25,8 +25,8 @@ BLOCKS_OF_A_SHARD = 1_000
 
 OPEN = """
 import json, random, re, sys, time
-from data_pipeline.shards import Corpus
-from data_pipeline.stream import ByteStream, PackingConfig
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 
 def peak():  # getrusage would answer with the peak of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024

@@ -25,8 +25,8 @@ from types import FrameType
 
 from pydantic import BaseModel, Field
 
+from byteloom.core import imports
 from byteloom.core.numbers import Seconds
-from launchers import imports
 
 GRACE_SECONDS = 2.0
 """Given to the other ranks when one has failed, to close what they have open, or to fail of the same cause."""

@@ -6,8 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-from launchers.heartbeat import FOLDER, Heartbeat, stack_of
 from launchers.local import run_in_process
+from launchers.supervision.heartbeat import FOLDER, Heartbeat, stack_of
 
 if __name__ == "__main__":
     # A request to stop waits until the loop listens, which unblocks them.

@@ -30,14 +30,14 @@ from typing import Any
 
 import yaml
 
-from launchers import scheduler
-from launchers.cluster import ClusterConfig, ClusterError, load_cluster, refusal
-from launchers.executors import import_submitit
-from launchers.machine import Machine, is_running
-from launchers.record import LaunchRecord, last_submission, submissions_of
-from launchers.scheduler import SchedulerError
-from launchers.slurm import Allocation, srun_command
-from launchers.supervise import Plan, Supervisor
+from launchers.slurm import scheduler
+from launchers.slurm.allocation import Allocation, srun_command
+from launchers.slurm.executors import import_submitit
+from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster, refusal
+from launchers.slurm.scheduler import SchedulerError
+from launchers.supervision.machine import Machine, is_running
+from launchers.supervision.record import LaunchRecord, last_submission, submissions_of
+from launchers.supervision.supervisor import Plan, Supervisor
 
 PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
 LONGEST_LOCAL_MINUTES = 60 * 24 * 365

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers import ReadOptions
-from data_pipeline.shards import Corpus
-from data_pipeline.sources import Selection
+from data_pipeline.sources.listing import Selection
 
 BYTELOOM = Path(sys.executable).with_name("byteloom")
 STDLIB = Path(sysconfig.get_path("stdlib"))

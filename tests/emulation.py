@@ -33,7 +33,7 @@ class Emulation:
 
     def command(self, *arguments: object) -> list[str]:
         """Return a command line of `byteloom` under this emulation, for `environment()`."""
-        code = f"{self.preamble}\nfrom pretrain.entry import main; main()"
+        code = f"{self.preamble}\nfrom pretrain.cli.entry import main; main()"
         return [sys.executable, "-c", code, *map(str, arguments)]
 
     def python(self, code: str) -> list[str]:

@@ -30,7 +30,7 @@ import yaml
 
 from pretrain.checkpoint import CheckpointStore, store, verify
 from pretrain.checkpoint.home import PAGE_BYTES
-from pretrain.run_folder import RunFolder
+from pretrain.training.run_folder import RunFolder
 from tests.conftest import STDLIB, prepare_corpus, recipe_tree
 from tests.distributed.parity import content, newest
 from tests.distributed.starts import Start

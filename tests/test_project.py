@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from byteloom.core.configs import recipe_files
-from pretrain.config import Config, all_fields, load
+from pretrain.config.schema import Config, all_fields, load
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,10 +32,11 @@ def test_walls_between_packages_stand():
 @pytest.mark.parametrize(
     ("command", "needless"),
     [
-        ("import pretrain.entry, pretrain.corpus_commands", {"torch"}),
-        ("import pretrain.entry, pretrain.run_commands", {"torch"}),
+        ("import pretrain.cli.entry, pretrain.cli.corpora", {"torch"}),
+        ("import pretrain.cli.entry, pretrain.cli.runs", {"torch"}),
         (
-            "import pretrain.cli, torch; from tests.distributed.parity import FAMILIES, model; [*map(model, FAMILIES)]",
+            "import pretrain.cli.app, torch\n"
+            "from tests.distributed.parity import FAMILIES, model; [*map(model, FAMILIES)]",
             {"torch._dynamo", "torch.distributed.fsdp", "deepspeed", "mlflow", "matplotlib"},
         ),
     ],

@@ -1,1 +1,1 @@
-"""The steps of a preparation, as `data_pipeline.prepare` draws them."""
+"""The steps of a preparation, as `data_pipeline.preparation.prepare` draws them."""

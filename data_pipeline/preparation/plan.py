@@ -25,11 +25,11 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from byteloom.core.files import replace_file, sync
 from byteloom.core.state_files import StateFileError, read_json, read_lines
-from data_pipeline.atomic import replace_file, sync
 from data_pipeline.errors import CorpusError
 from data_pipeline.readers import ReadOptions, is_container
-from data_pipeline.sources import Selection, Skipped, SourceFile, list_files
+from data_pipeline.sources.listing import Selection, Skipped, SourceFile, list_files
 
 T = TypeVar("T")
 

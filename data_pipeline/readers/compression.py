@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import zstandard
 
 from data_pipeline.errors import BadDocumentError
-from data_pipeline.sources import BUFFER_BYTES
+from data_pipeline.sources.listing import BUFFER_BYTES
 
 FEED_BYTES = 4096
 """Compressed bytes taken at once. They hold at most 128 MiB, the most that zstd makes of 4 KiB."""

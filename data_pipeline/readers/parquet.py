@@ -9,7 +9,7 @@ from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.streams import seekable
 from data_pipeline.readers.text import document_in_memory
-from data_pipeline.sources import Skipped, SourceFile, open_file
+from data_pipeline.sources.listing import Skipped, SourceFile, open_file
 
 with needed_by("a Parquet file", "pyarrow"):
     import pyarrow as pa

@@ -13,7 +13,7 @@ from data_pipeline.readers.kinds import modality_of
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.streams import copy_of
 from data_pipeline.readers.whole import read_whole
-from data_pipeline.sources import Skipped, SourceFile, open_file
+from data_pipeline.sources.listing import Skipped, SourceFile, open_file
 
 
 def documents_in_tar(file: SourceFile, options: ReadOptions) -> Iterator[Document | Skipped]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.progress import Progress, Tally, ignore
+from byteloom.core.progress import Progress, Tally, ignore
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
@@ -38,7 +38,7 @@ from pretrain.checkpoint.format import (
     plan_reads,
 )
 from pretrain.checkpoint.home import MARKER, Folder, Home, Location, locate, open_home
-from pretrain.fragments import Fragment
+from pretrain.distributed.fragments import Fragment
 
 WINDOW_BYTES = 16 * BLOCK_BYTES
 """What is written at once, and read at most."""

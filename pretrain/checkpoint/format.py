@@ -21,7 +21,7 @@ import numpy as np
 
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.home import Home, Location
-from pretrain.fragments import Fragment
+from pretrain.distributed.fragments import Fragment
 
 FORMAT = "byteloom-checkpoint/2"
 ELEMENT = np.dtype("<f4")

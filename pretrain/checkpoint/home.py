@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from byteloom.core.files import replace_file, sync
 from byteloom.core.urls import file_system
-from data_pipeline.atomic import replace_file, sync
 from pretrain.checkpoint.errors import CheckpointError
 
 MARKER = "metadata.json"

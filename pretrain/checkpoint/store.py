@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from byteloom.core.locations import LocationText
-from data_pipeline.progress import Progress, ignore
+from byteloom.core.progress import Progress, ignore
 from pretrain.checkpoint.data import (
     bytes_of,
     copy,
@@ -44,8 +44,8 @@ from pretrain.checkpoint.format import (
     owned_ranges,
 )
 from pretrain.checkpoint.home import Location, committed, open_home, step_of
-from pretrain.fragments import Fragment
-from pretrain.world import ALONE, World, WorldError
+from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.world import ALONE, World, WorldError
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Engines, behind one protocol (engine.py)."""
 
+from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import choose_device
 from pretrain.engines.engine import (
     CheckpointingConfig,
@@ -19,9 +20,8 @@ from pretrain.engines.precision import (
     remark_on_precision,
     scoring_precision,
 )
-from pretrain.models.byte_model import ByteModel
-from pretrain.optimizers import OptimizerConfig
-from pretrain.world import ALONE, World
+from pretrain.models.base import ByteModel
+from pretrain.optim.optimizers import OptimizerConfig
 
 __all__ = [
     "CheckpointingConfig",

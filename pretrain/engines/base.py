@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from byteloom.core.seeds import seed_of
 from byteloom.core.words import count
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Ids, Rows
+from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
+from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.world import World
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.host_memory import keep_freed_memory
 from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
 from pretrain.engines.precision import compute_dtype
-from pretrain.fragments import Fragment
-from pretrain.models.byte_model import ByteModel, Memory
-from pretrain.seeds import seed_of
-from pretrain.world import World
+from pretrain.models.base import ByteModel, Memory
 
 
 class BaseEngine(ABC):

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from byteloom.core.packages import needed_by
+from byteloom.core.torch_compat import set_activation_memory_budget
 from pretrain.engines.engine import CheckpointingConfig, EngineConfig, EngineError
-from pretrain.models.byte_model import ByteModel
-from pretrain.torch_compat import set_activation_memory_budget
+from pretrain.models.base import ByteModel
 
 FLOAT8_CAPABILITY = (8, 9)
 """Of CUDA: the first that multiplies in float8."""

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from byteloom.core.packages import needed_by
+from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.world import World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.engine import EngineConfig, EngineError
-from pretrain.fragments import Fragment
-from pretrain.models.byte_model import ByteModel, Memory
-from pretrain.optimizers import OptimizerConfig, adam_of, decaying
-from pretrain.world import World
+from pretrain.models.base import ByteModel, Memory
+from pretrain.optim.optimizers import OptimizerConfig, adam_of, decaying
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _KINDS = {"model": None} | {moment: moment for moment in _MOMENTS}

@@ -10,10 +10,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from torch import Tensor
 
-from data_pipeline.loader import MicroBatch
-from data_pipeline.rows import Ids
+from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.rows import Ids
+from pretrain.distributed.fragments import Fragment
 from pretrain.engines.phases import RankStep
-from pretrain.fragments import Fragment
 
 EngineName = Literal["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
 

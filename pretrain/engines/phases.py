@@ -16,8 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pretrain.torch_compat import call_after_backward
-from pretrain.world import World
+from byteloom.core.torch_compat import call_after_backward
+from pretrain.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from pretrain.flops import product_seconds
-from pretrain.torch_compat import cpu_capabilities
+from byteloom.core.torch_compat import cpu_capabilities
+from pretrain.engines.peak import product_seconds
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from byteloom.core.torch_compat import all_gather_single, reduce_scatter_single
+from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.engine import EngineConfig
-from pretrain.fragments import Fragment
-from pretrain.models.byte_model import ByteModel, Memory
-from pretrain.optimizers import OptimizerConfig, build_optimizers
-from pretrain.torch_compat import all_gather_single, reduce_scatter_single
-from pretrain.world import ALONE, World
+from pretrain.models.base import ByteModel, Memory
+from pretrain.optim.optimizers import OptimizerConfig, build_optimizers
 
 
 class PyTorchEngine(BaseEngine):

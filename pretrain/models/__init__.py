@@ -5,12 +5,12 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, Discriminator, Tag, TypeAdapter
 
-from pretrain.models.byte_model import ByteModel, Decoder
-from pretrain.models.layers import describe_attention
-from pretrain.models.megabyte import Megabyte, MegabyteConfig
-from pretrain.models.perceiver_ar import PerceiverAR, PerceiverARConfig
-from pretrain.models.transformer import Transformer, TransformerConfig
-from pretrain.models.transformer_xl import TransformerXL, TransformerXLConfig
+from pretrain.models.base import ByteModel, Decoder
+from pretrain.models.blocks.layers import describe_attention
+from pretrain.models.families.megabyte import Megabyte, MegabyteConfig
+from pretrain.models.families.perceiver_ar import PerceiverAR, PerceiverARConfig
+from pretrain.models.families.transformer import Transformer, TransformerConfig
+from pretrain.models.families.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = [
     "DEFAULT_FAMILY",

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BaseModel
 
 from byteloom.core.locations import expand_home
 from byteloom.core.packages import MissingPackageError
+from byteloom.core.provenance import changes
 from byteloom.core.state_files import StateFileError
-from pretrain.provenance import changes
 from pretrain.tracking.delivery import Delivery, Start
 from pretrain.tracking.journal import Journal
 from pretrain.tracking.shipper import MlflowShipper

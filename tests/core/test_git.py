@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from byteloom.core.git import Repository, ask_git
-from pretrain.provenance import read_source, save_resolved, trace
+from byteloom.core.provenance import read_source, save_resolved, trace
 from tests.test_project import ROOT
 
 GIT = shutil.which("git")
@@ -113,7 +113,7 @@ def test_without_git_and_in_a_repository_of_another_user_nothing_is_recorded(
 
 def test_a_recipe_and_byteloom_have_commits_of_their_own(repository: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(repository)
-    own = tags(ROOT / "pretrain/provenance.py", tracked=True)
+    own = tags(ROOT / "byteloom/core/provenance.py", tracked=True)
     of_recipe = {f"recipe.{name}": value for name, value in tags(repository / "recipe.yaml").items()}
     assert of_recipe["recipe.git.clean"] == "True"
     path = os.fsencode(repository / "recipe.yaml").decode("utf-8", "backslashreplace")

@@ -5,9 +5,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.blocks import pack_documents
+from data_pipeline.corpus.blocks import pack_documents
+from data_pipeline.corpus.shards import Corpus, ShardIndex, write_index, write_shard
 from data_pipeline.documents import Document
-from data_pipeline.shards import Corpus, ShardIndex, write_index, write_shard
 
 
 def documents() -> Iterator[Document]:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.loader import MicroBatch
+from data_pipeline.stream.loader import MicroBatch
 from pretrain.checkpoint import CheckpointStore, read, read_metadata, verify
+from pretrain.distributed.fragments import whole
+from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
-from pretrain.fragments import whole
 from pretrain.models import ByteModel, build_model, model_config
-from pretrain.optimizers import OptimizerConfig
-from pretrain.world import ALONE, World
-from tests.pretrain.rows import rows_of
+from pretrain.optim.optimizers import OptimizerConfig
+from tests.pretrain.models.rows import rows_of
 
 T, ROWS, MICRO_BATCH = 32, 7, 2
 """Four micro-batches, the last of one row."""

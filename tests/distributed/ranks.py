@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pretrain.world import World
+from pretrain.distributed.world import World
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.warm"])

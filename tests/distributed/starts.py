@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pretrain import cli
+from pretrain.cli import app as cli
 from tests.distributed.ranks import CONTEXT, free_port, take_place
 
 PATIENCE = 120

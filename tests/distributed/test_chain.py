@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.world import World
+from pretrain.distributed.world import World
 from tests.distributed.parity import build, content, load, losses, newest, save
 from tests.distributed.ranks import on_ranks
 

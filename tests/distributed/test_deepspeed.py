@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pretrain.distributed.world import World
 from pretrain.engines import EngineConfig, EngineError
 from pretrain.engines.deepspeed import _settings
-from pretrain.world import World
 from tests.distributed.parity import build, model
 from tests.distributed.ranks import on_ranks
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import CheckpointStore
+from pretrain.distributed.world import World
 from pretrain.engines import Engine, NonFiniteError
-from pretrain.world import World
 from tests.distributed.parity import build, load, losses, micro_batches, save
 from tests.distributed.ranks import on_ranks
 

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from pretrain.config import load
+from pretrain.config.schema import load
+from pretrain.distributed.world import World
 from pretrain.engines import StepResult
-from pretrain.train import train
-from pretrain.world import World
+from pretrain.training.loop import train
 from tests.conftest import recipe_tree
 from tests.distributed.parity import build, micro_batches
 from tests.distributed.ranks import on_ranks

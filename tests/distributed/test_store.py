@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata
-from pretrain.fragments import Fragment, whole
-from pretrain.world import World
+from pretrain.distributed.fragments import Fragment, whole
+from pretrain.distributed.world import World
 from tests.distributed.ranks import on_ranks
 
 RANKS = 3

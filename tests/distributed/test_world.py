@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.loader import Loader, LoaderConfig
-from data_pipeline.reading import DataConfig, Reading, Record, merged, open_streams, replay
-from data_pipeline.shards import Corpus
-from pretrain.evaluate import evaluate
-from pretrain.scores import Score
-from pretrain.world import ALONE, World, WorldError, first_host
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.stream.loader import Loader, LoaderConfig
+from data_pipeline.stream.reading import DataConfig, Reading, Record, merged, open_streams, replay
+from pretrain.distributed.world import ALONE, World, WorldError, first_host
+from pretrain.evaluation.evaluate import evaluate
+from pretrain.evaluation.scores import Score
 from tests.distributed.parity import T, build
 from tests.distributed.ranks import on_ranks
 

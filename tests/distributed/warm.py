@@ -12,6 +12,6 @@ import setuptools  # noqa: F401
 import torch._dynamo
 import torch._inductor.compile_fx  # noqa: F401
 
-import pretrain.cli
+import pretrain.cli.app
 import pretrain.engines.deepspeed  # noqa: F401
 import tests.distributed.parity  # noqa: F401

@@ -13,14 +13,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_pipeline.reading import open_streams
-from data_pipeline.shards import Corpus
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.stream.reading import open_streams
 from pretrain.checkpoint.format import digest_of
-from pretrain.cli import app
-from pretrain.config import load
-from pretrain.run_folder import RunFolderError
-from pretrain.tables import figure
-from pretrain.words import count_words
+from pretrain.cli.app import app
+from pretrain.config.schema import load
+from pretrain.evaluation.words import count_words
+from pretrain.terminal.tables import figure
+from pretrain.training.run_folder import RunFolderError
 from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
 
 

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.heartbeat import read_beat
-from launchers.record import LaunchRecord, last_submission
-from launchers.supervise import Plan
-from pretrain import run_status
-from pretrain.checkpoint_commands import _bits_per_byte
-from pretrain.cli import FAULTS, app
-from pretrain.console import run as run_command
-from pretrain.run_status import find_runs, statuses_of
+from launchers.supervision.heartbeat import read_beat
+from launchers.supervision.record import LaunchRecord, last_submission
+from launchers.supervision.supervisor import Plan
+from pretrain.cli.app import FAULTS, app
+from pretrain.cli.checkpoints import _bits_per_byte
+from pretrain.terminal.console import run as run_command
 from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_tracker
 from pretrain.tracking.journal import read_journal
-from pretrain.weights import find_checkpoint
+from pretrain.training import run_status
+from pretrain.training.run_status import find_runs, statuses_of
+from pretrain.training.weights import find_checkpoint
 from tests.conftest import recipe_tree
 from tests.distributed.starts import Start, start, train
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.reading import open_streams
+from data_pipeline.stream.reading import open_streams
 from pretrain.checkpoint import read, verify
-from pretrain.config import load
-from pretrain.fragments import whole
+from pretrain.config.schema import load
+from pretrain.distributed.fragments import whole
 from tests.conftest import STDLIB, Run, prepare_corpus, recipe_tree
 from tests.end_to_end.test_resume import RunUnderTest, assert_same
 

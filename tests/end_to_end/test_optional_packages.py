@@ -19,7 +19,9 @@ OPTIONAL = {
 
 def modules_of(*arguments: str | Path) -> set[str]:
     """Return the modules that a command has imported when it is done."""
-    script = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from pretrain.entry import main; main()"
+    script = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from pretrain.cli.entry import main; main()"
+    )
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pretrain.cli import app
+from pretrain.cli.app import app
 from tests.conftest import Run, recipe_tree
 from tests.distributed.parity import content
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launchers.record import LaunchRecord
-from pretrain.run_commands import status_remark
-from pretrain.run_status import status_of
+from launchers.supervision.record import LaunchRecord
+from pretrain.cli.runs import status_remark
+from pretrain.training.run_status import status_of
 from tests.conftest import BYTELOOM, Run, environment, train_once
 
 

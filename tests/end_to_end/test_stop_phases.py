@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from launchers.heartbeat import FOLDER, beat_of, read_beat
+from launchers.supervision.heartbeat import FOLDER, beat_of, read_beat
 from pretrain.checkpoint import read_metadata, verify
 from tests.conftest import BYTELOOM, environment, recipe_tree
 from tests.launchers.test_local import ranks_of

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import ConfigError
-from pretrain.sweep_command import grid
+from pretrain.cli.sweep import grid
+from pretrain.config.schema import ConfigError
 from tests.conftest import Run
 
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from pretrain import exports
 from pretrain.checkpoint import CheckpointError, verify
-from pretrain.cli import app
+from pretrain.cli.app import app
 from pretrain.models import build_model, model_config
-from pretrain.weights import find_checkpoint
+from pretrain.training import exports
+from pretrain.training.weights import find_checkpoint
 from tests.conftest import recipe_tree
 from tests.distributed.parity import content, newest
 from tests.distributed.starts import start, train

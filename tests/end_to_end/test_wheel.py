@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from launchers.record import LaunchRecord
-from pretrain.config import load
+from launchers.supervision.record import LaunchRecord
+from pretrain.config.schema import load
 from tests.conftest import STDLIB
 from tests.test_project import ROOT
 
@@ -158,7 +158,14 @@ def test_the_installed_commands_work_in_an_empty_folder(installed: Installed, fo
     assert f"folder={shlex.quote(str(job))}\n" in script
     python = str(installed.folder / "bin/python")
     assert f"\n{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(f'{job}/submitit')}\n" in script
-    assert shlex.split(srun)[-6:] == [python, "-P", "-m", "launchers.rank", "pretrain.cli:start", f"{job}/config.yaml"]
+    assert shlex.split(srun)[-6:] == [
+        python,
+        "-P",
+        "-m",
+        "launchers.rank",
+        "pretrain.cli.app:start",
+        f"{job}/config.yaml",
+    ]
     assert yaml.safe_load(recipe)["run"]["name"] == "debug"
     assert not job.exists()
 

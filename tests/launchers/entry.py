@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from launchers.heartbeat import FOLDER, Heartbeat
+from launchers.supervision.heartbeat import FOLDER, Heartbeat
 
 ASKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.cluster import ClusterConfig, ClusterError, load_cluster
-from launchers.heartbeat import Heartbeat, read_beat
-from launchers.record import Launch, LaunchRecord
-from launchers.slurm import expand
+from launchers.slurm.allocation import expand
+from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.submission import Submission
-from launchers.supervise import Plan, SuperviseConfig
+from launchers.supervision.heartbeat import Heartbeat, read_beat
+from launchers.supervision.record import Launch, LaunchRecord
+from launchers.supervision.supervisor import Plan, SuperviseConfig
 from tests.slurm.cluster import wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.record import Launch, LaunchRecord
+from launchers.supervision.record import Launch, LaunchRecord
 from tests.conftest import BYTELOOM, environment, recipe_tree
 from tests.slurm.cluster import Cluster, wait_until
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from data_pipeline.prepare import prepare
-from data_pipeline.shards import Corpus
-from launchers import scheduler
-from launchers.scheduler import Phase
-from pretrain.run_status import status_of
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.preparation.prepare import prepare
+from launchers.slurm import scheduler
+from launchers.slurm.scheduler import Phase
+from pretrain.training.run_status import status_of
 from tests.conftest import BYTELOOM, STDLIB, prepare_options
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.submitted import PATIENCE, STEPS, byteloom, write_recipe

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers import scheduler
-from launchers.scheduler import Phase, SchedulerError
+from launchers.slurm import scheduler
+from launchers.slurm.scheduler import Phase, SchedulerError
 from tests.slurm.cluster import Cluster, running_cluster, wait_until
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.cluster import ClusterConfig, ClusterError
-from launchers.record import Launch, LaunchRecord
+from launchers.slurm.presets import ClusterConfig, ClusterError
 from launchers.submission import Submission
-from launchers.supervise import Plan, SuperviseConfig
+from launchers.supervision.record import Launch, LaunchRecord
+from launchers.supervision.supervisor import Plan, SuperviseConfig
 from tests.end_to_end.test_tracking import delivered, journal
 from tests.slurm.cluster import Cluster, running_cluster, wait_until
 from tests.slurm.submitted import SAME, SubmittedRun, assert_trained_as, byteloom, write_recipe

@@ -1,0 +1,1 @@
+"""Corpora on disk or at a URL: blocks, shards, manifests, verification and repair."""

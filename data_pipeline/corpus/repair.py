@@ -1,0 +1,306 @@
+"""A damaged corpus is made whole again, from what is left of it and from a mirror.
+
+    manifest or index damaged     written again from the tars; from the mirror where a tar is damaged as well, or where
+                                  what is left of the index tells of other tars
+    shard damaged or missing      written again from those of its blocks that are whole, and the mirror's for the others
+    withdrawn.json damaged        the mirror's
+
+Nothing is replaced until what replaces it is on disk and has the right digest, so a repair that is killed or fails
+leaves the corpus no worse than it was.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from byteloom.core.files import sync
+from byteloom.core.progress import Progress, Tally
+from byteloom.core.words import count
+from data_pipeline.corpus.blocks import StoredBlock
+from data_pipeline.corpus.shards import (
+    BLOCK,
+    INDEX_FILES,
+    LENGTHS,
+    Corpus,
+    ShardIndex,
+    ShardWriter,
+    blake3_of,
+    number_of_shard,
+    read_manifest,
+    scan_shard,
+    shard_name,
+    write_index,
+)
+from data_pipeline.corpus.storage import Folder, RemoteConfig, only_writer
+from data_pipeline.corpus.verify import fault_of_tar, faults_of_list
+from data_pipeline.corpus.withdrawn import FILE as WITHDRAWN_FILE
+from data_pipeline.corpus.withdrawn import write_withdrawn
+from data_pipeline.errors import CorpusError
+
+
+def repair(
+    folder: Path, mirror: str | None, threads: int, progress: Progress, remote: RemoteConfig | None = None
+) -> list[str]:
+    """Makes the corpus in a folder whole; returns what was done, in words.
+
+    Args:
+        mirror: folder or URL of another copy of the corpus.
+        threads: shards that are read at once.
+        remote: how a mirror at a URL is read.
+
+    Raises:
+        CorpusError: something cannot be made whole. The rest is.
+    """
+    with ExitStack() as corpora:
+        corpora.enter_context(only_writer(folder, wait=False))
+        other = corpora.enter_context(Corpus(mirror, check_shards=False, remote=remote)) if mirror else None
+        manifest = _readable_manifest(folder)
+        if other is not None and manifest is not None and manifest != other.manifest:
+            raise CorpusError(f"{other.location} is not a mirror of {folder}: it has another manifest.json")
+        done = []
+        try:
+            corpus = Corpus(folder, check_shards=False)
+        except CorpusError:
+            done.append(_repair_index(folder, manifest, other, threads, progress))
+            corpus = Corpus(folder, check_shards=False)
+        corpora.enter_context(corpus)
+        results = [*_repair_shards(folder, corpus, other, threads, progress), _repair_withdrawn(corpus, other)]
+        lost = [str(result) for result in results if isinstance(result, CorpusError)]
+        if lost and other is None:
+            lost.append("these can only be restored from a mirror: add --mirror URL_OR_FOLDER")
+        if lost:
+            raise CorpusError("\n".join(lost))
+        return done + [result for result in results if isinstance(result, str)]
+
+
+def _readable_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        with closing(Folder(folder)) as storage:
+            return read_manifest(storage)
+    except CorpusError:
+        return None
+
+
+def _repair_index(
+    folder: Path, manifest: dict[str, Any] | None, mirror: Corpus | None, threads: int, progress: Progress
+) -> str:
+    """Writes manifest and index from the tars, or copies the mirror's where a tar is damaged as well."""
+    if manifest is None:
+        paths = sorted(folder.glob("shard-*.tar"))
+    else:
+        paths = [folder / entry["name"] for entry in manifest["shards"]]
+    if not paths:
+        raise CorpusError(f"{folder} has no shards")
+    done = Tally(sum(path.stat().st_size for path in paths if path.exists()), progress)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda path: _scanned(path, done.add), paths))
+    shards = [shard for shard in found if isinstance(shard, ShardIndex)]
+    faults = [str(fault) for fault in found if isinstance(fault, CorpusError)]
+    if manifest is None and mirror is None and not faults:
+        faults = _doubts(folder, shards)
+    if manifest is None and mirror is not None:
+        if shards and not any(shard.entry in mirror.manifest["shards"] for shard in shards):
+            raise CorpusError(
+                f"{mirror.location} is not a mirror of {folder}: none of the intact shards is the same there"
+            )
+        manifest = mirror.manifest
+    if not faults and manifest is not None and [shard.entry for shard in shards] != manifest["shards"]:
+        faults = ["the shards are not those in manifest.json"]
+    if not faults:
+        return _write_from_tars(folder, shards, manifest)
+    if mirror is None:
+        said = (
+            "manifest.json or the index is damaged too, so only a mirror can restore them: add --mirror URL_OR_FOLDER"
+        )
+        raise CorpusError("\n".join([*faults, said]))
+    _install(folder, lambda staging: _copy_index(mirror, staging))
+    return f"manifest and index were copied from {mirror.location}"
+
+
+def _doubts(folder: Path, shards: Sequence[ShardIndex]) -> list[str]:
+    """Why the shards that were found, each whole, may not be all, when there is no manifest to say so.
+
+    An index file that is damaged still tells how many blocks there were, and has most of its records.
+    """
+    told = False
+    for name in INDEX_FILES:
+        path = folder / f"{name}.npy"
+        found = _records_of(name, shards)
+        listed, left = _what_is_left(path)
+        told |= listed is not None
+        if listed is not None and listed != len(found):
+            held = f"{count(len(shards), 'shard')} in the folder with {count(len(found), 'block')}"
+            return [f"{path} lists {count(listed, 'block')}, and there {'is' if len(shards) == 1 else 'are'} {held}"]
+        end = 0
+        for shard in shards:
+            own = slice(end, end := end + len(shard.blocks))
+            if len(left[own]) and not (left[own] == found[own][: len(left[own])]).any():
+                return [f"{path} lists other blocks than {folder / shard.entry['name']} has"]
+    for number, shard in enumerate(shards):
+        # Preparation skips the numbers of shards that came out empty, so this proves nothing.
+        if not told and number_of_shard(shard.entry["name"]) != number:
+            return [f"{folder / shard_name(number)} may be missing; no file is left that would show it"]
+    return []
+
+
+def _records_of(name: str, shards: Sequence[ShardIndex]) -> NDArray[np.void]:
+    """What an index file says of shards, each record as plain bytes."""
+    if name == "lengths":
+        records = np.concatenate([shard.lengths for shard in shards])
+    else:
+        records = np.concatenate([shard.blocks for shard in shards])
+        records["shard"] = np.repeat(np.arange(len(shards)), [len(shard.blocks) for shard in shards])
+    return records.view(f"V{records.dtype.itemsize}")
+
+
+def _what_is_left(path: Path) -> tuple[int | None, NDArray[np.void]]:
+    """How many records an index file that may be damaged was to have, and those it has; None if it does not tell."""
+    dtype = np.dtype(f"V{(LENGTHS if path.stem == 'lengths' else BLOCK).itemsize}")
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            (number,), _, described = np.lib.format.read_array_header_1_0(file)
+            if described.itemsize != dtype.itemsize:
+                raise ValueError("its header is damaged")
+            return number, np.fromfile(file, dtype)
+    except (OSError, ValueError, SyntaxError, TokenError):  # the header is Python's words
+        return None, np.empty(0, dtype)
+
+
+def _scanned(path: Path, progress: Callable[[int], None]) -> ShardIndex | CorpusError:
+    try:
+        return scan_shard(path, progress)
+    except CorpusError as error:
+        return error
+
+
+def _write_from_tars(folder: Path, shards: Sequence[ShardIndex], manifest: dict[str, Any] | None) -> str:
+    index = folder / "index.npy"
+    digest_before = blake3_of(index) if index.exists() else None
+    told = [name for name in INDEX_FILES if _what_is_left(folder / f"{name}.npy")[0] is not None]
+    _install(folder, lambda staging: write_index(staging, shards))
+    with Corpus(folder, check_shards=False) as corpus:
+        if manifest is not None:
+            agreement = "as in manifest.json"
+        elif digest_before == corpus.manifest["index_blake3"]:
+            agreement = "as in index.npy; manifest.json was unreadable"
+        elif told:
+            agreement = f"with as many blocks as {told[0]}.npy listed; manifest.json was unreadable"
+        else:
+            agreement = "manifest.json was unreadable, so it is unknown whether a shard is missing at the end"
+        written = f"manifest and index were written from {count(len(shards), 'shard')}"
+        return f"{written}; content sha256 {corpus.content_sha256}, {agreement}"
+
+
+def _copy_index(mirror: Corpus, staging: Path) -> None:
+    (staging / "manifest.json").write_bytes(mirror.storage.read_small("manifest.json"))
+    for name in INDEX_FILES:
+        size, digest = mirror.manifest[f"{name}_bytes"], mirror.manifest[f"{name}_blake3"]
+        shutil.copyfile(mirror.storage.local_copy(f"{name}.npy", size, digest, anew=False), staging / f"{name}.npy")
+    for path in staging.iterdir():
+        sync(path)
+    Corpus(staging, check_shards=False).close()  # refuses what was damaged on the way
+
+
+def _install(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets index files be written beside a corpus, then moves them into it, the manifest last."""
+    staging = folder / "index.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        write(staging)
+        for name in (*(f"{name}.npy" for name in INDEX_FILES), "manifest.json"):
+            (staging / name).replace(folder / name)
+    finally:
+        shutil.rmtree(staging)
+    sync(folder)
+
+
+def _repair_shards(
+    folder: Path, corpus: Corpus, mirror: Corpus | None, threads: int, progress: Progress
+) -> list[str | CorpusError | None]:
+    """For each shard what was done, or why nothing could be; None where there was nothing to do."""
+    entries = corpus.manifest["shards"]
+    done = Tally(sum(entry["bytes"] for entry in entries), progress)
+
+    def repaired(shard: int) -> str | CorpusError | None:
+        if fault_of_tar(corpus.storage, entries[shard], done.add) is None:
+            return None
+        try:
+            return _repair_shard(folder, corpus, shard, mirror)
+        except CorpusError as error:
+            return error
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(repaired, range(len(entries))))
+
+
+def _repair_withdrawn(corpus: Corpus, mirror: Corpus | None) -> str | CorpusError | None:
+    """Takes the list of withdrawn documents from the mirror where ours is damaged; says as `_repair_shards` does."""
+    faults = faults_of_list(corpus.storage, corpus.content_sha256, corpus.lengths)
+    if not faults:
+        return None
+    if mirror is None:
+        return CorpusError(faults[0])
+    try:
+        entries = mirror.withdrawn
+    except CorpusError as error:
+        return error
+    if not entries:
+        return CorpusError(f"{faults[0]}; the mirror {mirror.location} has no list either")
+    write_withdrawn(Path(corpus.location), corpus.content_sha256, entries)
+    return (
+        f"{corpus.location}/{WITHDRAWN_FILE} was copied from {mirror.location}, with "
+        f"{count(len({entry.key for entry in entries}), 'document')}; withdraw again what was withdrawn only here"
+    )
+
+
+def _repair_shard(folder: Path, corpus: Corpus, shard: int, mirror: Corpus | None) -> str:
+    """Writes a shard again from those of its blocks that are whole and the mirror's.
+
+    A table may be damaged in bits that zstd does not look at, so that it is whole and the tar is not: the mirror's
+    blocks alone are the second try.
+    """
+    entry = corpus.manifest["shards"][shard]
+    path = folder / entry["name"]
+    staging = path.with_name(path.name + ".partial")
+    for sources in [[corpus]] if mirror is None else [[corpus, mirror], [mirror]]:
+        fetched = 0
+        try:
+            with staging.open("wb") as file:
+                writer = ShardWriter(file, number_of_shard(path.name))
+                for block in corpus.blocks_of(shard):
+                    stored, source = _first_whole(block, corpus.blocks_of(shard)[-1], sources)
+                    writer.add(stored)
+                    fetched += source is mirror
+                writer.finish()
+            if writer.sha256.hexdigest() == entry["sha256"]:
+                sync(staging)
+                staging.replace(path)
+                sync(folder)
+                origin = (
+                    f", with {fetched} of {count(entry['blocks'], 'block')} from {sources[-1].location}"
+                    if fetched
+                    else ""
+                )
+                return f"{path} was written again{origin}"
+        finally:
+            staging.unlink(missing_ok=True)
+    raise CorpusError(f"{path} is damaged in bits of a table that do not change its meaning")
+
+
+def _first_whole(block: int, through: int, sources: Sequence[Corpus]) -> tuple[StoredBlock, Corpus]:
+    """A block from the first source that has it whole. Raises the last one's CorpusError."""
+    for source in sources[:-1]:
+        try:
+            return source.read_stored(block, through), source
+        except CorpusError:
+            continue  # that it is damaged is known; the next source stands in
+    return sources[-1].read_stored(block, through), sources[-1]

@@ -1,0 +1,1 @@
+"""Source files of a corpus: listing, filtering and opening."""

@@ -1,0 +1,163 @@
+"""Mixtures: several streams by weight, as a closed-form schedule with one counter a source.
+
+    sequence number g ─▶ stage ─▶ slot n of the stage ─▶ (source, its own sequence number) ─▶ ByteStream
+
+Sources take slots in turn by an arithmetic that looks nothing up: of every n slots a source with share p has had
+n * p to within the number of sources. Weights may change from stage to stage; each source goes on where it was, so
+nothing is repeated or left out. A single corpus is a mixture of one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.rows import Ids, Rows, interleave
+
+SHARE_BITS = 24
+"""Shares are multiples of 2**-24: integers, so that the schedule is exact for MOST_SEQUENCES."""
+MOST_SEQUENCES = 1 << 38
+"""Sequences of a run, at most."""
+SCHEDULE_VERSION = 1
+"""Goes up if the schedule ever changes; part of the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that hold from a sequence number on."""
+
+    first_sequence: int
+    weights: Mapping[str, float]
+    """Of every source; 0 leaves it out."""
+
+
+class Schedule:
+    """Which source each sequence of a run is from, and which of that source's own it is.
+
+    Args:
+        names: of the sources, in their order.
+        stages: the first begins at sequence 0; each later one begins later.
+    """
+
+    def __init__(self, names: Sequence[str], stages: Sequence[Stage]) -> None:
+        self.names = tuple(names)
+        self._starts = np.array([stage.first_sequence for stage in stages], np.int64)
+        assert self._starts[0] == 0 and (np.diff(self._starts) > 0).all()
+        self._shares = np.array([_shares([stage.weights[name] for name in names]) for stage in stages], np.int64)
+        counts = np.zeros((len(stages), len(names)), np.int64)
+        for stage, slots in enumerate(np.diff(self._starts)):
+            counts[stage + 1] = counts[stage] + _taken(self._shares[stage], int(slots))
+        self._counts = counts
+        """(stages, sources): sequences of each source before each stage."""
+
+    def place(self, sequences: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each sequence number its source, as an index of `names`, and its number among the source's own."""
+        sources, numbers = np.empty_like(sequences), np.empty_like(sequences)
+        stages = self._starts.searchsorted(sequences, side="right") - 1
+        for stage in np.unique(stages):
+            here = stages == stage
+            source, number = _places(self._shares[stage], sequences[here] - self._starts[stage])
+            sources[here], numbers[here] = source, number + self._counts[stage][source]
+        return sources, numbers
+
+    def counters(self, sequence: int) -> dict[str, int]:
+        """How many sequences of each source come before sequence number `sequence`."""
+        stage = int(self._starts.searchsorted(sequence, side="right")) - 1
+        taken = self._counts[stage] + _taken(self._shares[stage], sequence - int(self._starts[stage]))
+        return dict(zip(self.names, taken.tolist(), strict=True))
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """Of each source, its share of the slots that the sources before it leave, in 2**-SHARE_BITS."""
+    left = [sum(weights[index:]) for index in range(len(weights))]
+    return [round(weight / rest * (1 << SHARE_BITS)) if rest else 0 for weight, rest in zip(weights, left, strict=True)]
+
+
+def left_out(weights: Mapping[str, float]) -> list[str]:
+    """Sources whose weight is so small beside the others' that they would have no share."""
+    names = sorted(weights)
+    taken = _taken(_shares([weights[name] for name in names]), 1 << SHARE_BITS)
+    return [name for name, count in zip(names, taken, strict=True) if weights[name] and not count]
+
+
+def _split(share: NDArray[np.int64] | int, slots: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    """How many of the first `slots` slots that come by a source it takes: slots * share, to the nearest."""
+    return np.asarray(slots * share + (1 << (SHARE_BITS - 1))) >> SHARE_BITS
+
+
+def _taken(shares: Sequence[int] | NDArray[np.int64], slots: int) -> NDArray[np.int64]:
+    taken = np.zeros(len(shares), np.int64)
+    for source, share in enumerate(shares):
+        taken[source] = _split(share, slots)
+        slots -= int(taken[source])
+    return taken
+
+
+def _places(shares: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each slot's source, and the number of slots before it that the source took."""
+    slots = slots.copy()  # among those that no source before has taken
+    sources, numbers = np.full_like(slots, -1), np.empty_like(slots)
+    for source, share in enumerate(shares):
+        before = _split(share, slots)
+        takes = (sources < 0) & (_split(share, slots + 1) > before)
+        sources[takes], numbers[takes] = source, before[takes]
+        slots -= before
+    return sources, numbers
+
+
+def fingerprint_of(streams: Mapping[str, ByteStream]) -> str:
+    """Digest of everything that the sources' bytes depend on; stages are part of a run's record."""
+    if len(streams) == 1:
+        return next(iter(streams.values())).fingerprint
+    identity = {"schedule": SCHEDULE_VERSION, **{name: stream.fingerprint for name, stream in streams.items()}}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+class Mixture:
+    """Several streams as one. Has the stream's own face: `read`, `[]`, `sequence_length`.
+
+    Args:
+        streams: by name.
+        stages: see Schedule.
+    """
+
+    def __init__(self, streams: Mapping[str, ByteStream], stages: Sequence[Stage]) -> None:
+        self.streams = {name: streams[name] for name in sorted(streams)}  # the order of a recipe's lines is no matter
+        self.schedule = Schedule(tuple(self.streams), stages)
+        self.sequence_length = next(iter(streams.values())).sequence_length
+
+    def place(self, sequence: int) -> tuple[str, int]:
+        """The source of a sequence, and its number among the source's own."""
+        sources, numbers = self.schedule.place(np.array([sequence], np.int64))
+        return self.schedule.names[sources[0]], int(numbers[0])
+
+    def epochs(self, sequence: int) -> dict[str, float]:
+        """How often each source has been read through when sequence number `sequence` is next."""
+        counters = self.schedule.counters(sequence)
+        return {name: counters[name] / stream.sequences_per_epoch for name, stream in self.streams.items()}
+
+    def __getitem__(self, sequence: int) -> Ids:
+        row: Ids = self.read(np.array([sequence], np.int64)).ids[0]
+        return row
+
+    def read(self, sequences: NDArray[np.int64]) -> Rows:
+        """Training sequences, as one group; see `read_groups`."""
+        return self.read_groups([sequences])[0]
+
+    def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]:
+        """Groups of training sequences. See ByteStream.read_groups."""
+        placed = [self.schedule.place(group) for group in groups]
+        streams = list(self.streams.values())
+        if len(streams) == 1:
+            return streams[0].read_groups([numbers for _, numbers in placed])
+        parts: list[list[tuple[NDArray[np.intp], Rows]]] = [[] for _ in groups]
+        for source, stream in enumerate(streams):
+            rows_of = [np.flatnonzero(sources == source) for sources, _ in placed]
+            read = stream.read_groups([numbers[rows] for (_, numbers), rows in zip(placed, rows_of, strict=True)])
+            for own, rows, part in zip(parts, rows_of, read, strict=True):
+                own.append((rows, part))
+        return [interleave(own) for own in parts]

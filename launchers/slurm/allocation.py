@@ -1,0 +1,225 @@
+"""The nodes of a Slurm job, for the supervisor on the first of them: ranks are tasks of `srun`, one step a start."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launchers.local import STOPPED, free_port
+from launchers.slurm import scheduler
+from launchers.slurm.presets import load_cluster
+from launchers.slurm.scheduler import Phase, SchedulerError
+from launchers.supervision.heartbeat import FOLDER, read_beat
+from launchers.supervision.supervisor import TIME_LIMIT, Ending, Plan, heartbeats_of, last_error, output_of
+
+PATIENCE_SECONDS = 5.0
+"""Between two questions to a Slurm that does not answer."""
+EARLY_SECONDS = 90.0
+"""So much before its time, and no more, Slurm sends the signal."""
+EXCLUSION_SECONDS = 20.0
+"""In which a job that is sent back to the queue is told which nodes it is not to have."""
+
+
+class Allocation:
+    """This process's job."""
+
+    has_others = True
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
+        self._folder = folder
+        """Of the submission."""
+        array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        self.job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]  # one id names all tasks otherwise
+        self.nodes: Sequence[str] = expand(environment["SLURM_JOB_NODELIST"])
+        self._signal_seconds = load_cluster(f"{folder}/cluster.yaml", {}).signal_seconds
+        self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
+
+    def unfit(self) -> str:
+        if missing := [name for name in ("scontrol", "scancel", "squeue") if shutil.which(name) is None]:
+            return (
+                f"{self.nodes[0]} has no {missing[0]} in PATH, which the supervisor needs; add its folder to "
+                "PATH in the preset's setup, or choose other nodes"
+            )
+        # A node that does not see the run folder would fail without a word, or train with another's code.
+        plan, python = shlex.quote(f"{self._folder}/plan.json"), shlex.quote(sys.executable)
+        look = f'test -e {plan} && test -x {python} || echo "$SLURMD_NODENAME"'
+        done = subprocess.run(
+            ["srun", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1", "--chdir=/", "sh", "-c", look],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["no reason is given"]
+            return f"srun fails in this job: {said[-1]}"
+        if blind := sorted(done.stdout.split()):
+            return (
+                f"{', '.join(blind)} cannot see {self._folder}, or {sys.executable}; put run.root and the environment "
+                "on a file system that all nodes share"
+            )
+        return ""
+
+    def start(self, plan: Plan, folder: Path, name: str) -> "Step":
+        return Step(self, plan, folder, name)
+
+    def owned(self) -> bool:
+        while True:
+            try:
+                told = scheduler.job(self.job)
+                return told.phase is Phase.RUNNING and told.restarts == self._restart
+            except SchedulerError:
+                time.sleep(PATIENCE_SECONDS)
+
+    def why_stopped(self) -> str:
+        asked = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", self.job], capture_output=True, text=True, check=False
+        ).stdout
+        fields = dict(re.findall(r"(?:^| )([A-Za-z]+)=(\S*)", asked))
+        if fields.get("PreemptTime", "None") != "None":
+            return "preempted"
+        if fields.get("JobState") in ("RUNNING", "COMPLETING"):
+            left = _seconds(fields.get("TimeLimit", "")) - _seconds(fields.get("RunTime", ""))
+            return TIME_LIMIT if left < self._signal_seconds + EARLY_SECONDS else "asked by hand"
+        return f"Slurm says {fields.get('JobState', 'nothing')}"
+
+    def lost(self, nodes: Sequence[str]) -> list[str]:
+        asked = subprocess.run(
+            ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+        return sorted({line.split()[0] for line in asked.splitlines() if re.search(r"down|\*|fail|drng", line)})
+
+    def requeue(self, exclude: Sequence[str]) -> str:
+        try:
+            scheduler.requeue(self.job)
+        except SchedulerError as error:
+            if self.owned():
+                return str(error)  # else it has worked, and the one that was to say so was ended with this job
+        # Slurm is ending this process now, and gives it some seconds.
+        deadline = time.monotonic() + EXCLUSION_SECONDS
+        while exclude and time.monotonic() < deadline:
+            try:
+                scheduler.exclude(self.job, exclude)
+                break
+            except SchedulerError:  # not in the queue yet
+                time.sleep(0.2)
+        return ""
+
+
+class Step:
+    """One start of all ranks."""
+
+    def __init__(self, allocation: Allocation, plan: Plan, folder: Path, name: str) -> None:
+        self._job, self._name = allocation.job, name
+        self._outputs = folder
+        nodes = len(allocation.nodes)
+        self.size = nodes * plan.processes_per_node
+        self._heartbeats = heartbeats_of(folder, name)
+        self._heartbeats.mkdir(parents=True)
+        self._said_path = self._heartbeats / "srun.log"
+        with self._said_path.open("w") as said:
+            self._srun = subprocess.Popen(
+                srun_command(plan, folder, nodes, name),
+                env={
+                    **os.environ,
+                    "MASTER_PORT": str(free_port()),
+                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan.cpus_per_process)),
+                    FOLDER: str(self._heartbeats),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
+
+    def ending(self) -> Ending | None:
+        code = self._srun.poll()
+        if code is None:
+            return None
+        # srun says 0 too when Slurm has ended the job under it.
+        beats = [read_beat(self._heartbeats, rank) for rank in range(self.size)]
+        if code == 0 and all(beat is not None and beat.code == 0 for beat in beats):
+            return Ending("finished", "")
+        said = self._said_path.read_text(encoding="utf-8", errors="backslashreplace")
+        # The rank that failed first: the others were ended for it.
+        first = re.search(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)", said, re.MULTILINE)
+        if lost := re.search(r"^srun: error: Node failure on (\S+)", said, re.MULTILINE):
+            return Ending("failed", f"lost {lost[1]}", lost[1])
+        if first is None:
+            lines = [line for line in said.splitlines() if "error" in line] or ["the ranks were ended from outside"]
+            return Ending("failed", lines[0].removeprefix("srun: error: "))
+        node, rank, words = first[1], int(first[2]), first[3]
+        coded = re.fullmatch(r"Exited with exit code (\d+)", words)
+        if coded and int(coded[1]) in STOPPED:
+            return Ending("stopped", STOPPED[int(coded[1])].name, node, rank)
+        last_words = last_error(output_of(self._outputs, rank)) if coded else ""
+        return Ending("failed", f"rank {rank} on {node}: {last_words or words}", node, rank)
+
+    def ask_where(self) -> None:
+        self._signal("QUIT")
+
+    def kill(self) -> None:
+        self._signal("KILL")
+
+    def _signal(self, name: str) -> None:
+        """To all ranks. Slurm may not answer: it is asked again then."""
+        asked = subprocess.run(
+            ["squeue", "--steps", f"--jobs={self._job}", "--noheader", "--format=%i %j"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+        for step in [words[0] for line in asked.splitlines() if (words := line.split())[1:] == [self._name]]:
+            subprocess.run(["scancel", f"--signal={name}", step], stderr=subprocess.DEVNULL, check=False)
+
+
+def srun_command(plan: Plan, folder: Path, nodes: int, name: str) -> list[str]:
+    """Starts one task a rank on all nodes of the job; all are ended when one has failed."""
+    ranks = nodes * plan.processes_per_node
+    # Every rank sees its node's GPUs and takes the one of its local rank, so that they can copy to each other.
+    gpus = [f"--gpus-per-node={plan.gpus_per_node}"] if plan.gpus_per_node else []
+    return [
+        "srun",
+        f"--job-name={name}",
+        f"--nodes={nodes}",
+        f"--ntasks={ranks}",
+        f"--ntasks-per-node={plan.processes_per_node}",
+        f"--cpus-per-task={plan.cpus_per_process}",  # srun of Slurm 22.05 to 23.02 does not take it from sbatch
+        *gpus,
+        "--kill-on-bad-exit=1",
+        "--unbuffered",
+        f"--output={str(folder).replace('%', '%%')}/ranks/rank-%5t.log",
+        "--open-mode=append",
+        *(sys.executable, "-P", "-m", "launchers.rank", plan.entry, f"{folder}/config.yaml"),
+    ]
+
+
+def expand(nodes: str) -> list[str]:
+    """The hosts of a Slurm list, such as node[03-05,9],login1."""
+    found = []
+    for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", nodes):
+        head, bracket, rest = part.partition("[")
+        if not bracket:
+            found.append(part)
+            continue
+        inside, _, tail = rest.partition("]")
+        for item in inside.split(","):
+            first, _, last = item.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            found += [name for n in numbers for name in expand(f"{head}{n:0{len(first)}}{tail}")]
+    return found
+
+
+def _seconds(clock: str) -> float:
+    """Of Slurm's [days-]hours:minutes:seconds; infinite for UNLIMITED."""
+    timed = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", clock)
+    if timed is None:
+        return float("inf")
+    days, hours, minutes, seconds = (int(part or 0) for part in timed.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,0 +1,1 @@
+"""Supervision of ranks: heartbeats, restarts, and the record of launches."""

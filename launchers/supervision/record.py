@@ -1,0 +1,139 @@
+"""What has become of a submitted run, as it was at the time: RUN/launches.jsonl, one line for each event.
+
+    {"time": 1781000000.0, "event": "failed", "job": "4711", "restart": 1, "nodes": ["n1", "n2"], "step": 40,
+     "reason": "rank 2 on n2 was killed by SIGKILL", "faulty": "n2"}
+
+The command that submits and the supervisor of each start write it; whoever wants to know how a run fares reads it.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from byteloom.core.state_files import read_lines
+from launchers.supervision.heartbeat import FOLDER as HEARTBEATS
+
+log = logging.getLogger(__name__)
+
+Event = Literal[
+    "submitted",  # the scheduler has taken the job
+    "started",  # ranks are being started
+    "stopped",  # ranks were asked to stop, and have saved
+    "failed",  # they ended in any other way
+    "requeued",  # the job is back in the queue, by our wish
+    "excluded",  # a node is not to be given to the job any more
+    "gave_up",  # nothing will be started again; the reason says why
+    "finished",  # the last step is done
+]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One line of the record."""
+
+    time: float
+    """Seconds since 1970."""
+    event: Event
+    job: str
+    """The scheduler's id of the job: of Slurm, or of submitit's local executor."""
+    restart: int = 0
+    """How often ranks had been started before."""
+    nodes: Sequence[str] = ()
+    """That the ranks run on."""
+    step: int | None = None
+    """Of the newest checkpoint; None where there is none yet."""
+    reason: str = ""
+    faulty: str = ""
+    """The node to blame, where one is."""
+
+    @property
+    def summary(self) -> str:
+        """The event and its reason, for people."""
+        event = self.event.replace("_", " ")
+        return f"{event}: {self.reason}" if self.reason else event
+
+    @property
+    def ends_background(self) -> bool:
+        """Whether a run in the background of a machine is over with this."""
+        return self.event in ("finished", "gave_up", "stopped")
+
+
+class LaunchRecord:
+    """The record of one run. Lines are short, and appended whole: several processes may write."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "launches.jsonl"
+        self._reported: set[str] = set()
+
+    def append(
+        self,
+        event: Event,
+        job: str,
+        *,
+        restart: int = 0,
+        nodes: Sequence[str] = (),
+        step: int | None = None,
+        reason: str = "",
+        faulty: str = "",
+    ) -> Launch:
+        """Writes a line, which is on disk when this returns."""
+        launch = Launch(time.time(), event, job, restart, list(nodes), step, reason, faulty)
+        with self.path.open("ab+") as file:
+            # A writer that was killed may have left half a line, which must not swallow this one.
+            has_half = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+            file.write(b"\n" * has_half + json.dumps(asdict(launch)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return launch
+
+    def read(self, report: Callable[[str], None] = log.warning) -> list[Launch]:
+        """Return all whole lines, oldest first; none where nothing was submitted.
+
+        Damaged lines are left out. The record only counts and explains starts: the fence keeps an older start from
+        writing, whatever the record says.
+
+        Args:
+            report: called with what is wrong with a line, once for each line.
+
+        Raises:
+            StateFileError: the file cannot be read.
+        """
+        launches = []
+        for line in read_lines(self.path, Launch):
+            if line.fault and line.fault not in self._reported:
+                self._reported.add(line.fault)
+                report(line.fault)
+            if line.value is not None:
+                launches.append(line.value)
+        return launches
+
+
+def submissions_of(run: Path) -> dict[int, Path]:
+    """Return the folders of a run's submissions by their numbers, oldest first."""
+    folders = {int(path.name): path for path in (run / "jobs").glob("[0-9]*") if path.name.isdecimal()}
+    return dict(sorted(folders.items()))
+
+
+def reason_of_start(run: Path, environment: Mapping[str, str]) -> str:
+    """Return why the ranks of a run are being started: what the record says, or the scheduler, or "manual"."""
+    if HEARTBEATS in environment:  # a supervisor starts them, and has just noted it
+        launches = LaunchRecord(run).read()
+        before = [last for last, launch in pairwise(launches) if launch.event == "started"]
+        return before[-1].summary if before else "submitted"
+    if (restarts := environment.get("SLURM_RESTART_COUNT", "0")) != "0":
+        return f"Slurm requeued job {environment.get('SLURM_JOB_ID')} (restart {restarts})"
+    if (restarts := environment.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        return f"torchrun restarted the ranks (restart {restarts})"
+    return "manual"
+
+
+def last_submission(run: Path) -> Path | None:
+    """The folder of a run's newest submission."""
+    submitted = [folder for folder in submissions_of(run).values() if (folder / "cluster.yaml").exists()]
+    return submitted[-1] if submitted else None

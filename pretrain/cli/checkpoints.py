@@ -1,0 +1,248 @@
+"""The commands that look after a run's checkpoints."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from byteloom.core.words import count
+from pretrain.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    InvalidCheckpointError,
+    Location,
+    Metadata,
+    Url,
+    locate,
+    read_metadata,
+    verify,
+)
+from pretrain.cli import argument_types as types
+from pretrain.terminal.console import display, say
+from pretrain.terminal.progress import size
+from pretrain.terminal.tables import JsonOption, Table, facts, print_json
+from pretrain.tracking.journal import read_journal
+from pretrain.training.exports import export, is_export
+from pretrain.training.run_folder import RunFolder
+from pretrain.training.run_status import check_run
+from pretrain.training.stop import stopping_at_once
+from pretrain.training.weights import find_checkpoint, is_checkpoint, store_of
+
+app = typer.Typer(help="List, check, prune and export the checkpoints of a run.", no_args_is_help=True)
+
+RunPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False, parser=types.location
+    ),
+]
+RunOrCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run (all its checkpoints) or one checkpoint: folder or URL.",
+        show_default=False,
+        parser=types.location,
+    ),
+]
+
+
+BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
+"""Of the journal: of a step's batch, and of the validation corpus."""
+
+
+@app.command("list")
+def list_command(run: RunPath, as_json: JsonOption = False) -> None:
+    """List the checkpoints of a run, oldest first. This checks their metadata and does not read their data."""
+    found = [_facts(path) for path in _of_run(run).committed()]
+    if as_json:
+        print_json(found)
+    else:
+        list_table(run, found).print()
+
+
+def list_table(run: str, found: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for each checkpoint of a run."""
+    table = Table(run, ["step", "written", "size", "ranks", "engine", "state"], numbers=["step", "size", "ranks"])
+    for each in found:
+        fault = each["fault"]
+        known = ["", "", ""] if fault else [size(each["bytes"]), str(each["ranks"]), each["engine"]]
+        table.add_row(str(each["step"]), each["written"], *known, fault or "intact")
+    return table
+
+
+@app.command("verify")
+@stopping_at_once(display.close)
+def verify_command(path: RunOrCheckpoint) -> None:
+    """Read all bytes of a run's checkpoints, or of one, and compare digests. The exit code is 1 if one is not valid."""
+    invalid = 0
+    for checkpoint in _chosen(path):
+        try:
+            with display.phase(f"verifying {checkpoint.name}") as phase:
+                verify(checkpoint, progress=phase.update)
+            say(f"{checkpoint}: valid, every byte is as it was written")
+        except InvalidCheckpointError as error:
+            say(f"{checkpoint}: not valid: {error}")
+            invalid += 1
+    if invalid:
+        raise CheckpointError(f"{count(invalid, 'checkpoint is', 'checkpoints are')} not valid")
+
+
+@app.command("show")
+def show_command(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run (its newest checkpoint) or one checkpoint: folder or URL.",
+            show_default=False,
+            parser=types.location,
+        ),
+    ],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the contents of a checkpoint: position in the data, model, engine, versions and tensors."""
+    metadata = read_metadata(_chosen(path)[-1])
+    if as_json:
+        print_json(_contents(metadata, tensors))
+        return
+    contents_table(metadata).print()
+    if tensors:
+        print()
+        tensors_table(metadata).print()
+
+
+def contents_table(metadata: Metadata) -> Table:
+    """Return the main facts of a checkpoint."""
+    state = metadata.state
+    rows = {
+        "step": f"{state['reading']['step']:,} of {state['config']['train']['steps']:,}",
+        "sequences read": f"{state['reading']['next_sequence']:,}",
+        "model": state["config"]["model"]["family"],
+        "engine": state["config"]["engine"]["name"],
+        "stream": state["fingerprint"],
+        **{f"{kind} (fp32)": f"{size:,} numbers" for kind, size in _elements(metadata).items()},
+        **{name: str(value) for name, value in state["environment"].items()},
+    }
+    return facts(str(metadata.folder), rows)
+
+
+def tensors_table(metadata: Metadata) -> Table:
+    """Return the name and the shape of each tensor."""
+    table = Table("", ["tensor", "shape"])
+    for name, tensor in metadata.tensors.items():
+        table.add_row(name, str(list(tensor.shape)))
+    return table
+
+
+def _contents(metadata: Metadata, tensors: bool) -> dict[str, Any]:
+    """Return the facts of a checkpoint as JSON."""
+    state = metadata.state
+    contents: dict[str, Any] = {
+        "folder": str(metadata.folder),
+        "step": state["reading"]["step"],
+        "steps": state["config"]["train"]["steps"],
+        "sequences_read": state["reading"]["next_sequence"],
+        "model": state["config"]["model"]["family"],
+        "engine": state["config"]["engine"]["name"],
+        "stream": state["fingerprint"],
+        "elements": _elements(metadata),
+        "environment": state["environment"],
+    }
+    if tensors:
+        contents["tensors"] = {name: list(tensor.shape) for name, tensor in metadata.tensors.items()}
+    return contents
+
+
+def _elements(metadata: Metadata) -> dict[str, int]:
+    """Return how many numbers there are of each kind: model and moments."""
+    elements: Counter[str] = Counter()
+    for name, tensor in metadata.tensors.items():
+        elements[name.partition("/")[0]] += math.prod(tensor.shape)
+    return dict(elements)
+
+
+@app.command("prune")
+def prune_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", parser=types.path)],
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Keep the checkpoints at multiples of this many steps as well.")
+    ] = None,
+) -> None:
+    """Delete old checkpoints of a run that is not training. Only valid checkpoints count as kept."""
+    check_run(run)
+    with RunFolder(run).locked():
+        store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
+        for path in store.prune():
+            say(f"deleted {path.name}")
+        say(f"{count(len(store.committed()), 'checkpoint')} kept in {run}")
+
+
+@app.command("export")
+@stopping_at_once(display.close)
+def export_command(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run (its newest valid checkpoint) or one checkpoint: folder or URL.",
+            show_default=False,
+            parser=types.location,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write. It must not exist.", show_default=False, parser=types.path)
+    ],
+) -> None:
+    """Export the weights of a checkpoint: safetensors, and a card in JSON. initialize.weights reads them too."""
+    with display.phase("verifying the checkpoint") as phase:
+        checkpoint = find_checkpoint(path, progress=phase.update)
+    if is_export(Path(path)):
+        raise CheckpointError(f"{path} is an export already; name a run or a checkpoint")
+    card = export(checkpoint, out, _bits_per_byte(checkpoint))
+    say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,} in {', '.join(card['files'])}")
+
+
+def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
+    """What the journal of the checkpoint's run last said at its step; nothing if the checkpoint lies elsewhere."""
+    if isinstance(checkpoint.folder, Url):
+        return {}
+    metrics = RunFolder(checkpoint.folder.parent.parent).metrics
+    last: dict[str, float] = {}
+    for record in read_journal(metrics):
+        if record["step"] <= checkpoint.state["reading"]["step"]:
+            last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
+    return last
+
+
+def _of_run(run: str) -> CheckpointStore:
+    store = store_of(locate(run))
+    if not store.committed():
+        raise CheckpointError(f"{run} has no checkpoint")
+    return store
+
+
+def _chosen(path: str) -> list[Location]:
+    place = locate(path)
+    return [place] if is_checkpoint(place) else _of_run(path).committed()
+
+
+def _facts(path: Location) -> dict[str, Any]:
+    """Of a checkpoint, as JSON."""
+    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-"))}
+    try:
+        metadata = read_metadata(path)
+    except CheckpointError as error:
+        return facts | {"fault": str(error), "written": ""}
+    return facts | {
+        "fault": None,
+        "written": metadata.written,
+        "bytes": sum(file.bytes for file in metadata.files),
+        "ranks": len(metadata.files),
+        "engine": metadata.state["config"]["engine"]["name"],
+    }

@@ -1,0 +1,341 @@
+"""The commands that make corpora."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from byteloom.core.words import count
+from data_pipeline.corpus.repair import repair as repair_corpus
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.verify import verify
+from data_pipeline.corpus.withdraw import withdraw
+from data_pipeline.corpus.withdrawn import FILE as WITHDRAWN_FILE
+from data_pipeline.documents import MODALITIES
+from data_pipeline.errors import CorpusError
+from data_pipeline.preparation.prepare import PrepareOptions, PrepareReport, Task, prepare
+from data_pipeline.readers import ReadOptions
+from data_pipeline.readers.options import Reader
+from data_pipeline.sources.listing import Selection
+from launchers.slurm.array import submit_commands
+from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
+from launchers.slurm.scheduler import cancel
+from pretrain.cli import argument_types as types
+from pretrain.terminal.console import display, said, say
+from pretrain.terminal.progress import duration, size
+from pretrain.terminal.tables import JsonOption, Table, print_json
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+BYTELOOM = (sys.executable, "-P", "-m", "pretrain.cli.entry")
+OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
+OF_THE_SUBMISSION = {*OF_THE_ARRAY, "workers", "task", "of", "merge", "slurm"}
+"""Parameters of `prepare` that a task is not given, or not as they are."""
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How to read them", "The corpus", "The work", "On a Slurm cluster"
+
+
+@app.command("prepare")
+def prepare_command(
+    context: typer.Context,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders (searched for files), and URLs of both.", show_default=False, parser=types.location
+        ),
+    ],
+    out: Annotated[
+        Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False, parser=types.path)
+    ],
+    include: Annotated[list[str] | None, _option(FILES, "Read only files that match this glob (repeatable).")] = None,
+    exclude: Annotated[
+        list[str] | None, _option(FILES, "Skip files and folders that match this glob (repeatable).")
+    ] = None,
+    gitignore: Annotated[
+        bool, _option(FILES, "Skip files that .gitignore excludes.", "--gitignore")
+    ] = Selection.gitignore,
+    max_documents: Annotated[
+        int | None, _option(FILES, "Read at most this many documents of each source, from the first.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, _option(FILES, "Read at most this many raw bytes of each source, from the first document.")
+    ] = None,
+    deduplicate: Annotated[
+        bool,
+        _option(FILES, "Keep one of several documents with the same bytes, and split by content.", "--deduplicate"),
+    ] = PrepareOptions.deduplicate,
+    skip_bad: Annotated[
+        bool, _option(FILES, "Skip documents that cannot be read, and report them.", "--skip-bad")
+    ] = PrepareOptions.skip_bad,
+    reader: Annotated[
+        Reader,
+        _option(READING, "How to read files: auto decides by suffix, files reads their bytes unchanged."),
+    ] = ReadOptions.reader,
+    text_field: Annotated[
+        str, _option(READING, "Field of JSON lines, or column of Parquet, that holds the document.", "--field")
+    ] = ReadOptions.field,
+    member: Annotated[
+        list[str] | None, _option(READING, "Suffix of the tar members to read (repeatable). Default: all members.")
+    ] = None,
+    image_size: Annotated[
+        int | None, _option(READING, "Scale the centre square of each image to this many pixels a side.")
+    ] = ReadOptions.image_size,
+    image_filter: Annotated[
+        Literal["lanczos", "box"], _option(READING, "Filter that scales images.")
+    ] = ReadOptions.image_filter,
+    image_scan: Annotated[
+        Literal["raster", "patch"],
+        _option(READING, "Order of an image's bytes: raster is row by row, patch is tile by tile."),
+    ] = ReadOptions.image_scan,
+    patch_size: Annotated[
+        int, _option(READING, "Bytes of one tile of the patch scan: three times a square number.")
+    ] = ReadOptions.patch_size,
+    audio_rate: Annotated[
+        int | None, _option(READING, "Resample sound to this many samples per second. Default: its own rate.")
+    ] = ReadOptions.audio_rate,
+    mono: Annotated[bool, _option(READING, "Mix all channels of sound into one.", "--mono")] = False,
+    skip_binary: Annotated[
+        bool, _option(READING, "Skip files that are not UTF-8 text.", "--skip-binary")
+    ] = ReadOptions.skip_binary,
+    modality: Annotated[
+        str | None, _option(READING, f"Modality of every document: {', '.join(MODALITIES)}. Default: by suffix.")
+    ] = ReadOptions.modality,
+    holdout: Annotated[
+        float, _option(CORPUS, "Share of documents for OUT/validation, chosen by hash. The others go to OUT/train.")
+    ] = PrepareOptions.holdout,
+    seed: Annotated[
+        int, _option(CORPUS, "Seed of the shuffle and of the choice of held-out documents.")
+    ] = PrepareOptions.seed,
+    block_bytes: Annotated[int, _option(CORPUS, "Largest size of a block, in raw bytes.")] = PrepareOptions.block_bytes,
+    shard_bytes: Annotated[
+        int, _option(CORPUS, "Approximate size of a shard, in raw bytes.")
+    ] = PrepareOptions.shard_bytes,
+    level: Annotated[int, _option(CORPUS, "zstd compression level.", min=1, max=22)] = PrepareOptions.level,
+    workers: Annotated[
+        int | None,
+        _option(WORK, "Number of processes. Default: one for each processor; with --slurm, one for each task.", min=1),
+    ] = None,
+    task: Annotated[
+        int, _option(WORK, "Number of this task of an array, counted from 0. All tasks name the same OUT.")
+    ] = 0,
+    of: Annotated[int, _option(WORK, "Number of tasks of the array. It may change when the work is continued.")] = 1,
+    merge: Annotated[
+        bool, _option(WORK, "Make OUT when all shards are written, or leave that to a later call.")
+    ] = True,
+    slurm: Annotated[
+        bool, _option(ARRAY, "Submit an array of tasks, and a job that merges their results.", "--slurm")
+    ] = False,
+    tasks: Annotated[int, _option(ARRAY, "Number of tasks of the array.", min=1)] = 8,
+    parallel: Annotated[
+        int | None, _option(ARRAY, "Largest number of tasks that run at once. Default: all.", min=1)
+    ] = None,
+    cluster: Annotated[
+        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=types.location)
+    ] = "cpu",
+    partition: Annotated[str | None, _option(ARRAY, "Slurm partition.")] = None,
+    account: Annotated[str | None, _option(ARRAY, "Slurm account that is charged.")] = None,
+    memory: Annotated[str | None, _option(ARRAY, "Memory of each task, such as 4G.")] = None,
+    time_limit: Annotated[
+        str | None,
+        _option(
+            ARRAY,
+            "Time limit of one start of a task, such as 12:00:00. A task that needs longer is started again.",
+            "--time",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn files into a corpus: tar shards of compressed blocks, with manifest and index.
+
+    If it is stopped or killed, the same command continues. OUT.partial holds the work in progress.
+    """
+    options = PrepareOptions(
+        selection=Selection(tuple(include or ()), tuple(exclude or ()), gitignore),
+        reading=ReadOptions(
+            reader=reader,
+            field=text_field,
+            members=tuple(member) if member else None,
+            image_size=image_size,
+            image_filter=image_filter,
+            image_scan=image_scan,
+            patch_size=patch_size,
+            audio_rate=audio_rate,
+            audio_channels=1 if mono else None,
+            skip_binary=skip_binary,
+            modality=modality,
+        ),
+        holdout=holdout,
+        deduplicate=deduplicate,
+        max_documents=max_documents,
+        max_bytes=max_bytes,
+        seed=seed,
+        block_bytes=block_bytes,
+        shard_bytes=shard_bytes,
+        level=level,
+        skip_bad=skip_bad,
+    )
+    if not slurm and (of_the_array := _given(context, OF_THE_ARRAY)):
+        raise CorpusError(f"{of_the_array[0].partition('=')[0]} needs --slurm")
+    if slurm and as_json:
+        raise CorpusError("--json is not for --slurm, which prints the ids of the jobs")
+    if slurm:
+        asked = {"cpus_per_process": workers or 1, "partition": partition, "account": account}
+        asked |= {"memory": memory, "time": time_limit}
+        _submit(context, sources, out, tasks, parallel or tasks, load_cluster(cluster, asked))
+        return
+    started = time.perf_counter()
+    try:
+        with display.phase("preparing") as phase:
+            report = prepare(sources, out, options, phase.update, workers or os.cpu_count() or 1, Task(task, of, merge))
+    except KeyboardInterrupt:
+        say(f"stopped; {out}.partial holds the work that is done, and the same command continues")
+        raise typer.Exit(130) from None
+    if report is None:
+        say(f"all shards are written; a call with --merge makes {out} of them")
+        if as_json:
+            print_json(None)
+        return
+    if report.was_finished:
+        say(f"{out} exists already, made from the same sources with the same options")
+    if report.left_out:
+        left_out_table(report, out).print(said)
+    for part in report.parts:
+        with Corpus(out / part) as corpus:
+            say(f"{out / part}: {_in_a_line(corpus)}")
+    say(f"{count(report.documents, 'document')} in {duration(time.perf_counter() - started)}")
+    if as_json:
+        print_json(report.as_json())
+
+
+def _submit(
+    context: typer.Context, sources: list[str], out: Path, tasks: int, parallel: int, cluster: ClusterConfig
+) -> None:
+    """Submits the same command as the tasks of an array, and once more to merge what they made.
+
+    The merge begins however they end: it does what is left, or says why that cannot be done.
+    """
+    if cluster.scheduler != "slurm":
+        raise CorpusError("--cluster names a preset for this machine, not for Slurm; leave out --slurm")
+    if out.exists():
+        raise CorpusError(f"{out} exists already; choose another --out, or remove that folder first")
+    for source in sources:
+        if "://" not in source and not Path(source).exists():
+            raise CorpusError(f"no such file or folder: {source}")
+    names = {option.name or "" for option in context.command.params}
+    same = [*BYTELOOM, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, names - OF_THE_SUBMISSION)]
+    each = [[*same, f"--task={number}", f"--of={tasks}", "--no-merge", "--", *sources] for number in range(tasks)]
+    jobs = out.with_name(f"{out.name}.jobs")
+    array = submit_commands(each, jobs, f"prepare-{out.name}", cluster, parallel)
+    try:
+        merge = submit_commands([[*same, "--", *sources]], jobs, f"merge-{out.name}", cluster, 1, after=array)
+    except ClusterError:
+        cancel(array)
+        raise
+    say(
+        f"array {array} of {count(tasks, 'task')}, {parallel} at once, prepares {out}; job {merge} merges the results; "
+        f"logs are in {jobs}"
+    )
+    typer.echo(f"{array}\n{merge}")
+
+
+def _given(context: typer.Context, names: set[str]) -> list[str]:
+    """Those of some options that were given to this command, as they could be typed again."""
+    words = []
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if option.param_type_name != "option" or name not in names or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((option.opts if value else option.secondary_opts)[0])
+        else:
+            words += [f"{option.opts[0]}={each}" for each in (value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+@app.command("verify")
+def verify_command(
+    location: Annotated[
+        str,
+        typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False, parser=types.location),
+    ],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair a damaged folder: make index and manifest again from the shards.")
+    ] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            help="With --repair: folder or URL of a copy that still has the lost blocks and shards.",
+            parser=types.location,
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Number of shards read at once.")] = os.cpu_count() or 1,
+) -> None:
+    """Check every byte of a corpus: manifest, index and shards; name each damaged block."""
+    if mirror is not None and not repair:
+        raise CorpusError("--mirror needs --repair")
+    if repair and "://" in location:
+        raise CorpusError(
+            f"{location} is a URL, and --repair works on folders only; run it on the machine that has the folder"
+        )
+    if repair:
+        with display.phase("repairing") as phase:
+            for line in repair_corpus(Path(location), mirror, threads, phase.update):
+                say(line)
+    with display.phase("verifying") as phase:
+        faults = verify(location, threads, phase.update)
+    if faults:
+        raise CorpusError("\n".join(faults))
+    say(f"{location}: intact, every byte is as it was written")
+
+
+@app.command("withdraw")
+def withdraw_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=types.path)
+    ],
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys of documents.", show_default=False)] = None,
+    listed: Annotated[
+        Path | None,
+        typer.Option("--list", help="File with one key on each line. Blank lines are skipped.", parser=types.path),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Number of blocks read at once.")] = os.cpu_count() or 1,
+) -> None:
+    """Withdraw documents from a corpus: no run reads them from now on. The shards do not change."""
+    if not keys and listed is None:
+        raise typer.BadParameter("no document is named; give keys, or a file of keys with --list")
+    try:
+        lines = listed.read_bytes().decode("utf-8", "surrogateescape").split("\n") if listed else []
+    except OSError as error:
+        raise CorpusError(f"cannot read {listed}: {error}") from error
+    wanted = [*(keys or []), *(line for line in lines if line.strip())]
+    with Corpus(folder, check_shards=False) as corpus, display.phase("searching") as phase:
+        new = withdraw(corpus, wanted, threads, phase.update)
+    say(f"{count(len({entry.key for entry in new}), 'document')} withdrawn; {folder}/{WITHDRAWN_FILE} lists all")
+
+
+def left_out_table(report: PrepareReport, out: Path) -> Table:
+    """Return how many documents of each source were left out, by reason."""
+    table = Table(f"left out; {out}/skipped.jsonl names each", ["source", "reason", "documents"], ["documents"])
+    for source in report.sources:
+        for reason, number in sorted(source.left_out.items()):
+            table.add_row(source.name, reason, f"{number:,}")
+    return table
+
+
+def _in_a_line(corpus: Corpus) -> str:
+    shards = corpus.manifest["shards"]
+    stored = sum(shard["bytes"] for shard in shards)
+    return (
+        f"{count(corpus.manifest['documents'], 'document')}, {size(corpus.raw_bytes)} in "
+        f"{count(len(corpus), 'block')}, {count(len(shards), 'shard')} of {size(stored)} in total"
+    )

@@ -1,0 +1,215 @@
+"""The commands that say what models there are, what they cost, and whether they fit."""
+
+import itertools
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from byteloom.core.configs import CONFIGS
+from byteloom.core.words import count
+from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import OverridesArgument, RecipeArgument
+from pretrain.config import schema as configuration
+from pretrain.config.catalogue import Recipe, read_recipes
+from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
+from pretrain.estimate.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
+from pretrain.models import families
+from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
+
+app = typer.Typer(invoke_without_command=True)
+
+
+@app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context,
+    recipes: Annotated[
+        Path,
+        typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom", parser=types.path),
+    ] = CONFIGS,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Number of rows to measure the activations of. It takes some seconds.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List all model families and recipes: size, cost per byte, memory, and the figures of the paper."""
+    if context.invoked_subcommand is not None:
+        return
+    found = read_recipes(recipes, micro_batch)
+    if as_json:
+        print_json([_as_json(recipe) for recipe in found])
+        return
+    for table in catalogue(found, recipes):
+        table.print()
+        typer.echo()
+    print_lines(legend(found, recipes, micro_batch))
+
+
+@app.command()
+def estimate(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=types.finite)] = 80.0,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a micro-batch. Default: that of the recipe.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show whether a recipe fits into the memory of GPUs under each sharding, and the largest micro-batch that fits.
+
+    This measures activations without a GPU: once with all of them kept, and once with activation checkpointing, as in
+    the recipe or of every block.
+    """
+    config = configuration.load(recipe, overrides or [])
+    precision = gpu_precision(config.engine.precision)
+    dtype = compute_dtype(precision)
+    rows = micro_batch or config.train.micro_batch
+    checkpointing = config.engine.activation_checkpointing
+    if checkpointing.mode not in ("full", "selective"):
+        checkpointing = CheckpointingConfig(mode="full")
+    plain, checkpointed = (activation_line(config.model, dtype, way) for way in (KEEP_ALL, checkpointing))
+    found = shardings(on_meta(config.model), dtype, gpus)
+    usable = memory * 2**30 * USABLE
+    gpus_in_words = count(gpus, f"GPU of {memory:g} GiB", f"GPUs of {memory:g} GiB each")
+    title = f"{recipe} on {gpus_in_words}, micro-batch {rows}, {precision}"
+    if as_json:
+        figures = {
+            "recipe": recipe,
+            "gpus": gpus,
+            "memory_bytes": memory * 2**30,
+            "usable_bytes": usable,
+            "micro_batch": rows,
+            "precision": precision,
+            "activation_bytes": {"plain": plain.at(rows), "checkpointing": checkpointed.at(rows)},
+            "shardings": {
+                sharding.name: sharding.states._asdict()
+                | {
+                    "largest_micro_batch": {
+                        "plain": plain.rows_within(usable - sharding.bytes),
+                        "checkpointing": checkpointed.rows_within(usable - sharding.bytes),
+                    }
+                }
+                for sharding in found
+            },
+        }
+        print_json(figures)
+        return
+    print_lines([verdict(found, plain, checkpointed, rows, usable)])
+    estimate_table(title, found, plain, checkpointed, rows, usable).print()
+    print_lines(
+        [
+            "",
+            "All sizes are GiB on each GPU. rows: the largest micro-batch that fits.",
+            f"fits: at most {_gib(usable)} GiB, {USABLE:.0%} of the memory. "
+            "The rest is for the CUDA context, workspaces, communication buffers and fragmentation.",
+        ]
+    )
+
+
+def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
+    """Yield a table for each family that has recipes, which it lists by task."""
+    letters = _letters(recipes)
+    is_measured = any(recipe.activations is not None for recipe in recipes)
+    numbers = ["params", "printed", "forward", "training", "states", *(["kept"] if is_measured else [])]
+    for family, config in families().items():
+        of_family = sorted((r for r in recipes if r.family == family), key=lambda r: r.task or "")
+        if not of_family:
+            continue
+        table = Table(f"{family}: {config.__doc__}", ["recipe", *numbers, "result"], numbers)
+        for task, group in itertools.groupby(of_family, lambda r: r.task):
+            table.add_heading(task or "no task")
+            for recipe in group:
+                table.add_row(
+                    "  " + _name(recipe, folder),
+                    f"{recipe.parameters / 1e6:,.1f}",
+                    f"{recipe.printed or ''} {letters.get(recipe.printed_remark or '', ' ')}".rstrip(),
+                    figure(recipe.flops_per_byte / 1e6),
+                    figure(recipe.training_flops_per_byte / 1e6),
+                    figure(recipe.states / 2**30),
+                    *([] if recipe.activations is None else [figure(recipe.activations / 2**30)]),
+                    recipe.result or "",
+                )
+        yield table
+
+
+def legend(recipes: Sequence[Recipe], folder: Path, micro_batch: int | None) -> list[str]:
+    """Return the lines that explain the catalogue's columns."""
+    lines = [
+        "recipe: the name that commands take, as in `byteloom train debug`."
+        if folder == CONFIGS
+        else f"recipe: the file {folder}/RECIPE.yaml.",
+        "params: millions of parameters. printed: as the paper prints them;",
+        *(f"  {letter}  {remark}" for remark, letter in _letters(recipes).items()),
+        "forward, training: millions of operations for each byte read, over a full row.",
+        "states: GiB of weights, gradients, masters and moments in one process.",
+        "result: as the paper prints it; bits per byte unless it says words or seconds.",
+    ]
+    if micro_batch is not None:
+        lines.append(f"kept: GiB of activations for the backward pass over {count(micro_batch, 'full row')}.")
+    return lines
+
+
+def _letters(recipes: Sequence[Recipe]) -> dict[str, str]:
+    """Return a letter for each remark on a printed size."""
+    remarks = dict.fromkeys(recipe.printed_remark for recipe in recipes if recipe.printed_remark)
+    return dict(zip(remarks, string.ascii_lowercase, strict=False))
+
+
+def _name(recipe: Recipe, folder: Path) -> str:
+    """Return a recipe's path in its folder, without .yaml."""
+    return recipe.path.relative_to(folder).with_suffix("").as_posix()
+
+
+def estimate_table(
+    title: str, found: Sequence[Sharding], plain: Line, checkpointed: Line, rows: int, usable: float
+) -> Table:
+    """Return the memory of each sharding, with and without activation checkpointing."""
+    numbers = ["rows", "in all", "weights", "gradients", "optimizer", "activations"]
+    table = Table(title, ["sharding", "verdict", *numbers], numbers)
+    for kept, line in (("all activations kept", plain), ("activation checkpointing", checkpointed)):
+        table.add_heading(kept)
+        for sharding in found:
+            states, total = sharding.states, sharding.bytes + line.at(rows)
+            most = line.rows_within(usable - sharding.bytes)
+            table.add_row(
+                "  " + sharding.name,
+                "fits" if total <= usable else "too large",
+                f"{most:,}" if most else "none",
+                _gib(total),
+                _gib(states.weights),
+                _gib(states.gradients),
+                _gib(states.masters + states.moments),
+                _gib(line.at(rows)),
+            )
+    return table
+
+
+def verdict(found: Sequence[Sharding], plain: Line, checkpointed: Line, rows: int, usable: float) -> str:
+    """Return whether a micro-batch fits, in a sentence."""
+    fitting = {
+        how: [sharding.name for sharding in found if sharding.bytes + line.at(rows) <= usable]
+        for how, line in (("with all activations kept", plain), ("with activation checkpointing", checkpointed))
+    }
+    ways = [
+        f"{'every sharding' if 1 < len(names) == len(found) else ', '.join(names)} {how}"
+        for how, names in fitting.items()
+        if names
+    ]
+    if not ways:
+        return f"It does not fit: no sharding stays within {_gib(usable)} GiB on each GPU."
+    return f"It fits: {'; '.join(ways)}."
+
+
+def _gib(count: float) -> str:
+    return figure(count / 2**30)
+
+
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    return asdict(recipe) | {
+        "path": str(recipe.path),
+        "training_flops_per_byte": recipe.training_flops_per_byte,
+    }

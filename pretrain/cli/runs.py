@@ -1,0 +1,158 @@
+"""The commands that look after runs: how they fare, what they say, and their end."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from byteloom.core.words import count
+from launchers.slurm import scheduler
+from launchers.slurm.scheduler import Phase
+from launchers.supervision.record import last_submission
+from pretrain.cli import argument_types as types
+from pretrain.terminal.console import say
+from pretrain.terminal.progress import duration, size
+from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
+from pretrain.training.run_folder import RunFolder, RunFolderError
+from pretrain.training.run_status import RunStatus, check_run, find_runs, status_of, statuses_of
+
+POLL_SECONDS = 0.2
+STATE_SECONDS = 2.0
+"""Between two questions whether a run that is followed goes on."""
+IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=types.path)]
+
+
+@app.command("status")
+def status_command(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.", parser=types.path),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the state of runs: queued, running, stopped or finished; their progress; and why they were restarted."""
+    found = statuses_of(find_runs(runs or [Path("runs")]))
+    if as_json:
+        print_json([asdict(each) for each in found])
+    else:
+        status_table(found).print()
+        print_lines(
+            [
+                f"{Path(each.run).name}: {remark}"
+                for each in found
+                for remark in filter(None, (status_remark(each), *each.problems))
+            ]
+        )
+
+
+@app.command("logs")
+def logs_command(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+) -> None:
+    """Print the log of one rank of a run, from all its starts."""
+    check_run(run)
+    log = RunFolder(run).log_of(rank)
+    submission = last_submission(run)
+    if not log.exists() and submission is not None and not follow:
+        log = submission / "ranks" / f"rank-{rank:05d}.log"  # it has not come to train
+    if not log.exists() and not follow:
+        raise RunFolderError(f"{log} does not exist: rank {rank} has logged nothing yet, or the run has no such rank")
+    with suppress(BrokenPipeError, KeyboardInterrupt):  # whoever reads has had enough
+        for piece in _pieces(run, log, follow):
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+
+
+@app.command("cancel")
+def cancel_command(run: RunPath) -> None:
+    """Stop a run: cancel its job, or ask its processes to save a checkpoint and stop."""
+    status = status_of(run)
+    if status.process is not None:
+        os.kill(status.process, signal.SIGTERM)
+        say(f"{run} is asked to stop: SIGTERM was sent to process {status.process}")
+    elif status.job is not None and status.state in IN_THE_QUEUE:
+        scheduler.cancel(status.job)
+        say(f"{run}: job {status.job} is cancelled")
+    else:
+        elsewhere = status.state == Phase.RUNNING
+        why = (
+            f"run this command on {status.nodes or 'the machine that trains it'}"
+            if elsewhere
+            else status.reason or "there is nothing to cancel"
+        )
+        raise RunFolderError(f"{run} is {status.state}: {why}")
+
+
+def status_table(found: Sequence[RunStatus]) -> Table:
+    """Return a row for each run. A column that no run has a value for is left out."""
+    rows = [
+        {
+            "run": Path(each.run).name,
+            "state": each.state,
+            "step": f"{each.step}/{each.steps or '?'}",
+            "bits/byte": _bits(each.bits_per_byte),
+            "validation": _bits(each.validation_bits_per_byte),
+            "bytes/s": "" if each.bytes_per_second is None else size(each.bytes_per_second),
+            "left": "" if each.seconds_left is None else duration(each.seconds_left),
+            "checkpoint": _checkpoint(each),
+        }
+        for each in found
+    ]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table("", columns, numbers=[name for name in columns if name not in ("run", "state", "checkpoint")])
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
+    return table
+
+
+def _bits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _checkpoint(status: RunStatus) -> str:
+    if status.checkpoint_step is None:
+        return ""
+    age = "" if status.checkpoint_seconds is None else f" ({duration(status.checkpoint_seconds)})"
+    return f"{status.checkpoint_step}{age}"
+
+
+def status_remark(status: RunStatus) -> str:
+    """Return what the table does not say of a run, in one line: where it runs, its starts, and why it ended."""
+    where = f" on {status.nodes}" if status.nodes else ""
+    job = f"job {status.job}{where}" if status.job else ""
+    process = f"process {status.process}{where}" if status.process and not status.job else ""
+    starts = count(status.starts, "start") if status.starts + status.restarts > 1 else ""
+    restarts = count(status.restarts, "automatic restart") if status.restarts else ""
+    return "; ".join(filter(None, (job, process, starts, restarts, status.reason, status.why)))
+
+
+def _pieces(run: Path, log: Path, follow: bool) -> Iterator[bytes]:
+    """What a log holds; with `follow`, what comes after too, until the run is over."""
+    offset, looked, is_over = 0, float("-inf"), not follow
+    while True:
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(offset)
+                while piece := file.read(1 << 16):
+                    offset += len(piece)
+                    yield piece
+        if is_over:
+            return
+        if time.monotonic() - looked > STATE_SECONDS:  # what was said before it was over is still to be read
+            looked = time.monotonic()
+            is_over = status_of(run).state not in (*IN_THE_QUEUE, Phase.UNKNOWN)
+        if not is_over:
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,133 @@
+"""`byteloom submit`: the run that a recipe describes, as a job that looks after itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from byteloom.core.provenance import source_text, trace
+from byteloom.core.words import count
+from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
+from launchers.submission import Submission
+from launchers.supervision.record import last_submission
+from launchers.supervision.supervisor import Plan
+from pretrain.checkpoint import locate
+from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import OverridesArgument, complete_recipe
+from pretrain.config import schema as configuration
+from pretrain.config.schema import Config
+from pretrain.terminal.console import say
+from pretrain.training.run_folder import RunFolder
+
+TRAIN_ENTRY = "pretrain.cli.app:start"
+"""What launchers call by name, once a rank."""
+
+app = typer.Typer()
+
+
+@app.command("submit")
+def submit_command(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN",
+            help="Recipe: its name or its .yaml file. Or the folder of a run, to submit it again.",
+            show_default=False,
+            autocompletion=complete_recipe,
+            parser=types.location,
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission.",
+            parser=types.location,
+        ),
+    ] = None,
+    nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4 to accept any number between.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes-per-node", help="Number of ranks on each node. Default: one for each GPU."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="Number of GPUs of each node.")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Number of processors of each rank.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account that is charged.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Time limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00. A longer run is started again."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to a cluster, or resume one there. A supervisor restarts it, requeues it, or gives it up."""
+    earlier = last_submission(Path(recipe))
+    file = configuration.find(_recipe_of_run(Path(recipe), earlier) or recipe)
+    options = {
+        "nodes": nodes,
+        "processes_per_node": processes,
+        "gpus_per_node": gpus,
+        "cpus_per_process": cpus,
+        "memory": memory,
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "time": time,
+    }
+    if cluster is None and earlier is None:
+        raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
+    chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
+    config = configuration.load(file, overrides or [])
+    for warning in config.warnings():
+        say(f"warning: {warning.text}")
+    run = (Path(config.run.root) / config.run.name).resolve()
+    submission = submission_of(run, config, chosen, trace(file))
+    if dry_run:
+        typer.echo(submission.script())
+        typer.echo(f"# The job looks after: {submission.srun()}\n")
+        typer.echo(config.as_yaml(), nl=False)
+        return
+    job = submission.submit()
+    on_nodes = f"{chosen.nodes} node{'' if chosen.nodes == '1' else 's'}"
+    say(
+        f"job {job} trains {run} on {on_nodes} with {count(chosen.ranks_per_node, 'rank')} each; "
+        f"{submission.folder} has its script and logs"
+    )
+    typer.echo(job)
+
+
+def _recipe_of_run(folder: Path, submission: Path | None) -> Path | None:
+    """Return the resolved recipe that a run was started with last; None where the folder is not a run's."""
+    recipe = (submission or folder) / "config.yaml"
+    return recipe if recipe.is_file() else None
+
+
+def submission_of(run: Path, config: Config, cluster: ClusterConfig, source: Mapping[str, str]) -> Submission:
+    """Return the job of a run.
+
+    Args:
+        source: what `trace` says of the recipe.
+    """
+    recipe = config.as_yaml()
+    return Submission(run, recipe, plan_of(run, config, cluster), cluster, source_text(recipe, source))
+
+
+def plan_of(run: Path, config: Config, cluster: ClusterConfig) -> Plan:
+    """What the supervisor of a run is told."""
+    home = locate(RunFolder(run).checkpoints_in(config.checkpoint.home))
+    return Plan(
+        entry=TRAIN_ENTRY,
+        run=str(run),
+        checkpoints=str(home.resolve() if isinstance(home, Path) else home),
+        processes_per_node=cluster.ranks_per_node,
+        cpus_per_process=cluster.cpus_per_process,
+        gpus_per_node=cluster.gpus_per_node,
+        supervise=config.supervise,
+    )

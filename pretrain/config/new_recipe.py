@@ -1,0 +1,91 @@
+"""A copy of a recipe to edit, and beside it the JSON schema with which an editor checks and completes it.
+
+The copy begins with these lines, and goes on with the comments of the original:
+
+    # yaml-language-server: $schema=byteloom.schema.json
+    # Made from the recipe debug by `byteloom config new`.
+    # Edit it, then: byteloom train my.yaml
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from byteloom.core.configs import is_shipped, name_of
+from byteloom.core.files import replace_file
+from byteloom.core.text import printable
+from pretrain.config.schema import SCHEMA_TITLE, ConfigError, as_scalar, find, load, recipe_schema
+
+SCHEMA_FILE = "byteloom.schema.json"
+MODELINE, MADE, THEN = "# yaml-language-server: ", "# Made from the recipe ", "# Edit it, then: "
+ONLY_OF_THE_ORIGINAL = (MODELINE, MADE, THEN, "# Weights: ", "# Printed size: ", "# Result: ")
+"""Beginnings of comments that are not true of a copy that was edited."""
+
+
+def write_copy(recipe: str, path: Path, force: bool = False) -> Path:
+    """Write a copy of a recipe, whose run has the name of the file; return the path of the schema.
+
+    Args:
+        recipe: the name or the path of the original.
+        force: replace a file that exists.
+
+    Raises:
+        ConfigError: the original is wrong, or a file is in the way.
+    """
+    original = find(recipe)
+    run = load(original).run.name
+    schema = path.with_name(SCHEMA_FILE)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it, such as {path / 'my.yaml'}")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists already; choose another name, or replace it with --force")
+    if schema.exists() and not _is_ours(schema):
+        raise ConfigError(f"{schema} was not written by Byteloom; move it, or choose another folder for {path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(schema, json.dumps(recipe_schema(), indent=1) + "\n")
+    text = _renamed(original.read_text(encoding="utf-8-sig"), _run_name(path) or run)
+    name = name_of(original) if is_shipped(original) else printable(recipe)
+    replace_file(path, _with_header(text, name, path))
+    return schema
+
+
+def _is_ours(schema: Path) -> bool:
+    try:
+        return bool(json.loads(schema.read_text(encoding="utf-8"))["title"] == SCHEMA_TITLE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _run_name(path: Path) -> str:
+    """Return a file's name as that of a run: of letters, digits, points, underscores and hyphens."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")
+
+
+def _renamed(text: str, name: str) -> str:
+    """Return a recipe with another run.name; comments stay where they are."""
+    scalar = _entry(_entry(yaml.compose(text, yaml.SafeLoader), "run"), "name")
+    begin, end = scalar.start_mark.index, scalar.end_mark.index
+    before, new, after = text[:begin], as_scalar(name), text[end:]
+    if gap := re.match(r" +(?=#)", after):
+        after = " " * max(1, len(gap[0]) + (end - begin) - len(new)) + after[gap.end() :]
+    return before + new + after
+
+
+def _entry(mapping: Any, key: str) -> Any:
+    """Return the node of a key, which is there: the recipe was loaded."""
+    return next(value for name, value in mapping.value if name.value == key)
+
+
+def _with_header(text: str, original: str, path: Path) -> str:
+    """Return a recipe whose opening comment says where it comes from, and what is still true of the original."""
+    lines = text.splitlines(keepends=True)
+    size = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    kept = "".join(line for line in lines[:size] if not line.startswith(ONLY_OF_THE_ORIGINAL))
+    command = f"byteloom train {printable(shlex.quote(str(path)))}"
+    header = re.sub(rf"byteloom train {re.escape(original)}(?=[\s`]|$)", lambda _: command, kept)
+    made = f"{MADE}{original} by `byteloom config new`.\n{THEN}{command}\n"
+    return f"{MODELINE}$schema={SCHEMA_FILE}\n{made}{header}{''.join(lines[size:])}"

@@ -1,0 +1,1 @@
+"""Ranks, collectives, and the named ranges of tensors that a rank owns."""

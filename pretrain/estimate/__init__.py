@@ -1,0 +1,1 @@
+"""Memory and cost of a model, computed before it is built."""

@@ -1,0 +1,1 @@
+"""Scores of a model, and text that it generates."""

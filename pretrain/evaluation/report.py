@@ -1,0 +1,152 @@
+"""What an evaluation says: a table for people, JSON, and curves by position as CSV and as a picture.
+
+Every one of them names the mode and the stride, without which figures do not compare.
+"""
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from byteloom.core.packages import needed_by
+from byteloom.core.words import count
+from pretrain.evaluation.evaluate import Evaluation, Mode
+from pretrain.evaluation.scores import Score
+from pretrain.terminal.console import printable
+from pretrain.terminal.tables import Table, figure
+
+POINTS = 128
+"""Of a curve in the picture, at most: neighbouring positions are taken together."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation and how it was made."""
+
+    model: str
+    corpus: str
+    mode: Mode
+    sequence_length: int
+    stride: int
+    evaluation: Evaluation
+    patch_size: int | None = None
+    """None: a model without patches."""
+    words: int = 0
+    """Of the corpus, for perplexity by word. 0: not asked for, or there are none."""
+    words_of_groups: Mapping[str, int] = field(default_factory=dict)
+    """Where they were counted."""
+
+    @property
+    def name(self) -> str:
+        """Folder name for the figures, which tells evaluations of a checkpoint apart."""
+        corpus = "-".join(self.corpus.rstrip("/").split("/")[-2:])
+        return f"{re.sub(r'[^A-Za-z0-9._-]', '_', corpus)}-{self.mode}-{self.stride}"
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.model} on {self.corpus}, mode {self.mode}: windows of {count(self.sequence_length, 'byte')} from "
+            f"the start of each document, the last {count(self.stride, 'byte')} of each are scored"
+        )
+
+    @property
+    def curves(self) -> dict[str, list[Score]]:
+        """By position in the window, and in the patch if there are patches."""
+        positions = self.evaluation.positions
+        curves = {"window": positions.scores()}
+        if self.patch_size is not None:
+            curves["patch"] = positions.scores(self.patch_size)
+        return curves
+
+    def table(self) -> Table:
+        """Return the scores of each group of documents, and of all."""
+        numbers = ["bits/byte", "bytes", "documents", *(["words", "perplexity"] if self.words else [])]
+        table = Table(self.title, ["documents of", *numbers], numbers)
+        for name, score in sorted(self.evaluation.groups.items()):
+            table.add_row(name, *_cells(score), *_word_cells(score, self.words_of_groups.get(name, 0)))
+        if self.evaluation.sample_bytes:
+            table.add_rule()
+            for name, score in self.evaluation.sample_bytes.items():
+                table.add_row(f"sound, {name}", *_cells(score))
+        table.add_rule()
+        total = self.evaluation.total
+        table.add_row("all", *_cells(total), *_word_cells(total, self.words))
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "mode": self.mode.value,
+            "sequence_length": self.sequence_length,
+            "stride": self.stride,
+            "total": _as_json(self.evaluation.total, self.words),
+            "groups": {
+                name: _as_json(score, self.words_of_groups.get(name, 0))
+                for name, score in self.evaluation.groups.items()
+            },
+        }
+        if self.evaluation.sample_bytes:
+            found["sample_bytes"] = {name: _as_json(s) for name, s in self.evaluation.sample_bytes.items()}
+        if self.patch_size is not None:
+            found["patch_positions"] = [_as_json(score) for score in self.evaluation.positions.scores(self.patch_size)]
+        return found
+
+    def write_curves(self, folder: Path) -> None:
+        """NAME-positions.csv for every curve, and positions.png of all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, scores in self.curves.items():
+            with (folder / f"{name}-positions.csv").open("w", newline="", encoding="utf-8") as file:
+                out = csv.writer(file)
+                out.writerow(["mode", "sequence_length", "stride", "position", "bytes", "nats", "bits_per_byte"])
+                how = (self.mode.value, self.sequence_length, self.stride)
+                out.writerows(
+                    (*how, p, s.bytes, s.nats, s.bits_per_byte if s.bytes else "") for p, s in enumerate(scores)
+                )
+        self._draw(folder / "positions.png")
+
+    def _draw(self, path: Path) -> None:
+        with needed_by("--curves", "matplotlib"):
+            from matplotlib.figure import Figure  # noqa: PLC0415  (takes a second, and few ask for a picture)
+
+        curves = self.curves
+        figure = Figure(figsize=(6 * len(curves), 4.5), layout="constrained")
+        figure.suptitle(printable(self.title), fontsize=9, wrap=True)
+        for axes, (name, scores) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+            places, heights = _points(scores)
+            axes.plot(places, heights, marker="." if len(places) <= POINTS // 2 else "")
+            axes.axhline(self.evaluation.total.bits_per_byte, color="grey", linestyle=":", label="all bytes")
+            axes.set(xlabel=f"position in the {name}", ylabel="bits per byte")
+            axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def _points(scores: list[Score]) -> tuple[list[float], list[float]]:
+    """Where the points of a curve lie: the mean position, and the bits per byte of the positions taken together."""
+    together = -(-len(scores) // POINTS)
+    places, heights = [], []
+    for first in range(0, len(scores), together):
+        sum_of = Score()
+        for score in scores[first : first + together]:
+            sum_of.add(score)
+        if sum_of.bytes:
+            places.append(first + (min(together, len(scores) - first) - 1) / 2)
+            heights.append(sum_of.bits_per_byte)
+    return places, heights
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    return f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}" if score.documents else ""
+
+
+def _word_cells(score: Score, words: int) -> tuple[str, ...]:
+    return (f"{words:,}", f"{figure(score.word_perplexity(words))}") if words else ()
+
+
+def _as_json(score: Score, words: int = 0) -> dict[str, Any]:
+    found = {"bits_per_byte": score.bits_per_byte if score.bytes else None, "bytes": score.bytes, "nats": score.nats}
+    if score.documents:
+        found["documents"] = score.documents
+    if words:
+        found |= {"words": words, "word_perplexity": score.word_perplexity(words)}
+    return found

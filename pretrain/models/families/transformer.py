@@ -1,0 +1,125 @@
+"""The decoder-only Transformer over bytes, with full causal attention or a sliding window.
+
+The baseline of MEGABYTE (arXiv:2305.07185, table 15) and, with a window, of SpaceByte (arXiv:2404.14408):
+
+    ids, one late, behind a learned start (T, D) ─▶ pre-norm blocks ─▶ tied head: nats of every byte
+
+Row t of the output depends on x_<t alone. Linear maps have no bias.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from data_pipeline.vocabulary import VOCABULARY
+from pretrain.models.base import ByteModel, Initial
+from pretrain.models.blocks.layers import (
+    Activation,
+    Attention,
+    Rotary,
+    Stack,
+    StackConfig,
+    embedding,
+    initial_of,
+    window_pairs,
+)
+
+
+class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Decoder-only Transformer over bytes."""
+
+    family: Literal["transformer"] = "transformer"
+    """Which model; each family has its own fields."""
+    sequence_length: int = Field(ge=1)
+    """T: bytes of one training sequence and the longest context."""
+    window: int | None = Field(default=None, ge=1)
+    """Positions that attention sees in each layer: the own one and those right before it. What a byte depends on then
+    reaches layers x (window - 1) + 1 bytes back. Null: all."""
+    positions: Literal["learned", "rotary"] = "rotary"
+    """How places are told: a learned table of T positions, or rotary angles in every attention layer."""
+    activation: Activation = "relu"
+    """Of the feed-forward layers; MEGABYTE's baseline has relu."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Of attention weights and of what each layer adds to the residual stream; embeddings have none."""
+    initial_std: float = Field(default=0.006, gt=0)
+    """Standard deviation of the initial weights, a normal distribution cut at two deviations (MEGABYTE's 0.006)."""
+
+
+class Transformer(ByteModel):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.sequence_length = config.sequence_length
+        self.window = config.window
+        self.initial_std = config.initial_std
+        self.embedding = embedding(VOCABULARY, config.width)
+        self.start = nn.Parameter(torch.empty(config.width))
+        self.positions: nn.Parameter | None = None
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(config.sequence_length, config.width))
+        rotary = Rotary() if config.positions == "rotary" else None
+        attention = partial(Attention, rotary=rotary, window=config.window)
+        self.stack = Stack(config, config.activation, config.dropout, attention)
+        self.initialize()
+
+    def initial(self, name: str) -> Initial:
+        return initial_of(name, self.initial_std)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.check_length(ids.shape[1])
+        ids = ids.long()
+        return self.nats(self.stack(self.embed(ids[:, :-1])), ids)
+
+    def embed(self, before: Tensor) -> Tensor:
+        """The learned start and the first bytes of a row: (rows, n) ids to (rows, n + 1, D)."""
+        start = self.start.expand(before.shape[0], 1, -1)
+        embedded = torch.cat([start, self.embedding(before)], 1)
+        return embedded if self.positions is None else embedded + self.positions[: embedded.shape[1]]
+
+    def head_weights(self) -> tuple[Tensor, None]:
+        """The embedding table itself."""
+        return self.embedding.weight, None
+
+    def scored(self, length: int) -> slice:
+        return slice(0, length)
+
+    def decoder(self, rows: int) -> "TransformerDecoder":
+        return TransformerDecoder(self, rows)
+
+    def flops(self, length: int) -> int:
+        head = 2 * length * self.stack.width * VOCABULARY
+        return self.stack.flops(length, pairs=window_pairs(length, self.window)) + head
+
+
+class TransformerDecoder:
+    """Byte by byte over cached keys and values: of the whole context, or of the window's last w - 1 positions."""
+
+    def __init__(self, model: Transformer, rows: int) -> None:
+        self.length = 0
+        self._model = model
+        self._caches = model.stack.empty_caches(None if model.window is None else model.window - 1)
+
+    @torch.no_grad()
+    def prime(self, ids: Tensor) -> Tensor:
+        if self.length:
+            raise ValueError("only a fresh decoder can be primed")
+        self._advance(ids.shape[1])
+        return self._logits(self._model.embed(ids.long()))
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        model = self._model
+        self._advance(1)
+        embedded = model.embedding(ids.long())[:, None]
+        if model.positions is not None:
+            embedded = embedded + model.positions[self.length]
+        return self._logits(embedded)
+
+    def _advance(self, count: int) -> None:
+        self._model.check_room(self.length + count)
+        self.length += count
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._model.logits(self._model.stack(x, self._caches)[:, -1])

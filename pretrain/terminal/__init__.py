@@ -1,0 +1,1 @@
+"""Terminal output: lines, tables, progress bars, and crash files."""

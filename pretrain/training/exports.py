@@ -1,0 +1,281 @@
+"""Exports: a checkpoint's weights in a form that other programs read, and back.
+
+    model.safetensors    every parameter by its name, in fp32; where it would be larger than SHARD_BYTES,
+                         model-00001-of-00003.safetensors and so on, with model.safetensors.index.json
+    card.json            what the model is, what it was trained on, how good it was, and the digest of each file
+
+No moments, no data state: from an export a new run can begin (`initialize.weights`), and none go on.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from byteloom.core.files import atomic_folder
+from byteloom.core.state_files import StateFileError, read_json
+from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
+from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, described, read
+from pretrain.distributed.fragments import whole
+from pretrain.models import model_config
+
+FORMAT = "byteloom-export/1"
+CARD = "card.json"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 << 30
+"""Of one file, and of the memory that an export takes; more only for a parameter that is larger."""
+PIECE_VALUES = 4 << 20
+"""Values that are looked at together."""
+KIND = "model/"
+"""Before the names of parameters in a checkpoint."""
+
+
+def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> dict[str, Any]:
+    """Writes a verified checkpoint's weights to a new folder, which is whole or not there; returns the card.
+
+    Args:
+        bits_per_byte: of the run at the end of the checkpoint's step, by what was scored.
+    Raises:
+        FileExistsError: the folder exists already.
+        OSError: it cannot be written.
+    """
+    shards = list(_shards(checkpoint))
+    with atomic_folder(out) as folder:
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
+        for file_name, parameters in zip(names, shards, strict=True):
+            tensors = {name: torch.empty(checkpoint.tensors[KIND + name].shape) for name in parameters}
+            read(checkpoint, [whole(KIND + name, tensor) for name, tensor in tensors.items()])
+            _save(tensors, folder / file_name, out)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": 4 * _parameters(checkpoint)},
+                "weight_map": {name: file for file, names in zip(names, shards, strict=True) for name in names},
+            }
+            _write_json(folder / INDEX, index)
+        card = _card(checkpoint, bits_per_byte)
+        card["files"] = {name: _sha256(folder / name) for name in names}
+        _write_json(folder / CARD, card)
+    return card
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / CARD).exists()
+
+
+def read_export(folder: Path) -> Metadata:
+    """An export, as a checkpoint that has weights and the recipe alone.
+
+    Raises:
+        InvalidCheckpointError: it is damaged, or no export.
+    """
+    card = _read_card(folder / CARD)
+    tensors: dict[str, StoredTensor] = {}
+    for number, (name, digest) in enumerate(card.files.items()):
+        _refuse_other_folders(folder, name)
+        try:
+            if digest not in (None, _sha256(folder / name)):  # null, where a person put other weights there
+                raise InvalidCheckpointError(f"{folder / name} is not the file that {CARD} has the digest of")
+            own = _tensors_in(folder / name, number)
+        except OSError as error:
+            raise InvalidCheckpointError(
+                f"{folder / name} cannot be read: {error.strerror or error}; {folder / CARD} names it"
+            ) from error
+        if twice := own.keys() & tensors.keys():
+            raise InvalidCheckpointError(f"{folder / name}: {_parameter(min(twice))} is in an earlier file too")
+        tensors |= own
+    state = {"config": card.recipe.model_dump()} | ({"precision": card.precision} if card.precision else {})
+    return described(folder, list(card.files), tensors, state)
+
+
+class _Data(BaseModel, extra="allow"):
+    remote: dict[str, Any] = {}
+
+
+class _Engine(BaseModel, extra="allow"):
+    precision: str = "fp32"
+
+
+class _Validation(BaseModel, extra="allow"):
+    shards: str | None = None
+
+
+class _Recipe(BaseModel, extra="allow"):
+    """The fields of a recipe that commands look up; a card by hand needs the model's section alone."""
+
+    model: dict[str, Any]
+    data: _Data = _Data()
+    engine: _Engine = _Engine()
+    validation: _Validation = _Validation()
+
+
+class _Card(BaseModel):
+    """The fields of card.json that are read back."""
+
+    files: dict[str, str | None] = Field(min_length=1)
+    """The names of files in the card's own folder, each with its sha256."""
+    recipe: _Recipe
+    precision: str | None = None
+    """Precision of the run's passes."""
+
+
+class _Format(BaseModel):
+    format: str
+
+
+def _read_card(path: Path) -> _Card:
+    """Raises InvalidCheckpointError if a card is damaged, or of another format."""
+    advice = "take the export again from its run, by byteloom checkpoint export"
+    try:
+        stored = read_json(path, _Format, advice)
+        if stored is not None and stored.format != FORMAT:
+            raise InvalidCheckpointError(f"{path} has format {stored.format!r}; this version reads {FORMAT!r}")
+        card = read_json(path, _Card, advice)
+    except StateFileError as error:
+        raise InvalidCheckpointError(str(error)) from error
+    if card is None:
+        raise InvalidCheckpointError(f"{path} is missing")
+    try:
+        model_config(card.recipe.model)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        field = ".".join(map(str, ("recipe", "model", *fault["loc"])))
+        raise InvalidCheckpointError(f"{path}: {field}: {fault['msg']}; this version builds no such model") from error
+    return card
+
+
+def _refuse_other_folders(folder: Path, name: str) -> None:
+    """Raises InvalidCheckpointError if the name of a card's file leads out of the card's folder."""
+    is_plain = name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    if not is_plain or (folder / name).resolve().parent != folder.resolve():
+        raise InvalidCheckpointError(
+            f"{folder / CARD} names the file {json.dumps(name)}; a card may name only files in its own folder"
+        )
+
+
+def _tensors_in(path: Path, number: int) -> dict[str, StoredTensor]:
+    """Return where the values of each tensor of a safetensors file lie.
+
+    Args:
+        number: the file's number among those of the export.
+
+    Raises:
+        InvalidCheckpointError: it is no such file, or a value is not finite.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header, and that tensors make up the file
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise InvalidCheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, told in header.items():
+        if told["dtype"] != "F32":
+            raise InvalidCheckpointError(f"{path}: {name} is in {told['dtype']}; weights are taken in F32")
+        shape, offset = tuple(told["shape"]), 8 + header_bytes + told["data_offsets"][0]
+        tensors[KIND + name] = StoredTensor(shape, np.array([[number, offset, math.prod(shape)]]))
+    _refuse_what_is_not_finite(path, tensors)
+    return tensors
+
+
+def _refuse_what_is_not_finite(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises InvalidCheckpointError if a value is NaN or infinite."""
+    content = np.memmap(path, np.uint8, mode="r")
+    counts = {}
+    for name, tensor in tensors.items():
+        ((_, offset, length),) = tensor.ranges.tolist()
+        pieces = (
+            content[offset + 4 * begin : offset + 4 * min(length, begin + PIECE_VALUES)].view(np.dtype("<f4"))
+            for begin in range(0, length, PIECE_VALUES)
+        )
+        if count := sum(len(piece) - int(np.isfinite(piece).sum()) for piece in pieces):
+            counts[_parameter(name)] = count
+    if counts:
+        told = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:3])
+        more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
+        raise InvalidCheckpointError(f"{path} has values that are NaN or infinite, in {told}{more}")
+
+
+def _parameter(name: str) -> str:
+    return name.removeprefix(KIND)
+
+
+def _shards(checkpoint: Metadata) -> Iterator[list[str]]:
+    """The names of parameters, file by file."""
+    shard: list[str] = []
+    size = 0
+    for name, stored in checkpoint.tensors.items():
+        if not name.startswith(KIND):
+            continue
+        own = 4 * math.prod(stored.shape)
+        if shard and size + own > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(name.removeprefix(KIND))
+        size += own
+    yield shard
+
+
+def _card(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, Any]:
+    state = checkpoint.state
+    config = state["config"]
+    return {
+        "format": FORMAT,
+        "architecture": config["model"]["family"],
+        "model": config["model"],
+        "parameters": _parameters(checkpoint),
+        "dtype": "float32",
+        "vocabulary": {"size": VOCABULARY, "bytes": 256, "separator": SEPARATOR, "padding": PADDING},
+        "bits_per_byte": bits_per_byte,
+        "run": config["run"]["name"],
+        "step": state["reading"]["step"],
+        "sequences": state["reading"]["next_sequence"],
+        "corpus": {
+            "fingerprint": state["fingerprint"],
+            "shards": config["data"]["shards"],
+            "mixture": {name: source["shards"] for name, source in config["data"]["mixture"].items()},
+        },
+        "environment": state["environment"],
+        **{key: state[key] for key in ("precision",) if key in state},
+        "recipe": config,
+    }
+
+
+def _parameters(checkpoint: Metadata) -> int:
+    return sum(math.prod(stored.shape) for name, stored in checkpoint.tensors.items() if name.startswith(KIND))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, out: Path) -> None:
+    """Writes a safetensors file with the permissions that other new files have.
+
+    Raises:
+        OSError: it cannot be written; says so of `out`, for which the file is meant.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{out} cannot be written: {error}") from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

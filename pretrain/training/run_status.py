@@ -1,0 +1,329 @@
+"""How a run fares: what its folder says, and what the scheduler says of its job, both asked anew.
+
+config.yaml, metrics.jsonl, checkpoints/, generation, launches.jsonl ─┐
+who holds the folder ─────────────────────────────────────────────────┼─▶ RunStatus
+the scheduler, about the job that was submitted last ─────────────────┘
+"""
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from byteloom.core.provenance import read_source
+from byteloom.core.state_files import StateFileError, read_yaml
+from launchers.slurm import scheduler
+from launchers.slurm.scheduler import Job, Phase, SchedulerError
+from launchers.supervision.machine import is_elsewhere, is_running
+from launchers.supervision.record import Launch, LaunchRecord, last_submission
+from pretrain.checkpoint import CheckpointError, Location, locate
+from pretrain.checkpoint.fence import starts_noted_at
+from pretrain.checkpoint.home import committed, open_home, step_of
+from pretrain.tracking.journal import lines, read_journal
+from pretrain.training.run_folder import RunFolder, RunFolderError, read_recipe
+
+T = TypeVar("T")
+
+RECENT_STEPS = 20
+"""Speed is the mean over so many."""
+TAIL_BYTES = 64 << 10
+"""Of the journal: more than so many steps."""
+ANSWER_SECONDS = 10.0
+"""How long the server of a home of checkpoints may take to answer."""
+NUMBERS_OF_A_STEP = {"step_seconds", "bytes_per_second", "train/bits_per_byte"}
+DAMAGED = "damaged"
+"""State of a run that nobody trains and of which a file cannot be used."""
+VALIDATION = "validation/bits_per_byte"
+ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
+"""Events of the record that say why ranks do not run, or run again."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run, now. What is not known is None."""
+
+    run: str
+    """Its folder."""
+    recipe: str | None
+    """The recipe of its last start: the name of one that comes with Byteloom, or the path of a file."""
+    state: str
+    """That of its job, while it has one; else running, stopped, finished, failed or damaged."""
+    reason: str
+    """The scheduler's, for that state."""
+    job: str | None
+    """The scheduler's id of its newest job; None for a run that no scheduler knows."""
+    process: int | None
+    """Id of the process of this machine that trains the run, or that supervises it in the background. SIGTERM stops
+    the run in good order."""
+    nodes: str
+    """Where it runs."""
+    step: int
+    """The last one whose numbers are written. A run that is started again begins at its last checkpoint."""
+    steps: int | None
+    bits_per_byte: float | None
+    """Of that step."""
+    validation_bits_per_byte: float | None
+    """The newest."""
+    bytes_per_second: float | None
+    seconds_left: float | None
+    """Both None while no step is being done."""
+    checkpoint_step: int | None
+    """Of the newest checkpoint."""
+    checkpoint_seconds: float | None
+    """Since it was written."""
+    starts: int
+    """Starts that a person asked for, by `train` or `submit`."""
+    restarts: int
+    """Starts of the supervisor or the scheduler, within a job."""
+    why: str
+    """What the newest restart or ending was for."""
+    history: list[dict[str, Any]]
+    """Lines of launches.jsonl."""
+    problems: list[str]
+    """What is damaged or cannot be read, a line each."""
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The runs at paths, each a run or a folder of runs.
+
+    Raises:
+        RunFolderError: there is no run.
+    """
+    found = []
+    for path in paths:
+        runs = [path] if _is_run(path) else [run for run in sorted(path.glob("*")) if _can_be_seen_as_run(run)]
+        if not runs:
+            raise RunFolderError(f"{path} is not a run and not a folder of runs; a run has run.json or launches.jsonl")
+        found += runs
+    return found
+
+
+def status_of(path: Path) -> RunStatus:
+    """How one run fares.
+
+    Raises:
+        RunFolderError: it is no run.
+    """
+    check_run(path)
+    folder, problems = RunFolder(path), _Problems()
+    problems.read(folder.stored_identity, None)
+    launches = problems.read(lambda: LaunchRecord(path).read(problems.lines.append), list[Launch]())
+    submission = last_submission(path)
+    is_local = submission is not None and problems.read(lambda: _scheduler(submission), "") == "local"
+    job = _job(launches, is_local)
+    holder = problems.read(folder.holder, None)
+    recent = problems.read(lambda: _recent(folder.metrics, problems.lines.append), list[dict[str, Any]]())
+    trained = [line for line in recent if line.keys() >= NUMBERS_OF_A_STEP][-RECENT_STEPS:]
+    step = recent[-1]["step"] if recent else 0
+    resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
+    recipe = problems.read(lambda: read_recipe(resolved), None)
+    steps = recipe.train.steps if recipe else None
+    starts = problems.read(lambda: starts_noted_at(folder.generation), 0)
+    newest = problems.read(lambda: _newest_checkpoint(folder), None)
+    state = _state(job, launches, holder is not None, is_done=step == steps, is_damaged=problems.has_damage)
+    bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
+    endings = [launch for launch in launches if launch.event in ENDINGS]
+    process, nodes = _place(job, is_local, holder)
+    started = [launch for launch in launches if launch.event == "started"]
+    restarts = sum(launch.restart > 0 for launch in started)
+    return RunStatus(
+        run=str(path),
+        recipe=read_source(resolved).get("recipe"),
+        state=state,
+        reason=job.reason if job is not None and state == job.phase else "",
+        job=job.id if job and not is_local else None,
+        process=process,
+        nodes=nodes,
+        step=step,
+        steps=steps,
+        bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
+        validation_bits_per_byte=problems.read(lambda: _last_validation(folder.metrics), None),
+        bytes_per_second=bytes_per_second,
+        seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
+        checkpoint_step=step_of(newest) if newest else None,
+        checkpoint_seconds=_age(newest),
+        starts=max(starts, len(started)) - restarts,
+        restarts=restarts,
+        why=endings[-1].summary if endings else "",
+        history=[asdict(launch) for launch in launches],
+        problems=problems.lines,
+    )
+
+
+def statuses_of(paths: Sequence[Path]) -> list[RunStatus]:
+    """Return the status of each run. They are asked at the same time, because each may wait for a server."""
+    with ThreadPoolExecutor(max(1, len(paths))) as pool:
+        return list(pool.map(status_of, paths))
+
+
+def check_run(path: Path) -> None:
+    """Raises RunFolderError if a path is no run's."""
+    if not _is_run(path):
+        raise RunFolderError(f"{path} is not a run: it has no run.json and no launches.jsonl")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("run.json", "launches.jsonl"))
+
+
+def _can_be_seen_as_run(path: Path) -> bool:
+    with suppress(OSError):  # a folder that others may not open
+        return _is_run(path)
+    return False
+
+
+class _Problems:
+    """What is wrong with a run, found while its status is read."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.has_damage = False
+        """Whether a file of the run folder cannot be used."""
+
+    def read(self, read: Callable[[], T], otherwise: T) -> T:
+        """Return what a function reads, or another value where it cannot."""
+        try:
+            return read()
+        except (StateFileError, CheckpointError, OSError) as error:
+            self.has_damage |= isinstance(error, StateFileError)
+            if str(error) not in self.lines:
+                self.lines.append(str(error))
+        return otherwise
+
+
+def _newest_checkpoint(folder: RunFolder) -> Location | None:
+    """Return the newest checkpoint.
+
+    Raises:
+        CheckpointError, OSError: its home cannot be read, or does not answer in time.
+        StateFileError: the recipe that names the home is damaged.
+    """
+    place = locate(folder.checkpoints)
+    if isinstance(place, Path):
+        return next(reversed(committed(open_home(place))), None)
+    found: Future[Location | None] = Future()
+
+    def look() -> None:
+        try:
+            found.set_result(next(reversed(committed(open_home(place))), None))
+        except Exception as error:  # raised again where the result is wanted
+            found.set_exception(error)
+
+    # A daemon, so that a server that never answers does not keep the command from ending.
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        return found.result(ANSWER_SECONDS)
+    except TimeoutError as error:
+        raise CheckpointError(f"{place} does not answer within {ANSWER_SECONDS:.0f} s") from error
+
+
+def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
+    """The job that was submitted last, as the scheduler knows it; None for a run that was never submitted."""
+    if not launches:
+        return None
+    last = launches[-1]
+    if is_local:
+        return _in_the_background(last)
+    try:
+        return scheduler.job(last.job)
+    except SchedulerError as error:
+        return Job(last.job, Phase.UNKNOWN, reason=str(error))
+
+
+def _in_the_background(last: Launch) -> Job:
+    """The job of a run in the background of a machine, which is a process there."""
+    if is_running(last):
+        return Job(last.job, Phase.RUNNING, nodes=platform.node())
+    if not last.ends_background and is_elsewhere(last):
+        nodes = ",".join(last.nodes)
+        return Job(
+            last.job, Phase.UNKNOWN, reason=f"process {last.job} of {nodes} cannot be seen from here", nodes=nodes
+        )
+    return Job(last.job, Phase.FORGOTTEN)
+
+
+def _place(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> tuple[int | None, str]:
+    """The process of this machine that ends the run, if there is one, and where the run is trained."""
+    if job is not None and (job.phase.is_alive or holder is None):
+        return int(job.id) if is_local and job.phase is Phase.RUNNING else None, job.nodes
+    if holder is None:
+        return None, ""
+    host, process = holder
+    return process if host == platform.node() else None, host
+
+
+def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, *, is_done: bool, is_damaged: bool) -> str:
+    if job is not None and job.phase.is_alive:
+        return job.phase
+    if is_held:
+        return Phase.RUNNING
+    if is_damaged:
+        return DAMAGED
+    if is_done:
+        return Phase.FINISHED
+    if job is not None and job.phase in (Phase.FAILED, Phase.CANCELLED, Phase.UNKNOWN):
+        return job.phase
+    return Phase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
+
+
+def _recent(journal: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl that are whole.
+
+    Args:
+        report: called with what is wrong with a line.
+    """
+    begin = 0
+    with suppress(FileNotFoundError), journal.open("rb") as file:
+        if (end := file.seek(0, os.SEEK_END)) > TAIL_BYTES:
+            file.seek(end - TAIL_BYTES)
+            begin = end - TAIL_BYTES + len(file.readline())
+    return read_journal(journal, report, begin)
+
+
+def _age(checkpoint: Location | None) -> float | None:
+    """Seconds since a checkpoint was written; None where that is not known."""
+    if isinstance(checkpoint, Path):
+        with suppress(FileNotFoundError):  # deleted in the meantime, for a newer one
+            return time.time() - checkpoint.stat().st_mtime
+    return None
+
+
+def _last_validation(journal: Path) -> float | None:
+    """Return the newest validation loss in metrics.jsonl; None if there is none. It may be far from the end."""
+    if not journal.is_file() or not journal.stat().st_size:
+        return None
+    with journal.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+        found = text.rfind(f'"{VALIDATION}"'.encode(), 0, text.rfind(b"\n") + 1)
+        if found < 0:
+            return None
+        begin = text.rfind(b"\n", 0, found) + 1
+    line = next(lines(journal, begin, lambda fault: None), None)  # `_recent` reports damage
+    return line.record.get(VALIDATION) if line else None
+
+
+def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:
+    """Bytes a second, and seconds a step, if there is one."""
+    seconds = sum(step["step_seconds"] for step in steps)
+    if seconds <= 0:
+        return None, None
+    return sum(step["bytes_per_second"] * step["step_seconds"] for step in steps) / seconds, seconds / len(steps)
+
+
+class _StoredCluster(BaseModel):
+    """The field of a submission's cluster.yaml that says who runs the job."""
+
+    scheduler: str
+
+
+def _scheduler(submission: Path) -> str:
+    cluster = read_yaml(submission / "cluster.yaml", _StoredCluster, "restore it, or submit the run again")
+    return cluster.scheduler if cluster else ""

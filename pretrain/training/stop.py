@@ -1,0 +1,167 @@
+"""Requests to stop, by SIGINT, SIGTERM or SIGUSR2.
+
+    signal ─▶ pipe ─▶ a thread ─┬─ nothing to save yet: a line, and the process exits with 128 + signal
+                                └─ else: the request is noted; the loop looks between steps and between windows
+
+Python calls its own signal handlers on the main thread, between bytecodes: after the end of a long call into C++. The
+pipe is written at once, and the thread reads it while the main thread computes.
+
+Ctrl-C and `kill` ask for a stop, and so does Slurm: SIGUSR2 before the time limit or a preemption, which `byteloom
+submit` asks for, and SIGTERM at a preemption, a requeue or a cancellation. Slurm sends them more than once, to all
+ranks or to one.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pretrain.distributed.world import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+VOTE_SECONDS = 1.0
+"""Time between two votes of the ranks, about."""
+
+log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """A request to stop this process. Until `defer` is called, it ends the process at once.
+
+    Args:
+        restore_terminal: called before the process ends at once.
+        ending: what the process says then.
+    """
+
+    def __init__(
+        self, restore_terminal: Callable[[], None] = lambda: None, ending: str = "stopped; there was nothing to save"
+    ) -> None:
+        self.signal: signal.Signals | None = None
+        """The first signal that came, or the one that the ranks agreed on."""
+        self.before_exit: list[Callable[[int], object]] = []
+        """Called with the exit code before the process ends at once. They take seconds at most."""
+        self._restore_terminal = restore_terminal
+        self._ending = ending
+        self._ends_at_once = True
+        self._is_ending = False
+        self._lock = threading.Lock()
+        self._interrupts = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear the signals within. After a request they are ignored: the process is about to exit."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        thread.start()
+        earlier_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # Without a handler of Python's, nothing would write to the pipe.
+        earlier = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers.rank blocks them during its imports
+        try:
+            yield
+        finally:
+            self.stand_still_if_ending()
+            for number, handler in earlier.items():
+                signal.signal(number, signal.SIG_IGN if self.signal else handler)
+            signal.set_wakeup_fd(earlier_writer)
+            os.write(writer, b"\0")
+            thread.join()
+            os.close(writer)
+            os.close(reader)
+
+    def defer(self) -> None:
+        """From now on note requests, for there is something to save."""
+        with self._lock:
+            self._ends_at_once = False
+        self.stand_still_if_ending()
+
+    def stand_still_if_ending(self) -> None:
+        """Return, unless the process is ending at once."""
+        with self._lock:
+            is_ending = self._is_ending
+        if is_ending:
+            threading.Event().wait()
+
+    def _listen(self, reader: int) -> None:
+        while number := os.read(reader, 1)[0]:
+            if number in SIGNALS:
+                self._hear(signal.Signals(number))
+
+    def _hear(self, number: signal.Signals) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1 or (self._is_ending and number == signal.SIGINT):
+            self._say(number, "stopped at once, without a checkpoint")
+            os._exit(128 + number)
+        if self._is_ending:
+            return
+        with self._lock:
+            self._is_ending = self._ends_at_once
+        if self._is_ending:
+            threading.Thread(target=self._end, args=(number,), daemon=True).start()
+        else:
+            self._note(number)
+
+    def _note(self, number: signal.Signals) -> None:
+        if self.signal is None:
+            self.signal = number
+            more = "; Ctrl-C once more stops at once, without a checkpoint" if number == signal.SIGINT else ""
+            log.info("%s: the run saves and stops%s", number.name, more)
+
+    def _end(self, number: signal.Signals) -> None:
+        self._say(number, self._ending)
+        for call in self.before_exit:
+            with contextlib.suppress(Exception):
+                call(128 + number)
+        os._exit(128 + number)
+
+    def _say(self, number: signal.Signals, ending: str) -> None:
+        with contextlib.suppress(Exception):
+            self._restore_terminal()
+            log.info("%s: %s", number.name, ending)
+
+
+@contextmanager
+def stopping_at_once(restore_terminal: Callable[[], None]) -> Iterator[None]:
+    """Have a request to stop end the process at once, in a line: for commands that save nothing."""
+    with StopRequest(restore_terminal, "stopped").listening():
+        yield
+
+
+class StoppedError(Exception):
+    """The ranks have agreed to stop in the middle of some work, which is dropped."""
+
+
+class Vote:
+    """The ranks' agreement on whether to stop, for a loop that all ranks go through equally often.
+
+    They exchange about once a second. How many calls lie between two exchanges follows from the time that the slowest
+    rank took for the calls before, so it is the same on all ranks.
+    """
+
+    def __init__(self, stop: StopRequest, world: World) -> None:
+        self._stop, self._world = stop, world
+        self._calls = self._calls_left = 1
+        self._last = time.monotonic()
+
+    def check(self) -> None:
+        """Return if no rank has been asked to stop.
+
+        Raises:
+            StoppedError: one has; on all ranks.
+        """
+        self._calls_left -= 1
+        if self._calls_left > 0 and self._world.size > 1:
+            return
+        now = time.monotonic()
+        asked, seconds = zip(*self._world.gather_numbers(self._stop.signal or 0, now - self._last), strict=True)
+        self._last = now
+        self._calls = max(1, min(2 * self._calls, int(self._calls * VOTE_SECONDS / max(*seconds, 1e-9))))
+        self._calls_left = self._calls
+        if any(asked):
+            self._stop.signal = signal.Signals(int(max(asked)))
+            raise StoppedError

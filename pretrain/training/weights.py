@@ -1,0 +1,177 @@
+"""Where weights come from: a run, one checkpoint or an export; and runs that begin with them.
+
+RUN            its newest valid checkpoint ┐
+CHECKPOINT     step-00001200/              ├─▶ Metadata ─▶ eval, generate, export
+EXPORT         safetensors and a card      ┘           └─▶ Origin: what fits a new run's model
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from byteloom.core.locations import LocationText
+from byteloom.core.progress import Progress, ignore
+from byteloom.core.provenance import changes
+from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, read, verify
+from pretrain.distributed.world import ALONE, World
+from pretrain.engines import Engine
+from pretrain.models import FREE_FIELDS, ByteModel, ModelConfig, model_config
+from pretrain.training.exports import is_export, read_export
+from pretrain.training.run_folder import RunFolder
+
+
+class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """What a new run begins with, where not with first values; at step 0 of its own data and schedule. A run that has a
+    checkpoint goes on from that, and looks at none of this."""
+
+    weights: LocationText | None = None
+    """A run folder (its newest valid checkpoint), a checkpoint folder (or the URL of either), or an export; of any
+    corpus, engine and number of ranks. Null: first values, drawn by train.seed."""
+    moments: bool = False
+    """Take the optimizer's moments too, with the count of steps that they are made of: to try another schedule from
+    there. Without them the optimizer begins anew."""
+    partly: bool = False
+    """Take what has the same name and shape, say what else there is, and begin that with first values: for another
+    head, depth or context. Without it, weights of another model are refused."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a new run takes from a checkpoint."""
+
+    checkpoint: Metadata
+    tensors: frozenset[str]
+    optimizer_steps: int | None
+    """That its moments are made of; None if they are not taken."""
+    differences: Sequence[str]
+    """Between its model and the run's: of configs, and of each parameter that was not taken for it; a line each."""
+
+    def give(self, engine: Engine) -> None:
+        """Fills an engine that has first values."""
+        read(self.checkpoint, [fragment for fragment in engine.fragments() if fragment.name in self.tensors])
+        engine.restore({"optimizer_steps": self.optimizer_steps or 0})
+
+
+def find_origin(
+    config: InitializeConfig,
+    own: ModelConfig,
+    model: ByteModel,
+    optimizer: str,
+    world: World = ALONE,
+    progress: Progress = ignore,
+) -> Origin:
+    """What a config asks for. All ranks call it.
+
+    Args:
+        model: of the run, while its parameters are whole.
+        optimizer: the name of the run's.
+        progress: as of `find_checkpoint`.
+    Raises:
+        CheckpointError: it is not there, or does not fit.
+    """
+    assert config.weights is not None
+    checkpoint = find_checkpoint(config.weights, world, progress)
+    then = checkpoint.state["config"]
+    differences = model_changes(then["model"], own)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    there = {
+        name.removeprefix("model/"): stored.shape
+        for name, stored in checkpoint.tensors.items()
+        if name.startswith("model/")
+    }
+    fitting = {name for name, shape in shapes.items() if there.get(name) == shape}
+    differences += [
+        _difference(name, there.get(name), shapes.get(name))
+        for name in [*shapes, *(there.keys() - shapes.keys())]
+        if name not in fitting
+    ]
+    if differences and not config.partly:
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to another model ({_few(differences)}); "
+            "set initialize.partly=true to load the parameters that fit"
+        )
+    if not fitting:
+        raise CheckpointError(f"{checkpoint.folder} has no parameter that fits this model")
+    if not config.moments:
+        return Origin(checkpoint, frozenset(f"model/{name}" for name in fitting), None, differences)
+    if "counters" not in checkpoint.state:
+        raise CheckpointError(f"{checkpoint.folder} is an export, which has no moments; set initialize.moments=false")
+    if then["optimizer"]["name"] != optimizer:
+        raise CheckpointError(
+            f"{checkpoint.folder} has the moments of optimizer.name={then['optimizer']['name']}, not of {optimizer}; "
+            f"set initialize.moments=false, or optimizer.name={then['optimizer']['name']}"
+        )
+    tensors = frozenset(
+        name for name in checkpoint.tensors if not name.startswith("memory/") and name.partition("/")[2] in fitting
+    )
+    return Origin(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
+
+
+def store_of(run: Location, world: World = ALONE) -> CheckpointStore:
+    """The checkpoints of a run, to look at, by its folder or by the URL of their home."""
+    return CheckpointStore(RunFolder(run).checkpoints if isinstance(run, Path) else run, keep=None, world=world)
+
+
+def is_checkpoint(place: Location) -> bool:
+    """Whether this is one checkpoint, and no run."""
+    return (place / "metadata.json").exists() if isinstance(place, Path) else place.name.startswith("step-")
+
+
+def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress = ignore) -> Metadata:
+    """The newest valid checkpoint of a run, one checkpoint, or an export, of which every byte is as written.
+
+    All ranks call it, and each looks at a part.
+
+    Args:
+        progress: called with bytes verified and bytes in all, of this rank's part.
+    Raises:
+        CheckpointError: it is not there, or not valid; on all ranks.
+    """
+    place = locate(text)
+    folder = place if isinstance(place, Path) and is_export(place) else None
+    if folder is None and not is_checkpoint(place):
+        found = store_of(place, world).newest_valid(progress)
+        if found is None:
+            raise CheckpointError(f"{text} has no valid checkpoint; name a run with one, a checkpoint, or an export")
+        return found
+    checkpoint, fault = None, None
+    try:
+        checkpoint = read_export(folder) if folder else verify(place, world.rank, world.size, progress)
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [text for text in world.gather(fault) if text is not None]
+    if faults:
+        raise CheckpointError(faults[0])
+    assert checkpoint is not None
+    return checkpoint
+
+
+def trained_precision(checkpoint: Metadata) -> str:
+    """Return the precision of the passes that made a checkpoint; the recipe's, auto at worst, where it has no other."""
+    return str(checkpoint.state.get("precision", checkpoint.state["config"]["engine"]["precision"]))
+
+
+def model_changes(then: Mapping[str, Any], now: ModelConfig) -> list[str]:
+    """What differs between a model's section of an earlier recipe and a config, a line each.
+
+    Fields that leave the meaning of weights as it is do not count.
+    """
+    before, after = (config.model_dump(mode="json", exclude=FREE_FIELDS) for config in (model_config(then), now))
+    return changes({"model": before}, {"model": after})
+
+
+def _difference(name: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> str:
+    """Return how a parameter differs between a checkpoint and this model, by its shapes; None where it is missing."""
+    if there is None:
+        return f"the checkpoint has no {name}"
+    if here is None:
+        return f"this model has no {name}"
+    return f"{name} has shape {list(there)} in the checkpoint and {list(here)} in this model"
+
+
+def _few(lines: Sequence[str]) -> str:
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more

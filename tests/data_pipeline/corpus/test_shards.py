@@ -1,0 +1,241 @@
+"""The format: what is written is read back, by Byteloom and by every tool that should open it."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import zstandard
+
+from data_pipeline.corpus.blocks import StoredBlock
+from data_pipeline.corpus.shards import MEMBERS, TAR_HEADER, Corpus, ShardIndex, scan_shard, shard_name
+from data_pipeline.corpus.storage import OPEN_FILES
+from data_pipeline.errors import CorpusError, CorruptBlockError
+from tests.data_pipeline.corpora import damage_block, documents, flip, write_corpus, write_shards
+
+Members = list[tuple[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return write_corpus(tmp_path_factory.mktemp("shards") / "corpus")
+
+
+@pytest.fixture
+def copy(written: Corpus, tmp_path: Path) -> Path:
+    return shutil.copytree(written.location, tmp_path / "copy")
+
+
+def shard_paths(corpus: Corpus) -> list[Path]:
+    return [Path(corpus.location) / entry["name"] for entry in corpus.manifest["shards"]]
+
+
+def expected_members(corpus: Corpus, shard: int) -> Members:
+    """Names and contents of a shard's members, by the index."""
+    return [
+        (f"{shard:06d}-{ordinal:06d}.{suffix}", content)
+        for ordinal, block in enumerate(corpus.blocks_of(shard))
+        for suffix, content in zip(MEMBERS, corpus.read_stored(block), strict=True)
+    ]
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def read_by_extracting(command: list[str], shard: Path, folder: Path) -> Members:
+    folder.mkdir()
+    subprocess.run([*command, "-xf", shard], cwd=folder, check=True)
+    names = subprocess.run([*command, "-tf", shard], capture_output=True, text=True, check=True).stdout.split()
+    return [(name, (folder / name).read_bytes()) for name in names]
+
+
+@pytest.mark.parametrize("program", ["tar", "bsdtar"])
+def test_tar_programs_read_every_member(written: Corpus, program: str, tmp_path: Path):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    for shard, path in enumerate(shard_paths(written)):
+        assert read_by_extracting([program], path, tmp_path / str(shard)) == expected_members(written, shard)
+
+
+@pytest.mark.parametrize("mode", ["r:", "r|"])
+def test_tarfile_reads_every_member(written: Corpus, mode: str):
+    for shard, path in enumerate(shard_paths(written)):
+        with tarfile.open(path, mode) as tar:
+            assert [(m.name, tar.extractfile(m).read()) for m in tar] == expected_members(written, shard)
+
+
+def test_webdataset_reads_a_sample_a_block(written: Corpus):
+    urls = [str(path) for path in shard_paths(written)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == len(written)
+    for block, sample in enumerate(samples):
+        assert StoredBlock(*(sample[suffix] for suffix in MEMBERS)) == written.read_stored(block)
+
+
+def test_zstd_command_opens_frames_and_tables(written: Corpus, tmp_path: Path):
+    if shutil.which("zstd") is None:
+        pytest.skip("zstd is not installed")
+    for block in range(len(written)):
+        stored = written.read_stored(block)
+        for number, content in enumerate((stored.frame, stored.table)):
+            (tmp_path / f"{block}-{number}.zst").write_bytes(content)
+    subprocess.run(["zstd", "--quiet", "-d", *tmp_path.glob("*.zst")], check=True)
+    for block in range(len(written)):
+        expected = written.read(block)
+        assert (tmp_path / f"{block}-0").read_bytes() == expected.content
+        table = json.loads((tmp_path / f"{block}-1").read_bytes())
+        assert [entry["key"] for entry in table["documents"]] == [part.key for part in expected.slices]
+
+
+def test_frames_carry_checksum_and_content_size(written: Corpus):
+    for block in range(len(written)):
+        parameters = zstandard.get_frame_parameters(written.read_stored(block).frame)
+        assert parameters.has_checksum
+        lengths = written.lengths[block]
+        assert parameters.content_size == int(lengths["raw_bytes"]) + int(lengths["document_ends"])
+
+
+def test_every_document_comes_back(written: Corpus):
+    found = dict[str, bytes]()
+    for number in range(len(written)):
+        block = written.read(number)
+        content, ends = written.read_content(number, through=number + 3)
+        assert content == block.content
+        np.testing.assert_array_equal(ends, block.ends)
+        for part in block.slices:
+            assert part.document_offset == len(found.setdefault(part.key, b""))
+            found[part.key] += content[part.start : part.start + part.length]
+            following = content[part.start + part.length :][:1]
+            assert (following == b"\0") if part.ends else not following
+    assert found == {document.key: whole for document in documents() if (whole := b"".join(document.read()))}
+
+
+def test_a_shard_tells_its_own_index(tmp_path: Path):
+    for number, shard in enumerate(write_shards(tmp_path / "shards")):
+        path = tmp_path / "shards" / shard_name(number)
+        sizes = list[int]()
+        scanned = scan_shard(path, sizes.append)
+        assert scanned.entry == shard.entry
+        np.testing.assert_array_equal(scanned.lengths, shard.lengths)
+        np.testing.assert_array_equal(scanned.blocks, shard.blocks)
+        assert sum(sizes) == path.stat().st_size
+        shard.save(tmp_path / "saved")
+        assert ShardIndex.load(tmp_path / "saved").entry == shard.entry
+
+
+def test_no_bit_of_a_shard_can_flip_without_its_scan_telling(copy: Path):
+    """The digest of the whole tar, which a scan has nothing to compare with, stands aside here."""
+    path = copy / shard_name(1)
+    whole = scan_shard(path, lambda size: None)
+    size = path.stat().st_size
+    for number in range(300):
+        place = number * 7_919 % size
+        flip(path, place, number % 8)
+        try:
+            scanned = scan_shard(path, lambda size: None)
+        except CorpusError as error:
+            assert shard_name(1) in str(error)
+        else:  # bits of a compressed table that zstd does not look at
+            assert (scanned.blocks["content_sha256"] == whole.blocks["content_sha256"]).all()
+            assert scanned.entry["sha256"] != whole.entry["sha256"]
+        flip(path, place, number % 8)
+
+
+def test_what_is_no_shard_is_refused(copy: Path):
+    for content in (b"", b"x" * 20_000, bytes(10_240), (copy / shard_name(0)).read_bytes()[:-1]):
+        (copy / shard_name(0)).write_bytes(content)
+        with pytest.raises(CorpusError, match=shard_name(0)):
+            scan_shard(copy / shard_name(0), lambda size: None)
+
+
+def test_members_lie_where_the_index_says(written: Corpus):
+    for block in range(len(written)):
+        record = written.index[block]
+        with tarfile.open(shard_paths(written)[int(record["shard"])]) as tar:
+            [frame] = [m for m in tar if m.offset_data == record["frame_offset"]]
+        assert frame.size == record["frame_bytes"]
+        assert frame.offset_data - frame.offset == TAR_HEADER
+
+
+def test_digests_are_of_what_they_say(written: Corpus):
+    for entry, path in zip(written.manifest["shards"], shard_paths(written), strict=True):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+    for block in range(len(written)):
+        read = written.read(block)
+        assert written.index[block]["content_sha256"].tobytes() == hashlib.sha256(read.table).digest()
+        for part in read.slices:
+            own = read.content[part.start : part.start + part.length]
+            assert part.sha256 == hashlib.sha256(own).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "lengths.npy", "index.npy"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_manifest_or_index_is_refused(copy: Path, name: str, damage: str):
+    path = copy / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "flip":
+        flip(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+    with pytest.raises(CorpusError, match=name):
+        Corpus(copy)
+
+
+@pytest.mark.parametrize("damage", ["cut", "remove"])
+def test_a_missing_or_cut_shard_is_found_when_a_folder_is_opened(copy: Path, damage: str):
+    path = copy / shard_name(1)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(CorpusError, match=shard_name(1)):
+        Corpus(copy)
+
+
+def test_a_damaged_block_is_named_and_the_others_are_read(copy: Path, written: Corpus):
+    damage_block(copy, 13)
+    with Corpus(copy) as corpus:
+        for block in range(len(corpus)):
+            if block == 13:
+                for read in (corpus.read, corpus.read_content, corpus.read_stored):
+                    with pytest.raises(
+                        CorruptBlockError, match=r"block 000001-000002 of .*shard-000001.tar is damaged"
+                    ):
+                        read(block)
+            else:
+                assert corpus.read_content(block)[0] == written.read_content(block)[0]
+
+
+def test_a_folder_keeps_few_files_open_while_threads_read_many(tmp_path: Path):
+    corpus = write_corpus(tmp_path / "corpus", block_bytes=600, blocks_per_shard=2)
+    assert len(corpus.manifest["shards"]) > 2 * OPEN_FILES
+    before = open_files()
+    expected = [corpus.read(block).content for block in range(len(corpus))]
+    most = 0
+
+    def read(start: int) -> None:
+        nonlocal most
+        for block in range(start, len(corpus) * 4, 7):
+            assert corpus.read_content(block % len(corpus))[0] == expected[block % len(corpus)]
+            most = max(most, open_files() - before)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    assert most <= OPEN_FILES + 8  # and one for each thread that reads a file just pushed out, and for the count
+    corpus.close()
+    assert open_files() <= before
+
+
+def test_reading_imports_no_torch():
+    """A process that only reads or writes shards starts in a tenth of a second and a few MB."""
+    code = "import sys, data_pipeline.corpus.shards, data_pipeline.corpus.verify; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,194 @@
+"""Recipes by name, and copies of them to edit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from byteloom.core.configs import recipe_names
+from launchers.slurm.presets import ClusterError, load_cluster
+from pretrain.cli.app import app
+from pretrain.config.new_recipe import write_copy
+from pretrain.config.schema import ConfigError, load, recipe_schema
+from tests.test_project import ROOT
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the working directory."""
+    folder = tmp_path / "else where"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def refusal(recipe: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load(recipe)
+    return str(refused.value)
+
+
+def test_every_recipe_is_found_by_name_from_any_folder():
+    files = {path.relative_to(ROOT).as_posix() for path in recipe_names().values()}
+    assert {"configs/debug.yaml", "configs/megabyte/text.yaml"} <= files
+    assert not any("cluster" in path for path in files)
+    for name, path in recipe_names().items():
+        assert load(name) == load(path)
+
+
+def test_commands_take_a_recipe_by_name():
+    shown = CliRunner().invoke(app, ["config", "show", "transformer/debug", "run.name=mine"])
+    assert (shown.exit_code, "name: mine" in shown.output) == (0, True)
+    estimated = CliRunner().invoke(app, ["models", "estimate", "debug", "--micro-batch", "1"])
+    assert (estimated.exit_code, "debug" in estimated.output) == (0, True)
+    printed = CliRunner().invoke(app, ["submit", "debug", "run.root=my runs", "--cluster", "cpu", "--dry-run"])
+    assert (printed.exit_code, "name: debug" in printed.output) == (0, True)
+
+
+def test_a_file_wins_over_a_name(elsewhere: Path):
+    shutil.copy(ROOT / "configs/demo.yaml", elsewhere / "debug")
+    assert load("debug").run.name == "demo"
+    (elsewhere / "debug").unlink()
+    (elsewhere / "debug").mkdir()  # a folder is not a recipe
+    assert load("debug").run.name == "debug"
+
+
+def test_a_path_is_a_path_whether_or_not_there_is_a_file(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(elsewhere))
+    for path in ("nowhere.yaml", "../nowhere", f"{elsewhere}/nowhere", "~/nowhere"):
+        assert refusal(path) == f"cannot read the recipe {path.replace('~', str(elsewhere))}: No such file or directory"
+    shutil.copy(ROOT / "configs/demo.yaml", elsewhere / "mine.yaml")
+    assert load("mine.yaml") == load("~/mine.yaml") == load("./mine.yaml") == load("demo")
+
+
+def test_a_home_folder_that_does_not_exist_is_named():
+    assert refusal("~nobody-here/a.yaml").startswith("~nobody-here/a.yaml: no home folder is known for ~nobody-here")
+
+
+def test_an_unknown_name_gets_the_nearest_names(elsewhere: Path):
+    lists = "; `byteloom models` lists the names, and a path ends in .yaml"
+    assert refusal("debgu") == f"no recipe is named debgu (did you mean debug?){lists}"
+    assert refusal("text") == f"no recipe is named text (did you mean megabyte/text or transformer/text?){lists}"
+    assert refusal("megabite/text") == f"no recipe is named megabite/text (did you mean megabyte/text?){lists}"
+    assert refusal("zzz") == f"no recipe is named zzz{lists}"
+    (elsewhere / "mine.yaml").touch()
+    assert refusal("mine") == f"no recipe is named mine (did you mean mine.yaml?){lists}"
+
+
+def test_the_path_in_a_checkout_is_told_its_name():
+    for path, name in (("configs/debug.yaml", "debug"), ("megabyte/text.yaml", "megabyte/text")):
+        assert refusal(path) == f"there is no file {path}; the recipe that comes with Byteloom is named {name}"
+
+
+def test_the_folder_of_a_run_is_told_its_recipe(elsewhere: Path):
+    run = elsewhere / "runs/debug"
+    run.mkdir(parents=True)
+    assert refusal("runs/debug") == "runs/debug is a folder, not a recipe"
+    (run / "config.yaml").touch()
+    said = "runs/debug is a folder, not a recipe; the recipe of that run is runs/debug/config.yaml"
+    assert refusal("runs/debug") == said
+
+
+def test_presets_are_found_by_name_from_any_folder(elsewhere: Path):
+    assert load_cluster("gpu", {}).gpus_per_node == 8
+    (elsewhere / "gpu").mkdir()
+    assert load_cluster("gpu", {}).gpus_per_node == 8
+    (elsewhere / "gpu.yaml").write_text("gpus_per_node: 2\n")
+    assert load_cluster("gpu.yaml", {}).gpus_per_node == 2
+    with pytest.raises(
+        ClusterError, match=r"^--cluster mine\.yaml: cannot read the preset: No such file or directory$"
+    ):
+        load_cluster("mine.yaml", {})
+
+
+def comments(text: str) -> list[str]:
+    return [line.partition("#")[2] for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_a_copy_is_the_recipe_under_another_name_and_the_schema_accepts_it(name: str, elsewhere: Path):
+    path = elsewhere / "copies/my first try.yaml"
+    schema = write_copy(name, path)
+    original, copy = load(name), load(path)
+    assert copy.run.name == "my-first-try"
+    renamed = original.model_copy(update={"run": original.run.model_copy(update={"name": copy.run.name})})
+    assert copy == renamed
+    first, second, third = path.read_text().splitlines()[:3]
+    assert first == f"# yaml-language-server: $schema={schema.name}"
+    assert schema == path.parent / first.partition("=")[2]
+    assert second == f"# Made from the recipe {name} by `byteloom config new`."
+    assert third == f"# Edit it, then: byteloom train '{path}'"
+    body, of_copy = (text.read_text().partition("\n\n")[2] for text in (recipe_names()[name], path))
+    assert comments(body) == comments(of_copy)
+    validator = jsonschema.Draft202012Validator(json.loads(schema.read_text()))
+    assert list(validator.iter_errors(copy.as_tree())) == []
+
+
+def test_a_copy_says_nothing_that_is_only_true_of_the_original(elsewhere: Path):
+    write_copy("megabyte/text", elsewhere / "mine.yaml")
+    write_copy("mine.yaml", elsewhere / "copy.yaml")
+    text = (elsewhere / "copy.yaml").read_text()
+    assert "Printed size" in recipe_names()["megabyte/text"].read_text()
+    assert not any(words in text for words in ("Printed size", "Result:", "Weights:"))
+    assert "# Task: text.\n" in text
+    assert text.count("yaml-language-server") == text.count("Made from") == text.count("Edit it, then") == 1
+    write_copy("debug", elsewhere / "debug copy.yaml")
+    assert "#   byteloom train '" in (elsewhere / "debug copy.yaml").read_text()
+
+
+@pytest.mark.parametrize(("file", "run"), [("007", "007"), ("true", "true"), ("1e-3", "1e-3"), ("_ä", "debug")])
+def test_the_run_of_a_copy_has_a_name_that_yaml_reads_as_text(elsewhere: Path, file: str, run: str):
+    write_copy("debug", elsewhere / f"{file}.yaml")
+    assert load(elsewhere / f"{file}.yaml").run.name == run
+
+
+def test_a_file_that_exists_is_replaced_only_by_force(elsewhere: Path):
+    new = ["config", "new", "mine.yaml"]
+    assert CliRunner().invoke(app, new).exit_code == 0
+    (elsewhere / "mine.yaml").write_text("mine")
+    (elsewhere / "byteloom.schema.json").write_text('{"title": "Byteloom recipe", "of": "an older version"}')
+    refused = CliRunner().invoke(app, new)
+    assert str(refused.exception) == "mine.yaml exists already; choose another name, or replace it with --force"
+    assert (elsewhere / "mine.yaml").read_text() == "mine"
+    assert CliRunner().invoke(app, [*new, "--force", "--from", "demo"]).exit_code == 0
+    assert load("mine.yaml").model == load("demo").model
+    assert json.loads((elsewhere / "byteloom.schema.json").read_text()) == recipe_schema()
+
+    (elsewhere / "byteloom.schema.json").write_text('{"title": "Another"}')
+    with pytest.raises(ConfigError, match=r"byteloom\.schema\.json was not written by Byteloom"):
+        write_copy("debug", elsewhere / "other.yaml")
+    assert not (elsewhere / "other.yaml").exists()
+
+
+@pytest.mark.parametrize("draft", [jsonschema.Draft7Validator, jsonschema.Draft202012Validator])
+def test_the_schema_accepts_every_form_of_a_field_and_refuses_what_the_config_refuses(draft: Any):
+    draft.check_schema(recipe_schema())
+    validator = draft(recipe_schema())
+
+    def is_right(section: str, **fields: object) -> bool:
+        tree = load("debug").as_tree()
+        tree[section] |= fields
+        return validator.is_valid(tree)
+
+    assert is_right("engine", activation_checkpointing="full")
+    assert is_right("engine", activation_checkpointing={"mode": "selective", "stacks": ["global"]})
+    assert is_right("data", shards=None, mixture={"a": {"shards": "b", "weight": 3}}, stages=[])
+    assert is_right("checkpoint", keep=None, home="s3://bucket/folder")
+    assert is_right("optimizer", learning_rate=1)
+    assert not is_right("engine", activation_checkpointing="some")
+    assert not is_right("model", pach_size=8)
+    assert not is_right("model", family="lstm")
+    assert not is_right("train", steps="50")
+    assert not is_right("train", steps=0)
+    assert not is_right("data", mixture={"a": {"weight": 3}})
+
+    tree = load("debug").as_tree()
+    del tree["model"]["family"]  # MEGABYTE's is the default
+    assert validator.is_valid(tree)
+    tree = load("transformer/debug").as_tree()
+    del tree["model"]["family"]
+    assert not validator.is_valid(tree)

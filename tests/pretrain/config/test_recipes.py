@@ -1,0 +1,201 @@
+"""The catalogue: what recipes build, told without building it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from pretrain.cli.app import app
+from pretrain.config.catalogue import TRAINING_PASSES, Recipe, read_recipes
+from pretrain.config.schema import ConfigError, load
+from pretrain.estimate.footprint import on_meta
+from pretrain.models import build_model, families
+from tests.test_project import ROOT
+
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module")
+def recipes() -> dict[str, Recipe]:
+    return {r.path.relative_to(CONFIGS).with_suffix("").as_posix(): r for r in read_recipes(CONFIGS)}
+
+
+def test_every_family_has_a_debug_recipe_of_the_size_that_is_built(recipes: dict[str, Recipe]):
+    debug = {recipe.family: recipe for name, recipe in recipes.items() if name.endswith("debug")}
+    assert debug.keys() == families().keys()
+    for recipe in debug.values():
+        assert build_model(load(recipe.path).model).parameter_count() == recipe.parameters
+
+
+TABLE_15 = {
+    # recipe: (global width, layers, local width, layers), batch, rate, context, patch
+    "text": ((2048, 14, 1024, 18), 48, 2e-4, 8192, 8),
+    "text-without-local": ((2560, 20, None, 0), 48, 1.5e-4, 8192, 4),
+    "text-without-global": ((None, 0, 1024, 24), 192, 2e-4, 8192, 8),
+    "text-without-cross-patch": ((2048, 17, 1024, 24), 48, 2e-4, 8192, 8),
+    "text-with-convolution": ((2048, 13, 1024, 18), 48, 2e-4, 8192, 8),
+    "image64-best": ((None, 32, 1024, 24), 2, 2e-4, 12_288, 12),
+    "image64": ((None, 24, 2048, 24), 256, 3e-4, 12_288, 12),
+    "image256": ((768, 12, 768, 12), 16, 2e-4, 196_608, 192),
+    "image256-without-local": ((None, 32, None, 0), 16, 2e-4, 196_608, 48),
+    "image256-without-global": ((None, 0, 768, 12), 16, 2e-4, 196_608, 192),
+    "image256-without-cross-patch": ((None, 24, 768, 15), 16, 2e-4, 196_608, 192),
+    "image256-with-convolution": ((768, 12, 768, 12), 16, 2e-4, 196_608, 192),
+    "image640": ((768, 12, 768, 8), 32, 3e-4, 1_228_800, 192),
+    "audio": ((1024, 24, 768, 12), 256, 2e-4, 524_288, 32),
+    "audio-without-local": ((4096, 32, None, 0), 256, 2e-4, 524_288, 32),
+    "audio-without-global": ((None, 0, 768, 12), 256, 2e-4, 524_288, 32),
+    "audio-without-cross-patch": ((1024, 24, 768, 14), 256, 2e-4, 524_288, 32),
+    "audio-with-convolution": ((1024, 24, 768, 12), 256, 2e-4, 524_288, 32),
+}
+"""Of arXiv:2305.07185, MEGABYTE's rows. None: the table gives none, or one that is no multiple of the patch."""
+BASELINES = {
+    # recipe: width, layers, batch, rate, context, latents
+    "transformer/text": (1024, 22, 72, 2e-4, 1024, None),
+    "transformer/image64": (1536, 24, 512, 3e-4, 2048, None),
+    "transformer/image256": (768, 6, 1536, 2e-4, 1024, None),
+    "transformer/image640": (768, 8, 4800, 3e-4, 1024, None),
+    "transformer/audio": (768, 13, 2048, 2e-4, 1024, None),
+    "perceiver_ar/text-228m": (1024, 17, 72, 2e-4, 8192, 1024),
+    "perceiver_ar/image64": (1024, 16, 512, 3e-4, 12_288, 1024),
+    "perceiver_ar/image256": (768, 6, 256, 2e-4, 8192, 768),
+    "perceiver_ar/image640": (768, 6, 2048, 3e-4, 4096, 1024),
+    "perceiver_ar/audio": (768, 6, 384, 2e-4, 8192, 1024),
+}
+"""Of the same table."""
+
+
+@pytest.mark.parametrize("name", TABLE_15)
+def test_megabytes_recipes_are_the_rows_of_the_papers_table_15(name: str):
+    (width, layers, local_width, local_layers), batch, rate, context, patch = TABLE_15[name]
+    config = load(CONFIGS / f"megabyte/{name}.yaml")
+    model = config.model
+    assert (model.global_model.layers, model.local_model.layers) == (layers, local_layers)
+    assert width in (None, model.global_model.width)
+    assert local_width in (None, model.local_model.width)
+    assert (model.sequence_length, model.patch_size) == (context, patch)
+    assert (config.train.global_batch, config.optimizer.learning_rate) == (batch, rate)
+    assert (model.cross_patch_bytes == 0) == ("without-local" in name or "cross-patch" in name)
+    assert (model.patch_encoder == "convolution") == ("convolution" in name)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_its_baselines_are_the_rows_of_the_papers_table_15(name: str):
+    width, layers, batch, rate, context, latents = BASELINES[name]
+    config = load(CONFIGS / f"{name}.yaml")
+    stack = config.model.latent_model if latents else config.model
+    assert (stack.width, stack.layers, config.model.sequence_length) == (width, layers, context)
+    assert (config.train.global_batch, config.optimizer.learning_rate) == (batch, rate)
+    assert latents in (None, getattr(config.model, "latents", None))
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "width", "heads"),
+    [
+        ("125m", 12, 768, 12),
+        ("350m", 24, 1024, 16),
+        ("760m", 24, 1536, 16),
+        ("1.3b", 24, 2048, 32),
+        ("2.7b", 32, 2560, 32),
+        ("6.7b", 32, 4096, 32),
+    ],
+)
+def test_sizes_are_those_of_the_papers_table_14(
+    recipes: dict[str, Recipe], size: str, layers: int, width: int, heads: int
+):
+    model = load(CONFIGS / f"transformer/size-{size}.yaml").model
+    assert (model.layers, model.width, model.heads) == (layers, width, heads)
+    recipe = recipes[f"transformer/size-{size}"]
+    assert recipe.printed == size.upper()
+    assert recipe.parameters == pytest.approx(12 * layers * width**2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "printed", "remark"),
+    [
+        ("perceiver_ar/imagenet64", 770_094_339, "770.1M", None),  # arXiv:2202.07765
+        ("transformer_xl/enwik8-12-layers", 41e6, "41M", None),  # arXiv:1901.02860, table 2
+        ("transformer_xl/enwik8-24-layers", 277e6, "277M", None),
+        ("megabyte/text", 704.6e6 + 226.5e6, "758M + 262M", "nominal"),  # 12 L D^2; the paper's names are larger
+        ("transformer/text", 276.8e6, "320M", "nominal"),
+        ("megabyte/books-10m", 10e6, None, None),
+    ],
+)
+def test_the_papers_models_have_the_papers_sizes(
+    recipes: dict[str, Recipe], name: str, parameters: float, printed: str | None, remark: str | None
+):
+    recipe = recipes[name]
+    assert recipe.parameters == pytest.approx(parameters, rel=0 if name == "perceiver_ar/imagenet64" else 0.01)
+    assert recipe.printed == printed
+    assert (recipe.printed_remark or "").startswith(remark or "")
+
+
+def test_a_printed_size_that_is_not_the_true_one_has_a_remark(recipes: dict[str, Recipe]):
+    units = {"M": 1e6, "B": 1e9}
+    for name, recipe in recipes.items():
+        if recipe.printed is not None and recipe.printed_remark is None:
+            printed = sum(float(part[:-1]) * units[part[-1]] for part in recipe.printed.split(" + "))
+            assert recipe.parameters == pytest.approx(printed, rel=0.01), name
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE_15 if not name.endswith("convolution")])
+def test_megabytes_parts_are_12_l_d_squared(name: str):
+    config = load(CONFIGS / f"megabyte/{name}.yaml").model
+    stacks = [config.global_model, config.local_model]
+    weights = sum(12 * stack.layers * stack.width**2 for stack in stacks)
+    norms = sum(2 * (2 * stack.layers + 1) * stack.width for stack in stacks)
+    byte_width, local_width = config.global_model.width // config.patch_size, config.local_model.width
+    tables = (258 + config.sequence_length) * byte_width + (258 + config.patch_size) * local_width
+    pads_and_conditioning = config.global_model.width + local_width + byte_width * local_width
+    assert on_meta(config).parameter_count() == weights + norms + tables + pads_and_conditioning
+
+
+def test_megabytes_text_model_and_its_transformer_cost_the_same_a_byte(recipes: dict[str, Recipe]):
+    """The paper's control: 645M and 646M by SpaceByte's count (arXiv:2404.14408) over 12 L D^2 weights."""
+    assert recipes["megabyte/text"].flops_per_byte == pytest.approx(645e6, rel=0.005)
+    assert recipes["transformer/text"].flops_per_byte == pytest.approx(646e6, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "less"),
+    [
+        ("debug", (), 0),
+        ("transformer/debug", ("model.window=null",), 0),
+        ("perceiver_ar/debug", ("model.latents=64",), 0),
+        # The distances' table has no gradient, so their projection has one product less, in each layer.
+        ("transformer_xl/debug", ("model.memory_length=0",), 2 * 2 * 64 * 128**2),
+    ],
+)
+def test_training_is_three_forward_passes_and_the_logits_once_more(name: str, overrides: tuple[str, ...], less: int):
+    """As torch counts it, in bf16 on a CPU with rows so short that attention is explicit products."""
+    config = load(CONFIGS / f"{name}.yaml", ["model.sequence_length=64", "model.dropout=0.0", *overrides]).model
+    torch.manual_seed(0)
+    model = build_model(config).to(torch.bfloat16).train()
+    ids = torch.randint(0, 256, (1, config.sequence_length))
+    with FlopCounterMode(display=False) as counter:
+        model(ids).mean().backward()
+    priced = len(range(*model.scored(config.sequence_length).indices(config.sequence_length)))
+    logits = 2 * priced * model.head_weights()[0].numel()
+    assert counter.get_total_flops() == TRAINING_PASSES * model.flops(config.sequence_length) + logits - less
+
+
+def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, Recipe]):
+    command = ["models", "--recipes", str(CONFIGS)]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    for family in families():
+        assert f"{family}: " in shown.output
+    lines = shown.output.splitlines()
+    for name, recipe in recipes.items():
+        own = name.removeprefix(f"{recipe.family}/")
+        size = f" {recipe.parameters / 1e6:,.1f} "
+        assert any(line.split()[:1] and line.split()[0].endswith(own) and size in line for line in lines), name
+    written = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
+    assert [entry["parameters"] for entry in written] == [recipe.parameters for recipe in recipes.values()]
+
+
+def test_a_folder_without_recipes_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="has no recipe"):
+        read_recipes(tmp_path)

@@ -1,0 +1,127 @@
+"""What a person sees of long work, by width and on a terminal or not."""
+
+import io
+import time
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from pretrain.terminal import progress
+from pretrain.terminal.progress import Display, Phase, Row, TrainingProgress
+
+METRICS = {
+    "train/bits_per_byte": 1.23456,
+    "bytes_per_second": 123_456.0,
+    "data_wait_share": 0.001,
+    "mfu": 0.43,
+    "peak_memory_bytes": 1.2e9,
+}
+WIDTHS = (40, 60, 80, 120)
+
+
+def terminal(width: int = 80) -> Console:
+    return Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None, legacy_windows=False)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def line_of(row: Row, width: int) -> str:
+    """The row as a terminal of that width shows it: one line of it."""
+    console = terminal(width)
+    console.print(row.line(console.options), end="")
+    assert "\n" not in text_of(console)
+    return text_of(console)
+
+
+def trained(**metrics: float) -> TrainingProgress:
+    row = TrainingProgress(Display(Console(quiet=True)), 100_000, 0)
+    row.update(1234, METRICS | metrics, 3723.0)
+    return row
+
+
+def test_the_training_line_sheds_fields_by_width_and_never_the_step_nor_the_time_left():
+    assert [line_of(trained(), width) for width in WIDTHS] == [
+        "1234/100000 1.2346 bits/byte 1h02m left",
+        "1234/100000 1.2346 bits/byte 123 kB/s MFU 0.43 1h02m left",
+        "1234/100000 1.2346 bits/byte 123 kB/s wait 0.1% MFU 0.43 mem 1.2 GB 1h02m left",
+        "1234/100000 ──────────────────── 1.2346 bits/byte 123 kB/s wait 0.1% MFU 0.43 mem 1.2 GB 1h02m left",
+    ]
+    for width in range(24, 140):
+        line = line_of(trained(), width)
+        assert len(line) <= width
+        assert "1234/100000" in line and "1h02m left" in line
+
+
+def test_a_run_whose_mfu_means_nothing_shows_none():
+    row = TrainingProgress(Display(Console(quiet=True)), 10, 0)
+    row.update(1, {name: value for name, value in METRICS.items() if name != "mfu"}, 5.0)
+    assert line_of(row, 79) == "1/10 1.2346 bits/byte 123 kB/s wait 0.1% mem 1.2 GB 5s left"
+
+
+def test_a_phase_sheds_fields_by_width_and_never_its_name_nor_the_time():
+    phase = Phase("validating", 10_000.0)
+    phase.advance(5_000.0)
+    for width in WIDTHS:
+        line = line_of(phase, width)
+        assert len(line) <= width
+        assert line.startswith("validating") and line.endswith(" left")
+        assert ("50% of 10 kB" in line) == (width >= 40)
+        assert ("━" in line) == (width >= 80)
+    assert line_of(Phase("rehearsing a micro-batch"), 40).endswith(" 0s so far")
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_quick_work_shows_nothing():
+    console = terminal()
+    with Display(console).phase("quick"):
+        pass
+    assert text_of(console) == ""
+
+
+def test_a_phase_is_shown_below_the_run_that_it_is_a_part_of(monkeypatch: pytest.MonkeyPatch):
+    """rich has one live area, so both are in it."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    console = terminal()
+    display = Display(console)
+    with TrainingProgress(display, 10, 3), display.phase("validating", 100.0) as phase:
+        phase.advance(50.0)
+        wait_until(lambda: "validating ━" in text_of(console))
+        frame = text_of(console)[text_of(console).rindex("3/10") :]
+        assert frame.splitlines()[1].startswith("validating ━")
+    after = text_of(console)[text_of(console).rindex("3/10") :]
+    assert "validating" not in after
+    assert after.endswith("\x1b[?25h"), "the cursor is shown again"
+
+
+def test_without_a_terminal_a_phase_is_a_plain_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    console = Console(width=20, file=io.StringIO())
+    with Display(console).phase("loading the checkpoint") as phase:
+        wait_until(lambda: text_of(console).endswith("\n"))
+        phase.update(50, 100)
+        assert phase.plain_line().startswith("loading the checkpoint: 50% of 100 B")
+    assert text_of(console) == "loading the checkpoint: 0s so far\n"
+
+
+def test_a_closed_display_leaves_the_terminal_as_a_shell_wants_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    console = terminal()
+    display = Display(console)
+    with display.phase("rehearsing"):
+        wait_until(lambda: "rehearsing" in text_of(console))
+        display.close()
+        closed = text_of(console)
+        assert "\x1b[?25h" in closed
+        with display.phase("later"):
+            pass
+    assert text_of(console) == closed

@@ -1,0 +1,322 @@
+"""MLflow from the client's side: what a run's page shows, and every way in which a store or server can fail."""
+
+import logging
+import re
+import shlex
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+from mlflow import MlflowClient
+from mlflow.cli import cli as mlflow_command
+from typer.testing import CliRunner
+
+from launchers.supervision.heartbeat import FOLDER as HEARTBEATS
+from launchers.supervision.record import LaunchRecord, reason_of_start
+from pretrain.cli import app as cli
+from pretrain.tracking import (
+    Journal,
+    MlflowShipper,
+    ParentRun,
+    RunDescription,
+    TrackingConfig,
+    TrackingError,
+    fault_of,
+    open_tracker,
+    shown,
+)
+from tests.mlflow_server import Server, misbehaving
+
+PARAMS = {"train.steps": 4, "optimizer.learning_rate": 0.003}
+
+
+class Folder:
+    """A run folder whose starts are made up; everything after the loop is real."""
+
+    def __init__(self, path: Path, uri: str | None) -> None:
+        path.mkdir(parents=True)
+        self.path = path
+        self.identity = uuid.uuid4().hex
+        self.config = TrackingConfig(uri=uri)
+        self.uri = self.config.store(path.parent)
+        (path / "train.log").touch()
+        self.starts = 0
+
+    def train(
+        self,
+        first: int,
+        last: int,
+        params: Mapping[str, Any] = PARAMS,
+        reason: str = "manual",
+        status: str = "FINISHED",
+    ) -> None:
+        """Make a start of the run do some steps."""
+        self.starts += 1
+        (self.path / "config.yaml").write_text(f"{dict(params)}\n")
+        journal = Journal(self.path / "metrics.jsonl", first - 1 if first > 1 else None)
+        after = first - 1 if first > 1 else -1
+        description = RunDescription(
+            self.path.name, self.identity, params, {"host": "here"}, after, self.starts, reason
+        )
+        tracker = open_tracker(
+            self.config,
+            journal,
+            self.path / "mlflow.json",
+            self.path.parent,
+            description,
+            recipe=self.path / "config.yaml",
+            train_log=self.path / "train.log",
+        )
+        for step in range(first, last + 1):
+            tracker.log(step, {"train/bits_per_byte": 8 / step})
+        tracker.close(status)
+
+    def shipper(self) -> MlflowShipper:
+        return MlflowShipper(
+            *(self.path / name for name in ("metrics.jsonl", "mlflow.json", "config.yaml", "train.log"))
+        )
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    @property
+    def run(self) -> Any:
+        return self.client.get_run(self.shipper().delivery.run_id)
+
+    def steps(self) -> list[int]:
+        history = self.client.get_metric_history(self.run.info.run_id, "train/bits_per_byte")
+        return sorted(metric.step for metric in history)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["embedded", "server"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """A run in a folder with a name that a URL would quote, tracked in either way."""
+    uri = request.getfixturevalue("server").uri if request.param == "server" else None
+    return Folder(tmp_path / "my runs #1" / request.node.name.partition("[")[0], uri)
+
+
+def test_starts_changed_parameters_and_files_are_shown(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    folder.train(1, 4)
+    first = folder.run
+    assert "mlflow.note.content" not in first.data.tags
+    [output] = first.outputs.model_outputs  # MLflow's page lists a run without one among evaluations of GenAI
+    assert folder.client.get_logged_model(output.model_id).status == "READY"
+    experiment = folder.client.get_experiment(first.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+    (folder.path / "train.log").write_text("".join(f"line {number}\n" for number in range(100_000)))
+    changed = {**PARAMS, "train.steps": 8, "optimizer.learning_rate": 0.001}
+    folder.train(5, 8, changed, reason="requeued: lost n2")
+    run = folder.run
+    assert run.info.run_id == first.info.run_id
+    assert run.data.params == {"train.steps": "4", "optimizer.learning_rate": "0.003"}  # MLflow changes none
+    assert run.data.tags["now.train.steps"] == "8"
+    assert run.data.tags["now.optimizer.learning_rate"] == "0.001"
+    assert run.data.tags["start.1"].startswith("from the beginning: manual (20")
+    assert run.data.tags["start.2"].startswith("after step 4: requeued: lost n2 (20")
+    assert run.data.tags["start.2.changes"] == "train.steps: 4 -> 8; optimizer.learning_rate: 0.003 -> 0.001"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("Start 2 continues after step 4: requeued: lost n2 (20")
+    assert "`optimizer.learning_rate` 0.001 (at first 0.003)" in note
+    starts = folder.client.get_metric_history(run.info.run_id, "starts")
+    assert [(metric.step, metric.value) for metric in starts] == [(0, 1), (4, 2)]
+    assert folder.steps() == list(range(1, 9))
+
+    read = {}
+    for name in ("config.yaml", "train.log"):
+        read[name] = Path(folder.client.download_artifacts(run.info.run_id, name, str(elsewhere))).read_text()
+    assert read["config.yaml"] == f"{changed}\n"
+    end = read["train.log"]
+    assert 199_000 < len(end) <= 200_000
+    assert end.startswith("line ")
+    assert end.endswith("line 99999\n")
+    assert {path.name for path in elsewhere.iterdir()} == {"config.yaml", "train.log"}  # no mlruns
+
+    # A person's choices stay; a parameter that is as at first is shown so.
+    folder.client.set_tag(run.info.run_id, "mlflow.note.content", "mine")
+    folder.client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "genai_development")
+    folder.train(9, 9, {**changed, "optimizer.learning_rate": 0.003})
+    run = folder.run
+    assert run.data.tags["mlflow.note.content"] == "mine"
+    assert run.data.tags["now.optimizer.learning_rate"] == "0.003"
+    experiment = folder.client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "genai_development"
+    folder.client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
+
+
+def test_starts_and_files_that_a_dead_server_missed_arrive_later(server: Server, tmp_path: Path):
+    folder = Folder(tmp_path / "runs/missed", "http://127.0.0.1:9")
+    folder.train(1, 4, status="KILLED")
+    folder.train(3, 6, reason="requeued: preempted")
+    state = folder.path / "mlflow.json"
+    state.write_text(state.read_text().replace("http://127.0.0.1:9", server.uri))  # it has moved
+    folder.uri = server.uri
+    (folder.path / "train.log").write_text("what was logged\n")
+    done = CliRunner().invoke(cli.app, ["track", str(folder.path)])
+    assert done.exit_code == 0, done.output
+    run = folder.run
+    assert folder.steps() == list(range(1, 7))
+    assert run.data.tags["start.2"].startswith("after step 2: requeued: preempted (")
+    assert {file.path for file in folder.client.list_artifacts(run.info.run_id)} == {"config.yaml", "train.log"}
+
+
+FAULTS = {
+    "refused": "connection refused",
+    "hangs": "timed out",
+    "closes": "the server closed the connection",
+    "401": "HTTP 401",
+    "404": "HTTP 404",
+    "500": "HTTP 500",
+    "html": "something answers there, but it is not MLflow",
+    "json": "something answers there, but it is not MLflow",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_fails_is_a_short_warning(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with misbehaving(fault) as address:
+        uri = "http://127.0.0.1:9" if fault == "refused" else address.replace("://", "://user:secret@")
+        folder = Folder(tmp_path / "runs/run", uri)
+        with caplog.at_level(logging.WARNING, "pretrain"):
+            folder.train(1, 3)
+    journal = folder.path / "metrics.jsonl"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"MLflow at {shown(uri)}: {FAULTS[fault]}. Training continues; the numbers are safe in {journal}",
+        f"3 steps did not reach MLflow at {shown(uri)}; they are safe in {journal}, and "
+        f"`byteloom track {folder.path}` sends them",
+    ]
+    assert "secret" not in caplog.text
+
+
+def test_faults_of_a_store_are_a_few_words(tmp_path: Path):
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+
+    def fault(**fields: str) -> str:
+        config = TrackingConfig.model_validate(fields)
+        with pytest.raises(Exception) as caught:
+            ParentRun(config, tmp_path, "sweep", "identity", 1, {})
+        return fault_of(caught.value)
+
+    assert fault() == "file is not a database"
+    assert fault(uri=f"sqlite:///{tmp_path}/missing/mlflow.db") == "No such file or directory"
+    assert fault(uri="https://no-such-host.invalid:5000") == "no such host"
+    assert len(fault_of(ValueError("x" * 300))) == 100
+
+
+def advice(folder: Folder) -> str:
+    """Return the advice for a run or experiment that was deleted."""
+    with pytest.raises(TrackingError) as caught:
+        folder.shipper().finish()
+    return str(caught.value)
+
+
+def follow(text: str) -> None:
+    """Run the first command that an advice gives."""
+    command = re.search("`(.*?)`", text)
+    assert command is not None
+    setting, program, *arguments = shlex.split(command[1])
+    assert program == "mlflow"
+    mlflow(arguments, dict([setting.split("=", 1)]))
+
+
+def mlflow(arguments: list[str], environment: Mapping[str, str]) -> None:
+    done = click.testing.CliRunner().invoke(mlflow_command, arguments, env=environment)
+    assert done.exit_code == 0, f"{done.output}\n{done.exception}"
+
+
+def test_a_deleted_run_or_experiment_comes_back_as_the_message_says(server: Server, tmp_path: Path):
+    folder = Folder(tmp_path / "runs/deleted", server.uri)
+    folder.config = TrackingConfig(uri=server.uri, experiment="to be deleted")
+    folder.train(1, 3)
+    run = folder.run
+    folder.client.delete_run(run.info.run_id)
+    told = advice(folder)
+    assert told.startswith(f"run {run.info.run_id} was deleted; `MLFLOW_TRACKING_URI={server.uri} mlflow runs restore")
+    assert told.endswith(f"`byteloom track {folder.path} --new-run` sends everything to a new one")
+    follow(told)
+    folder.train(4, 5)
+    assert folder.steps() == [1, 2, 3, 4, 5]
+
+    folder.client.delete_experiment(run.info.experiment_id)
+    told = advice(folder)
+    assert told.startswith("experiment to be deleted was deleted; `MLFLOW_TRACKING_URI=")
+    other = Folder(tmp_path / "runs/other", server.uri)
+    other.config = folder.config
+    other.train(1, 2)
+    with pytest.raises(TrackingError, match=r"^experiment to be deleted was deleted; .* another tracking.experiment$"):
+        other.shipper().finish()
+    other.config = TrackingConfig(uri=server.uri, experiment="another")
+    other.train(3, 3)
+    assert other.steps() == [1, 2, 3]
+    other.config = folder.config
+    follow(told)
+    folder.train(6, 6)
+    other.train(4, 4)
+    assert folder.steps() == [1, 2, 3, 4, 5, 6]
+    assert other.steps() == [1, 2, 3, 4]
+
+
+def test_a_run_deleted_while_it_trains_is_named_once(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = Folder(tmp_path / "runs/meanwhile", server.uri)
+    folder.train(1, 2)
+    shipper = folder.shipper()
+    shipper.deliver()
+    run_id = folder.run.info.run_id
+    folder.client.delete_run(run_id)
+    with (folder.path / "metrics.jsonl").open("a") as journal:
+        journal.write('{"step": 3, "time": 1, "train/bits_per_byte": 2}\n')
+    for _ in range(2):
+        with pytest.raises(TrackingError, match=f"^run {run_id} was deleted; .* mlflow runs restore"):
+            shipper.deliver()
+    folder.client.restore_run(run_id)
+    assert shipper.deliver() == 1
+
+
+def test_a_run_that_is_gone_is_sent_to_a_new_one(tmp_path: Path):
+    folder = Folder(tmp_path / "runs/gone", None)
+    folder.train(1, 3)
+    gone = folder.run.info.run_id
+    folder.client.delete_run(gone)
+    mlflow(["gc", "--backend-store-uri", folder.uri, "--run-ids", gone], {"MLFLOW_TRACKING_URI": folder.uri})
+    assert advice(folder).startswith(f"run {gone} is no longer there. When the run has ended, `byteloom track")
+    done = CliRunner().invoke(cli.app, ["track", "--new-run", str(folder.path)])
+    assert done.exit_code == 0, done.output
+    assert folder.run.info.run_id != gone
+    assert folder.steps() == [1, 2, 3]
+    assert "start.1" in folder.run.data.tags
+
+
+def test_a_start_has_the_reason_that_is_known(tmp_path: Path):
+    assert reason_of_start(tmp_path, {}) == "manual"
+    slurm = {"SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": "4711"}
+    assert reason_of_start(tmp_path, slurm) == "Slurm requeued job 4711 (restart 2)"
+    assert reason_of_start(tmp_path, {"TORCHELASTIC_RESTART_COUNT": "1"}) == "torchrun restarted the ranks (restart 1)"
+
+    supervised = {HEARTBEATS: "heartbeats"} | slurm
+    record = LaunchRecord(tmp_path)
+    assert reason_of_start(tmp_path, supervised) == "submitted"
+    record.append("submitted", "4711")
+    record.append("started", "4711")
+    assert reason_of_start(tmp_path, supervised) == "submitted"
+    record.append("failed", "4711", reason="rank 2 on n2 was killed by SIGKILL")
+    record.append("started", "4711", restart=1)
+    assert reason_of_start(tmp_path, supervised) == "failed: rank 2 on n2 was killed by SIGKILL"
+    assert reason_of_start(tmp_path, {}) == "manual"
