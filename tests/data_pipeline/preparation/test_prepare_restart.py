@@ -33,7 +33,7 @@ OPTIONS = {
 PREPARE = """
 import json, sys
 from pathlib import Path
-from data_pipeline import prepare
+from data_pipeline.preparation import prepare
 from data_pipeline.preparation import plan, spill
 from tests.conftest import prepare_options
 
