@@ -1,30 +1,57 @@
-"""Folders that are whole or not there: written beside their place, put on disk, then renamed into it."""
+"""Files and folders that readers see whole or not at all.
 
-import fcntl
+Each is written beside its place as NAME.partial, put on disk, and renamed into its place.
+"""
+
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from byteloom.core.locks import LockHeldError, lock_folder
+
+
+def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a small text file; readers find the old text or the new one.
+
+    Args:
+        path: the file.
+        text: its new content.
+        durable: whether the text is on disk when this returns. Otherwise a loss of power may lose or damage it.
+    """
+    partial = partial_path(path)
+    partial.write_text(text, encoding="utf-8")
+    if durable:
+        move_into_place(partial, path)
+    else:
+        partial.replace(path)
+
+
+def move_into_place(partial: Path, path: Path) -> None:
+    """Put a written file on disk and give it its final name, which a file of that name loses."""
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` when the block ends and vanishes when the block raises.
+    """Yield a folder to write into, which is renamed to `target` at the end of the block.
 
-    What an earlier, killed writer left half-done is removed first.
+    If the block raises, the folder is removed. A folder that a killed writer left unfinished is removed first.
 
     Raises:
         FileExistsError: `target` exists already, or another process is writing it now.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already")
-    folder = staging(target)
+    folder = partial_path(target)
     if folder.exists():
-        with _held(folder):
+        with _writing(folder):
             shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    with _held(folder):
+    with _writing(folder):
         try:
             yield folder
             for path in [*folder.rglob("*"), folder]:
@@ -37,35 +64,24 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-def staging(target: Path) -> Path:
-    """Where a folder is written until it is whole."""
+def partial_path(target: Path) -> Path:
+    """Return where a file or folder is written until it is whole."""
     return target.with_name(target.name + ".partial")
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Marks a folder as one that a living process writes; the mark ends with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _writing(folder: Path) -> Iterator[None]:
+    """Mark a folder as one that a living process writes."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(folder))
+        except LockHeldError as error:
+            raise FileExistsError(f"another process is writing {folder}") from error
         yield
-    except BlockingIOError as error:
-        raise FileExistsError(f"another process is writing {folder}") from error
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a small text file that readers see either as it was or as it is now."""
-    staging = path.with_name(path.name + ".partial")
-    staging.write_text(text, encoding="utf-8")
-    sync(staging)
-    staging.replace(path)
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Puts a file's or folder's content on disk."""
+    """Put the content of a file or folder on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byteloom.core.files import sync
+from byteloom.core.files import move_into_place, partial_path, sync
 from byteloom.core.progress import Progress, Tally
 from byteloom.core.words import count
 from data_pipeline.corpus.blocks import StoredBlock
@@ -270,7 +270,7 @@ def _repair_shard(folder: Path, corpus: Corpus, shard: int, mirror: Corpus | Non
     """
     entry = corpus.manifest["shards"][shard]
     path = folder / entry["name"]
-    staging = path.with_name(path.name + ".partial")
+    staging = partial_path(path)
     for sources in [[corpus]] if mirror is None else [[corpus, mirror], [mirror]]:
         fetched = 0
         try:
@@ -282,9 +282,7 @@ def _repair_shard(folder: Path, corpus: Corpus, shard: int, mirror: Corpus | Non
                     fetched += source is mirror
                 writer.finish()
             if writer.sha256.hexdigest() == entry["sha256"]:
-                sync(staging)
-                staging.replace(path)
-                sync(folder)
+                move_into_place(staging, path)
                 origin = (
                     f", with {fetched} of {count(entry['blocks'], 'block')} from {sources[-1].location}"
                     if fetched

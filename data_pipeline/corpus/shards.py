@@ -30,7 +30,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from byteloom.core.files import sync
+from byteloom.core.files import move_into_place, partial_path, sync
 from data_pipeline.corpus.blocks import ENDS, Block, StoredBlock, decode, decompress, encode, seal
 from data_pipeline.corpus.storage import Folder, RemoteConfig, Storage, open_storage
 from data_pipeline.corpus.withdrawn import Withdrawal, read_withdrawn
@@ -80,13 +80,11 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Writes a file that `load` reads; it is there whole or not at all."""
-        staging = path.with_name(path.name + ".partial")
+        staging = partial_path(path)
         with staging.open("wb") as file:
             entry = np.frombuffer(json.dumps(self.entry).encode(), np.uint8)
             np.savez(file, entry=entry, lengths=self.lengths, blocks=self.blocks)
-        sync(staging)
-        staging.replace(path)
-        sync(path.parent)
+        move_into_place(staging, path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -114,7 +112,7 @@ def write_shard(folder: Path, number: int, blocks: Iterable[Block], level: int) 
     """
     compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
     path = folder / shard_name(number)
-    staging = path.with_name(path.name + ".partial")
+    staging = partial_path(path)
     rows = []
     with staging.open("wb") as file:
         shard = ShardWriter(file, number)
@@ -125,9 +123,7 @@ def write_shard(folder: Path, number: int, blocks: Iterable[Block], level: int) 
     if not rows:
         staging.unlink()
         return None
-    sync(staging)
-    staging.replace(path)
-    sync(folder)
+    move_into_place(staging, path)
     return _shard_index(path.name, rows, shard.bytes, shard.sha256.hexdigest())
 
 

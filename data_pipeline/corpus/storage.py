@@ -8,7 +8,6 @@ bytes should be. Whoever does asks for them `anew` when they are wrong.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import random
@@ -17,7 +16,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 from pydantic import BaseModel, Field
 
 from byteloom.core.locations import LocationText
+from byteloom.core.locks import LockHeldError, lock_content, lock_file, lock_folder
 from byteloom.core.numbers import Seconds
 from byteloom.core.packages import needed_by
 from byteloom.core.urls import file_system
@@ -283,7 +283,7 @@ class Remote:
     def _copy_in(self, folder: Path, name: str, size: int, digest: str, anew: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{digest}.npy"
-        with _locked(folder / "lock"):  # of the processes of a machine, one downloads and the others wait for it
+        with lock_file(folder / "lock"):  # of the processes of a machine, one downloads and the others wait for it
             if anew or not path.exists():
                 self._download(name, size, path)
         return path
@@ -501,7 +501,7 @@ class SpanCache:
         self._warned = True
 
     def _make_room(self, size: int) -> None:
-        with _locked(self._total) as file:
+        with lock_content(self._total) as file:
             # A writer that dies after this counted bytes it never wrote; the next count of the files mends that.
             noted = os.pread(file, 32, 0)
             total = int(noted) if noted.isdigit() else self._limit
@@ -529,17 +529,6 @@ class SpanCache:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Holds a file's lock, which ends with the process however it ends; yields its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def only_writer(folder: Path, wait: bool) -> Iterator[None]:
     """Keeps others that change a corpus out of its folder. Ends with the process, however that ends.
 
@@ -549,17 +538,13 @@ def only_writer(folder: Path, wait: bool) -> Iterator[None]:
     Raises:
         CorpusError: there is no such folder; or another process is changing it, and this one is not to wait.
     """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise CorpusError(f"there is no corpus at {folder}: {error.strerror}") from error
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
+            stack.enter_context(lock_folder(folder, wait=wait))
+        except LockHeldError as error:
             raise CorpusError(f"another process is changing {folder}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorpusError(f"there is no corpus at {folder}: {error.strerror}") from error
         except OSError as error:
             raise CorpusError(f"{folder} cannot be locked: {error.strerror}") from error
         yield
-    finally:
-        os.close(descriptor)

@@ -14,18 +14,17 @@ entries while it is listed. Media are as their readers say. Disk, besides OUT: t
 of containers, and once more those of the shards being gathered.
 """
 
-import fcntl
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from byteloom.core.files import replace_file, sync
+from byteloom.core.locks import lock_file
 from byteloom.core.progress import Progress
 from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.corpus.shards import ShardIndex, write_index
@@ -198,29 +197,18 @@ def _held(folder: Path, out: Path) -> Iterator[bool]:
         return
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = (folder / "lock").open("wb")
-        except FileNotFoundError:
-            continue
-        with lock:
-            _wait_for(lock)
+        lock = folder / "lock"
+        with ExitStack() as stack:
             try:
-                # Whoever had it may have removed it, because all is finished or nothing can be begun.
-                if os.fstat(lock.fileno()).st_ino != (folder / "lock").stat().st_ino:
-                    continue
-            except FileNotFoundError:
+                stack.enter_context(lock_file(lock))
+            except FileNotFoundError:  # its holder removed the folder: all is finished, or nothing can be begun
                 continue
+            except OSError as error:
+                raise CorpusError(
+                    f"{lock} cannot be locked ({error.strerror}); choose a file system with locks for --out"
+                ) from error
             yield not out.exists()
             return
-
-
-def _wait_for(lock: BinaryIO) -> None:
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise CorpusError(
-            f"{lock.name} cannot be locked ({error.strerror}); choose a file system with locks for --out"
-        ) from error
 
 
 def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:

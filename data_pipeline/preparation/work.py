@@ -75,6 +75,7 @@ class Claims:
     """Who does which job. One object of a process for a file, at most: closing another would end its locks."""
 
     def __init__(self, path: Path) -> None:
+        # Locks of single bytes of one file: core.locks, which uses flock, locks only whole files.
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     @contextmanager
@@ -105,6 +106,7 @@ def own_folder(folder: Path) -> Iterator[Path]:
         _remove_if_dead(other)
     own = Path(tempfile.mkdtemp(prefix=f"{os.uname().nodename}-{os.getpid()}-", dir=folder))
     with (own / "alive.new").open("wb") as file:
+        # Not core.locks: whoever looks for the dead must not create the file of a folder that is only just made.
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
             (own / "alive.new").rename(own / "alive")

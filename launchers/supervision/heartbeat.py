@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from byteloom.core.files import replace_file
 from byteloom.core.state_files import StateFileError, read_json
 
 FOLDER = "BYTELOOM_HEARTBEATS"
@@ -77,10 +78,8 @@ class Heartbeat:
     def _write(self, beat: Beat) -> None:
         if self._path is None:
             return
-        beside = self._path.with_suffix(".partial")
         with suppress(FileNotFoundError):  # the run folder is gone, which the fence explains
-            beside.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-            beside.replace(self._path)
+            replace_file(self._path, json.dumps(asdict(beat)), durable=False)
 
 
 def beat_of(folder: Path, rank: int) -> Path:

@@ -209,8 +209,7 @@ class _Check:
             CheckpointError: it does not.
         """
         if holder := self._folder.holder():
-            who = f"process {holder[1]} on {holder[0]}" if holder[0] else "another process"
-            self._add("error", "run.name", f"{who} is training in {self._folder.path}")
+            self._add("error", "run.name", f"{holder} is training in {self._folder.path}")
         if streams is not None:
             fingerprint = fingerprint_of(streams)
             if began is not None:

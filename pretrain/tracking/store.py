@@ -1,6 +1,5 @@
 """One MLflow store or server: the only place that imports MLflow, and that reads its errors."""
 
-import fcntl
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from byteloom.core.locks import lock_file
 from byteloom.core.packages import needed_by
 
 log = logging.getLogger(__name__)
@@ -253,8 +253,7 @@ def _sqlite_ready(uri: str) -> Iterator[None]:
     if database is None:
         yield
         return
-    with database.with_name(database.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(database.with_name(database.name + ".lock")):
         with closing(sqlite3.connect(database)) as connection:
             connection.execute("PRAGMA schema_version")
         yield

@@ -14,22 +14,20 @@ ROOT/NAME/
 What `byteloom submit` adds is told in launchers/submission.py.
 """
 
-import fcntl
 import json
 import logging
-import os
 import re
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 
 from byteloom.core.files import replace_file
 from byteloom.core.locations import LocationText
+from byteloom.core.locks import LockHeldError, LockHolder, holder_of, lock_file
 from byteloom.core.state_files import StateFileError, read_json, read_yaml
 
 log = logging.getLogger(__name__)
@@ -144,36 +142,32 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self.lock.open("a")
-            if take_over and not _comes_free(lock):
-                lock.close()
-                self.lock.unlink()
-                lock = self.lock.open("a")
         except OSError as error:
-            raise RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
-        with lock:
-            if not _comes_free(lock):
-                raise RunFolderError(f"another process is training in {self.path}; choose another run.name")
-            lock.truncate(0)
-            lock.write(f"{os.uname().nodename} {os.getpid()}\n")
-            lock.flush()
+            raise self._cannot_write(error) from error
+        with ExitStack() as stack:
+            try:
+                self._take_lock(stack, take_over)
+            except LockHeldError as error:
+                raise RunFolderError(f"{error.holder} is training in {self.path}; choose another run.name") from error
+            except OSError as error:
+                raise self._cannot_write(error) from error
             yield
 
-    def holder(self) -> tuple[str, int] | None:
-        """The host and process that hold the folder; None if nobody does, as far as this machine can tell.
+    def _take_lock(self, stack: ExitStack, take_over: bool) -> None:
+        try:
+            stack.enter_context(lock_file(self.lock, seconds=PATIENCE))
+        except LockHeldError:
+            if not take_over:
+                raise
+            self.lock.unlink()
+            stack.enter_context(lock_file(self.lock, seconds=PATIENCE))
 
-        An empty host means that the lock is held by a process that is not known.
-        """
-        if not self.lock.exists():
-            return None
-        with self.lock.open(encoding="utf-8", errors="replace") as lock:
-            if _is_locked(lock, fcntl.LOCK_SH):
-                return None
-            text = lock.read()
-        if not text:  # it is just being begun
-            return None
-        holder = re.fullmatch(r"(\S+) ([0-9]{1,9})\n", text)
-        return (holder[1], int(holder[2])) if holder else ("", 0)
+    def _cannot_write(self, error: OSError) -> RunFolderError:
+        return RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}")
+
+    def holder(self) -> LockHolder | None:
+        """Return the process that holds the folder; None if none does, as far as this machine can tell."""
+        return holder_of(self.lock)
 
     def stored_identity(self) -> dict[str, Any] | None:
         """Return what run.json holds; None for a folder in which no run has begun.
@@ -221,22 +215,3 @@ class RunFolder:
         """Note the precision of this start in run.json, for the starts that follow."""
         if identity.get("precision") != precision:
             replace_file(self.path / "run.json", json.dumps(identity | {"precision": precision}, indent=1))
-
-
-def _comes_free(lock: TextIO) -> bool:
-    """Waits for a lock for a moment; says whether this process has it."""
-    deadline = time.monotonic() + PATIENCE
-    while not _is_locked(lock, fcntl.LOCK_EX):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _is_locked(file: TextIO, how: int) -> bool:
-    """Locks a file if it can be at once, and says whether it was."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
