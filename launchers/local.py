@@ -25,8 +25,8 @@ from types import FrameType
 
 from pydantic import BaseModel, Field
 
-from byteloom.core import imports
-from byteloom.core.numbers import Seconds
+from byteloom.core.packages import long_lived_imports
+from byteloom.core.validation import Seconds
 
 GRACE_SECONDS = 2.0
 """Given to the other ranks when one has failed, to close what they have open, or to fail of the same cause."""
@@ -56,7 +56,7 @@ def run_in_process(entry: str, recipe: Path) -> int:
         entry: "module:function"; the function takes the path of a resolved recipe and returns an exit code.
     """
     name, _, function = entry.partition(":")
-    with imports.for_good():
+    with long_lived_imports():
         module = importlib.import_module(name)
     return int(getattr(module, function)(recipe))
 

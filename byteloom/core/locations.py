@@ -1,6 +1,7 @@
-"""Texts that name a place: a path of this machine, or a URL."""
+"""Places of files: paths and URLs as people type them, and the user's cache folder."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -26,3 +27,9 @@ def expand_home(text: str) -> str:
 
 LocationText = Annotated[str, Field(min_length=1), AfterValidator(expand_home)]
 """Type of a config field that holds a path or a URL. A leading `~` is expanded when the recipe is read."""
+
+
+def user_cache() -> Path:
+    """Return Byteloom's folder in the user's cache ($XDG_CACHE_HOME, or ~/.cache); it need not exist."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "byteloom"

@@ -1,15 +1,19 @@
-"""Faults of config fields in plain sentences, among them what pydantic finds wrong with a value."""
+"""Validation of config fields: shared types, and messages about wrong values, such as those that pydantic finds."""
 
 import difflib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import Field
 from pydantic_core import ErrorDetails
 
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+"""A time limit. Timers of the system take at most about 1e9 seconds, which is thirty years."""
+
 SHOWN = 80
-"""Characters of a wrong value that a message shows, at most."""
+"""Largest number of characters of a wrong value that a message shows."""
 
 BOUNDS = {
     "greater_than": ("gt", "more than"),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from byteloom.core.files import move_into_place, partial_path, sync
 from byteloom.core.progress import Progress, Tally
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.blocks import StoredBlock
 from data_pipeline.corpus.shards import (
     BLOCK,

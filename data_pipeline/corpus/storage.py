@@ -25,9 +25,9 @@ from pydantic import BaseModel, Field
 
 from byteloom.core.locations import LocationText
 from byteloom.core.locks import LockHeldError, lock_content, lock_file, lock_folder
-from byteloom.core.numbers import Seconds
 from byteloom.core.packages import needed_by
 from byteloom.core.urls import file_system
+from byteloom.core.validation import Seconds
 from data_pipeline.errors import CorpusError, CorruptBlockError, ForbiddenError, MissingFileError, ShardEndsError
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byteloom.core.progress import Progress, Tally
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import INDEX_FILES, Corpus, open_index_file, read_manifest
 from data_pipeline.corpus.storage import PIECE_BYTES, Folder, RemoteConfig, Storage, open_storage
 from data_pipeline.corpus.withdrawn import read_withdrawn

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byteloom.core.files import replace_file, sync
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.limits import Room, SourceLimit
 from data_pipeline.preparation.plan import Plan, read_array, read_progress, read_skipped

@@ -32,7 +32,7 @@ from typing import Any, Protocol, Self
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.state_files import StateFileError
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather
 from data_pipeline.preparation.layout import Layout

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.kinds import whole_of

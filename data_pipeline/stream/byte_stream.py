@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.corpus.withdrawn import Withdrawal
 from data_pipeline.errors import CorpusError, CorruptBlockError

@@ -22,10 +22,10 @@ from typing import Protocol
 
 from pydantic import BaseModel, Field
 
-from byteloom.core.numbers import Seconds
 from byteloom.core.state_files import StateFileError, read_json
+from byteloom.core.text import count
 from byteloom.core.urls import file_system
-from byteloom.core.words import count
+from byteloom.core.validation import Seconds
 from launchers.supervision.heartbeat import Beat, Phase, beat_of, read_beat, stack_of
 from launchers.supervision.record import Event, Launch, LaunchRecord
 

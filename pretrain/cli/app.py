@@ -16,7 +16,7 @@ import typer
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.provenance import read_source, save_resolved, trace
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.corpus.storage import RemoteConfig
 from data_pipeline.errors import CorpusError

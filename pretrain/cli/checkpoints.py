@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,

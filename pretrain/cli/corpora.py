@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.repair import repair as repair_corpus
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.corpus.verify import verify

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from byteloom.core import imports
+from byteloom.core.packages import long_lived_imports
 
 if TYPE_CHECKING:
     import typer
@@ -23,13 +23,13 @@ COMPLETION = "_BYTELOOM_COMPLETE"
 
 def main() -> None:
     """Run the command; an import that fails is reported as its other errors are."""
-    with _quiet_interrupts(), imports.for_good():
+    with _quiet_interrupts(), long_lived_imports():
         from pretrain.terminal.console import run
     run(_command, ())
 
 
 def _command() -> None:
-    with _quiet_interrupts(), imports.for_good():
+    with _quiet_interrupts(), long_lived_imports():
         command = _imported(_name())
     command()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.explain import explain

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from byteloom.core.configs import CONFIGS
-from byteloom.core.words import count
+from byteloom.core.text import count
 from pretrain.cli import argument_types as types
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument
 from pretrain.config import schema as configuration

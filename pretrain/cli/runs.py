@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Phase
 from launchers.supervision.record import last_submission

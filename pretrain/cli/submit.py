@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from byteloom.core.provenance import source_text, trace
-from byteloom.core.words import count
+from byteloom.core.text import count
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.submission import Submission
 from launchers.supervision.record import last_submission

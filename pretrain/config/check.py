@@ -23,7 +23,7 @@ from rich.console import Console
 from byteloom.core.packages import MissingPackageError, missing
 from byteloom.core.provenance import changes
 from byteloom.core.state_files import StateFileError
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.byte_stream import ByteStream

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from byteloom.core.seeds import seed_of
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes

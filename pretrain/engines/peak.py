@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from byteloom.core.files import replace_file
+from byteloom.core.locations import user_cache
 from byteloom.core.torch_compat import cpu_capabilities
-from byteloom.core.user_cache import user_cache
 
 log = logging.getLogger(__name__)
 

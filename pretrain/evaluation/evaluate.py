@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from byteloom.core.locations import LocationText
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.stream.rows import Ids
 from data_pipeline.vocabulary import PADDING

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from byteloom.core.locations import user_cache
 from byteloom.core.torch_compat import compiled_as_constant, cpu_capabilities
-from byteloom.core.user_cache import user_cache
 
 log = logging.getLogger(__name__)
 

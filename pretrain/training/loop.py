@@ -29,8 +29,8 @@ from torch import Tensor
 
 from byteloom.core.files import replace_file
 from byteloom.core.provenance import changes, environment, flatten, read_source, source_file, source_text
+from byteloom.core.text import count
 from byteloom.core.validation import Fault
-from byteloom.core.words import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.loader import Batch, Loader, LoaderConfig
