@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from pretrain.checkpoint import CheckpointStore, Metadata
 from pretrain.checkpoint.data import digests_of, windows_of
+from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
     StoredFile,
@@ -50,7 +51,6 @@ from pretrain.checkpoint.format import (
     owned_ranges,
     plan_reads,
 )
-from pretrain.checkpoint.home import Folder
 from pretrain.distributed.fragments import Fragment, whole
 from pretrain.models import ByteModel, build_model, model_config
 from report import Metric, options, report
@@ -283,7 +283,7 @@ def plan_with(ranks: int, shapes: dict[str, torch.Size]) -> list[Metric]:
     others = max(1, ranks * 3 // 4)
     wanted = fragments_of(shapes, others // 2, others)
     begin = time.perf_counter()
-    metadata = Metadata(Folder(Path()), "step", "", tuple(files), decode_layout(layout), {})
+    metadata = Metadata(FolderHome(Path()), "step", "", tuple(files), decode_layout(layout), {})
     windows = windows_of(plan_reads(metadata, wanted))
     load = time.perf_counter() - begin
     read = sum((window.end - window.begin) * BLOCK_BYTES for window in windows)

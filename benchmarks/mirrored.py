@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config.schema import Config, load
-from pretrain.distributed.fragments import whole
+from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import compute_dtype, scoring_precision
 from pretrain.models import build_model
 from pretrain.models.families.perceiver_ar import PerceiverAR
@@ -154,7 +154,7 @@ def trained(run: Path, config: Config) -> PerceiverAR:
     """Return the model of a run's newest checkpoint, in the precision that `eval` would take."""
     model = build_model(config.model).eval()
     assert isinstance(model, PerceiverAR)
-    parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]
+    parameters = [whole(fragment_name(MODEL, name), parameter) for name, parameter in model.named_parameters()]
     assert CheckpointStore(RunFolder(run).checkpoints, keep=1).load(lambda checkpoint: parameters) is not None
     return model.to(compute_dtype(scoring_precision(config.engine.precision, torch.device("cpu"))))
 

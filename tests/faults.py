@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from pretrain.checkpoint import CheckpointStore, store, verify
-from pretrain.checkpoint.home import PAGE_BYTES
+from pretrain.checkpoint.folder import PAGE_BYTES
 from pretrain.training.run_folder import RunFolder
 from tests.conftest import STDLIB, prepare_corpus, recipe_tree
 from tests.distributed.parity import content, newest

@@ -7,6 +7,45 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 
+class Url:
+    """A URL of a file or folder. It has a name, a parent and children, as a Path has."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """The part after the last slash."""
+        return self._text.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Url":
+        """The URL without its name."""
+        return Url(self._text.rpartition("/")[0])
+
+    def __truediv__(self, name: str) -> "Url":
+        return Url(f"{self._text}/{name}")
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Url) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+Location = Path | Url
+
+
+def locate(text: str | Location) -> Location:
+    """Return the place that a text names: a URL, or a path of this machine."""
+    if isinstance(text, str):
+        return Url(text) if "://" in text else Path(text)
+    return text
+
+
 def expand_home(text: str) -> str:
     """Return a path with its leading `~` or `~user` replaced by that home folder; return a URL as it is.
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-QUIET_SECONDS = 2.0
+SILENT_WAIT_SECONDS = 2.0
 """Waits that are longer than this are logged."""
 
 
@@ -63,7 +63,7 @@ def lock_file(path: Path, *, seconds: float | None = None) -> Iterator[None]:
 
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=QUIET_SECONDS if seconds is None else seconds)
+        lock.acquire(timeout=SILENT_WAIT_SECONDS if seconds is None else seconds)
     except Timeout as error:
         holder = holder_of(path) or LockHolder("", 0)
         if seconds is not None:

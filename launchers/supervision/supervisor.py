@@ -22,7 +22,9 @@ from typing import Protocol
 
 from pydantic import BaseModel, Field
 
+from byteloom.core.locations import Url, locate
 from byteloom.core.state_files import StateFileError, read_json
+from byteloom.core.step_folders import MARKER, is_step_name, step_of
 from byteloom.core.text import count
 from byteloom.core.urls import file_system
 from byteloom.core.validation import Seconds
@@ -405,8 +407,9 @@ class Vigil:
 def _committed(home: str) -> list[int]:
     """Steps of the checkpoints there. In a folder only committed ones have such names, at a URL they have a marker."""
     files, root = file_system(home, use_listings_cache=False)
-    found = files.glob(f"{root}/step-*{'/metadata.json' if '://' in home else ''}")
-    return [int(step[1]) for path in found if (step := re.search(r"/step-(\d+)(/metadata\.json)?$", path))]
+    marker = f"/{MARKER}" if isinstance(locate(home), Url) else ""
+    paths = (Path(path.removesuffix(marker)) for path in files.glob(f"{root}/step-*{marker}"))
+    return [step_of(path) for path in paths if is_step_name(path.name)]
 
 
 def heartbeats_of(folder: Path, name: str) -> Path:

@@ -6,8 +6,8 @@ Names are imported when they are first used: some need torch, which takes second
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from byteloom.core.locations import Location, Url, locate
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
-from pretrain.checkpoint.home import Location, Url, locate
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.data import described, read, read_metadata, verify

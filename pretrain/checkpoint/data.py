@@ -22,13 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byteloom.core.locations import Location, locate
 from byteloom.core.progress import Progress, Tally, ignore
+from byteloom.core.step_folders import MARKER
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
+from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
     ELEMENT,
     Metadata,
-    Piece,
+    ReadRange,
     StoredFile,
     StoredTensor,
     decode_layout,
@@ -37,7 +40,7 @@ from pretrain.checkpoint.format import (
     file_from,
     plan_reads,
 )
-from pretrain.checkpoint.home import MARKER, Folder, Home, Location, locate, open_home
+from pretrain.checkpoint.home import Home, open_home
 from pretrain.distributed.fragments import Fragment
 
 WINDOW_BYTES = 16 * BLOCK_BYTES
@@ -87,7 +90,7 @@ def metadata_in(home: Home, name: str) -> Metadata:
 
 def described(folder: Path, files: Sequence[str], tensors: dict[str, StoredTensor], state: dict[str, Any]) -> Metadata:
     """A folder that is no checkpoint, as one: its files as they are now, and where in them tensors lie."""
-    home = Folder(folder.parent)
+    home = FolderHome(folder.parent)
     stored = []
     for file in files:
         content = home.read(f"{folder.name}/{file}")
@@ -112,7 +115,7 @@ def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progre
 def verify_data(metadata: Metadata, part: int = 0, parts: int = 1, progress: Progress = ignore) -> None:
     """As `verify`, where the metadata has been read."""
     windows = [
-        Window(file, begin // BLOCK_BYTES, blocks_of(min(begin + WINDOW_BYTES, stored.bytes)), [])
+        BlockWindow(file, begin // BLOCK_BYTES, blocks_of(min(begin + WINDOW_BYTES, stored.bytes)), [])
         for file, stored in enumerate(metadata.files)
         for begin in range(0, stored.bytes, WINDOW_BYTES)
     ]
@@ -180,7 +183,7 @@ def host_buffer(length: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.float32)
 
 
-class Window(NamedTuple):
+class BlockWindow(NamedTuple):
     """Blocks of a file that are read at once, and the pieces of them that are wanted."""
 
     file: int
@@ -188,12 +191,12 @@ class Window(NamedTuple):
     """Its first block."""
     end: int
     """The block after its last one."""
-    pieces: list[Piece]
+    pieces: list[ReadRange]
 
 
-def windows_of(pieces: Sequence[Piece]) -> list[Window]:
+def windows_of(pieces: Sequence[ReadRange]) -> list[BlockWindow]:
     """What to read, each window of a file once."""
-    wanted: dict[tuple[int, int], list[Piece]] = {}
+    wanted: dict[tuple[int, int], list[ReadRange]] = {}
     for piece in pieces:
         file, offset, length, target = piece
         while length:
@@ -204,15 +207,15 @@ def windows_of(pieces: Sequence[Piece]) -> list[Window]:
             if last and last.offset + last.length == offset and last.target + last.length == target:
                 of_window[-1] = last._replace(length=last.length + taken)
             else:
-                of_window.append(Piece(file, offset, taken, target))
+                of_window.append(ReadRange(file, offset, taken, target))
             offset, length, target = offset + taken, length - taken, target + taken
     return [
-        Window(file, parts[0].offset // BLOCK_BYTES, blocks_of(max(p.offset + p.length for p in parts)), parts)
+        BlockWindow(file, parts[0].offset // BLOCK_BYTES, blocks_of(max(p.offset + p.length for p in parts)), parts)
         for (file, _), parts in wanted.items()
     ]
 
 
-def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndarray, progress: Progress) -> None:
+def _read_windows(metadata: Metadata, windows: Sequence[BlockWindow], target: np.ndarray, progress: Progress) -> None:
     """Reads windows in some threads, compares digests, and copies the pieces that are wanted.
 
     Raises:
@@ -221,7 +224,7 @@ def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndar
     own = threading.local()
     done = Tally(sum(_length_of(metadata, window) for window in windows), progress)
 
-    def read_one(window: Window) -> None:
+    def read_one(window: BlockWindow) -> None:
         file, begin, end, pieces = window
         stored = metadata.files[file]
         offset = begin * BLOCK_BYTES
@@ -255,7 +258,7 @@ def _read_windows(metadata: Metadata, windows: Sequence[Window], target: np.ndar
             raise
 
 
-def _length_of(metadata: Metadata, window: Window) -> int:
+def _length_of(metadata: Metadata, window: BlockWindow) -> int:
     """Return the bytes of a window."""
     end = min(window.end * BLOCK_BYTES, metadata.files[window.file].bytes)
     return end - window.begin * BLOCK_BYTES

@@ -12,8 +12,10 @@ import uuid
 from pathlib import Path
 from typing import NoReturn
 
+from byteloom.core.files import replace_file
+from byteloom.core.locations import Location, Url
 from byteloom.core.state_files import StateFileError
-from pretrain.checkpoint.home import Location, Note
+from pretrain.checkpoint.bucket import BucketHome
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,33 @@ PAUSE = 1.0
 
 class FencedError(Exception):
     """A newer start of the run has taken over."""
+
+
+class Note:
+    """A small text at a place. Reading and replacing raise OSError; bytes that are not UTF-8 are read as U+FFFD."""
+
+    def __init__(self, place: Location) -> None:
+        self.place = place
+        self._bucket = BucketHome(place.parent) if isinstance(place, Url) else None
+
+    def read(self) -> str | None:
+        """Return the text; None if there is none."""
+        try:
+            if isinstance(self.place, Path):
+                return self.place.read_text(encoding="utf-8", errors="replace")
+            assert self._bucket is not None
+            return self._bucket.read(self.place.name).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def replace(self, text: str) -> None:
+        """Write the text; readers find the old text or the new one."""
+        if isinstance(self.place, Path):
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.place, text)
+        else:
+            assert self._bucket is not None
+            self._bucket.replace(self.place.name, text.encode())
 
 
 class Fence:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, TypedDict
 import blake3
 import numpy as np
 
+from byteloom.core.locations import Location
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
-from pretrain.checkpoint.home import Home, Location
-from pretrain.distributed.fragments import Fragment
+from pretrain.checkpoint.home import Home
+from pretrain.distributed.fragments import MODEL, Fragment, fragment_name, split_name
 
 FORMAT = "byteloom-checkpoint/2"
 ELEMENT = np.dtype("<f4")
@@ -184,7 +185,7 @@ def _canonical(metadata: dict[str, Any]) -> bytes:
     return json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
 
 
-class Piece(NamedTuple):
+class ReadRange(NamedTuple):
     """Bytes to be read from a file, and where in the reader's buffer they go."""
 
     file: int
@@ -193,7 +194,7 @@ class Piece(NamedTuple):
     target: int
 
 
-def plan_reads(metadata: Metadata, fragments: Sequence[Fragment]) -> list[Piece]:
+def plan_reads(metadata: Metadata, fragments: Sequence[Fragment]) -> list[ReadRange]:
     """Where to find the values of fragments, which lie one after another in a buffer; by file and offset.
 
     Raises:
@@ -211,7 +212,7 @@ def plan_reads(metadata: Metadata, fragments: Sequence[Fragment]) -> list[Piece]
             begin = int(stored.ends[number]) - length
             taken = min(end, begin + length) - place
             offset += (place - begin) * ELEMENT.itemsize
-            pieces.append(Piece(file, offset, taken * ELEMENT.itemsize, target))
+            pieces.append(ReadRange(file, offset, taken * ELEMENT.itemsize, target))
             place += taken
             target += taken * ELEMENT.itemsize
             number += 1
@@ -221,8 +222,8 @@ def plan_reads(metadata: Metadata, fragments: Sequence[Fragment]) -> list[Piece]
 def _tensor_of(metadata: Metadata, fragment: Fragment) -> StoredTensor:
     stored = metadata.tensors.get(fragment.name)
     if stored is None:
-        kind, _, parameter = fragment.name.partition("/")
-        if f"model/{parameter}" in metadata.tensors:
+        kind, parameter = split_name(fragment.name)
+        if fragment_name(MODEL, parameter) in metadata.tensors:
             raise CheckpointError(
                 f"{metadata.folder} belongs to another optimizer: it has no {kind} of parameter {parameter}"
             )

@@ -21,8 +21,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from byteloom.core.locations import LocationText
+from byteloom.core.locations import Location, LocationText
 from byteloom.core.progress import Progress, ignore
+from byteloom.core.step_folders import step_in, step_name
 from pretrain.checkpoint.data import (
     bytes_of,
     copy,
@@ -43,7 +44,7 @@ from pretrain.checkpoint.format import (
     encode_metadata,
     owned_ranges,
 )
-from pretrain.checkpoint.home import Location, committed, open_home, step_of
+from pretrain.checkpoint.home import committed, open_home
 from pretrain.distributed.fragments import Fragment
 from pretrain.distributed.world import ALONE, World, WorldError
 
@@ -111,7 +112,7 @@ class CheckpointStore:
         return self._home.location
 
     def path(self, step: int) -> Location:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / step_name(step)
 
     def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> Location:
         """Writes a checkpoint, which is there, whole and on disk, when this returns; then deletes the oldest.
@@ -179,7 +180,7 @@ class CheckpointStore:
             log.info("checkpoint %s", self.folder / name)
         except Exception as error:  # told at once, and raised by `finish`
             self._fault = error
-            log.error("cannot write the checkpoint of step %d: %s", step_of(self.folder / name), error)
+            log.error("cannot write the checkpoint of step %d: %s", step_in(name), error)
             return
         try:
             self.prune()
@@ -370,7 +371,7 @@ class CheckpointStore:
         return name in self._found_valid
 
     def _is_kept_for_ever(self, name: str) -> bool:
-        return self._keep_every is not None and step_of(self.folder / name) % self._keep_every == 0
+        return self._keep_every is not None and step_in(name) % self._keep_every == 0
 
     def _delete(self, names: Sequence[str]) -> None:
         for name in names:

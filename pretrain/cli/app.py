@@ -40,7 +40,7 @@ from pretrain.config import schema as configuration
 from pretrain.config.check import check_recipe, print_findings
 from pretrain.config.new_recipe import write_copy
 from pretrain.config.schema import Config, ConfigError, recipe_schema
-from pretrain.distributed.fragments import whole
+from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.distributed.world import World, WorldError, place_of
 from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluation.evaluate import EvaluationError, Mode, evaluate_model, stride_of
@@ -469,7 +469,7 @@ def _load_model(
             raise CheckpointError(f"--latents {latents} is more than the sequence length, {family.sequence_length}")
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
-    parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]
+    parameters = [whole(fragment_name(MODEL, name), parameter) for name, parameter in model.named_parameters()]
     with display.phase("loading the weights") as phase:
         read(checkpoint, parameters, phase.update)
     place = choose_device(device.value)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from byteloom.core.step_folders import step_of
 from byteloom.core.text import count
 from pretrain.checkpoint import (
     CheckpointError,
@@ -234,7 +235,7 @@ def _chosen(path: str) -> list[Location]:
 
 def _facts(path: Location) -> dict[str, Any]:
     """Of a checkpoint, as JSON."""
-    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-"))}
+    facts: dict[str, Any] = {"folder": str(path), "step": step_of(path)}
     try:
         metadata = read_metadata(path)
     except CheckpointError as error:

@@ -23,6 +23,7 @@ from rich.console import Console
 from byteloom.core.packages import MissingPackageError, missing
 from byteloom.core.provenance import changes
 from byteloom.core.state_files import StateFileError
+from byteloom.core.step_folders import step_of
 from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.errors import CorpusError
@@ -37,7 +38,6 @@ from pretrain.checkpoint import (
     locate,
     read_metadata,
 )
-from pretrain.checkpoint.store import step_of
 from pretrain.config import schema as configuration
 from pretrain.config.schema import Config, ConfigError
 from pretrain.engines import (

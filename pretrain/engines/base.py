@@ -22,7 +22,7 @@ from byteloom.core.text import count
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
-from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_name, split_name
 from pretrain.distributed.world import World
 from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
 from pretrain.engines.host_memory import keep_freed_memory
@@ -106,8 +106,8 @@ class BaseEngine(ABC):
 
     def begin(self) -> None:
         for fragment in self.fragments():
-            kind, _, name = fragment.name.partition("/")
-            if kind == "model":
+            kind, name = split_name(fragment.name)
+            if kind == MODEL:
                 values = self.model.first_values(name, fragment.shape, self._seed).view(-1)
                 fragment.data.copy_(values[fragment.start : fragment.start + len(fragment.data)])
         self.restore({"optimizer_steps": 0})
@@ -193,7 +193,7 @@ class BaseEngine(ABC):
         """Of this rank's rows of the global batch, which no other rank holds."""
         return [
             Fragment(
-                f"memory/{name}",
+                fragment_name(MEMORY, name),
                 (self._global_batch, *tensor.shape[1:]),
                 self._rows_of[index].start * math.prod(tensor.shape[1:]),
                 tensor.view(-1),

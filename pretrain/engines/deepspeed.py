@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from byteloom.core.packages import needed_by
-from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
@@ -38,7 +38,7 @@ from pretrain.models.base import ByteModel, Memory
 from pretrain.optim.optimizers import OptimizerConfig, adam_of, decaying
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_KINDS = {"model": None} | {moment: moment for moment in _MOMENTS}
+_KINDS = {MODEL: None} | {moment: moment for moment in _MOMENTS}
 """What fragments are named, and what DeepSpeed calls it."""
 
 
@@ -104,7 +104,7 @@ class DeepSpeedEngine(BaseEngine):
     def fragments(self) -> list[Fragment]:
         find = self._shares_of_stage_3 if self._stage == 3 else self._shares
         own = [
-            Fragment(f"{kind}/{name}", shape, start, data.detach())
+            Fragment(fragment_name(kind, name), shape, start, data.detach())
             for name, parameter in self.model.named_parameters()
             for kind, shape, start, data in find(parameter)
         ]

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from byteloom.core.torch_compat import all_gather_single, reduce_scatter_single
-from pretrain.distributed.fragments import Fragment
+from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
@@ -114,8 +114,8 @@ class PyTorchEngine(BaseEngine):
         fragments, states = [], self._states()
         for name, parameter in self.model.named_parameters():
             moments = {kind: tensor for kind, tensor in states[parameter].items() if kind != "step"}
-            fragments.append(self._fragment(f"model/{name}", parameter))
-            fragments.extend(self._fragment(f"{kind}/{name}", moment) for kind, moment in moments.items())
+            fragments.append(self._fragment(fragment_name(MODEL, name), parameter))
+            fragments.extend(self._fragment(fragment_name(kind, name), moment) for kind, moment in moments.items())
         return fragments
 
     def _fragment(self, name: str, tensor: Tensor) -> Fragment:

@@ -24,7 +24,7 @@ from byteloom.core.files import atomic_folder
 from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, described, read
-from pretrain.distributed.fragments import whole
+from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import model_config
 
 FORMAT = "byteloom-export/1"
@@ -34,8 +34,6 @@ SHARD_BYTES = 2 << 30
 """Of one file, and of the memory that an export takes; more only for a parameter that is larger."""
 PIECE_VALUES = 4 << 20
 """Values that are looked at together."""
-KIND = "model/"
-"""Before the names of parameters in a checkpoint."""
 
 
 def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> dict[str, Any]:
@@ -54,8 +52,8 @@ def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> 
             for number in range(1, len(shards) + 1)
         ]
         for file_name, parameters in zip(names, shards, strict=True):
-            tensors = {name: torch.empty(checkpoint.tensors[KIND + name].shape) for name in parameters}
-            read(checkpoint, [whole(KIND + name, tensor) for name, tensor in tensors.items()])
+            tensors = {name: torch.empty(checkpoint.tensors[fragment_name(MODEL, name)].shape) for name in parameters}
+            read(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in tensors.items()])
             _save(tensors, folder / file_name, out)
         if len(shards) > 1:
             index = {
@@ -187,7 +185,7 @@ def _tensors_in(path: Path, number: int) -> dict[str, StoredTensor]:
         if told["dtype"] != "F32":
             raise InvalidCheckpointError(f"{path}: {name} is in {told['dtype']}; weights are taken in F32")
         shape, offset = tuple(told["shape"]), 8 + header_bytes + told["data_offsets"][0]
-        tensors[KIND + name] = StoredTensor(shape, np.array([[number, offset, math.prod(shape)]]))
+        tensors[fragment_name(MODEL, name)] = StoredTensor(shape, np.array([[number, offset, math.prod(shape)]]))
     _refuse_what_is_not_finite(path, tensors)
     return tensors
 
@@ -211,7 +209,7 @@ def _refuse_what_is_not_finite(path: Path, tensors: Mapping[str, StoredTensor]) 
 
 
 def _parameter(name: str) -> str:
-    return name.removeprefix(KIND)
+    return split_name(name)[1]
 
 
 def _shards(checkpoint: Metadata) -> Iterator[list[str]]:
@@ -219,13 +217,13 @@ def _shards(checkpoint: Metadata) -> Iterator[list[str]]:
     shard: list[str] = []
     size = 0
     for name, stored in checkpoint.tensors.items():
-        if not name.startswith(KIND):
+        if split_name(name)[0] != MODEL:
             continue
         own = 4 * math.prod(stored.shape)
         if shard and size + own > SHARD_BYTES:
             yield shard
             shard, size = [], 0
-        shard.append(name.removeprefix(KIND))
+        shard.append(split_name(name)[1])
         size += own
     yield shard
 
@@ -256,7 +254,7 @@ def _card(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, An
 
 
 def _parameters(checkpoint: Metadata) -> int:
-    return sum(math.prod(stored.shape) for name, stored in checkpoint.tensors.items() if name.startswith(KIND))
+    return sum(math.prod(stored.shape) for name, stored in checkpoint.tensors.items() if split_name(name)[0] == MODEL)
 
 
 def _sha256(path: Path) -> str:

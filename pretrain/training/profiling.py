@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch.profiler import ProfilerActivity, profile
 
+from byteloom.core.step_folders import step_name
 from byteloom.core.torch_compat import record_memory, save_memory
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class StepProfiler:
             with profile(activities=activities, profile_memory=self._memory, acc_events=True) as recorded:
                 yield
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"step-{number:08d}"
+            path = self._folder / step_name(number)
             recorded.export_chrome_trace(f"{path}.json")
             Path(f"{path}.txt").write_text(self._tables(recorded), encoding="utf-8")
             if snapshot:

@@ -21,13 +21,14 @@ from pydantic import BaseModel
 
 from byteloom.core.provenance import read_source
 from byteloom.core.state_files import StateFileError, read_yaml
+from byteloom.core.step_folders import step_of
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Job, Phase, SchedulerError
 from launchers.supervision.machine import is_elsewhere, is_running
 from launchers.supervision.record import Launch, LaunchRecord, last_submission
 from pretrain.checkpoint import CheckpointError, Location, locate
 from pretrain.checkpoint.fence import starts_noted_at
-from pretrain.checkpoint.home import committed, open_home, step_of
+from pretrain.checkpoint.home import committed, open_home
 from pretrain.tracking.journal import lines, read_journal
 from pretrain.training.run_folder import RunFolder, RunFolderError, read_recipe
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from byteloom.core.locations import LocationText
 from byteloom.core.progress import Progress, ignore
 from byteloom.core.provenance import changes
+from byteloom.core.step_folders import MARKER, is_step_name
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, read, verify
+from pretrain.distributed.fragments import MEMORY, MODEL, fragment_name, split_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine
 from pretrain.models import FREE_FIELDS, ByteModel, ModelConfig, model_config
@@ -78,9 +80,9 @@ def find_origin(
     differences = model_changes(then["model"], own)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     there = {
-        name.removeprefix("model/"): stored.shape
-        for name, stored in checkpoint.tensors.items()
-        if name.startswith("model/")
+        split_name(fragment)[1]: stored.shape
+        for fragment, stored in checkpoint.tensors.items()
+        if split_name(fragment)[0] == MODEL
     }
     fitting = {name for name, shape in shapes.items() if there.get(name) == shape}
     differences += [
@@ -96,7 +98,7 @@ def find_origin(
     if not fitting:
         raise CheckpointError(f"{checkpoint.folder} has no parameter that fits this model")
     if not config.moments:
-        return Origin(checkpoint, frozenset(f"model/{name}" for name in fitting), None, differences)
+        return Origin(checkpoint, frozenset(fragment_name(MODEL, name) for name in fitting), None, differences)
     if "counters" not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.folder} is an export, which has no moments; set initialize.moments=false")
     if then["optimizer"]["name"] != optimizer:
@@ -105,7 +107,9 @@ def find_origin(
             f"set initialize.moments=false, or optimizer.name={then['optimizer']['name']}"
         )
     tensors = frozenset(
-        name for name in checkpoint.tensors if not name.startswith("memory/") and name.partition("/")[2] in fitting
+        fragment
+        for fragment, (kind, name) in ((each, split_name(each)) for each in checkpoint.tensors)
+        if kind != MEMORY and name in fitting
     )
     return Origin(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
 
@@ -117,7 +121,7 @@ def store_of(run: Location, world: World = ALONE) -> CheckpointStore:
 
 def is_checkpoint(place: Location) -> bool:
     """Whether this is one checkpoint, and no run."""
-    return (place / "metadata.json").exists() if isinstance(place, Path) else place.name.startswith("step-")
+    return (place / MARKER).exists() if isinstance(place, Path) else is_step_name(place.name)
 
 
 def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress = ignore) -> Metadata:

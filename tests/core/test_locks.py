@@ -58,7 +58,7 @@ def test_who_waits_for_a_lock_file_gets_it_when_the_holder_ends(tmp_path: Path):
 
 
 def test_a_long_wait_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("byteloom.core.locks.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("byteloom.core.locks.SILENT_WAIT_SECONDS", 0.0)
     caplog.set_level("INFO")
     for kind, lock in (("lock_file", lock_file), ("lock_folder", lambda path: lock_folder(path, wait=True))):
         path = tmp_path if kind == "lock_folder" else tmp_path / "lock"

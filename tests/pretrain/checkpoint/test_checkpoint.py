@@ -22,8 +22,8 @@ from pretrain.checkpoint import data as checkpoint_data
 from pretrain.checkpoint import format as checkpoint_format
 from pretrain.checkpoint.data import bytes_of, write_file
 from pretrain.checkpoint.fence import Fence, FencedError
+from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import LAYOUT, StoredFile, encode_layout, encode_metadata, owned_ranges
-from pretrain.checkpoint.home import Folder
 from pretrain.distributed.fragments import Fragment, whole
 
 
@@ -65,7 +65,7 @@ def test_what_is_read_is_what_was_written(store: CheckpointStore):
 
 def write_by_hand(folder: Path, name: str, of_ranks: list[list[Fragment]], state: dict[str, object]) -> Path:
     """A checkpoint of some ranks, as they would write it."""
-    home = Folder(folder)
+    home = FolderHome(folder)
     draft = home.begin(name)
     contents = {f"rank-{rank:05d}.bin": owned_values(owned) for rank, owned in enumerate(of_ranks)}
     contents[LAYOUT] = memoryview(encode_layout([owned_ranges(owned) for owned in of_ranks]))
@@ -360,7 +360,7 @@ def test_of_two_starts_at_the_same_time_one_holds(tmp_path: Path):
 
 def test_a_commit_that_was_held_up_while_another_start_took_over_fails(tmp_path: Path):
     """The old start has looked at the fence, and is cut off; the new one begins; then the old one's rename comes."""
-    home = Folder(tmp_path / "checkpoints")
+    home = FolderHome(tmp_path / "checkpoints")
     draft = home.begin("step-00000002")
     _, new_store = start_of(tmp_path)
     new_draft = home.begin("step-00000002")

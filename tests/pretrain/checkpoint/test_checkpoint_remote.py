@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pretrain.checkpoint import CheckpointError, CheckpointStore, Url, home, read, read_metadata, verify
+from pretrain.checkpoint import CheckpointError, CheckpointStore, Url, bucket, read, read_metadata, verify
+from pretrain.checkpoint.bucket import BucketHome
 from pretrain.checkpoint.fence import Fence, FencedError
-from pretrain.checkpoint.home import Bucket
 from pretrain.cli.app import app
 from pretrain.distributed.fragments import Fragment, whole
 from tests.s3 import s3_server
@@ -81,7 +81,7 @@ def test_what_is_loaded_is_what_was_saved(url: str):
 
 
 def test_a_large_file_goes_in_parts(url: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(home, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
     tensor = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
     path = CheckpointStore(url, keep=1).save(1, fragments(tensor), {})
     target = torch.zeros(2_000_000)
@@ -151,7 +151,7 @@ def test_a_marker_that_was_held_up_while_another_start_took_over_marks_nothing(u
     """The old start has looked at the fence, and is cut off; the new one begins; then the old one's marker comes."""
     _, old = start(url, tmp_path / "one")
     save(old, 1, 2)
-    bucket = Bucket(Url(url))
+    bucket = BucketHome(Url(url))
     marker = bucket.read("step-00000002/metadata.json")
     remove(url, "step-00000002/metadata.json")
     _, new = start(url, tmp_path / "other")
