@@ -38,6 +38,7 @@ from pretrain.models.blocks.layers import (
     rotate,
 )
 from pretrain.models.blocks.unit import Unit
+from pretrain.models.registry import Family, register_family
 
 FILTER_SIZES = (3, 5, 7)
 """Of the convolutional patch encoder, in order (section 2.3.1)."""
@@ -380,3 +381,14 @@ class MegabyteDecoder:
         else:
             local_out = model.local_stack(local_in, self._local_caches)
         return model.logits(local_out[:, -1])
+
+
+FAMILY = register_family(
+    Family(
+        name="megabyte",
+        config=MegabyteConfig,
+        build=Megabyte,
+        free_fields=frozenset({"dropout", "initial_std"}),
+        is_default=True,
+    )
+)

@@ -42,6 +42,7 @@ from pretrain.models.blocks.layers import (
     sinusoids,
 )
 from pretrain.models.blocks.unit import run_unit
+from pretrain.models.registry import Family, register_family
 
 START = VOCABULARY
 """The input before the first byte. It has a row in the embedding and one in the head, as in the authors' code, and is
@@ -352,3 +353,14 @@ def image_axes(places: Tensor, image: tuple[int, int, int]) -> list[Tensor]:
     pixel = byte.div(channels, rounding_mode="floor")
     axes = [pixel % width, pixel.div(width, rounding_mode="floor"), byte % channels]
     return [torch.where(places == 0, 1, axis + 2) for axis in axes]
+
+
+FAMILY = register_family(
+    Family(
+        name="perceiver_ar",
+        config=PerceiverARConfig,
+        build=PerceiverAR,
+        free_fields=frozenset({"dropout", "latents", "cross_attend_dropout", "zero_head", "cropping", "minimum_crop"}),
+        usage_fields=frozenset({"latents"}),
+    )
+)

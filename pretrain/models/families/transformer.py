@@ -26,6 +26,7 @@ from pretrain.models.blocks.layers import (
     initial_of,
     window_pairs,
 )
+from pretrain.models.registry import Family, register_family
 
 
 class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -123,3 +124,13 @@ class TransformerDecoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._model.logits(self._model.stack(x, self._caches)[:, -1])
+
+
+FAMILY = register_family(
+    Family(
+        name="transformer",
+        config=TransformerConfig,
+        build=Transformer,
+        free_fields=frozenset({"dropout", "initial_std"}),
+    )
+)

@@ -38,6 +38,7 @@ from pretrain.models.blocks.layers import (
     sinusoids,
 )
 from pretrain.models.blocks.unit import run_unit
+from pretrain.models.registry import Family, register_family
 
 
 class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -367,3 +368,14 @@ class TransformerXLDecoder:
             cache.keep_last(kept)
         self._documents = self._documents[:, max(self._documents.shape[1] - kept, 0) :]
         return before if kept else before[:, 1:]
+
+
+FAMILY = register_family(
+    Family(
+        name="transformer_xl",
+        config=TransformerXLConfig,
+        build=TransformerXL,
+        free_fields=frozenset({"dropout", "initial_std"}),
+        carries_memory=lambda config: config.memory_length > 0,
+    )
+)
