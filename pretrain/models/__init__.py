@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.models import registry
 from pretrain.models.base import ByteModel, Decoder
-from pretrain.models.blocks.layers import describe_attention
+from pretrain.models.blocks.attention import describe_attention
 from pretrain.models.families.perceiver_ar import PerceiverARConfig
 from pretrain.models.registry import (
     Family,
