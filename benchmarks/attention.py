@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.engines.host_memory import keep_freed_memory
-from pretrain.models.blocks.layers import Past, attention, causal_attention, describe_attention
+from pretrain.models.blocks.attention import CausalMask, attention, causal_attention, describe_attention
 from report import Metric, interleaved, native_precisions, options, report
 
 SHAPES = [  # rows, heads, queries, keys
@@ -48,14 +48,14 @@ def compared(rows: int, heads: int, queries: int, keys: int, dropout: float, rou
     q, grad_out = (heads_of(rows, heads, queries) for _ in range(2))
     k, v = (heads_of(rows, heads, keys) for _ in range(2))
     first = torch.full((rows,), keys - queries)
-    mask = Past(first).mask(queries, keys) if keys > queries else None
+    mask = CausalMask(first).booleans(queries, keys) if keys > queries else None
 
     def of_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
     def of_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if keys > queries:
-            return attention(q, k, v, Past(first), dropout)
+            return attention(q, k, v, CausalMask(first), dropout)
         return causal_attention(q, k, v, dropout)
 
     ways = {"torch": of_torch, "ours": of_ours}

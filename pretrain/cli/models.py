@@ -115,11 +115,11 @@ def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
     letters = _letters(recipes)
     is_measured = any(recipe.activations is not None for recipe in recipes)
     numbers = ["params", "printed", "forward", "training", "states", *(["kept"] if is_measured else [])]
-    for family, config in families().items():
-        of_family = sorted((r for r in recipes if r.family == family), key=lambda r: r.task or "")
+    for name, family in families().items():
+        of_family = sorted((r for r in recipes if r.family == name), key=lambda r: r.task or "")
         if not of_family:
             continue
-        table = Table(f"{family}: {config.__doc__}", ["recipe", *numbers, "result"], numbers)
+        table = Table(f"{name}: {family.config.__doc__}", ["recipe", *numbers, "result"], numbers)
         for task, group in itertools.groupby(of_family, lambda r: r.task):
             table.add_heading(task or "no task")
             for recipe in group:

@@ -40,7 +40,7 @@ from launchers.supervision.supervisor import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.evaluate import ValidationConfig
-from pretrain.models import DEFAULT_FAMILY, ModelConfig, carries_memory, families
+from pretrain.models import ModelConfig, carries_memory, default_family, families
 from pretrain.optim.optimizers import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.loop import TrainConfig
@@ -149,8 +149,8 @@ def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, for editors."""
     schema = Config.model_json_schema()
     for name, family in families().items():
-        if name != DEFAULT_FAMILY:
-            schema["$defs"][family.__name__]["required"].append("family")
+        if name != default_family():
+            schema["$defs"][family.config.__name__].setdefault("required", []).append("family")
     return {**schema, "title": SCHEMA_TITLE}
 
 

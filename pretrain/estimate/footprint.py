@@ -16,7 +16,7 @@ States are counted by parameter. Bytes of each, on each of N GPUs, in bf16:
 In fp32 the weights of ZeRO have 4 bytes; one process and DDP compute with the masters themselves.
 
 Left out: the CUDA context, workspaces of kernels, buffers of communication, what the allocator cannot use, and that
-CUDA has no fused kernel for 65,536 patches or more in a micro-batch (`layers.LARGEST_FUSED_BATCH`). `USABLE` is for
+CUDA has no fused kernel for 65,536 patches or more in a micro-batch (`attention.LARGEST_FUSED_BATCH`). `USABLE` is for
 them.
 """
 

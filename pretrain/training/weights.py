@@ -20,7 +20,7 @@ from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Meta
 from pretrain.distributed.fragments import MEMORY, MODEL, fragment_name, split_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine
-from pretrain.models import FREE_FIELDS, ByteModel, ModelConfig, model_config
+from pretrain.models import ByteModel, ModelConfig, family, model_config
 from pretrain.training.exports import is_export, read_export
 from pretrain.training.run_folder import RunFolder
 
@@ -163,7 +163,10 @@ def model_changes(then: Mapping[str, Any], now: ModelConfig) -> list[str]:
 
     Fields that leave the meaning of weights as it is do not count.
     """
-    before, after = (config.model_dump(mode="json", exclude=FREE_FIELDS) for config in (model_config(then), now))
+    before, after = (
+        config.model_dump(mode="json", exclude=set(family(config.family).free_fields))
+        for config in (model_config(then), now)
+    )
     return changes({"model": before}, {"model": after})
 
 

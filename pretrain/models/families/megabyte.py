@@ -23,21 +23,17 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.models.base import ByteModel, Initial, units_of
-from pretrain.models.blocks.layers import (
-    Activation,
-    Attention,
-    LayerCache,
-    MultiHead,
-    Rotary,
-    Stack,
-    StackConfig,
-    attention,
-    embedding,
-    initial_of,
-    rotate,
-)
+from pretrain.models.base import ByteModel, units_of
+from pretrain.models.blocks.attention import attention
+from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.embedding import embedding
+from pretrain.models.blocks.feed_forward import Activation
+from pretrain.models.blocks.multi_head import Attention, MultiHead
+from pretrain.models.blocks.positions import Rotary, rotate
+from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.blocks.unit import Unit
+from pretrain.models.initial import Initial
+from pretrain.models.registry import Family, register_family
 
 FILTER_SIZES = (3, 5, 7)
 """Of the convolutional patch encoder, in order (section 2.3.1)."""
@@ -94,6 +90,10 @@ class MegabyteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
 
 
 class Megabyte(ByteModel):
+    """MEGABYTE over bytes."""
+
+    patch_size: int
+
     def __init__(self, config: MegabyteConfig) -> None:
         super().__init__()
         self.sequence_length = config.sequence_length
@@ -121,8 +121,8 @@ class Megabyte(ByteModel):
             self.local_positions = nn.Parameter(torch.empty(config.patch_size, config.local_model.width))
         self.initialize()
 
-    def initial(self, name: str) -> Initial:
-        return initial_of(name, self.initial_std)
+    def model_initial(self, name: str) -> Initial:
+        return Initial(self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, length = ids.shape
@@ -380,3 +380,14 @@ class MegabyteDecoder:
         else:
             local_out = model.local_stack(local_in, self._local_caches)
         return model.logits(local_out[:, -1])
+
+
+register_family(
+    Family(
+        name="megabyte",
+        config=MegabyteConfig,
+        build=Megabyte,
+        free_fields=frozenset({"dropout", "initial_std"}),
+        is_default=True,
+    )
+)

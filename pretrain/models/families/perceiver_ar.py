@@ -24,24 +24,18 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
-from pretrain.models.base import ByteModel, Initial
-from pretrain.models.blocks.layers import (
-    Activation,
-    Attention,
-    Block,
-    CrossAttention,
-    CrossBlock,
-    FeedForward,
-    LayerCache,
-    Past,
-    Rotary,
-    StackConfig,
-    embedding,
-    initial_of,
-    linear_weights,
-    sinusoids,
-)
+from pretrain.models.base import ByteModel
+from pretrain.models.blocks.attention import CausalMask
+from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.embedding import embedding
+from pretrain.models.blocks.feed_forward import Activation, FeedForward
+from pretrain.models.blocks.multi_head import Attention, CrossAttention
+from pretrain.models.blocks.norms import LayerNorm
+from pretrain.models.blocks.positions import Rotary, sinusoids
+from pretrain.models.blocks.transformer import CrossBlock, StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import run_unit
+from pretrain.models.initial import Initial
+from pretrain.models.registry import Family, register_family
 
 START = VOCABULARY
 """The input before the first byte. It has a row in the embedding and one in the head, as in the authors' code, and is
@@ -144,26 +138,26 @@ class PerceiverAR(ByteModel):
             feed_forward = FeedForward(width, config.activation, bias=True)
             return CrossBlock(width, self.input_width, attention, feed_forward, config.dropout)
 
-        def block() -> Block:
+        def block() -> TransformerBlock:
             attention = Attention(width, config.latent_model.heads, 0.0, rotary, bias=True)
-            return Block(width, attention, FeedForward(width, config.activation, bias=True), config.dropout)
+            return TransformerBlock(width, attention, FeedForward(width, config.activation, bias=True), config.dropout)
 
         self.blocks = nn.ModuleList([cross_block()])
         for layer in range(config.latent_model.layers):
             self.blocks.append(block())
             if layer in config.cross_attend_after:
                 self.blocks.append(cross_block())
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY + 1)
         self.initialize()
 
-    def initial(self, name: str) -> Initial:
+    def model_initial(self, name: str) -> Initial:
         """As the authors' library does: weights of variance 1/inputs, tables of deviation 1, cut at two deviations."""
         if name.endswith("bias") or (name == "head.weight" and self.config.zero_head):
             return Initial()
         module = self.get_submodule(name.rpartition(".")[0])
         cut = 0.8796  # the deviation of a standard normal distribution that is cut at two deviations
-        return initial_of(name, module.in_features**-0.5 / cut if isinstance(module, nn.Linear) else 1.0)
+        return Initial(module.in_features**-0.5 / cut if isinstance(module, nn.Linear) else 1.0)
 
     def forward(self, ids: Tensor) -> Tensor:
         """As `ByteModel.forward`; a row padded at its end is scored at the end of its own ids."""
@@ -213,7 +207,7 @@ class PerceiverAR(ByteModel):
             embedded = embedded + table[index]
         return embedded
 
-    def visible(self, places: Tensor, inputs: Tensor) -> Tensor | Past:
+    def visible(self, places: Tensor, inputs: Tensor) -> Tensor | CausalMask:
         """What each latent sees, for `layers.attention`: inputs up to its own position, but for those that are dropped.
 
         Args:
@@ -223,18 +217,18 @@ class PerceiverAR(ByteModel):
             The past; where some are dropped, (rows, 1, N, T) to be added to scores, the same for all heads.
         """
         rows, length, _ = inputs.shape
-        past = Past(places[:, 0])
+        past = CausalMask(places[:, 0])
         if not self.training or self.config.cross_attend_dropout == 0:
             return past
         dropped = torch.rand(rows, 1, 1, length, device=places.device) < self.config.cross_attend_dropout
-        return torch.where(past.mask(places.shape[1], length), DROPPED * dropped.to(inputs.dtype), float("-inf"))
+        return torch.where(past.booleans(places.shape[1], length), DROPPED * dropped.to(inputs.dtype), float("-inf"))
 
     def process(
         self,
         z: Tensor,
         inputs: Tensor,
         places: Tensor,
-        visible: Tensor | Past | None,
+        visible: Tensor | CausalMask | None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
         """All blocks and the final norm: (rows, N, C) to the same."""
@@ -325,7 +319,7 @@ class PerceiverARDecoder:
         length = self._inputs.shape[1]
         z = model.to_latents(model.embed(self._inputs[:, -count:], first_position=length - count))
         places = torch.arange(length - count, length, device=inputs.device)
-        visible = None if count == 1 else Past(places[:1].expand(inputs.shape[0]))
+        visible = None if count == 1 else CausalMask(places[:1].expand(inputs.shape[0]))
         z = model.process(z, model.embed(inputs, before), places, visible, self._caches)
         self.latents += count
         return model.logits(z[:, -1])
@@ -352,3 +346,14 @@ def image_axes(places: Tensor, image: tuple[int, int, int]) -> list[Tensor]:
     pixel = byte.div(channels, rounding_mode="floor")
     axes = [pixel % width, pixel.div(width, rounding_mode="floor"), byte % channels]
     return [torch.where(places == 0, 1, axis + 2) for axis in axes]
+
+
+register_family(
+    Family(
+        name="perceiver_ar",
+        config=PerceiverARConfig,
+        build=PerceiverAR,
+        free_fields=frozenset({"dropout", "latents", "cross_attend_dropout", "zero_head", "cropping", "minimum_crop"}),
+        usage_fields=frozenset({"latents"}),
+    )
+)

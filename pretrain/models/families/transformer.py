@@ -15,17 +15,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import VOCABULARY
-from pretrain.models.base import ByteModel, Initial
-from pretrain.models.blocks.layers import (
-    Activation,
-    Attention,
-    Rotary,
-    Stack,
-    StackConfig,
-    embedding,
-    initial_of,
-    window_pairs,
-)
+from pretrain.models.base import ByteModel
+from pretrain.models.blocks.attention import window_pairs
+from pretrain.models.blocks.embedding import embedding
+from pretrain.models.blocks.feed_forward import Activation
+from pretrain.models.blocks.multi_head import Attention
+from pretrain.models.blocks.positions import Rotary
+from pretrain.models.blocks.transformer import Stack, StackConfig
+from pretrain.models.initial import Initial
+from pretrain.models.registry import Family, register_family
 
 
 class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -64,8 +62,8 @@ class Transformer(ByteModel):
         self.stack = Stack(config, config.activation, config.dropout, attention)
         self.initialize()
 
-    def initial(self, name: str) -> Initial:
-        return initial_of(name, self.initial_std)
+    def model_initial(self, name: str) -> Initial:
+        return Initial(self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
         self.check_length(ids.shape[1])
@@ -123,3 +121,13 @@ class TransformerDecoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._model.logits(self._model.stack(x, self._caches)[:, -1])
+
+
+register_family(
+    Family(
+        name="transformer",
+        config=TransformerConfig,
+        build=Transformer,
+        free_fields=frozenset({"dropout", "initial_std"}),
+    )
+)

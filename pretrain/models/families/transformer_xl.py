@@ -21,23 +21,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
-from pretrain.models.base import ByteModel, Initial, Memory
-from pretrain.models.blocks.layers import (
-    Activation,
-    FeedForward,
-    LayerCache,
-    MultiHead,
-    PreNorm,
-    Rotary,
-    StackConfig,
-    attention,
-    embedding,
-    initial_of,
-    linear_weights,
-    rotate,
-    sinusoids,
-)
+from pretrain.models.base import ByteModel, Memory
+from pretrain.models.blocks.attention import attention
+from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.embedding import embedding
+from pretrain.models.blocks.feed_forward import Activation, FeedForward
+from pretrain.models.blocks.multi_head import MultiHead
+from pretrain.models.blocks.norms import LayerNorm
+from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
+from pretrain.models.blocks.transformer import PreNorm, StackConfig, linear_weights
 from pretrain.models.blocks.unit import run_unit
+from pretrain.models.initial import Initial
+from pretrain.models.registry import Family, register_family
 
 
 class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -92,11 +87,11 @@ class TransformerXL(ByteModel):
             return SegmentBlock(config.width, attention, feed_forward, config.dropout)
 
         self.blocks = nn.ModuleList(block() for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = LayerNorm(config.width)
         self.initialize()
 
-    def initial(self, name: str) -> Initial:
-        return initial_of(name, self.initial_std)
+    def model_initial(self, name: str) -> Initial:
+        return Initial(self.initial_std)
 
     @overload
     def forward(self, ids: Tensor) -> Tensor: ...
@@ -367,3 +362,14 @@ class TransformerXLDecoder:
             cache.keep_last(kept)
         self._documents = self._documents[:, max(self._documents.shape[1] - kept, 0) :]
         return before if kept else before[:, 1:]
+
+
+register_family(
+    Family(
+        name="transformer_xl",
+        config=TransformerXLConfig,
+        build=TransformerXL,
+        free_fields=frozenset({"dropout", "initial_std"}),
+        carries_memory=lambda config: config.memory_length > 0,
+    )
+)

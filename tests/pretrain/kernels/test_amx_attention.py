@@ -14,7 +14,7 @@ from data_pipeline.stream.loader import MicroBatch
 from pretrain.engines import EngineConfig, build_engine
 from pretrain.kernels import amx_attention
 from pretrain.models import build_model, model_config
-from pretrain.models.blocks.layers import Past, attention
+from pretrain.models.blocks.attention import CausalMask, attention
 from pretrain.optim.optimizers import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
@@ -32,7 +32,7 @@ def draw(rows: int, heads: int, length: int, channels: int) -> Tensor:
 
 def defined(q: Tensor, k: Tensor, v: Tensor, first: Tensor, kept: Tensor | float = 1.0) -> Tensor:
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    visible = Past(first).mask(q.shape[2], k.shape[2])
+    visible = CausalMask(first).booleans(q.shape[2], k.shape[2])
     return (scores.masked_fill(~visible, -math.inf).softmax(-1) * kept) @ v
 
 
@@ -87,7 +87,7 @@ def test_backward_drops_the_weights_that_forward_dropped():
     v = torch.eye(length).bfloat16().expand(2, 3, length, length).clone().requires_grad_()
     first = torch.tensor([0, 50])
     out = amx_attention.causal_attention(q, k, v, first, share)  # so the weights themselves
-    visible = Past(first).mask(length, length).expand(out.shape)
+    visible = CausalMask(first).booleans(length, length).expand(out.shape)
     kept = (out.detach() > 0).double()
     assert kept[visible].mean().item() == pytest.approx(1 - share, abs=0.01)
     assert not torch.equal(kept[0, 0], kept[0, 1])
@@ -195,7 +195,7 @@ def test_without_a_compiler_torchs_kernel_is_taken_and_the_log_says_so(
     try:
         q, k, v = (draw(1, 2, 200, 32) for _ in range(3))
         first = torch.tensor([0])
-        out = attention(q, k, v, Past(first))
+        out = attention(q, k, v, CausalMask(first))
         assert "did not compile" in caplog.text
         assert not list(tmp_path.rglob("*.so"))
         assert_rounded([out], [defined(q.double(), k.double(), v.double(), first)])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.models.blocks.layers import Rotary, Stack, StackConfig, rotate
+from pretrain.models.blocks.positions import Rotary, rotate
+from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.families.megabyte import Megabyte, MegabyteConfig, PatchEncoder
 
 ROWS, T, P = 2, 24, 4

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.models.blocks.layers import FeedForward, Rotary, rotate
+from pretrain.models.blocks.feed_forward import FeedForward
 from pretrain.models.blocks.nats import CHUNK, linear_nats
+from pretrain.models.blocks.positions import Rotary, rotate
 
 WIDTH, TOP = 24, 258
 

@@ -20,17 +20,12 @@ from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.evaluation.evaluate import document_windows, evaluate, stride_of
 from pretrain.evaluation.generation import Sampling, generate, row_generator, sample
 from pretrain.models import build_model
-from pretrain.models.blocks.layers import (
-    Attention,
-    Block,
-    CrossAttention,
-    FeedForward,
-    LayerCache,
-    Rotary,
-    attention,
-    frequencies,
-    rotate,
-)
+from pretrain.models.blocks.attention import attention
+from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.feed_forward import FeedForward
+from pretrain.models.blocks.multi_head import Attention, CrossAttention
+from pretrain.models.blocks.positions import Rotary, frequencies, rotate
+from pretrain.models.blocks.transformer import TransformerBlock
 from pretrain.models.families.perceiver_ar import START, PerceiverAR, PerceiverARConfig, image_axes, late
 from pretrain.optim.optimizers import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
@@ -99,7 +94,7 @@ def test_b1_a_latent_depends_on_its_own_input_and_every_earlier_one_and_on_nothi
 def test_b2_of_10_inputs_6_latents_see_0_to_4_and_so_on_to_0_to_9():
     model = build(sequence_length=10, latents=6)
     places = model.place_latents(torch.tensor([10]), 10)
-    visible = model.visible(places, torch.zeros(1, 10, 32)).mask(6, 10)
+    visible = model.visible(places, torch.zeros(1, 10, 32)).booleans(6, 10)
     assert [row.nonzero().flatten().tolist() for row in visible[0, 0]] == [list(range(n + 1)) for n in range(4, 10)]
 
 
@@ -133,7 +128,7 @@ def test_b3_with_a_latent_for_every_position_it_is_a_transformer_of_one_layer_mo
             norm.weight.copy_(torch.linspace(0.5, 2.0, 32))
     rotary = Rotary(longest_wavelength=T) if positions == "rotary" else None
     attention = Attention(32, 4, 0.0, rotary, bias=True)
-    first = Block(32, attention, FeedForward(32, "squared_relu", bias=True), 0.0).double()
+    first = TransformerBlock(32, attention, FeedForward(32, "squared_relu", bias=True), 0.0).double()
     own = cross.state_dict()
     query_key_value = {
         f"attention.query_key_value.{what}": torch.cat(

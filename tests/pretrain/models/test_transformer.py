@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.vocabulary import VOCABULARY
-from pretrain.models.blocks.layers import causal_attention, window_attention
+from pretrain.models.blocks.attention import causal_attention, window_attention
 from pretrain.models.families.transformer import Transformer, TransformerConfig
 
 ROWS, T, LAYERS = 2, 24, 3

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
 from pretrain.models.base import Memory
-from pretrain.models.blocks.layers import Rotary, rotate, sinusoids
+from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
 from pretrain.models.families.transformer_xl import (
     NOTHING,
     Context,

@@ -1,0 +1,173 @@
+"""Pre-norm Transformer blocks, blocks that attend to other inputs, and stacks of blocks."""
+
+from collections.abc import Callable
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from pretrain.models.blocks.attention import CausalMask
+from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.feed_forward import Activation, FeedForward
+from pretrain.models.blocks.multi_head import Attention, CrossAttention, MultiHead
+from pretrain.models.blocks.norms import LayerNorm
+from pretrain.models.blocks.unit import Unit, run_unit
+
+
+class StackConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Size of one stack of Transformer blocks."""
+
+    width: int = Field(ge=1)
+    """Channels of the residual stream."""
+    layers: int = Field(ge=0)
+    """Transformer blocks."""
+    heads: int = Field(ge=1)
+    """Attention heads; divides the width."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) does not divide width ({self.width})")
+        return self
+
+
+class PreNorm(Unit):
+    """Base of the blocks: attention and a feed-forward layer, each after a norm, added to the residual stream."""
+
+    def __init__(self, width: int, attention: nn.Module, feed_forward: FeedForward, dropout: float) -> None:
+        """Build the norms around the two layers.
+
+        Args:
+            width: channels of the residual stream.
+            attention: attention layer.
+            feed_forward: feed-forward layer.
+            dropout: share of the output of each layer that is dropped in training.
+        """
+        super().__init__()
+        self.attention_norm = LayerNorm(width)
+        self.attention = attention
+        self.feed_forward_norm = LayerNorm(width)
+        self.feed_forward = feed_forward
+        self.dropout = nn.Dropout(dropout)
+
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the output of attention, then that of the feed-forward layer, to the residual stream.
+
+        Args:
+            x: (rows, length, width) residual stream.
+            attended: (rows, length, width) output of attention.
+
+        Returns:
+            (rows, length, width)
+        """
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class TransformerBlock(PreNorm):
+    """Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *shared: Tensor) -> Tensor:
+        """Map (rows, length, width) to the same shape.
+
+        Args:
+            x: residual stream.
+            cache: passed to the attention layer.
+            *shared: passed to the attention layer.
+        """
+        return self.add(x, self.attention(self.attention_norm(x), cache, *shared))
+
+
+class CrossBlock(PreNorm):
+    """Pre-norm block whose attention reads other inputs, which have a norm of their own."""
+
+    attention: CrossAttention
+
+    def __init__(
+        self, width: int, input_width: int, attention: CrossAttention, feed_forward: FeedForward, dropout: float
+    ) -> None:
+        """Build the norms around the two layers.
+
+        Args:
+            width: channels of the residual stream.
+            input_width: channels of the inputs.
+            attention: attention layer.
+            feed_forward: feed-forward layer.
+            dropout: share of the output of each layer that is dropped in training.
+        """
+        super().__init__(width, attention, feed_forward, dropout)
+        self.input_norm = LayerNorm(input_width)
+
+    def forward(
+        self,
+        z: Tensor,
+        inputs: Tensor,
+        places: Tensor,
+        visible: Tensor | CausalMask | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map (rows, N, width) latents to the same shape; see `CrossAttention.forward` for the arguments."""
+        return self.add(z, self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache))
+
+
+AttentionMaker = Callable[[int, int, float], MultiHead]
+"""Function from width, heads and dropout to one layer's attention."""
+
+
+class Stack(nn.Module):
+    """Transformer blocks in order, and the final norm of a pre-norm stack."""
+
+    def __init__(
+        self, config: StackConfig, activation: Activation, dropout: float, attention: AttentionMaker = Attention
+    ) -> None:
+        """Build the blocks.
+
+        Args:
+            config: size of the stack.
+            activation: activation of the feed-forward layers.
+            dropout: share of attention weights, and of the output of each layer, that is dropped in training.
+            attention: makes each block's attention layer.
+        """
+        super().__init__()
+        self.width = config.width
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                config.width,
+                attention(config.width, config.heads, dropout),
+                FeedForward(config.width, activation),
+                dropout,
+            )
+            for _ in range(config.layers)
+        )
+        self.norm = LayerNorm(config.width)
+
+    def forward(self, x: Tensor, caches: list[LayerCache] | None = None, *shared: Tensor) -> Tensor:
+        """Map (rows, length, width) to the same shape.
+
+        Args:
+            x: input of the first block.
+            caches: one cache a block, as `Attention.forward` takes it.
+            *shared: passed to the attention of every block.
+        """
+        for index, block in enumerate(self.blocks):
+            x = run_unit(block, x, caches[index] if caches is not None else None, *shared)
+        return self.norm(x)
+
+    def empty_caches(self, limit: int | None = None) -> list[LayerCache]:
+        """Return an empty cache for each block, which keeps `limit` positions; None keeps all."""
+        return [LayerCache(limit) for _ in self.blocks]
+
+    def flops(self, length: int, pairs: int | None = None) -> int:
+        """Return the operations of all matrix products over one row: 2 a weight and position, and attention.
+
+        Args:
+            length: positions of the row.
+            pairs: pairs of a query and a key that attention multiplies, masked or not; None means length².
+        """
+        attention = len(self.blocks) * 4 * (length * length if pairs is None else pairs) * self.width
+        return 2 * length * linear_weights(self) + attention
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Return the weights of all linear maps in a module; a position costs two operations with each."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

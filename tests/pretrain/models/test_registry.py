@@ -1,0 +1,180 @@
+"""Registry of model families: names, declarations and entry points of other packages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from pretrain.models import FamilyError, change_usage_fields, families, family, model_config
+from pretrain.models.families.transformer import Transformer, TransformerConfig
+from pretrain.models.registry import PACKAGE, Family, FamilyRegistry
+
+ROOT = Path(__file__).parents[3]
+
+GOOD = """
+from typing import Literal
+from pretrain.models import Family, register_family
+from pretrain.models.families.transformer import Transformer, TransformerConfig
+
+class TheirConfig(TransformerConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    '''Their model.'''
+
+    family: Literal["theirs"] = "theirs"
+    '''Which model.'''
+
+register_family(Family(name="theirs", config=TheirConfig, build=Transformer))
+"""
+
+
+def run_with(folder: Path, script: str, entries: dict[str, str], modules: dict[str, str]) -> str:
+    """Return the output of a script in a process in which packages declare entry points, one package each."""
+    for number, (name, value) in enumerate(entries.items()):
+        info = folder / f"package_{number}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: package-{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[byteloom.families]\n{name.strip()} = {value}\n")
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_own_families_are_the_modules_of_their_package():
+    modules = {path.stem for path in (ROOT / "pretrain/models/families").glob("*.py")} - {"__init__"}
+    own = {name for name, entry in families().items() if entry.config.__module__.startswith(f"{PACKAGE}.")}
+    assert own == modules
+
+
+def test_a_family_of_another_package_is_found_by_its_entry_point(tmp_path: Path):
+    script = """
+from pathlib import Path
+from pretrain.config.schema import Config
+from pretrain.models import build_model, families, model_config
+config = model_config({"family": "theirs", "sequence_length": 8, "width": 8, "layers": 1, "heads": 1})
+print(type(config).__name__, type(build_model(config)).__name__)
+print(*families(), list(Config.model_json_schema()["$defs"]))
+"""
+    printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": GOOD})
+    assert printed.startswith("TheirConfig Transformer\nmegabyte perceiver_ar transformer transformer_xl theirs")
+    assert "'TheirConfig'" in printed
+
+
+def test_their_module_can_be_imported_first(tmp_path: Path):
+    script = "import their_model; from pretrain.models import family; print(family('theirs').build.__name__)"
+    printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": GOOD})
+    assert printed == "Transformer\n"
+
+
+def test_a_broken_entry_point_is_an_error_of_its_family_alone(tmp_path: Path):
+    script = """
+from pretrain.models import FamilyError, families, family, model_config
+print(family("transformer").name)
+for use in (lambda: family("theirs"), lambda: model_config({"family": "theirs"})):
+    try:
+        use()
+    except FamilyError as error:
+        print(error)
+print(len(families()))
+"""
+    printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": "import missing_package"})
+    fault = (
+        "the entry point theirs = their_model of the package package-0 (group byteloom.families) cannot be loaded: "
+        "ModuleNotFoundError: No module named 'missing_package'"
+    )
+    assert printed.splitlines() == ["transformer", fault, fault, "4", fault]
+
+
+@pytest.mark.parametrize(
+    ("entries", "name", "fault"),
+    [
+        (
+            {"transformer": "their_model"},
+            "transformer",
+            "the model family transformer is registered by Byteloom and package-0; remove all but one",
+        ),
+        (
+            {"theirs": "their_model", "theirs ": "their_model"},
+            "theirs",
+            "the model family theirs is registered by package-0 and package-1; remove all but one",
+        ),
+        (
+            {"other": "their_model"},
+            "other",
+            "the entry point other = their_model of the package package-0 (group byteloom.families) registers no model "
+            "family named other",
+        ),
+    ],
+    ids=["a name of Byteloom", "a name of two packages", "another name"],
+)
+def test_names_of_entry_points_are_unique_and_those_of_their_families(
+    tmp_path: Path, entries: dict[str, str], name: str, fault: str
+):
+    script = f"""
+from pretrain.models import FamilyError, family
+try:
+    family("{name}")
+except FamilyError as error:
+    print(error)
+"""
+    assert run_with(tmp_path, script, entries, {"their_model": GOOD}) == fault + "\n"
+
+
+def test_an_unknown_family_is_refused_with_the_nearest_name():
+    with pytest.raises(FamilyError, match=r"transformr is not a model family \(did you mean transformer\?\)"):
+        family("transformr")
+    with pytest.raises(ValidationError, match="union_tag_invalid"):
+        model_config({"family": "transformr"})
+
+
+def test_a_name_is_registered_once():
+    registry = FamilyRegistry(PACKAGE, "byteloom.none")
+    registry.register(Family(name="transformer", config=TransformerConfig, build=Transformer))
+    with pytest.raises(FamilyError, match="registers the model family transformer, which"):
+        registry.register(Family(name="transformer", config=TransformerConfig, build=Transformer))
+
+
+class Nameless(BaseModel):
+    """A config that is not one of a family."""
+
+    sequence_length: int
+
+
+@pytest.mark.parametrize(
+    ("declared", "fault"),
+    [
+        ({"config": Nameless}, 'has no field family: Literal."transformer". = "transformer"'),
+        ({"free_fields": frozenset({"drop"})}, "free_fields of the model family transformer: .* has no field drop"),
+        ({"usage_fields": frozenset({"latents"})}, "usage_fields of the model family transformer"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(declared: dict[str, object], fault: str):
+    registry = FamilyRegistry(PACKAGE, "byteloom.none")
+    with pytest.raises(FamilyError, match=fault):
+        registry.register(
+            Family(**{"name": "transformer", "config": TransformerConfig, "build": Transformer} | declared)
+        )
+
+
+def test_only_fields_that_no_parameter_depends_on_change_with_the_usage():
+    stack = {"width": 8, "layers": 1, "heads": 1}
+    few = model_config(
+        {"family": "perceiver_ar", "sequence_length": 16, "latents": 4, "latent_model": stack, "cross_heads": 1}
+    )
+    assert change_usage_fields(few, {"latents": 8}).model_dump() == few.model_dump() | {"latents": 8}
+    with pytest.raises(FamilyError, match=r"^latents \(17\) are more than sequence_length \(16\)$"):
+        change_usage_fields(few, {"latents": 17})
+    plain = model_config({"family": "transformer", "sequence_length": 16} | stack)
+    with pytest.raises(FamilyError, match=r"^a transformer model takes no latents$"):
+        change_usage_fields(plain, {"latents": 8})
