@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from inspect import cleandoc, getdoc
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -18,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from byteloom.core.configs import recipe_names
+from byteloom.core.configs import find_preset, recipe_names
 from pretrain.cli.app import app
 from pretrain.config.schema import Config, load
 
@@ -163,9 +164,16 @@ def recipes_page() -> str:
         "\n".join(lines),
         "## The recipe `debug`",
         "This recipe names every field and explains it.",
-        f"```yaml\n{recipes['debug'].read_text(encoding='utf-8').rstrip()}\n```",
+        _yaml(recipes["debug"]),
+        "## The cluster preset `gpu`",
+        "[Run on a Slurm cluster](../guides/cluster.md#write-a-preset-for-your-cluster) explains the fields.",
+        _yaml(find_preset("gpu")),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _yaml(path: Path) -> str:
+    return f"```yaml\n{path.read_text(encoding='utf-8').rstrip()}\n```"
 
 
 def _cell(text: str) -> str:
