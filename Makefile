@@ -11,7 +11,7 @@ OLDEST_TESTS := data_pipeline/test_readers.py data_pipeline/test_remote.py data_
 STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo corpus test test-oldest faults slurm check bench lock clean
+.PHONY: help setup demo corpus test test-oldest faults slurm check docs bench lock clean
 
 help: ## list what make can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -68,7 +68,11 @@ check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
+docs: setup ## build the documentation site, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/site. Read it with: $(BIN)/python -m http.server --directory build/site 8000"
+
+bench: setup ## quick benchmarks; docs/lab/benchmarks.md has full ones
 	$(BIN)/python benchmarks/training.py --quick
 	$(BIN)/python benchmarks/models.py --quick
 	$(BIN)/python benchmarks/attention.py --quick
@@ -83,7 +87,7 @@ bench: setup ## quick benchmarks; docs/benchmarks.md has full ones
 lock: ## pin what pyproject.toml allows today into requirements.lock
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet torch==2.13.0
-	DS_BUILD_OPS=0 .lock-venv/bin/pip install --quiet --editable '.[dev]'
+	DS_BUILD_OPS=0 .lock-venv/bin/pip install --quiet --editable '.[dev,docs]'
 	{ echo "# Every package of the environment, pinned; made by 'make lock', installed by 'make setup'."; \
 		echo "# Where torch is a CUDA build, it pins its own CUDA packages."; \
 		.lock-venv/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock

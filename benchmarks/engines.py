@@ -7,7 +7,7 @@ configs/megabyte/books-10m.yaml: for memory, half as wide and in bf16; for time,
 
 Memory, on 4 ranks: the bytes of all tensors that live on a rank between backward and the update (masters, moments,
 gradients, copies, and whatever an engine left unsharded), beyond those that lived before the engine was built. The
-largest rank counts. Theory is docs/engines.md's.
+largest rank counts. Theory is docs/guides/engines.md's.
 
 Time, on 1 and 2 ranks: each takes a step of 4 rows of 1,024 bytes (`--quick`: 1 row, 3 rounds) with every contender in
 turn, each round in another order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the

@@ -59,7 +59,7 @@ def test_debug_recipes_name_every_field_and_explain_every_line():
 
 def test_the_lock_pins_everything_that_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert {re.split(r"[<>=\[]", name)[0].lower().replace("_", "-") for name in asked} <= pinned

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: flat ranges of fp32 tensors by name, told in JSON. docs/checkpoints.md specifies it.
+"""The content of a checkpoint: flat ranges of fp32 tensors by name (docs/specifications/checkpoints.md).
 
     rank-00000.bin     the ranges one rank owned, back to back, little-endian fp32
     layout.json        of every tensor its shape, and the ranges of files that make it up

@@ -73,7 +73,7 @@ def go(reading: Reading, steps: int, global_batch: int, world_size=1, micro_batc
 
 
 def digest_of(sequence: int, ids: np.ndarray) -> int:
-    """A row's digest, as docs/data.md has it."""
+    """A row's digest, as docs/specifications/data.md has it."""
     row = np.where(ids < SEPARATOR, ids, 0).astype(np.uint8)
     places = [np.flatnonzero(ids == number).astype("<u4") for number in (SEPARATOR, PADDING)]
     counts = [len(own).to_bytes(4, "little") for own in places]
