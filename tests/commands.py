@@ -40,10 +40,14 @@ def start(arguments: Sequence[object], env: Mapping[str, str] | None = None, **o
         options: cwd, stdin, stdout, stderr, text and start_new_session of subprocess.Popen.
     """
     env = environment() if env is None else env
-    command = [str(BYTELOOM), *map(str, arguments)]
     if _server().can_run(env):
-        return ForkedCommand(command, env=env, **options)
-    return subprocess.Popen(command, env=env, **options)
+        return ForkedCommand([str(BYTELOOM), *map(str, arguments)], env=env, **options)
+    return start_cold(arguments, env, **options)
+
+
+def start_cold(arguments: Sequence[object], env: Mapping[str, str], **options: Any) -> subprocess.Popen[Any]:
+    """Start the real command, with the arguments of `start`."""
+    return subprocess.Popen([str(BYTELOOM), *map(str, arguments)], env=env, **options)
 
 
 def run(
@@ -70,9 +74,10 @@ class ForkedCommand(subprocess.Popen[Any]):
     Popen makes the pipes; `_execute_child` is where it would start a program.
     """
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):  # noqa: PLR0913, PLR0917
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
         """Have the server fork, with the ends of the pipes that are the child's."""
-        _startupinfo, _flags, _shell, *pipes, _restore_signals, _gid, _gids, _uid, _umask, new_session, _group = others
+        *_, new_session, _process_group = others
+        pipes = others[3:9]
         theirs = pipes[0], pipes[3], pipes[5]
         streams = [own if pipe == -1 else pipe for own, pipe in enumerate(theirs)]
         self._answers, connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
