@@ -1,8 +1,6 @@
 """Shared by all tests: real corpora made from Python's own library, recipes, and the real command."""
 
-import os
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -16,8 +14,8 @@ from data_pipeline.corpus.shards import Corpus
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers import ReadOptions
 from data_pipeline.sources.listing import Selection
+from tests import commands
 
-BYTELOOM = Path(sys.executable).with_name("byteloom")
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -73,28 +71,22 @@ def mixed(tmp_path: Path) -> Corpus:
 
 
 def train_once(folder: Path, corpus_folder: Path) -> Path:
-    """Trains the recipe of `recipe_tree` in a folder with the real command; returns the run's folder."""
+    """Train the recipe of `recipe_tree` in a folder with a command of its own; return the run's folder."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_tree(corpus_folder)), encoding="utf-8")
-    subprocess.run([BYTELOOM, "train", recipe], cwd=folder, env=environment(), check=True, stderr=subprocess.DEVNULL)
+    commands.run(["train", recipe], cwd=folder, check=True, stderr=subprocess.DEVNULL)
     return folder / "runs/run"
 
 
 @pytest.fixture
 def byteloom(tmp_path: Path) -> Run:
-    """Runs the real command in a folder of its own and returns what it said."""
+    """Run a command in a process and a folder of its own; return its output."""
 
     def run(
         *arguments: object, cwd: Path = tmp_path, env: Mapping[str, str] | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [BYTELOOM, *map(str, arguments)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            env={**environment(), **(env or {})},
-            check=False,
-        )
+        variables = {**commands.environment(), **(env or {})}
+        done = commands.run(arguments, env=variables, cwd=cwd, capture_output=True, text=True)
         if check and done.returncode:
             raise AssertionError(
                 f"byteloom {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stderr}"
@@ -102,10 +94,6 @@ def byteloom(tmp_path: Path) -> Run:
         return done
 
     return run
-
-
-def environment() -> Mapping[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture

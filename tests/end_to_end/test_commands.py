@@ -21,7 +21,9 @@ from pretrain.config.schema import load
 from pretrain.evaluation.words import count_words
 from pretrain.terminal.tables import figure
 from pretrain.training.run_folder import RunFolderError
-from tests.conftest import BYTELOOM, Run, environment, recipe_tree, train_once
+from tests import commands
+from tests.commands import BYTELOOM, environment
+from tests.conftest import Run, recipe_tree, train_once
 
 
 @pytest.fixture(scope="module")
@@ -211,18 +213,12 @@ def test_every_family_trains_goes_on_scores_and_writes(
     assert steps == list(range(7))
     scores = json.loads(byteloom("eval", "runs/run", "--mode", mode, "--json").stdout)
     assert 5 < scores["total"]["bits_per_byte"] < 9
-    drawn = subprocess.run(
-        [BYTELOOM, "generate", tmp_path / "runs/run", "--bytes", "200"],
-        capture_output=True,
-        check=True,
-        env=environment(),
-    ).stdout
+    drawn = generate(tmp_path / "runs/run", "--bytes", "200")
     assert 0 < len(drawn) <= 200
 
 
 def generate(trained: Path, *arguments: str) -> bytes:
-    command = [BYTELOOM, "generate", trained, *arguments]
-    return subprocess.run(command, capture_output=True, check=True, env=environment()).stdout
+    return commands.run(["generate", trained, *arguments], capture_output=True, check=True).stdout
 
 
 def test_generate_writes_bytes_and_nothing_else(trained: Path, tmp_path: Path):

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import BYTELOOM, environment
+from tests.commands import BYTELOOM, environment
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, environment
+from tests.commands import environment
+from tests.conftest import Run
 from tests.hidden import without
 
 OPTIONAL = {

@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from pretrain.checkpoint import verify
-from tests.conftest import BYTELOOM, environment, recipe_tree
+from tests import commands
+from tests.commands import BYTELOOM, environment
+from tests.conftest import recipe_tree
 from tests.distributed.parity import content
 
 STEPS = 40
@@ -26,17 +28,22 @@ EXACT = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm", "le
 
 class RunUnderTest:
     def __init__(self, recipe: Path, cwd: Path, name: str, *overrides: str) -> None:
-        self.command = [
-            BYTELOOM, "train", recipe, f"run.name={name}", f"train.steps={STEPS}", "checkpoint.every=6",
+        self.arguments = [
+            "train", recipe, f"run.name={name}", f"train.steps={STEPS}", "checkpoint.every=6",
             "validation.every=20", *overrides,
         ]  # fmt: skip
         self.cwd = cwd
         self.folder = cwd / "runs" / name
         self.threads = "1"
+        self.launcher: list[str] = []
+        """Command line that starts the command, if it is not started itself."""
 
     def start(self) -> subprocess.Popen[str]:
         env = {**environment(), "OMP_NUM_THREADS": self.threads}
-        return subprocess.Popen(self.command, cwd=self.cwd, env=env, stderr=subprocess.PIPE, text=True)
+        options: dict[str, Any] = {"env": env, "cwd": self.cwd, "stderr": subprocess.PIPE, "text": True}
+        if self.launcher:
+            return subprocess.Popen([*self.launcher, BYTELOOM, *self.arguments], **options)
+        return commands.start(self.arguments, **options)
 
     def finish(self) -> str:
         process = self.start()

@@ -16,7 +16,8 @@ import pytest
 from launchers.supervision.record import LaunchRecord
 from pretrain.cli.runs import status_remark
 from pretrain.training.run_status import status_of
-from tests.conftest import BYTELOOM, Run, environment, train_once
+from tests import commands
+from tests.conftest import Run, train_once
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +97,14 @@ def test_validation_is_shown_however_long_ago_it_was(trained: Path, tmp_path: Pa
 
 def test_a_run_is_followed_and_cancelled(byteloom: Run, recipe: Path):
     run = recipe.parent / "runs/run"
-    training = subprocess.Popen(
-        [BYTELOOM, "train", recipe, "train.steps=1000000", "checkpoint.every=100000", "validation.every=1000000"],
-        cwd=recipe.parent, env=environment(), stderr=subprocess.DEVNULL,
+    training = commands.start(
+        ["train", recipe, "train.steps=1000000", "checkpoint.every=100000", "validation.every=1000000"],
+        cwd=recipe.parent, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes()) < 5000:
         assert training.poll() is None
         time.sleep(0.05)
-    following = subprocess.Popen([BYTELOOM, "logs", "--follow", run], stdout=subprocess.PIPE, text=True)
+    following = commands.start(["logs", "--follow", run], stdout=subprocess.PIPE, text=True)
     told = status(byteloom, run)
     assert (told["state"], told["process"], told["steps"]) == ("running", training.pid, 1_000_000)
     assert told["bytes_per_second"] > 0

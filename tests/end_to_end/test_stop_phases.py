@@ -15,7 +15,9 @@ import yaml
 
 from launchers.supervision.heartbeat import FOLDER, beat_of, read_beat
 from pretrain.checkpoint import read_metadata, verify
-from tests.conftest import BYTELOOM, environment, recipe_tree
+from tests import commands
+from tests.commands import environment
+from tests.conftest import recipe_tree
 from tests.launchers.test_local import ranks_of
 from tests.s3 import Stalling, s3_server, stalling_way
 
@@ -27,17 +29,20 @@ EXACT = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm", "le
 
 
 class Command:
-    """The real command under way, with what it says in a file."""
+    """A command under way, with its output in a file.
+
+    Args:
+        is_cold: start the real command and not a fork.
+    """
 
     under_way: ClassVar[list[subprocess.Popen[bytes]]] = []
 
-    def __init__(self, folder: Path, *arguments: object, beats: Path | None = None) -> None:
+    def __init__(self, folder: Path, *arguments: object, beats: Path | None = None, is_cold: bool = False) -> None:
         self.said_in = folder / f"said-{len(list(folder.glob('said-*')))}"
-        environment_ = {**environment(), **({FOLDER: str(beats)} if beats else {})}
+        env = {**environment(), **({FOLDER: str(beats)} if beats else {})}
+        start = commands.start_cold if is_cold else commands.start
         with self.said_in.open("wb") as said:
-            self.process = subprocess.Popen(
-                [BYTELOOM, *map(str, arguments)], cwd=folder, env=environment_, stdout=subprocess.DEVNULL, stderr=said
-            )
+            self.process = start(arguments, env, cwd=folder, stdout=subprocess.DEVNULL, stderr=said)
         self.under_way.append(self.process)
 
     @property
@@ -229,17 +234,16 @@ def test_a_stop_is_heard_while_a_checkpoint_is_loaded_verified_or_saved(way: Sta
 
 
 def test_ctrl_c_ends_imports_and_generation_without_a_traceback(byteloom: Any, recipe: Path, tmp_path: Path):
-    importing = Command(tmp_path, "eval", "nothing")
+    importing = Command(tmp_path, "eval", "nothing", is_cold=True)
     maps = Path(f"/proc/{importing.process.pid}/maps")
     importing.wait_until(lambda: "libtorch" in maps.read_text())
     os.kill(importing.process.pid, signal.SIGINT)
     assert importing.end(-signal.SIGINT) == ""
 
     byteloom("train", recipe, "train.steps=1", "validation.shards=null", "optimizer.schedule.warmup_steps=0")
-    generating = subprocess.Popen(
-        [BYTELOOM, "generate", "runs/run", "--bytes", "10000000"],
+    generating = commands.start(
+        ["generate", "runs/run", "--bytes", "10000000"],
         cwd=tmp_path,
-        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

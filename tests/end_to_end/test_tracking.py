@@ -13,7 +13,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pretrain.tracking import ParentRun, TrackingConfig
-from tests.conftest import BYTELOOM, Run, environment
+from tests import commands
+from tests.conftest import Run
 from tests.mlflow_server import Server
 
 STEPS = 12
@@ -121,8 +122,8 @@ def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloo
     assert first.info.status == "FINISHED"
     assert metrics == journal(folder)
 
-    command = [BYTELOOM, "train", recipe, *told, "train.steps=100000", "validation.every=100000"]
-    process = subprocess.Popen(command, cwd=recipe.parent, env=environment(), stderr=subprocess.PIPE, text=True)
+    endless = ["train", recipe, *told, "train.steps=100000", "validation.every=100000"]
+    process = commands.start(endless, cwd=recipe.parent, stderr=subprocess.PIPE, text=True)
     progress = folder / "mlflow.json"
     while json.loads(progress.read_text())["delivered_step"] == STEPS:
         assert process.poll() is None

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint import verify
-from tests.conftest import BYTELOOM, Run, environment
+from tests import commands
+from tests.conftest import Run
 from tests.distributed.ranks import free_port
 from tests.end_to_end.test_resume import STEPS, RunUnderTest
 
@@ -100,10 +101,10 @@ def by_hand(recipe: Path, size: int, overrides: list[list[str]], port: int) -> l
     """The first ranks of so many, each with overrides of its own, as a launcher of another kind starts them."""
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [BYTELOOM, "train", recipe, *own],
+        commands.start(
+            ["train", recipe, *own],
+            {**commands.environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=recipe.parent,
-            env={**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -156,11 +157,11 @@ def test_two_launchers_that_disagree_are_refused(recipe: Path):
 def test_torchrun_starts_the_same_entry_and_a_dead_rank_is_told_in_a_line(recipe: Path, tmp_path: Path):
     run = RunUnderTest(recipe, tmp_path, "torchrun")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    run.command = [*torchrun, *run.command]
+    run.launcher = torchrun
     assert f"finished at step {STEPS}" in run.finish()
 
     run = RunUnderTest(recipe, tmp_path, "by-hand", "train.steps=100000")
-    first, second = by_hand(recipe, 2, [list(map(str, run.command[3:]))] * 2, free_port())
+    first, second = by_hand(recipe, 2, [list(map(str, run.arguments[2:]))] * 2, free_port())
     while run.last_step() < 1:
         assert first.poll() is None
         time.sleep(0.01)

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from launchers.supervision.record import Launch, LaunchRecord
-from tests.conftest import BYTELOOM, environment, recipe_tree
+from tests.commands import BYTELOOM, environment
+from tests.conftest import recipe_tree
 from tests.slurm.cluster import Cluster, wait_until
 
 STEPS = 40

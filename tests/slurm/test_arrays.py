@@ -13,7 +13,8 @@ from data_pipeline.preparation.prepare import prepare
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Phase
 from pretrain.training.run_status import status_of
-from tests.conftest import BYTELOOM, STDLIB, prepare_options
+from tests.commands import BYTELOOM
+from tests.conftest import STDLIB, prepare_options
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.submitted import PATIENCE, STEPS, byteloom, write_recipe
 

@@ -20,7 +20,8 @@ from data_pipeline.documents import Document
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation import plan, prepare, spill
 from data_pipeline.preparation.prepare import PrepareReport
-from tests.conftest import environment, prepare_corpus, prepare_options
+from tests.commands import environment
+from tests.conftest import prepare_corpus, prepare_options
 
 
 def documents_of(corpus: Corpus) -> dict[str, bytes]:

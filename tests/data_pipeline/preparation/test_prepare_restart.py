@@ -20,7 +20,8 @@ import data_pipeline.preparation.prepare as module
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.preparation.layout import Layout
 from data_pipeline.preparation.prepare import prepare
-from tests.conftest import STDLIB, Run, environment, prepare_options
+from tests.commands import BYTELOOM, environment
+from tests.conftest import STDLIB, Run, prepare_options
 
 OPTIONS = {
     "include": ["*.py", "*.tar", "*.jsonl"],
@@ -217,7 +218,7 @@ def test_the_command_goes_on_where_another_was_killed(begun: Path, sources, undi
 
 
 def test_ctrl_c_ends_in_the_middle_and_says_that_it_can_go_on(sources, tmp_path: Path):
-    command = [Path(sys.executable).with_name("byteloom"), "prepare", STDLIB, "--out", "out", "--skip-bad"]
+    command = [BYTELOOM, "prepare", STDLIB, "--out", "out", "--skip-bad"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
     )

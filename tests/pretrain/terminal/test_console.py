@@ -14,7 +14,7 @@ from byteloom.core.state_files import StateFileError
 from launchers.local import run_processes
 from pretrain.terminal import crash
 from pretrain.terminal.console import run
-from tests.conftest import BYTELOOM
+from tests.commands import BYTELOOM
 
 ROOT = Path(__file__).parents[3]
 
