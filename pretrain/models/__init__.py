@@ -23,6 +23,7 @@ from pretrain.models.registry import (
     family,
     model_config,
     register_family,
+    small_config,
 )
 
 if TYPE_CHECKING:
@@ -52,4 +53,5 @@ __all__ = [
     "family",
     "model_config",
     "register_family",
+    "small_config",
 ]

@@ -20,7 +20,7 @@ import logging
 import pkgutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
@@ -67,6 +67,8 @@ class Family(Generic[AnyConfig]):
     """Whether a model of this config carries a memory from each training sequence to the next one of its lane."""
     is_default: bool = False
     """Whether a recipe that names no family means this one."""
+    small: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields, besides the defaults, of a model that is small enough to check in seconds (`check-family`)."""
 
 
 class FamilyRegistry:
@@ -255,6 +257,20 @@ def model_config(tree: Mapping[str, Any]) -> "ModelConfig":
 @cache
 def _adapter() -> TypeAdapter[Any]:
     return TypeAdapter(_config_union())
+
+
+def small_config(name: str, **changes: Any) -> "ModelConfig":
+    """Return the config of a family's small model.
+
+    Args:
+        name: of the family.
+        changes: other values of config fields.
+
+    Raises:
+        pydantic.ValidationError: the family declares no valid small model, or a changed value is wrong.
+        FamilyError: there is no family of this name, or it cannot be used.
+    """
+    return model_config({"family": name, **family(name).small, **changes})
 
 
 def carries_memory(config: "ModelConfig") -> bool:

@@ -13,7 +13,7 @@ from pretrain.checkpoint import CheckpointStore, read, read_metadata, verify
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
-from pretrain.models import ByteModel, build_model, model_config
+from pretrain.models import ByteModel, build_model, families, small_config
 from pretrain.optim.optimizers import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
@@ -21,21 +21,13 @@ T, ROWS, MICRO_BATCH = 32, 7, 2
 """Four micro-batches, the last of one row."""
 WARM_UP = 10
 """Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
-STACK = {"width": 32, "layers": 2, "heads": 2}
-MEGABYTE = {"patch_size": 4, "initial_std": 0.05, "activation": "gelu"}
-"""Of relu, the default, a rounding decides whether what is next to its kink has a gradient."""
-FAMILIES: dict[str, dict[str, Any]] = {
-    "megabyte": MEGABYTE | {"global_model": STACK, "local_model": STACK | {"width": 16}},
-    "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},
-    "transformer": STACK | {"window": 8},
-    "transformer_xl": STACK | {"memory_length": 8},
-}
+FAMILIES = tuple(families())
 
 
 def model(family: str) -> ByteModel:
     """On the meta device, dropout on."""
     with torch.device("meta"):
-        return build_model(model_config({"family": family, "sequence_length": T, "dropout": 0.1} | FAMILIES[family]))
+        return build_model(small_config(family))
 
 
 def build(family: str, world: World = ALONE, **engine: Any) -> Engine:

@@ -389,5 +389,14 @@ register_family(
         build=Megabyte,
         free_fields=frozenset({"dropout", "initial_std"}),
         is_default=True,
+        small={
+            "sequence_length": 32,
+            "patch_size": 4,
+            "global_model": {"width": 32, "layers": 2, "heads": 2},
+            "local_model": {"width": 16, "layers": 2, "heads": 2},
+            "activation": "gelu",
+            "dropout": 0.1,
+            "initial_std": 0.05,
+        },
     )
 )

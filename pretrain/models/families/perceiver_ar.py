@@ -355,5 +355,13 @@ register_family(
         build=PerceiverAR,
         free_fields=frozenset({"dropout", "latents", "cross_attend_dropout", "zero_head", "cropping", "minimum_crop"}),
         usage_fields=frozenset({"latents"}),
+        small={
+            "sequence_length": 32,
+            "latents": 16,
+            "latent_model": {"width": 32, "layers": 2, "heads": 2},
+            "cross_heads": 2,
+            "dropout": 0.1,
+            "cross_attend_dropout": 0.3,
+        },
     )
 )

@@ -129,5 +129,6 @@ register_family(
         config=TransformerConfig,
         build=Transformer,
         free_fields=frozenset({"dropout", "initial_std"}),
+        small={"sequence_length": 32, "width": 32, "layers": 2, "heads": 2, "window": 8, "dropout": 0.1},
     )
 )

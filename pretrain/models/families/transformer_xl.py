@@ -371,5 +371,13 @@ register_family(
         build=TransformerXL,
         free_fields=frozenset({"dropout", "initial_std"}),
         carries_memory=lambda config: config.memory_length > 0,
+        small={
+            "sequence_length": 32,
+            "memory_length": 8,
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "dropout": 0.1,
+        },
     )
 )

@@ -1,0 +1,179 @@
+"""Laws of a model on one device: causality, decoding, FLOPs, first values, and scores."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.preparation.prepare import PrepareOptions, prepare
+from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
+from pretrain.conformance.subject import SEED, Law, Subject, require
+from pretrain.evaluation.evaluate import Mode, evaluate_model
+
+TOLERANCE = 1e-6
+"""Absolute, of negative log-likelihoods in float64: what a sum in another order changes."""
+
+
+def check_output(subject: Subject, folder: Path) -> None:
+    """Check that `forward` returns (rows, T) fp32 negative log-likelihoods, finite at scored positions."""
+    for length in (1, subject.sequence_length):
+        ids = subject.ids(2, length)
+        nats = forward(subject.build(), ids)
+        require(nats.shape == ids.shape, f"forward returns {tuple(nats.shape)} for ids of {tuple(ids.shape)}")
+        require(nats.dtype == torch.float32, f"forward returns {nats.dtype}, not torch.float32")
+        scored = nats[:, subject.build().scored(length)]
+        require(scored.numel() > 0, f"no position of a row of {length} ids is scored")
+        require(
+            bool(scored.isfinite().all() and (scored >= 0).all()), "a negative log-likelihood is negative or infinite"
+        )
+
+
+def check_distribution(subject: Subject, folder: Path) -> None:
+    """Check that the probabilities of all ids at a position add up to 1."""
+    model, length = subject.build(torch.float64), subject.sequence_length
+    ids = subject.ids(1).repeat(VOCABULARY, 1)
+    ids[:, -1] = torch.arange(VOCABULARY)
+    if length > 1:
+        # PADDING ends a row and is no target: its probability is the rest.
+        total = forward(model, ids[:PADDING])[:, -1].neg().exp().sum().item()
+        require(total <= 1 + TOLERANCE, f"probabilities of the last position add up to {total}")
+        require(total > 1 - 0.1, f"probabilities of the last position add up to {total} without the padding")
+
+
+def check_causality(subject: Subject, folder: Path) -> None:
+    """Check that the score of a position depends on earlier bytes and itself, on nothing after it and on no other row."""
+    model, length = subject.build(torch.float64), subject.sequence_length
+    ids = subject.ids(2)
+    before, scored = forward(model, ids), model.scored(length)
+    first = range(length)[scored].start
+    for changed in sorted({0, 1, length // 3, length // 2, first, length - 2, length - 1} & set(range(length))):
+        other = ids.clone()
+        other[0, changed] = (ids[0, changed] + 1) % SEPARATOR
+        after = forward(model, other)
+        differs = (after - before).abs() > TOLERANCE
+        differs[:, :first] = False
+        early = differs[0, :changed].nonzero().flatten().tolist()
+        require(not early, f"byte {changed} changes the scores of earlier positions {early}")
+        require(not differs[1].any(), f"byte {changed} of row 0 changes scores of row 1")
+        if changed < length - 1:
+            require(bool(differs[0].any()), f"byte {changed} changes no score")
+
+
+def check_padding(subject: Subject, folder: Path) -> None:
+    """Check that padding at the end of a row changes no score before it."""
+    model, length = subject.build(torch.float64), subject.sequence_length
+    for kept in sorted({1, length // 2, length - 1} & set(range(1, length))):
+        ids = subject.ids(2)
+        ids[:, kept:] = PADDING
+        padded, short = forward(model, ids), forward(model, ids[:, :kept])
+        both = [
+            position for position in range(length)[model.scored(length)] if position in range(kept)[model.scored(kept)]
+        ]
+        worst = (padded[:, both] - short[:, both]).abs().max().item() if both else 0.0
+        require(worst <= TOLERANCE, f"padding after {kept} bytes changes a score before it by {worst:.3g}")
+
+
+def check_decoder(subject: Subject, folder: Path) -> None:
+    """Check that a primed decoder predicts as `forward` for every prefix, as do its steps while all are scored."""
+    model, length = subject.build(torch.float64), subject.sequence_length
+    ids, all_scored = subject.ids(2), len(range(length)[model.scored(length)])
+    expected = [forward(model, ids[:, : prefix + 1])[:, -1] for prefix in range(length)]
+    with torch.no_grad():
+        stepped = model.decoder(len(ids))
+        logits = stepped.prime(ids[:, :0])
+        for prefix in range(length):
+            decoders = {"primed": model.decoder(len(ids)).prime(ids[:, :prefix])}
+            if prefix < all_scored:
+                decoders["stepped"] = logits
+            for name, predicted in decoders.items():
+                nats = F.cross_entropy(predicted.double(), ids[:, prefix], reduction="none")
+                worst = (nats - expected[prefix]).abs().max().item()
+                require(
+                    worst <= TOLERANCE, f"after {prefix} bytes a {name} decoder differs from forward by {worst:.3g}"
+                )
+            if prefix + 1 < length:
+                logits = stepped.step(ids[:, prefix])
+
+
+def check_flops(subject: Subject, folder: Path) -> None:
+    """Check that `flops` is what torch counts."""
+    model = subject.build(torch.bfloat16)  # its attention is plain matrix products, which torch counts
+    for length in sorted({1, subject.sequence_length // 2 or 1, subject.sequence_length}):
+        memory = model.empty_memory(1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(subject.ids(1, length), *([memory] if memory else []))
+        counted, stated = counter.get_total_flops(), model.flops(length)
+        require(counted == stated, f"for a row of {length} bytes flops says {stated:,}, torch counts {counted:,}")
+
+
+def check_first_values(subject: Subject, folder: Path) -> None:
+    """Check that first values are a function of seed, name and shape; every parameter belongs to a block or to none, once."""
+    model, again = subject.build(), subject.build()
+    for name, parameter in model.named_parameters():
+        values = model.first_values(name, tuple(parameter.shape), SEED)
+        require(bool(values.isfinite().all()), f"a first value of {name} is not finite")
+        require(values.dtype == torch.float32, f"first values of {name} are {values.dtype}, not torch.float32")
+        same = again.first_values(name, tuple(parameter.shape), SEED)
+        require(torch.equal(values, same), f"first values of {name} differ between two models of one seed")
+    in_blocks = [id(parameter) for unit in model.units() for parameter in unit.parameters()]
+    require(len(in_blocks) == len(set(in_blocks)), "two blocks share a parameter")
+
+
+def check_gradients(subject: Subject, folder: Path) -> None:
+    """Check that the loss of a training pass has a finite gradient for every parameter."""
+    model = subject.build().train()
+    torch.manual_seed(SEED)
+    row_nats = model(subject.ids(8))
+    row_nats[:, model.scored(subject.sequence_length)].sum().backward()
+    none = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    require(not none, f"no gradient reaches {', '.join(none)}")
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    require(not wrong, f"gradients are not finite: {', '.join(wrong)}")
+
+
+def check_bytes_scored_once(subject: Subject, folder: Path) -> None:
+    """Check that evaluation scores every byte of every document once, which takes scored ends of equal length."""
+    model, longest = subject.build(), range(subject.sequence_length)
+    count = len(longest[model.scored(len(longest))])
+    for length in range(1, len(longest) + 1):
+        scored, expected = range(length)[model.scored(length)], range(max(0, length - count), length)
+        require(scored == expected, f"of a row of {length} ids {scored} is scored, not {expected}")
+    source = folder / "documents"
+    source.mkdir()
+    length = subject.sequence_length
+    generator = torch.Generator().manual_seed(SEED)
+    for number, size in enumerate((1, length - 1, length, length + 1, 3 * length + 5)):
+        content = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+        (source / f"{number}").write_bytes(content.numpy().tobytes())
+    prepare([source], folder / "corpus", PrepareOptions(), lambda done, total: None)
+    corpus = Corpus(folder / "corpus")
+    total = evaluate_model(model, corpus, Mode.windows, rows=3).total.bytes
+    require(total == corpus.raw_bytes, f"evaluation scores {total} bytes of a corpus of {corpus.raw_bytes}")
+
+
+def forward(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Return the scores of a pass without gradient."""
+    with torch.no_grad():
+        nats: Tensor = model(ids)
+    return nats
+
+
+MODEL_LAWS = tuple(
+    map(
+        Law.of,
+        (
+            check_output,
+            check_distribution,
+            check_causality,
+            check_padding,
+            check_decoder,
+            check_flops,
+            check_first_values,
+            check_gradients,
+            check_bytes_scored_once,
+        ),
+    )
+)

@@ -1,0 +1,92 @@
+"""A model family at small size, and the form of a law about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.vocabulary import SEPARATOR
+from pretrain.models import ByteModel, ModelConfig, build_model, small_config
+
+SEED = 3
+
+
+class BrokenLawError(AssertionError):
+    """A family breaks a law; the message says which positions, values or engines differ."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family with a small config."""
+
+    config: ModelConfig
+
+    @classmethod
+    def of(cls, name: str, **changes: Any) -> "Subject":
+        """Return a family at the small size that it declares.
+
+        Args:
+            name: of the family.
+            changes: other values of config fields.
+
+        Raises:
+            FamilyError: there is no family of this name, or it cannot be used.
+            pydantic.ValidationError: the family declares no valid small model.
+        """
+        return cls(small_config(name, **changes))
+
+    def build(self, dtype: torch.dtype = torch.float32) -> ByteModel:
+        """Return a model in evaluation mode.
+
+        Its parameters are first values plus noise of 0.1, so that zeros among first values hide no fault.
+        """
+        with torch.device("meta"):
+            model = build_model(self.config)
+        model.to_empty(device="cpu")
+        torch.manual_seed(SEED)
+        model.initialize()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+        return model.to(dtype).eval()
+
+    @property
+    def sequence_length(self) -> int:
+        """T: bytes of a training sequence."""
+        return self.config.sequence_length
+
+    def ids(self, rows: int, length: int | None = None, seed: int = SEED) -> Tensor:
+        """Return (rows, length) random bytes and separators."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, SEPARATOR + 1, (rows, length or self.sequence_length), generator=generator)
+
+
+@dataclass(frozen=True)
+class Law:
+    """One statement about every family."""
+
+    name: str
+    statement: str
+    check: Callable[[Subject, Path], None]
+    """Called with a family and an empty folder for files. Raises BrokenLawError."""
+
+    @classmethod
+    def of(cls, check: Callable[..., None], name: str = "") -> "Law":
+        """Return the law of a function `check_NAME`, whose docstring says "Check that" and the statement."""
+        function = check.func if isinstance(check, partial) else check
+        statement = (function.__doc__ or "").strip().removeprefix("Check that ")
+        return cls(name or function.__name__.removeprefix("check_"), statement, check)
+
+    def __str__(self) -> str:
+        """Return the name, which pytest shows."""
+        return self.name
+
+
+def require(holds: bool, fault: str) -> None:
+    """Raise BrokenLawError with the fault unless a condition holds."""
+    if not holds:
+        raise BrokenLawError(fault)
