@@ -36,11 +36,13 @@ from pretrain.cli import sweep as sweep_command
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument, complete_recipe
 from pretrain.cli.submit import TRAIN_ENTRY
 from pretrain.cli.versions import print_versions
-from pretrain.config import schema as configuration
 from pretrain.config.check import check_recipe, print_findings
+from pretrain.config.errors import ConfigError
+from pretrain.config.explanation import explain
+from pretrain.config.loading import find, load
 from pretrain.config.new_recipe import write_copy
-from pretrain.config.schema import Config, ConfigError, recipe_schema
-from pretrain.distributed.fragments import MODEL, fragment_name, whole
+from pretrain.config.schema import Config, recipe_schema
+from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import World, WorldError, place_of
 from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
 from pretrain.evaluation.evaluate import EvaluationError, Mode, evaluate_model, stride_of
@@ -144,7 +146,7 @@ LatentsOption = Annotated[
 @app.command("train")
 def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a run, or resume it from its newest checkpoint."""
-    config = configuration.load(recipe, overrides or [])
+    config = load(recipe, overrides or [])
     place, processes = place_of(os.environ), config.launch.processes
     if place is not None and processes not in (1, place.size):
         raise WorldError(
@@ -152,7 +154,7 @@ def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -
             "set launch.processes=1"
         )
     is_first = place is None or place.rank == 0
-    source = trace(configuration.find(recipe)) if is_first else {}
+    source = trace(find(recipe)) if is_first else {}
     if place is not None or processes == 1:
         raise typer.Exit(_train(config, source))
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
@@ -185,7 +187,7 @@ def _options(
 
 def start(recipe: Path) -> int:
     """The train entry that launchers call by name, once a rank; returns the exit code."""
-    return run(lambda: _train(configuration.load(recipe), read_source(recipe)), FAULTS)
+    return run(lambda: _train(load(recipe), read_source(recipe)), FAULTS)
 
 
 def _train(config: Config, source: Mapping[str, str]) -> int:
@@ -398,7 +400,7 @@ def track(
 @config_app.command("show")
 def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Print a recipe with its overrides and all defaults."""
-    typer.echo(configuration.load(recipe, overrides or []).as_yaml(), nl=False)
+    typer.echo(load(recipe, overrides or []).as_yaml(), nl=False)
 
 
 @config_app.command("new")
@@ -451,7 +453,7 @@ def config_explain(
     field: Annotated[str, typer.Argument(help="Field such as model.patch_size, or section such as model.")],
 ) -> None:
     """Explain a field: its meaning, type, default and bounds."""
-    print_lines(configuration.explain(field).splitlines())
+    print_lines(explain(field).splitlines())
 
 
 def _load_model(

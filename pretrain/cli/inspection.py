@@ -18,7 +18,7 @@ from data_pipeline.stream.reading import Reading, Record, open_streams, replay
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
 from pretrain.cli import argument_types as types
-from pretrain.config import schema as configuration
+from pretrain.config.loading import with_overrides
 from pretrain.terminal.console import display, printable, say
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json, print_lines
 from pretrain.training.weights import is_checkpoint, store_of
@@ -100,7 +100,7 @@ def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
     stored = metadata.state["config"]
     # A recipe of an older version may be refused by now, by sections that do not matter here.
     tree = {name: stored[name] for name in ("run", "data", "model", "train")} | {"optimizer": NO_WARM_UP}
-    config = configuration.with_overrides(tree, overrides, str(metadata.folder))
+    config = with_overrides(tree, overrides, str(metadata.folder))
     only_known_holes = config.data.model_copy(update={"bad_blocks": 0})
     streams = open_streams(only_known_holes, config.model.sequence_length)
     if fingerprint_of(streams) != metadata.state["fingerprint"]:

@@ -13,8 +13,8 @@ from byteloom.core.configs import CONFIGS
 from byteloom.core.text import count
 from pretrain.cli import argument_types as types
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument
-from pretrain.config import schema as configuration
 from pretrain.config.catalogue import Recipe, read_recipes
+from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.estimate.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
 from pretrain.models import families
@@ -64,7 +64,7 @@ def estimate(
     This measures activations without a GPU: once with all of them kept, and once with activation checkpointing, as in
     the recipe or of every block.
     """
-    config = configuration.load(recipe, overrides or [])
+    config = load(recipe, overrides or [])
     precision = gpu_precision(config.engine.precision)
     dtype = compute_dtype(precision)
     rows = micro_batch or config.train.micro_batch

@@ -15,7 +15,7 @@ from launchers.supervision.supervisor import Plan
 from pretrain.checkpoint import locate
 from pretrain.cli import argument_types as types
 from pretrain.cli.arguments import OverridesArgument, complete_recipe
-from pretrain.config import schema as configuration
+from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
 from pretrain.terminal.console import say
 from pretrain.training.run_folder import RunFolder
@@ -69,7 +69,7 @@ def submit_command(
 ) -> None:
     """Submit a run to a cluster, or resume one there. A supervisor restarts it, requeues it, or gives it up."""
     earlier = last_submission(Path(recipe))
-    file = configuration.find(_recipe_of_run(Path(recipe), earlier) or recipe)
+    file = find(_recipe_of_run(Path(recipe), earlier) or recipe)
     options = {
         "nodes": nodes,
         "processes_per_node": processes,
@@ -84,7 +84,7 @@ def submit_command(
     if cluster is None and earlier is None:
         raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
-    config = configuration.load(file, overrides or [])
+    config = load(file, overrides or [])
     for warning in config.warnings():
         say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()

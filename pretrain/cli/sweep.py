@@ -32,8 +32,9 @@ from launchers.submission import submit_array
 from pretrain.cli import argument_types as types
 from pretrain.cli.arguments import RecipeArgument
 from pretrain.cli.submit import submission_of
-from pretrain.config import schema as configuration
-from pretrain.config.schema import Config, ConfigError
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import find, load
+from pretrain.config.schema import Config
 from pretrain.terminal.console import say
 from pretrain.tracking import ParentRun, fault_of, shown
 from pretrain.training.run_status import status_of
@@ -80,7 +81,7 @@ def sweep_command(
     if chosen is not None and chosen.scheduler != "slurm":
         raise ConfigError(f"--cluster {cluster} is a preset of this machine; leave out --cluster to train here")
     name, configs = _configs(recipe, overrides)
-    source = trace(configuration.find(recipe))
+    source = trace(find(recipe))
     first = next(iter(configs.values()))
     root = Path(first.run.root)
     folder = root / f"{name}.sweep"
@@ -113,9 +114,9 @@ def _configs(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, Conf
         ConfigError: the recipe or an override is wrong.
     """
     points = grid(overrides)
-    name = configuration.load(recipe, next(iter(points.values()))).run.name
+    name = load(recipe, next(iter(points.values()))).run.name
     runs = {f"{name}-{point}": values for point, values in points.items()}
-    return name, {run: configuration.load(recipe, [*values, f"run.name={run}"]) for run, values in runs.items()}
+    return name, {run: load(recipe, [*values, f"run.name={run}"]) for run, values in runs.items()}
 
 
 def grid(overrides: Sequence[str]) -> dict[str, list[str]]:

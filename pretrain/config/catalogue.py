@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from byteloom.core.configs import recipe_files
-from pretrain.config.schema import ConfigError, load
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.engines import compute_dtype, gpu_precision
 from pretrain.estimate.footprint import measure_kept, on_meta, shardings
 

@@ -38,8 +38,10 @@ from pretrain.checkpoint import (
     locate,
     read_metadata,
 )
-from pretrain.config import schema as configuration
-from pretrain.config.schema import Config, ConfigError
+from pretrain.checkpoint.store import step_of
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
 from pretrain.engines import (
     CheckpointingConfig,
     EngineError,
@@ -97,7 +99,7 @@ class Finding(NamedTuple):
 def check_recipe(recipe: str | Path, overrides: Sequence[str]) -> list[Finding]:
     """Return what can be known of a run: first all that is wrong with its recipe; if nothing is, the rest."""
     try:
-        config = configuration.load(recipe, overrides)
+        config = load(recipe, overrides)
     except ConfigError as error:
         return [Finding("error", fault.field, fault.text) for fault in error.faults]
     with ExitStack() as opened:

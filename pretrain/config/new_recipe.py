@@ -18,7 +18,10 @@ import yaml
 from byteloom.core.configs import is_shipped, name_of
 from byteloom.core.files import replace_file
 from byteloom.core.text import printable
-from pretrain.config.schema import SCHEMA_TITLE, ConfigError, as_scalar, find, load, recipe_schema
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import find, load
+from pretrain.config.recipe_yaml import as_scalar
+from pretrain.config.schema import SCHEMA_TITLE, recipe_schema
 
 SCHEMA_FILE = "byteloom.schema.json"
 MODELINE, MADE, THEN = "# yaml-language-server: ", "# Made from the recipe ", "# Edit it, then: "

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from launchers.supervision.record import LaunchRecord
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from tests.conftest import STDLIB
 from tests.test_project import ROOT
 

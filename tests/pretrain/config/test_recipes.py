@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from pretrain.cli.app import app
 from pretrain.config.catalogue import TRAINING_PASSES, Recipe, read_recipes
-from pretrain.config.schema import ConfigError, load
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.estimate.footprint import on_meta
 from pretrain.models import build_model, families
 from tests.test_project import ROOT

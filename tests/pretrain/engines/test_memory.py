@@ -11,7 +11,8 @@ from data_pipeline.stream.loader import Loader, LoaderConfig, MicroBatch
 from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointStore, read, verify
-from pretrain.config.schema import ConfigError, load
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.families.transformer_xl import TransformerXL, TransformerXLConfig

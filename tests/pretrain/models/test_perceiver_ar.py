@@ -14,7 +14,7 @@ from byteloom.core.seeds import seed_of
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.engines import EngineConfig
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.evaluation.evaluate import document_windows, evaluate, stride_of
