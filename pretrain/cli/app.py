@@ -45,9 +45,10 @@ from pretrain.config.schema import Config, recipe_schema
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import World, WorldError, place_of
 from pretrain.engines import EngineError, choose_device, compute_dtype, scoring_precision
-from pretrain.evaluation.evaluate import EvaluationError, Mode, evaluate_model, stride_of
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
+from pretrain.evaluation.modes import Mode, evaluate_model, stride_of
 from pretrain.evaluation.report import Report
+from pretrain.evaluation.scores import EvaluationError
 from pretrain.evaluation.words import count_words
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.models.families.megabyte import Megabyte

@@ -5,14 +5,24 @@ the same number, to the last bit, in whatever order they are taken.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.evaluation.windows import ScoredWindow
 
 UNITS_PER_NAT = 2**32
 HIGHEST_PRICE = 2.0**20
 """Nats of a byte that are taken for a price; more, or no number, is a fault."""
+
+SAMPLE_BYTES = ("low byte", "high byte")
+"""The bytes of a sample of sound, in order."""
+
+GroupOf = Callable[[str], str]
+"""A document's key to the group it belongs to."""
 
 Units = NDArray[np.int64]
 
@@ -80,3 +90,47 @@ class Curve:
             Score(sum(self._units[place::period].tolist()), sum(self._bytes[place::period].tolist()))
             for place in range(min(period, len(self._units)))
         ]
+
+
+class EvaluationError(Exception):
+    """A model cannot be evaluated as asked."""
+
+
+@dataclass
+class Evaluation:
+    """Every byte's price, summed in several ways. All add up to the same total."""
+
+    groups: dict[str, Score] = field(default_factory=dict)
+    positions: Curve = field(default_factory=Curve)
+    """By position in the window: how many bytes before it the window holds."""
+    sample_bytes: dict[str, Score] = field(default_factory=dict)
+    """Of sound alone, which is 16-bit little-endian PCM: by SAMPLE_BYTES."""
+
+    @property
+    def total(self) -> Score:
+        total = Score()
+        for score in self.groups.values():
+            total.add(score)
+        return total
+
+    def add(self, windows: Sequence[ScoredWindow], nats: Tensor, group_of: GroupOf) -> int:
+        """Adds the (rows, T) nats of some windows; returns the bytes that these scored.
+
+        Raises:
+            EvaluationError: one of them is no price.
+        """
+        added = 0
+        for window, row in zip(windows, nats.numpy(), strict=True):
+            try:
+                prices = in_units(row[window.context : len(window.ids)])
+            except ValueError as error:
+                raise EvaluationError(f"the model's loss in {window.key} is not a usable number: {error}") from error
+            score = Score(int(prices.sum()), len(prices), int(window.begins_document))
+            self.groups.setdefault(group_of(window.key), Score()).add(score)
+            self.positions.add(window.context, prices)
+            if window.modality == "audio":
+                for place, name in enumerate(SAMPLE_BYTES):
+                    own = prices[(place - window.offset - window.context) % len(SAMPLE_BYTES) :: len(SAMPLE_BYTES)]
+                    self.sample_bytes.setdefault(name, Score()).add(Score(int(own.sum()), len(own)))
+            added += len(prices)
+        return added

@@ -32,9 +32,9 @@ from pretrain.cli.models import catalogue, estimate_table
 from pretrain.cli.runs import status_table
 from pretrain.config.catalogue import Recipe
 from pretrain.estimate.footprint import Line, Sharding, States
-from pretrain.evaluation.evaluate import Evaluation, Mode
+from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.report import Report
-from pretrain.evaluation.scores import UNITS_PER_NAT, Score
+from pretrain.evaluation.scores import UNITS_PER_NAT, Evaluation, Score
 from pretrain.terminal.tables import FOLDED_WIDTH, Table, figure, fold, print_json
 from pretrain.training.run_status import RunStatus
 
