@@ -21,7 +21,7 @@ from pretrain.checkpoint import (
     read_metadata,
     verify,
 )
-from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import parse_location, parse_path
 from pretrain.terminal.console import display, say
 from pretrain.terminal.progress import size
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json
@@ -37,7 +37,7 @@ app = typer.Typer(help="List, check, prune and export the checkpoints of a run."
 RunPath = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False, parser=types.location
+        metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False, parser=parse_location
     ),
 ]
 RunOrCheckpoint = Annotated[
@@ -46,7 +46,7 @@ RunOrCheckpoint = Annotated[
         metavar="RUN",
         help="A run (all its checkpoints) or one checkpoint: folder or URL.",
         show_default=False,
-        parser=types.location,
+        parser=parse_location,
     ),
 ]
 
@@ -100,7 +100,7 @@ def show_command(
             metavar="RUN",
             help="A run (its newest checkpoint) or one checkpoint: folder or URL.",
             show_default=False,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
@@ -169,7 +169,7 @@ def _elements(metadata: Metadata) -> dict[str, int]:
 
 @app.command("prune")
 def prune_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", parser=types.path)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", parser=parse_path)],
     keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Keep the checkpoints at multiples of this many steps as well.")
@@ -193,11 +193,11 @@ def export_command(
             metavar="RUN",
             help="A run (its newest valid checkpoint) or one checkpoint: folder or URL.",
             show_default=False,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder to write. It must not exist.", show_default=False, parser=types.path)
+        Path, typer.Option(help="Folder to write. It must not exist.", show_default=False, parser=parse_path)
     ],
 ) -> None:
     """Export the weights of a checkpoint: safetensors, and a card in JSON. initialize.weights reads them too."""

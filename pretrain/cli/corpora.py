@@ -23,7 +23,7 @@ from data_pipeline.sources.listing import Selection
 from launchers.slurm.array import submit_commands
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.slurm.scheduler import cancel
-from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import parse_location, parse_path
 from pretrain.terminal.console import display, said, say
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.tables import JsonOption, Table, print_json
@@ -49,11 +49,11 @@ def prepare_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders (searched for files), and URLs of both.", show_default=False, parser=types.location
+            help="Files, folders (searched for files), and URLs of both.", show_default=False, parser=parse_location
         ),
     ],
     out: Annotated[
-        Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False, parser=types.path)
+        Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False, parser=parse_path)
     ],
     include: Annotated[list[str] | None, _option(FILES, "Read only files that match this glob (repeatable).")] = None,
     exclude: Annotated[
@@ -138,7 +138,7 @@ def prepare_command(
         int | None, _option(ARRAY, "Largest number of tasks that run at once. Default: all.", min=1)
     ] = None,
     cluster: Annotated[
-        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=types.location)
+        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=parse_location)
     ] = "cpu",
     partition: Annotated[str | None, _option(ARRAY, "Slurm partition.")] = None,
     account: Annotated[str | None, _option(ARRAY, "Slurm account that is charged.")] = None,
@@ -266,7 +266,7 @@ def _given(context: typer.Context, names: set[str]) -> list[str]:
 def verify_command(
     location: Annotated[
         str,
-        typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False, parser=types.location),
+        typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False, parser=parse_location),
     ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Repair a damaged folder: make index and manifest again from the shards.")
@@ -275,7 +275,7 @@ def verify_command(
         str | None,
         typer.Option(
             help="With --repair: folder or URL of a copy that still has the lost blocks and shards.",
-            parser=types.location,
+            parser=parse_location,
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of shards read at once.")] = os.cpu_count() or 1,
@@ -301,12 +301,12 @@ def verify_command(
 @app.command("withdraw")
 def withdraw_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=types.path)
+        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=parse_path)
     ],
     keys: Annotated[list[str] | None, typer.Argument(help="Keys of documents.", show_default=False)] = None,
     listed: Annotated[
         Path | None,
-        typer.Option("--list", help="File with one key on each line. Blank lines are skipped.", parser=types.path),
+        typer.Option("--list", help="File with one key on each line. Blank lines are skipped.", parser=parse_path),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of blocks read at once.")] = os.cpu_count() or 1,
 ) -> None:

@@ -59,22 +59,20 @@ def _imported(name: str | None) -> Callable[[], object]:
     from data_pipeline.errors import CorpusError
     from launchers.slurm.presets import ClusterError
     from launchers.slurm.scheduler import SchedulerError
-    from pretrain.cli import corpora as corpus_commands
-    from pretrain.cli import runs as run_commands
-    from pretrain.cli import versions
+    from pretrain.cli import corpora, runs, versions
     from pretrain.terminal.console import run
     from pretrain.training.run_folder import RunFolderError
 
     if name == "--version":
         return versions.print_versions
     faults = (ClusterError, CorpusError, RunFolderError, SchedulerError)
-    if _has(corpus_commands.app, name):
-        return partial(run, corpus_commands.app, faults)
-    if _has(run_commands.app, name):
-        return partial(run, run_commands.app, faults)
-    from pretrain.cli import app as cli  # torch, models and engines
+    if _has(corpora.app, name):
+        return partial(run, corpora.app, faults)
+    if _has(runs.app, name):
+        return partial(run, runs.app, faults)
+    from pretrain.cli import app  # imports torch, models and engines
 
-    return cli.main
+    return app.main
 
 
 def _has(app: "typer.Typer", command: str | None) -> bool:

@@ -17,7 +17,7 @@ from data_pipeline.stream.mixture import fingerprint_of
 from data_pipeline.stream.reading import Reading, Record, open_streams, replay
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
-from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import parse_location
 from pretrain.config.loading import with_overrides
 from pretrain.terminal.console import display, printable, say
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json, print_lines
@@ -36,7 +36,7 @@ def inspect(
         typer.Argument(
             help="A corpus (folder or URL), a run, or one checkpoint of a run.",
             show_default=False,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
     overrides: Annotated[

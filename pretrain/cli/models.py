@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from byteloom.core.configs import CONFIGS
-from byteloom.core.text import count
-from pretrain.cli import argument_types as types
-from pretrain.cli.arguments import OverridesArgument, RecipeArgument
+from byteloom.core.words import count
+from pretrain.cli.arguments import OverridesArgument, RecipeArgument, check_finite, parse_path
 from pretrain.config.catalogue import Recipe, read_recipes
 from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
@@ -28,7 +27,7 @@ def models(
     context: typer.Context,
     recipes: Annotated[
         Path,
-        typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom", parser=types.path),
+        typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom", parser=parse_path),
     ] = CONFIGS,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Number of rows to measure the activations of. It takes some seconds.")
@@ -53,7 +52,7 @@ def estimate(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=types.finite)] = 80.0,
+    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=check_finite)] = 80.0,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows of a micro-batch. Default: that of the recipe.")
     ] = None,

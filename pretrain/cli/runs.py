@@ -16,7 +16,7 @@ from byteloom.core.text import count
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Phase
 from launchers.supervision.record import last_submission
-from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import parse_path
 from pretrain.terminal.console import say
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
@@ -30,14 +30,14 @@ IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=types.path)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=parse_path)]
 
 
 @app.command("status")
 def status_command(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.", parser=types.path),
+        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.", parser=parse_path),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

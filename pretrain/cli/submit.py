@@ -13,15 +13,12 @@ from launchers.submission import Submission
 from launchers.supervision.record import last_submission
 from launchers.supervision.supervisor import Plan
 from pretrain.checkpoint import locate
-from pretrain.cli import argument_types as types
-from pretrain.cli.arguments import OverridesArgument, complete_recipe
+from pretrain.cli.arguments import OverridesArgument, complete_recipe, parse_location
+from pretrain.cli.train import TRAIN_ENTRY
 from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
 from pretrain.terminal.console import say
 from pretrain.training.run_folder import RunFolder
-
-TRAIN_ENTRY = "pretrain.cli.app:start"
-"""What launchers call by name, once a rank."""
 
 app = typer.Typer()
 
@@ -35,7 +32,7 @@ def submit_command(
             help="Recipe: its name or its .yaml file. Or the folder of a run, to submit it again.",
             show_default=False,
             autocompletion=complete_recipe,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
     overrides: OverridesArgument = None,
@@ -43,7 +40,7 @@ def submit_command(
         str | None,
         typer.Option(
             help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission.",
-            parser=types.location,
+            parser=parse_location,
         ),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4 to accept any number between.")] = None,

@@ -29,8 +29,7 @@ from byteloom.core.state_files import read_json
 from launchers.local import STOPPED
 from launchers.slurm.presets import load_cluster
 from launchers.submission import submit_array
-from pretrain.cli import argument_types as types
-from pretrain.cli.arguments import RecipeArgument
+from pretrain.cli.arguments import RecipeArgument, parse_location
 from pretrain.cli.submit import submission_of
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import find, load
@@ -62,7 +61,7 @@ def sweep_command(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Slurm preset (gpu, cpu) or a .yaml file. Default: train on this machine.", parser=types.location
+            help="Slurm preset (gpu, cpu) or a .yaml file. Default: train on this machine.", parser=parse_location
         ),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Number of nodes of each run.")] = None,

@@ -211,7 +211,9 @@ def _break(text: str, width: int) -> int:
     most = 1
     while cell_len(text[: most + 1]) <= width:
         most += 1
-    for end in range(most, most // 2, -1):
+    for end in range(most, 0, -1):
+        if cell_len(text[:end]) <= width // 2:
+            break
         last, following = text[end - 1], text[end]
         is_within_number = last in ",." and following.isdigit()
         begins_path = last == "/" and text[end - 2 : end - 1] in ("", " ")

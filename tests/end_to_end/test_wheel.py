@@ -163,7 +163,7 @@ def test_the_installed_commands_work_in_an_empty_folder(installed: Installed, fo
         "-P",
         "-m",
         "launchers.rank",
-        "pretrain.cli.app:start",
+        "pretrain.cli.train:start",
         f"{job}/config.yaml",
     ]
     assert yaml.safe_load(recipe)["run"]["name"] == "debug"
