@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument, complete_recipe, parse_location, parse_path
-from pretrain.config.check import check_recipe, print_findings
+from pretrain.config.checks.findings import print_findings
+from pretrain.config.checks.recipe import check_recipe
 from pretrain.config.explanation import explain
 from pretrain.config.loading import load
 from pretrain.config.new_recipe import write_copy
