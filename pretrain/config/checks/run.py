@@ -54,7 +54,7 @@ def check_run(
             check_resumes(checkpoint, check.config, fingerprint)
     elif began is not None or checkpoint is not None:
         check.add(
-            "warning", "run.name", "its corpora are missing, so it is not known whether this recipe resumes the run"
+            "warning", "run.name", "its corpora are missing; whether this recipe resumes the run is not known"
         )
     if check.home_is_known:
         _add_where_it_starts(check, checkpoint, is_new=began is None)
