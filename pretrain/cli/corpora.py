@@ -30,7 +30,7 @@ from pretrain.terminal.tables import JsonOption, Table, print_json
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-BYTELOOM = (sys.executable, "-P", "-m", "pretrain.cli.entry")
+BYTELOOM_COMMAND = (sys.executable, "-P", "-m", "pretrain.cli.entry")
 OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
 OF_THE_SUBMISSION = {*OF_THE_ARRAY, "workers", "task", "of", "merge", "slurm"}
 """Parameters of `prepare` that a task is not given, or not as they are."""
@@ -230,7 +230,7 @@ def _submit(
         if "://" not in source and not Path(source).exists():
             raise CorpusError(f"no such file or folder: {source}")
     names = {option.name or "" for option in context.command.params}
-    same = [*BYTELOOM, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, names - OF_THE_SUBMISSION)]
+    same = [*BYTELOOM_COMMAND, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, names - OF_THE_SUBMISSION)]
     each = [[*same, f"--task={number}", f"--of={tasks}", "--no-merge", "--", *sources] for number in range(tasks)]
     jobs = out.with_name(f"{out.name}.jobs")
     array = submit_commands(each, jobs, f"prepare-{out.name}", cluster, parallel)

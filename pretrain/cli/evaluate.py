@@ -15,7 +15,7 @@ from pretrain.checkpoint import Metadata
 from pretrain.cli.arguments import parse_location, parse_path
 from pretrain.cli.weights import Device, DeviceOption, LatentsOption, ModelPath, PrecisionOption, load_model
 from pretrain.evaluation.modes import Mode, evaluate_model, stride_of
-from pretrain.evaluation.report import Report
+from pretrain.evaluation.report import EvaluationReport
 from pretrain.evaluation.words import count_words
 from pretrain.models.families.megabyte import Megabyte
 from pretrain.terminal.console import display
@@ -104,7 +104,7 @@ def eval_command(
             counted = count_words(corpus, by.group_of) if words == "count" else {}
         with display.phase("scoring", corpus.raw_bytes) as phase:
             result = evaluate_model(loaded, corpus, mode, rows, by.group_of, phase.advance, stride)
-    report = Report(
+    report = EvaluationReport(
         model=str(checkpoint.folder),
         corpus=chosen,
         mode=mode,
@@ -124,7 +124,7 @@ def eval_command(
     _track_evaluation(model, checkpoint, report)
 
 
-def _track_evaluation(model: str, checkpoint: Metadata, report: Report) -> None:
+def _track_evaluation(model: str, checkpoint: Metadata, report: EvaluationReport) -> None:
     """Store an evaluation of a tracked run, or of a checkpoint in its folder, in MLflow."""
     path = Path(model).resolve()
     run = RunFolder(path.parent.parent)

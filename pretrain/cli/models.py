@@ -12,7 +12,7 @@ import typer
 from byteloom.core.configs import CONFIGS
 from byteloom.core.words import count
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument, check_finite, parse_path
-from pretrain.config.catalogue import Recipe, read_recipes
+from pretrain.config.catalogue import CatalogueEntry, read_recipes
 from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.estimate.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
@@ -109,7 +109,7 @@ def estimate(
     )
 
 
-def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
+def catalogue(recipes: Sequence[CatalogueEntry], folder: Path) -> Iterator[Table]:
     """Yield a table for each family that has recipes, which it lists by task."""
     letters = _letters(recipes)
     is_measured = any(recipe.activations is not None for recipe in recipes)
@@ -135,7 +135,7 @@ def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
         yield table
 
 
-def legend(recipes: Sequence[Recipe], folder: Path, micro_batch: int | None) -> list[str]:
+def legend(recipes: Sequence[CatalogueEntry], folder: Path, micro_batch: int | None) -> list[str]:
     """Return the lines that explain the catalogue's columns."""
     lines = [
         "recipe: the name that commands take, as in `byteloom train debug`."
@@ -152,13 +152,13 @@ def legend(recipes: Sequence[Recipe], folder: Path, micro_batch: int | None) -> 
     return lines
 
 
-def _letters(recipes: Sequence[Recipe]) -> dict[str, str]:
+def _letters(recipes: Sequence[CatalogueEntry]) -> dict[str, str]:
     """Return a letter for each remark on a printed size."""
     remarks = dict.fromkeys(recipe.printed_remark for recipe in recipes if recipe.printed_remark)
     return dict(zip(remarks, string.ascii_lowercase, strict=False))
 
 
-def _name(recipe: Recipe, folder: Path) -> str:
+def _name(recipe: CatalogueEntry, folder: Path) -> str:
     """Return a recipe's path in its folder, without .yaml."""
     return recipe.path.relative_to(folder).with_suffix("").as_posix()
 
@@ -207,7 +207,7 @@ def _gib(count: float) -> str:
     return figure(count / 2**30)
 
 
-def _as_json(recipe: Recipe) -> dict[str, Any]:
+def _as_json(recipe: CatalogueEntry) -> dict[str, Any]:
     return asdict(recipe) | {
         "path": str(recipe.path),
         "training_flops_per_byte": recipe.training_flops_per_byte,

@@ -23,7 +23,7 @@ from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
 from pretrain.training.run_folder import RunFolder, RunFolderError
 from pretrain.training.run_status import RunStatus, check_run, find_runs, status_of, statuses_of
 
-POLL_SECONDS = 0.2
+LOG_POLL_SECONDS = 0.2
 STATE_SECONDS = 2.0
 """Between two questions whether a run that is followed goes on."""
 IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
@@ -155,4 +155,4 @@ def _pieces(run: Path, log: Path, follow: bool) -> Iterator[bytes]:
             looked = time.monotonic()
             is_over = status_of(run).state not in (*IN_THE_QUEUE, Phase.UNKNOWN)
         if not is_over:
-            time.sleep(POLL_SECONDS)
+            time.sleep(LOG_POLL_SECONDS)

@@ -38,8 +38,8 @@ from pretrain.terminal.console import say
 from pretrain.tracking import ParentRun, fault_of, shown
 from pretrain.training.run_status import status_of
 
-POLL_SECONDS = 0.2
-BYTELOOM = (sys.executable, "-P", "-m", "pretrain.cli.entry")
+SWEEP_POLL_SECONDS = 0.2
+BYTELOOM_COMMAND = (sys.executable, "-P", "-m", "pretrain.cli.entry")
 
 app = typer.Typer()
 
@@ -231,10 +231,10 @@ def _run_all(recipes: dict[str, Path], parallel: int) -> dict[str, int]:
         if waiting and len(running) < parallel:
             name = waiting.pop(0)
             say(f"{len(recipes) - len(waiting)} of {len(recipes)}: {name}")
-            running[name] = subprocess.Popen([*BYTELOOM, "train", str(recipes[name])])
+            running[name] = subprocess.Popen([*BYTELOOM_COMMAND, "train", str(recipes[name])])
             continue
         try:
-            time.sleep(POLL_SECONDS)
+            time.sleep(SWEEP_POLL_SECONDS)
         except KeyboardInterrupt:  # it has reached the runs too, which save
             waiting = []
         for name, process in list(running.items()):

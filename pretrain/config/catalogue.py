@@ -12,12 +12,12 @@ from pretrain.estimate.footprint import measure_kept, on_meta, shardings
 
 TRAINING_PASSES = 3
 """The backward pass has two products for each of the forward's: for the inputs' gradients and for the weights'."""
-LINE = "^# {}: (.+?)\\.$"
+COMMENT_PATTERN = "^# {}: (.+?)\\.$"
 """Of a recipe's opening comment."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CatalogueEntry:
     path: Path
     family: str
     task: str | None
@@ -42,7 +42,7 @@ class Recipe:
         return TRAINING_PASSES * self.flops_per_byte
 
 
-def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
+def read_recipes(folder: Path, micro_batch: int | None = None) -> list[CatalogueEntry]:
     """Every recipe in a folder, in the order of their paths.
 
     Args:
@@ -56,7 +56,7 @@ def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
     return recipes
 
 
-def _read(path: Path, micro_batch: int | None) -> Recipe:
+def _read(path: Path, micro_batch: int | None) -> CatalogueEntry:
     config = load(path)
     dtype = compute_dtype(gpu_precision(config.engine.precision))
     model = on_meta(config.model)
@@ -64,7 +64,7 @@ def _read(path: Path, micro_batch: int | None) -> Recipe:
     text = path.read_text(encoding="utf-8")
     size = _said(text, "Printed size") or ""
     printed, _, remark = size.partition(" (")
-    return Recipe(
+    return CatalogueEntry(
         path=path,
         family=config.model.family,
         task=_said(text, "Task"),
@@ -79,5 +79,5 @@ def _read(path: Path, micro_batch: int | None) -> Recipe:
 
 
 def _said(text: str, name: str) -> str | None:
-    found = re.search(LINE.format(name), text, re.MULTILINE)
+    found = re.search(COMMENT_PATTERN.format(name), text, re.MULTILINE)
     return found[1] if found else None

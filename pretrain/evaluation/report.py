@@ -17,12 +17,12 @@ from pretrain.evaluation.scores import Evaluation, Score
 from pretrain.terminal.console import printable
 from pretrain.terminal.tables import Table, figure
 
-POINTS = 128
+CURVE_POINTS = 128
 """Of a curve in the picture, at most: neighbouring positions are taken together."""
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """An evaluation and how it was made."""
 
     model: str
@@ -114,7 +114,7 @@ class Report:
         figure.suptitle(printable(self.title), fontsize=9, wrap=True)
         for axes, (name, scores) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
             places, heights = _points(scores)
-            axes.plot(places, heights, marker="." if len(places) <= POINTS // 2 else "")
+            axes.plot(places, heights, marker="." if len(places) <= CURVE_POINTS // 2 else "")
             axes.axhline(self.evaluation.total.bits_per_byte, color="grey", linestyle=":", label="all bytes")
             axes.set(xlabel=f"position in the {name}", ylabel="bits per byte")
             axes.legend()
@@ -123,7 +123,7 @@ class Report:
 
 def _points(scores: list[Score]) -> tuple[list[float], list[float]]:
     """Where the points of a curve lie: the mean position, and the bits per byte of the positions taken together."""
-    together = -(-len(scores) // POINTS)
+    together = -(-len(scores) // CURVE_POINTS)
     places, heights = [], []
     for first in range(0, len(scores), together):
         sum_of = Score()

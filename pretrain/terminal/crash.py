@@ -19,7 +19,7 @@ EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h: a fault of the program, not of its input."""
 SHOW = "BYTELOOM_TRACEBACK"
 """Environment variable; with the value 1 the terminal shows the traceback too."""
-PACKAGES = ("byteloom", "torch", "deepspeed", "mlflow")
+CRASH_PACKAGES = ("byteloom", "torch", "deepspeed", "mlflow")
 
 _preferred: list[Path] = []
 
@@ -69,6 +69,6 @@ def _circumstances() -> str:
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **{package: installed_version(package) or "not installed" for package in PACKAGES},
+        **{package: installed_version(package) or "not installed" for package in CRASH_PACKAGES},
     }
     return "".join(f"{name}: {value}\n" for name, value in facts.items())

@@ -1,7 +1,7 @@
 """Progress of long work: a live line on a terminal, a plain line now and then elsewhere and in the log.
 
     Display ─┬─ TrainingProgress   12/1000 ━━━ 1.2345 bits/byte … 3m20s left      the run
-             └─ Phase              validating ━━━ 41% of 12 MB, 1.2 MB/s 6s left   work of more than 3 s
+             └─ WorkProgress              validating ━━━ 41% of 12 MB, 1.2 MB/s 6s left   work of more than 3 s
 
 rich has one live area at a time. The display owns it, so a validation is shown below the run that it is a part of.
 """
@@ -59,14 +59,14 @@ class Display:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, what: str, total: float | None = None) -> Iterator["Phase"]:
+    def phase(self, what: str, total: float | None = None) -> Iterator["WorkProgress"]:
         """Show work that may take a while.
 
         Args:
             what: the work, such as "rehearsing a micro-batch".
             total: bytes of the work, if they are known.
         """
-        phase = Phase(what, total)
+        phase = WorkProgress(what, total)
         done = threading.Event()
         thread = threading.Thread(target=self._watch, args=(phase, done), name="progress", daemon=True)
         thread.start()
@@ -76,7 +76,7 @@ class Display:
             done.set()
             thread.join()
 
-    def _watch(self, phase: "Phase", done: threading.Event) -> None:
+    def _watch(self, phase: "WorkProgress", done: threading.Event) -> None:
         if done.wait(QUIET_SECONDS):
             return
         with self.showing(phase):
@@ -119,7 +119,7 @@ class Display:
             yield row.line(options)
 
 
-class Phase:
+class WorkProgress:
     """Work that takes a while: how far it is and how long it has taken.
 
     Args:
