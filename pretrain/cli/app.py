@@ -18,21 +18,22 @@ from pretrain.cli import (
     tracking,
     train,
 )
+from pretrain.cli.arguments import MODELS_PANEL, RUNS_PANEL
 from pretrain.cli.faults import FAULTS
 from pretrain.cli.versions import print_versions
 from pretrain.terminal.console import run
 
 app = typer.Typer(
     name="byteloom",
-    help="Pretrain models on raw bytes: files to shards, shards to a model, checkpoints that resume to the byte.",
+    help="Pretrain models on raw bytes: turn files into shards, train, resume, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for each in (corpora, inspection, train, submit, sweep, runs, tracking, evaluate, generate):
-    app.add_typer(each.app)
-app.add_typer(models.app, name="models")
-app.add_typer(checkpoints.app, name="checkpoint")
-app.add_typer(config.app, name="config")
+for group in (corpora, inspection, train, submit, sweep, runs, tracking, evaluate, generate):
+    app.add_typer(group.app)
+app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel=RUNS_PANEL)
+app.add_typer(models.app, name="models", rich_help_panel=MODELS_PANEL)
+app.add_typer(config.app, name="config", rich_help_panel=MODELS_PANEL)
 
 
 def _show_versions(wanted: bool) -> None:
@@ -49,15 +50,15 @@ def _options(
             "--version",
             callback=_show_versions,
             is_eager=True,
-            help="Print the versions of Byteloom, Python, torch, DeepSpeed and the accelerator.",
+            help="Print the versions of Byteloom and its libraries.",
         ),
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Accept the options of `byteloom` itself."""
 
 
 def main() -> None:
-    """Runs a command."""
+    """Run the command that the arguments name."""
     run(app, FAULTS)
 
 

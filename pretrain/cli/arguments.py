@@ -1,10 +1,11 @@
-"""Arguments that several commands share, and the parsers and checks of their values.
+"""Arguments that several commands share, their parsers, and the panels of the help text.
 
 A shell expands `~` only at the beginning of a word, so `--out=~/x` reaches the command unexpanded.
 """
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,12 @@ import typer
 
 from byteloom.core.configs import recipe_names
 from byteloom.core.locations import expand_home
+
+BYTELOOM_COMMAND = (sys.executable, "-P", "-m", "pretrain.cli.entry")
+"""Command line that runs this Byteloom in another process."""
+
+CORPORA_PANEL, TRAINING_PANEL, RUNS_PANEL, MODELS_PANEL = "Corpora", "Training", "Runs", "Models and recipes"
+"""Groups of commands in `byteloom --help`."""
 
 
 def parse_location(text: str | Path) -> str:
@@ -27,7 +34,9 @@ def parse_location(text: str | Path) -> str:
 
 
 def parse_path(text: str | Path) -> Path:
-    """Return a path with a leading `~` expanded. pathlib would take `./~` for `~`, so this comes before it.
+    """Return a path with a leading `~` expanded.
+
+    `~` is expanded in the text, because pathlib reads `./~` as `~`.
 
     Raises:
         typer.BadParameter: the home folder is not known.
@@ -36,10 +45,10 @@ def parse_path(text: str | Path) -> Path:
 
 
 def check_finite(value: float) -> float:
-    """Return a number that is finite; for typer's `callback`, whose bounds let NaN and infinity pass.
+    """Return a number if it is finite. This is a typer callback: typer's bounds accept NaN and infinity.
 
     Raises:
-        typer.BadParameter: it is not.
+        typer.BadParameter: the number is NaN or infinite.
     """
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
@@ -47,14 +56,15 @@ def check_finite(value: float) -> float:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return the recipe names that begin with a text; a shell completes paths itself where there is none."""
+    """Return the recipe names that begin with a text. If there is none, the shell completes paths."""
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        help="Recipe: a name that `byteloom models` lists, such as debug or megabyte/text, or a .yaml file.",
+        metavar="RECIPE",
+        help="Recipe: a name from `byteloom models`, such as debug, or a .yaml file.",
         show_default=False,
         autocompletion=complete_recipe,
         parser=parse_location,
@@ -64,7 +74,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FIELD=VALUE",
-        help="Overrides of fields, such as train.steps=50 model.patch_size=4.",
+        help="Overrides, such as train.steps=50 model.patch_size=4.",
         show_default=False,
     ),
 ]

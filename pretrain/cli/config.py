@@ -1,4 +1,4 @@
-"""The `config` commands: check, copy, show and explain recipes."""
+"""The `config` commands: show, copy, check and explain recipes."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from pretrain.config.schema import recipe_schema
 from pretrain.terminal.console import say
 from pretrain.terminal.tables import JsonOption, print_json, print_lines
 
-app = typer.Typer(help="Check, copy, show and explain recipes.", no_args_is_help=True)
+app = typer.Typer(help="Show, copy, check and explain recipes.", no_args_is_help=True)
 
 
 @app.command("show")
@@ -41,7 +41,11 @@ def config_new(
     ] = "debug",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write a commented copy of a recipe to edit, and a JSON schema for editors beside it."""
+    """Copy a recipe to a file that you can edit.
+
+    The copy keeps the comments.
+    A JSON schema is written next to it, for editors.
+    """
     schema = write_copy(recipe, path, force)
     say(f"{path} is a copy of the recipe {recipe}; {schema} describes its fields for editors")
 
@@ -52,9 +56,10 @@ def config_check(
     overrides: OverridesArgument = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a run without training: its recipe, data, checkpoint, memory, disk and packages.
+    """Check a run without training it.
 
-    This writes nothing. The exit code is 1 if a start would fail.
+    Checks the recipe, data, checkpoint, memory, disk and packages, and writes nothing.
+    The exit code is 1 if `byteloom train` would fail.
     """
     findings = check_recipe(recipe, overrides or [])
     if as_json:
@@ -72,7 +77,9 @@ def config_schema() -> None:
 
 @app.command("explain")
 def config_explain(
-    field: Annotated[str, typer.Argument(help="Field such as model.patch_size, or section such as model.")],
+    field: Annotated[
+        str, typer.Argument(metavar="FIELD", help="Field, such as model.patch_size, or section, such as model.")
+    ],
 ) -> None:
-    """Explain a field: its meaning, type, default and bounds."""
+    """Explain a field or a section: meaning, type, default and bounds."""
     print_lines(explain(field).splitlines())

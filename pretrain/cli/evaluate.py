@@ -12,7 +12,7 @@ from data_pipeline.corpus.shards import Corpus
 from data_pipeline.corpus.storage import RemoteConfig
 from data_pipeline.errors import CorpusError
 from pretrain.checkpoint import Metadata
-from pretrain.cli.arguments import parse_location, parse_path
+from pretrain.cli.arguments import MODELS_PANEL, parse_location, parse_path
 from pretrain.cli.weights import Device, DeviceOption, LatentsOption, ModelPath, PrecisionOption, load_model
 from pretrain.evaluation.modes import Mode, evaluate_model, stride_of
 from pretrain.evaluation.report import EvaluationReport
@@ -28,13 +28,15 @@ app = typer.Typer()
 
 
 class Grouping(StrEnum):
+    """How `eval` groups documents."""
+
     folder = "folder"
     suffix = "suffix"
     document = "document"
     none = "none"
 
     def group_of(self, key: str) -> str:
-        """The group of a document's key."""
+        """Return the group of a document, given its key."""
         return {
             "folder": key.rpartition("/")[0] or ".",
             "suffix": Path(key).suffix or "(none)",
@@ -45,29 +47,31 @@ class Grouping(StrEnum):
 
 def _words(text: str | None) -> str | None:
     if text is not None and text != "count" and not (text.isdecimal() and int(text) > 0):
-        raise typer.BadParameter(f"{text!r} is not a number of words and not the word count")
+        raise typer.BadParameter(f"{text!r} is neither a number of words nor the word count")
     return text
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=MODELS_PANEL)
 @stopping_at_once(display.close)
 def eval_command(
     model: ModelPath,
     shards: Annotated[
         str | None,
-        typer.Argument(help="Corpus: folder or URL. Default: the validation corpus of the run.", parser=parse_location),
+        typer.Argument(
+            metavar="CORPUS",
+            help="Corpus: folder or URL. Default: the validation corpus of the run.",
+            parser=parse_location,
+        ),
     ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="What each byte is predicted from: by default only its own window.")
-    ] = Mode.windows,
-    by: Annotated[Grouping, typer.Option(help="How to group documents.")] = Grouping.folder,
+    mode: Annotated[Mode, typer.Option(help="Context of each byte; windows is its own window only.")] = Mode.windows,
+    by: Annotated[Grouping, typer.Option(help="Grouping of documents.")] = Grouping.folder,
     rows: Annotated[int, typer.Option(min=1, help="Number of windows scored at once.")] = 16,
     stride: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Number of bytes scored at the end of each window: fewer have more context and take longer. "
-            "Default: depends on the mode.",
+            help="Bytes scored at the end of each window. Fewer bytes have more context and take longer. "
+            "Default: by mode.",
         ),
     ] = None,
     latents: LatentsOption = None,
@@ -78,20 +82,19 @@ def eval_command(
         typer.Option(
             metavar="count|NUMBER",
             callback=_words,
-            help="Show perplexity per word as well. Give the number of words in the corpus, or count to count words "
-            "between white space.",
+            help="Also show perplexity per word. NUMBER is the words of the corpus; count counts them by white space.",
         ),
     ] = None,
     curves: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the bits per byte at each position in the window and the patch: CSV files and a picture.",
+            help="Folder for bits per byte by position: CSV files and a picture.",
             parser=parse_path,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the bits per byte of a checkpoint on a corpus, by group of documents."""
+    """Measure the bits per byte of a checkpoint on a corpus."""
     loaded, checkpoint = load_model(model, device, precision, latents)
     stride = stride or stride_of(loaded, mode)
     own = checkpoint.state["config"]["validation"]["shards"]
@@ -125,7 +128,7 @@ def eval_command(
 
 
 def _track_evaluation(model: str, checkpoint: Metadata, report: EvaluationReport) -> None:
-    """Store an evaluation of a tracked run, or of a checkpoint in its folder, in MLflow."""
+    """Store an evaluation in MLflow if the model is a tracked run or one of its checkpoints."""
     path = Path(model).resolve()
     run = RunFolder(path.parent.parent)
     if path.parent != run.checkpoints_in(None):

@@ -1,4 +1,4 @@
-"""Errors of commands that a person can mend."""
+"""Errors that a user can correct."""
 
 from data_pipeline.errors import CorpusError
 from launchers.slurm.presets import ClusterError
@@ -27,4 +27,4 @@ FAULTS = (
     TrainingError,
     WorldError,
 )
-"""What a person can mend, and is told in a line."""
+"""Errors that commands print as one line, without a traceback."""

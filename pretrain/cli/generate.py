@@ -1,4 +1,4 @@
-"""The `generate` command: bytes that a model draws after a prompt."""
+"""The `generate` command: continue prompts with bytes from a model."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ import typer
 
 from byteloom.core.words import count
 from data_pipeline.errors import CorpusError
-from pretrain.cli.arguments import parse_path
+from pretrain.cli.arguments import MODELS_PANEL, parse_path
 from pretrain.cli.weights import Device, DeviceOption, LatentsOption, ModelPath, PrecisionOption, load_model
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
 from pretrain.terminal.console import say
@@ -19,38 +19,39 @@ from pretrain.training.stop import stopping_at_once
 app = typer.Typer()
 
 
-@app.command("generate")
+@app.command("generate", rich_help_panel=MODELS_PANEL)
 @stopping_at_once(lambda: say(""))
 def generate_command(
     model: ModelPath,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text that the model continues (repeatable).")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue (repeatable).")] = None,
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option(help="File whose bytes the model continues (repeatable).", parser=parse_path),
+        typer.Option(help="File of bytes to continue (repeatable).", parser=parse_path),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of continuations of each prompt.")] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the continuations, one file each: PROMPT-SAMPLE.bin. Needed for more than one.",
+            help="Folder for the continuations, as PROMPT-SAMPLE.bin. Required for more than one.",
             parser=parse_path,
         ),
     ] = None,
-    most_bytes: Annotated[
-        int, typer.Option("--bytes", min=1, help="Largest number of bytes of each continuation.")
-    ] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits. 0 takes the most likely byte.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw only from the k most likely bytes.")] = None,
-    top_p: Annotated[
-        float, typer.Option(help="Draw only from the most likely bytes whose probabilities add up to p.")
+    most_bytes: Annotated[int, typer.Option("--bytes", min=1, help="Most bytes of a continuation.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Divisor of the logits. 0 takes the most likely byte.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random draws.")] = 0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k most likely bytes.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the most likely bytes whose probabilities add up to p.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
     latents: LatentsOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = None,
 ) -> None:
-    """Continue a prompt: write the bytes to standard output as they are drawn, or several continuations to a folder.
+    """Continue a prompt with bytes from a model.
 
+    Writes the bytes to standard output, or several continuations to a folder.
     A continuation ends early if the model ends the document.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -68,7 +69,7 @@ def generate_command(
         out.mkdir(parents=True, exist_ok=True)
     written = [bytearray() for _ in prompts]
     started = time.perf_counter()
-    with contextlib.suppress(BrokenPipeError):  # whoever reads our output has had enough
+    with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
         for row, byte in generate_rows(loaded, prompts, most_bytes, sampling):
             written[row].append(byte)
             if out is None:

@@ -1,4 +1,4 @@
-"""The `track` command: deliver to MLflow what it has not received."""
+"""The `track` command: send to MLflow what it lacks of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.words import count
-from pretrain.cli.arguments import parse_path
+from pretrain.cli.arguments import RUNS_PANEL, parse_path
 from pretrain.terminal.console import say
 from pretrain.tracking import MlflowShipper, fault_of, shown
 from pretrain.training.run_folder import RunFolder, RunFolderError
@@ -15,14 +15,14 @@ from pretrain.training.run_folder import RunFolder, RunFolderError
 app = typer.Typer()
 
 
-@app.command()
-def track(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False, parser=parse_path)],
+@app.command("track", rich_help_panel=RUNS_PANEL)
+def track_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=parse_path)],
     new_run: Annotated[
-        bool, typer.Option("--new-run", help="Send everything to a new MLflow run, if the old one was deleted.")
+        bool, typer.Option("--new-run", help="Create a new MLflow run and send everything to it.")
     ] = False,
 ) -> None:
-    """Send the metrics and files of a run that MLflow has not received yet."""
+    """Send the metrics and files that MLflow lacks of a run."""
     folder = RunFolder(run)
     if not folder.mlflow.exists():
         raise RunFolderError(
@@ -33,13 +33,13 @@ def track(
         if new_run:
             shipper.delivery.forget_run()
         missing = shipper.undelivered()
-        if shipper.delivery.status == "RUNNING":  # whoever wrote that is dead: we hold the run's lock
+        if shipper.delivery.status == "RUNNING":  # its writer is dead: this process holds the lock
             shipper.set_status("KILLED")
         try:
             shipper.finish()
         except MissingPackageError:
             raise
-        except Exception as error:  # MLflow raises many kinds; the person asked for the delivery and is told
+        except Exception as error:  # MLflow raises many kinds of errors
             raise RunFolderError(
                 f"MLflow at {shown(shipper.delivery.uri)}: {fault_of(error)}. The numbers are safe in {folder.metrics}"
             ) from error

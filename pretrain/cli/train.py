@@ -10,14 +10,14 @@ import typer
 
 from byteloom.core.provenance import read_source, save_resolved, trace
 from launchers.local import run_processes
-from pretrain.cli.arguments import OverridesArgument, RecipeArgument
+from pretrain.cli.arguments import TRAINING_PANEL, OverridesArgument, RecipeArgument
 from pretrain.cli.faults import FAULTS
 from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
 from pretrain.distributed.world import World, WorldError, place_of
 from pretrain.engines import choose_device
 from pretrain.terminal import crash
-from pretrain.terminal.console import display, run, speak_as
+from pretrain.terminal.console import display, run, set_rank
 from pretrain.training.loop import train
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.stop import StopRequest
@@ -28,7 +28,7 @@ TRAIN_ENTRY = "pretrain.cli.train:start"
 app = typer.Typer()
 
 
-@app.command("train")
+@app.command("train", rich_help_panel=TRAINING_PANEL)
 def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a run, or resume it from its newest checkpoint."""
     config = load(recipe, overrides or [])
@@ -50,13 +50,13 @@ def train_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -
 
 
 def start(recipe: Path) -> int:
-    """The train entry that launchers call by name, once a rank; returns the exit code."""
+    """Train as one rank of a launcher; return the exit code."""
     return run(lambda: _train(load(recipe), read_source(recipe)), FAULTS)
 
 
 def _train(config: Config, source: Mapping[str, str]) -> int:
     place = place_of(os.environ)
-    speak_as(place.rank if place else 0)
+    set_rank(place.rank if place else 0)
     crash.keep_in(Path(config.run.root) / config.run.name)
     stop = StopRequest(display.close, "stopped before the first step; there was nothing to save")
     with stop.listening():

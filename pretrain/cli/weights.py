@@ -1,4 +1,4 @@
-"""Arguments of commands that load a model, and its loading."""
+"""Load the model of a command, and the arguments that choose it."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -17,7 +17,7 @@ ModelPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run (its newest checkpoint is used), one checkpoint, or an export: folder or URL.",
+        help="Run (its newest checkpoint), checkpoint or export: folder or URL.",
         show_default=False,
         parser=parse_location,
     ),
@@ -25,20 +25,24 @@ ModelPath = Annotated[
 
 
 class Device(StrEnum):
+    """Devices that a model is loaded on."""
+
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
 
 class Precision(StrEnum):
+    """Precisions that a model computes in."""
+
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-DeviceOption = Annotated[Device, typer.Option(help="Device to compute on. auto takes CUDA if there is a GPU.")]
+DeviceOption = Annotated[Device, typer.Option(help="Device. auto is cuda if there is a GPU.")]
 PrecisionOption = Annotated[
     Precision | None,
-    typer.Option(help="Precision to compute in. Default: that of the run, or fp32 if this machine emulates bf16."),
+    typer.Option(help="Precision. Default: as in the run, or fp32 where bf16 is emulated."),
 ]
 LatentsOption = Annotated[
     int | None,
@@ -51,7 +55,7 @@ LatentsOption = Annotated[
 def load_model(
     path: str, device: Device, precision: Precision | None, latents: int | None
 ) -> tuple[ByteModel, Metadata]:
-    """The model of a run's newest checkpoint, of one checkpoint or of an export, ready to score and generate."""
+    """Return the model of a run's newest checkpoint, of a checkpoint or of an export, and the checkpoint."""
     with display.phase("verifying the checkpoint") as phase:
         checkpoint = find_checkpoint(path, progress=phase.update)
     config = checkpoint.state["config"]

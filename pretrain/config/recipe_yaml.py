@@ -1,4 +1,4 @@
-"""The YAML of recipes: plain values as in YAML 1.2, read and written alike."""
+"""Reader and writer of the YAML of recipes, with the plain values of YAML 1.2."""
 
 import re
 from typing import Any
@@ -15,6 +15,7 @@ class RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 a table of the class, as in the base class
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number, or raise an error for one of too many digits."""
         text = self.construct_scalar(node)
         if len(text) > MOST_DIGITS:
             raise yaml.constructor.ConstructorError(None, None, "a number has too many digits", node.start_mark)

@@ -1,4 +1,4 @@
-"""The config of a run: one typed tree, assembled from the nodes that stand beside the code they configure."""
+"""Schema of the config: a typed tree of nodes, each defined next to the code that it configures."""
 
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from pretrain.training.weights import InitializeConfig
 
 
 class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """A Byteloom run."""
+    """Config of a run."""
 
     run: RunConfig
     data: DataConfig
@@ -58,14 +58,14 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             return None
         if self.data.mixture or self.data.packing == "document":
             return Mismatch(
-                "model.memory_length carries each row on into the next batch, which rows of a data.mixture or of "
-                "data.packing document do not do; set it to 0, or read one corpus of concatenated documents",
+                "model.memory_length needs rows that continue in the next batch, and rows of a data.mixture or of "
+                "data.packing document do not; set it to 0, or read one corpus of concatenated documents",
                 ("model.memory_length", "data.mixture", "data.packing"),
             )
         if self.data.lanes != self.train.global_batch:
             return Mismatch(
-                f"model.memory_length carries each row on into the next batch, for which data.lanes "
-                f"({self.data.lanes}) is to be train.global_batch ({self.train.global_batch})",
+                f"model.memory_length needs rows that continue in the next batch, so data.lanes ({self.data.lanes}) "
+                f"must equal train.global_batch ({self.train.global_batch})",
                 ("data.lanes", "train.global_batch", "model.memory_length"),
             )
         return None
@@ -90,7 +90,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
         )
 
     def warnings(self) -> list[Fault]:
-        """Return what is allowed and yet is most often a slip."""
+        """Return values that are valid but most often a mistake."""
         train, found = self.train, optimizer_warnings(self.optimizer)
         if train.micro_batch > train.global_batch:
             text = f"train.micro_batch ({train.micro_batch}) is more than train.global_batch ({train.global_batch})"
@@ -98,15 +98,16 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
         return found
 
     def as_tree(self) -> dict[str, Any]:
-        """The whole tree as JSON values."""
+        """Return the whole tree as JSON values."""
         return self.model_dump(mode="json")
 
     def as_yaml(self) -> str:
-        """The whole tree as a recipe that `load` reads back to the same config."""
+        """Return the whole tree as a recipe that loads to the same config."""
         return as_yaml(self.as_tree())
 
 
 SCHEMA_TITLE = "Byteloom recipe"
+"""Title of the JSON schema, by which its files are recognized."""
 
 
 def recipe_schema() -> dict[str, Any]:

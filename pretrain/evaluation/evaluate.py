@@ -18,7 +18,7 @@ from pretrain.models.base import Memory
 from pretrain.models.families.transformer_xl import TransformerXL
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes scored since the last call."""
+"""Callback with the number of bytes scored since the last call."""
 
 
 def evaluate(
@@ -33,13 +33,20 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
 ) -> Evaluation:
-    """Scores every byte of a corpus once, or this rank's part of them.
+    """Score every byte of a corpus once, or this rank's part of it.
+
+    All ranks call `nats_of` equally often, as sharded models require.
 
     Args:
-        nats_of: (rows, T) int16 ids, padded at the end of rows, to (rows, T) fp32 nats on the CPU.
+        nats_of: maps (rows, T) int16 ids, padded at the end, to (rows, T) fp32 nats on the CPU.
+        corpus: the corpus to score.
+        sequence_length: most bytes of a window.
         rows: windows scored at once.
-        stride: bytes scored at the end of a window; all of it if None. `stride_of` gives a model's own.
-        rank, world_size: who calls this, of how many. All call `nats_of` equally often, as sharded models need it.
+        group_of: maps a document's key to its group.
+        progress: called with the bytes scored.
+        stride: bytes scored at the end of a window; all of it if None. See `stride_of` for the stride of a model.
+        rank: rank of this process.
+        world_size: number of ranks.
     """
     evaluation = Evaluation()
     batches = batched(document_windows(corpus, sequence_length, stride), rows)
@@ -48,7 +55,7 @@ def evaluate(
             windows = batch[rank]
             progress(evaluation.add(windows, nats_of(padded(windows)), group_of))
         else:
-            nats_of(padded(batch[0]))  # another rank's
+            nats_of(padded(batch[0]))  # a batch of another rank
     return evaluation
 
 
@@ -59,9 +66,9 @@ def evaluate_with_memory(
     group_of: GroupOf = lambda key: "all",
     progress: Progress = lambda done: None,
 ) -> Evaluation:
-    """Scores every byte of a corpus once, each document's segments in order with the memory of those before.
+    """Score every byte of a corpus once: segments of a document in order, with the memory of earlier segments.
 
-    As many documents as `rows` are held in memory and go side by side; a row ends with its document.
+    `rows` documents are held in memory and scored side by side. A row ends with its document.
     """
     evaluation = Evaluation()
     device, length = next(model.parameters()).device, model.sequence_length
@@ -83,7 +90,7 @@ def evaluate_with_memory(
 
 
 def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
-    """A model's forward pass in the form `evaluate` asks for."""
+    """Return the forward pass of a model in the form that `evaluate` takes."""
     device = next(model.parameters()).device
 
     def nats_of(ids: Ids) -> Tensor:

@@ -20,25 +20,27 @@ from pretrain.models.families.transformer_xl import TransformerXL
 
 
 class Mode(StrEnum):
-    """What a byte is predicted from."""
+    """Mode of evaluation: the bytes that each byte is predicted from."""
 
     windows = "windows"
-    """Its window alone, moved by as many bytes as the model scores at its end: T, or a Perceiver AR's N."""
+    """Predict from the window alone. It moves by the bytes that the model scores at its end: T, or fewer."""
     sliding = "sliding"
-    """As windows, moved by T/2 at most (Press et al. 2020): at least T/2 bytes of context, at twice the cost."""
+    """Like windows, but move by at most T/2 (Press et al. 2020): at least T/2 bytes of context, twice the cost."""
     strided = "strided"
-    """As windows, with MEGABYTE's strided inference (section 2.3.3; see `strided`), at twice the cost."""
+    """Like windows, with MEGABYTE's strided inference (section 2.3.3; see `strided`), at twice the cost."""
     sliding_strided = "sliding-strided"
-    """Both, at four times the cost."""
+    """Combine sliding and strided, at four times the cost."""
     memory = "memory"
-    """Its window and the memory of those before: Transformer-XL's way. One pass over every byte."""
+    """Predict from the window and the memory of earlier windows (Transformer-XL), in one pass over every byte."""
 
     @property
     def slides(self) -> bool:
+        """Whether windows move by at most half their length."""
         return self in (Mode.sliding, Mode.sliding_strided)
 
     @property
     def is_strided(self) -> bool:
+        """Whether MEGABYTE's strided inference is used."""
         return self in (Mode.strided, Mode.sliding_strided)
 
 
@@ -51,13 +53,19 @@ def evaluate_model(
     progress: Progress = lambda done: None,
     stride: int | None = None,
 ) -> Evaluation:
-    """Scores every byte of a corpus once, in a mode.
+    """Score every byte of a corpus once, in a mode.
 
     Args:
+        model: the model, in evaluation mode.
+        corpus: the corpus to score.
+        mode: the bytes that each byte is predicted from.
         rows: windows scored at once.
-        stride: bytes scored at the end of a window, in the place of `stride_of` the mode.
+        group_of: maps a document's key to its group.
+        progress: called with the bytes scored.
+        stride: bytes scored at the end of a window; `stride_of` the mode if None.
+
     Raises:
-        EvaluationError: the mode or the stride is not for this model.
+        EvaluationError: the model does not support the mode or the stride.
     """
     length, most = model.sequence_length, stride_of(model)
     if stride is not None and stride > most:
@@ -77,20 +85,21 @@ def evaluate_model(
 
 
 def stride_of(model: ByteModel, mode: Mode = Mode.windows) -> int:
-    """Bytes that a mode scores at the end of a full window: all that the model scores there, or half a window at most.
+    """Return the bytes that a mode scores at the end of a full window.
 
-    That of `windows` is the largest stride at which the model scores every byte.
+    These are all that the model scores there, or at most half a window if the mode slides. The stride of `windows` is
+    the largest stride at which the model scores every byte.
     """
     scored = len(range(model.sequence_length)[model.scored(model.sequence_length)])
     return min(scored, -(-model.sequence_length // 2)) if mode.slides else scored
 
 
 def strided(nats_of: Callable[[Ids], Tensor], patch_size: int) -> Callable[[Ids], Tensor]:
-    """MEGABYTE's strided inference (section 2.3.3): a second pass over the window less its first P/2 bytes.
+    """Return a scorer with MEGABYTE's strided inference (section 2.3.3).
 
-    Each pass keeps the first halves of its patches, where predictions are best. The paper leaves the border open. Here
-    the window's first patch keeps the base pass's second half as well, which the shifted pass would predict from
-    nothing; the second halves of all later patches come from the shifted pass.
+    A second pass reads the window without its first P/2 bytes. Each pass keeps the first halves of its patches, where
+    predictions are best. The paper does not define the border: here the first patch of the window also keeps the
+    second half of the first pass, which the second pass would predict without context.
 
     Raises:
         EvaluationError: the patch size is odd.

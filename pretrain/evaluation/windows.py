@@ -28,29 +28,36 @@ BLOCKS_AHEAD = 7
 
 @dataclass(frozen=True)
 class ScoredWindow:
+    """Bytes of a document that a model reads together, and that are partly scored."""
+
     key: str
-    """Of its document."""
+    """Key of the document."""
     modality: str
     ids: Ids
     offset: int
-    """Of the first of them in the document."""
+    """Position of the first id in the document."""
     context: int
-    """How many of them are read only: windows before this one have scored them."""
+    """Number of leading ids that earlier windows have scored."""
 
     @property
     def begins_document(self) -> bool:
-        """Whether the document's first byte is scored here."""
+        """Whether this window scores the first byte of its document."""
         return self.offset + self.context == 0
 
 
 def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> Iterator[ScoredWindow]:
-    """Each document's windows of at most `length` bytes, in order; the last one scores as few as are left.
+    """Yield the windows of each document in order; the last window scores the bytes that remain.
 
-    Withdrawn documents are left out.
+    Withdrawn documents are skipped.
+
+    Args:
+        corpus: the corpus to read.
+        length: most bytes of a window.
+        stride: bytes scored at the end of a window; `length` if None.
     """
     stride = stride or length
     withdrawn = {entry.key for entry in corpus.withdrawn}
-    data, scored = b"", 0  # of the document under way: bytes held, and how many of them are scored
+    data, scored = b"", 0  # of the current document: bytes held, and how many are scored
     for number in range(len(corpus)):
         block = corpus.read(number, through=number + BLOCKS_AHEAD)
         for part in block.slices:
@@ -71,7 +78,7 @@ def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> 
 
 
 def padded(windows: list[ScoredWindow]) -> Ids:
-    """(rows, T) ids of the longest window's length, padded at the end of rows."""
+    """Return (rows, T) ids, padded at the end to the longest window."""
     ids = np.full((len(windows), max(len(window.ids) for window in windows)), PADDING, np.int16)
     for row, window in zip(ids, windows, strict=True):
         row[: len(window.ids)] = window.ids
@@ -79,6 +86,7 @@ def padded(windows: list[ScoredWindow]) -> Ids:
 
 
 def batched(windows: Iterable[ScoredWindow], rows: int) -> Iterator[list[ScoredWindow]]:
+    """Yield windows in lists of `rows`; the last list may be shorter."""
     batch: list[ScoredWindow] = []
     for window in windows:
         batch.append(window)

@@ -53,9 +53,7 @@ def check_run(
         if checkpoint is not None:
             check_resumes(checkpoint, check.config, fingerprint)
     elif began is not None or checkpoint is not None:
-        check.add(
-            "warning", "run.name", "its corpora are missing; whether this recipe resumes the run is not known"
-        )
+        check.add("warning", "run.name", "its corpora are missing; whether this recipe resumes the run is not known")
     if check.home_is_known:
         _add_where_it_starts(check, checkpoint, is_new=began is None)
 

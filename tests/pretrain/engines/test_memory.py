@@ -159,8 +159,8 @@ def test_an_epoch_is_as_many_long_rows_as_lanes(mixed: Corpus):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.lanes=128"], r"data\.lanes \(128\) is to be train\.global_batch \(64\)"),
-        (["train.global_batch=32"], r"data\.lanes \(64\) is to be train\.global_batch \(32\)"),
+        (["data.lanes=128"], r"data\.lanes \(128\) must equal train\.global_batch \(64\)"),
+        (["train.global_batch=32"], r"data\.lanes \(64\) must equal train\.global_batch \(32\)"),
         (["data.packing=document"], "one corpus of concatenated documents"),
         (["data.shards=null", "data.mixture={a: {shards: x}, b: {shards: y}}"], "one corpus of concatenated documents"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pretrain.terminal import progress
-from pretrain.terminal.progress import Display, WorkProgress, Row, TrainingProgress
+from pretrain.terminal.progress import Display, Row, TrainingProgress, WorkProgress
 
 METRICS = {
     "train/bits_per_byte": 1.23456,
