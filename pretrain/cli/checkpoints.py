@@ -245,7 +245,7 @@ def _chosen(path: str) -> list[Location]:
 
 def _facts(path: Location) -> dict[str, Any]:
     """Return the facts of a checkpoint as JSON."""
-    facts: dict[str, Any] = {"folder": str(path), "step": int(path.name.removeprefix("step-"))}
+    facts: dict[str, Any] = {"folder": str(path), "step": step_of(path)}
     try:
         metadata = read_metadata(path)
     except CheckpointError as error:

@@ -23,7 +23,7 @@ COMPLETION = "_BYTELOOM_COMPLETE"
 
 def main() -> None:
     """Run the command; report a failed import like its other errors."""
-    with _quiet_interrupts(), imports.for_good():
+    with _quiet_interrupts(), long_lived_imports():
         from pretrain.terminal.console import run
     run(_command, ())
 

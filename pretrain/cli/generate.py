@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
 from pretrain.cli.arguments import MODELS_PANEL, parse_path
 from pretrain.cli.weights import Device, DeviceOption, LatentsOption, ModelPath, PrecisionOption, load_model

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from byteloom.core.configs import CONFIGS
-from byteloom.core.words import count
+from byteloom.core.text import count
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument, check_finite, parse_path
 from pretrain.config.catalogue import CatalogueEntry, read_recipes
 from pretrain.config.loading import load

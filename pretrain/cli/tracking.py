@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from byteloom.core.packages import MissingPackageError
-from byteloom.core.words import count
+from byteloom.core.text import count
 from pretrain.cli.arguments import RUNS_PANEL, parse_path
 from pretrain.terminal.console import say
 from pretrain.tracking import MlflowShipper, fault_of, shown

@@ -7,7 +7,7 @@ import typer
 
 from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.cli.arguments import parse_location
-from pretrain.distributed.fragments import whole
+from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import choose_device, compute_dtype, scoring_precision
 from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
 from pretrain.terminal.console import display
@@ -67,7 +67,7 @@ def load_model(
             raise CheckpointError(f"--latents {latents} is more than the sequence length, {family.sequence_length}")
         family = family.model_copy(update={"latents": latents})
     model = build_model(family).eval()
-    parameters = [whole(f"model/{name}", parameter) for name, parameter in model.named_parameters()]
+    parameters = [whole(fragment_name(MODEL, name), parameter) for name, parameter in model.named_parameters()]
     with display.phase("loading the weights") as phase:
         read(checkpoint, parameters, phase.update)
     place = choose_device(device.value)

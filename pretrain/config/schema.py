@@ -14,7 +14,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.config import ValidationConfig
-from pretrain.models import DEFAULT_FAMILY, ModelConfig, carries_memory, families
+from pretrain.models import ModelConfig, carries_memory, default_family, families
 from pretrain.optim.optimizers import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.loop import TrainConfig

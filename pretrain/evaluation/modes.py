@@ -9,7 +9,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.stream.rows import Ids
 from pretrain.evaluation.evaluate import Progress, evaluate, evaluate_with_memory, scorer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from byteloom.core.packages import needed_by
-from byteloom.core.words import count
+from byteloom.core.text import count
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.scores import Evaluation, Score
 from pretrain.terminal.console import printable

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.state_files import StateFileError
-from byteloom.core.words import count
+from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.reading import ONLY_SOURCE
 from pretrain.checkpoint import CheckpointError

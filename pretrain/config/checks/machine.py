@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from byteloom.core.packages import missing
-from byteloom.core.words import count
+from byteloom.core.text import count
 from pretrain.config.checks.disk import checkpoint_bytes
 from pretrain.config.checks.findings import Check, Level
 from pretrain.engines import (

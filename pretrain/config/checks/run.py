@@ -3,10 +3,10 @@
 from typing import Any
 
 from byteloom.core.provenance import changes
+from byteloom.core.step_folders import step_of
 from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.mixture import fingerprint_of
 from pretrain.checkpoint import CheckpointStore, InvalidCheckpointError, Metadata, read_metadata
-from pretrain.checkpoint.store import step_of
 from pretrain.config.checks.findings import Check, Finding
 from pretrain.models import ByteModel
 from pretrain.training.loop import check_resumes, check_same_run
@@ -44,8 +44,7 @@ def check_run(
         CheckpointError: this recipe cannot resume the run.
     """
     if holder := check.folder.holder():
-        who = f"process {holder[1]} on {holder[0]}" if holder[0] else "another process"
-        check.add("error", "run.name", f"{who} is training in {check.folder.path}")
+        check.add("error", "run.name", f"{holder} is training in {check.folder.path}")
     if streams is not None:
         fingerprint = fingerprint_of(streams)
         if began is not None:
