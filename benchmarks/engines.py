@@ -36,7 +36,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Rows
-from pretrain.config.schema import Config, load
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineError, StepResult, build_engine, compute_dtype
 from pretrain.models import ByteModel, build_model

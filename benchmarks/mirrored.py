@@ -32,7 +32,8 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.checkpoint import CheckpointStore
-from pretrain.config.schema import Config, load
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
 from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import compute_dtype, scoring_precision
 from pretrain.models import build_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from batch import random_batch
 
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.engines import build_engine, compute_dtype
 from pretrain.models import build_model
 from report import Metric, interleaved, native_precisions, options, report

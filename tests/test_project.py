@@ -13,7 +13,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from byteloom.core.configs import recipe_files
-from pretrain.config.schema import Config, all_fields, load
+from pretrain.config.fields import all_fields
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from byteloom.core.files import replace_file, sync
-from byteloom.core.locks import lock_file
-from byteloom.core.progress import Progress
+from byteloom.core.progress import Progress, ignore
 from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.corpus.shards import ShardIndex, write_index
 from data_pipeline.errors import CorpusError
@@ -135,7 +134,7 @@ def prepare(
     sources: Sequence[str | Path],
     out: Path,
     options: PrepareOptions,
-    progress: Progress,
+    progress: Progress = ignore,
     workers: int = 1,
     task: Task = Task(),
 ) -> PrepareReport | None:

@@ -1,32 +1,80 @@
-"""Arguments that several commands have."""
+"""Arguments that several commands share, their parsers, and the panels of the help text.
 
+A shell expands `~` only at the beginning of a word, so `--out=~/x` reaches the command unexpanded.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from byteloom.core.configs import recipe_names
-from pretrain.cli import argument_types as types
+from byteloom.core.locations import expand_home
+
+BYTELOOM_COMMAND = (sys.executable, "-P", "-m", "pretrain.cli.entry")
+"""Command line that runs this Byteloom in another process."""
+
+CORPORA_PANEL, TRAINING_PANEL, RUNS_PANEL, MODELS_PANEL = "Corpora", "Training", "Runs", "Models and recipes"
+"""Groups of commands in `byteloom --help`."""
+
+
+def parse_location(text: str | Path) -> str:
+    """Return the text of a path or a URL with a leading `~` expanded.
+
+    Raises:
+        typer.BadParameter: the home folder is not known.
+    """
+    try:
+        return expand_home(os.fspath(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: {error}") from error
+
+
+def parse_path(text: str | Path) -> Path:
+    """Return a path with a leading `~` expanded.
+
+    `~` is expanded in the text, because pathlib reads `./~` as `~`.
+
+    Raises:
+        typer.BadParameter: the home folder is not known.
+    """
+    return Path(parse_location(text))
+
+
+def check_finite(value: float) -> float:
+    """Return a number if it is finite. This is a typer callback: typer's bounds accept NaN and infinity.
+
+    Raises:
+        typer.BadParameter: the number is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return the recipe names that begin with a text; a shell completes paths itself where there is none."""
+    """Return the recipe names that begin with a text. If there is none, the shell completes paths."""
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        help="Recipe: a name that `byteloom models` lists, such as debug or megabyte/text, or a .yaml file.",
+        metavar="RECIPE",
+        help="Recipe: a name from `byteloom models`, such as debug, or a .yaml file.",
         show_default=False,
         autocompletion=complete_recipe,
-        parser=types.location,
+        parser=parse_location,
     ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FIELD=VALUE",
-        help="Overrides of fields, such as train.steps=50 model.patch_size=4.",
+        help="Overrides, such as train.steps=50 model.patch_size=4.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""The commands that look after a run's checkpoints."""
+"""The `checkpoint` commands: list, verify, show, prune and export checkpoints."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ from pretrain.checkpoint import (
     read_metadata,
     verify,
 )
-from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import parse_location, parse_path
 from pretrain.terminal.console import display, say
 from pretrain.terminal.progress import size
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json
@@ -32,32 +32,35 @@ from pretrain.training.run_status import check_run
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights import find_checkpoint, is_checkpoint, store_of
 
-app = typer.Typer(help="List, check, prune and export the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, show, prune and export checkpoints.", no_args_is_help=True)
 
 RunPath = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False, parser=types.location
+        metavar="RUN", help="Run folder, or URL of its checkpoints.", show_default=False, parser=parse_location
     ),
 ]
 RunOrCheckpoint = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run (all its checkpoints) or one checkpoint: folder or URL.",
+        help="Run (all its checkpoints) or one checkpoint: folder or URL.",
         show_default=False,
-        parser=types.location,
+        parser=parse_location,
     ),
 ]
 
 
 BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
-"""Of the journal: of a step's batch, and of the validation corpus."""
+"""Metrics of the journal: of a step's batch, and of the validation corpus."""
 
 
 @app.command("list")
 def list_command(run: RunPath, as_json: JsonOption = False) -> None:
-    """List the checkpoints of a run, oldest first. This checks their metadata and does not read their data."""
+    """List the checkpoints of a run, oldest first.
+
+    Checks their metadata, and does not read their data.
+    """
     found = [_facts(path) for path in _of_run(run).committed()]
     if as_json:
         print_json(found)
@@ -66,7 +69,7 @@ def list_command(run: RunPath, as_json: JsonOption = False) -> None:
 
 
 def list_table(run: str, found: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a row for each checkpoint of a run."""
+    """Return a table with a row for each checkpoint of a run."""
     table = Table(run, ["step", "written", "size", "ranks", "engine", "state"], numbers=["step", "size", "ranks"])
     for each in found:
         fault = each["fault"]
@@ -78,7 +81,10 @@ def list_table(run: str, found: Sequence[Mapping[str, Any]]) -> Table:
 @app.command("verify")
 @stopping_at_once(display.close)
 def verify_command(path: RunOrCheckpoint) -> None:
-    """Read all bytes of a run's checkpoints, or of one, and compare digests. The exit code is 1 if one is not valid."""
+    """Verify every byte of checkpoints.
+
+    The exit code is 1 if a checkpoint is not valid.
+    """
     invalid = 0
     for checkpoint in _chosen(path):
         try:
@@ -98,15 +104,15 @@ def show_command(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run (its newest checkpoint) or one checkpoint: folder or URL.",
+            help="Run (its newest checkpoint) or one checkpoint: folder or URL.",
             show_default=False,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the contents of a checkpoint: position in the data, model, engine, versions and tensors."""
+    """Show the contents of a checkpoint."""
     metadata = read_metadata(_chosen(path)[-1])
     if as_json:
         print_json(_contents(metadata, tensors))
@@ -118,7 +124,7 @@ def show_command(
 
 
 def contents_table(metadata: Metadata) -> Table:
-    """Return the main facts of a checkpoint."""
+    """Return a table of the main facts of a checkpoint."""
     state = metadata.state
     rows = {
         "step": f"{state['reading']['step']:,} of {state['config']['train']['steps']:,}",
@@ -133,7 +139,7 @@ def contents_table(metadata: Metadata) -> Table:
 
 
 def tensors_table(metadata: Metadata) -> Table:
-    """Return the name and the shape of each tensor."""
+    """Return a table of the name and the shape of each tensor."""
     table = Table("", ["tensor", "shape"])
     for name, tensor in metadata.tensors.items():
         table.add_row(name, str(list(tensor.shape)))
@@ -160,7 +166,7 @@ def _contents(metadata: Metadata, tensors: bool) -> dict[str, Any]:
 
 
 def _elements(metadata: Metadata) -> dict[str, int]:
-    """Return how many numbers there are of each kind: model and moments."""
+    """Return the count of numbers by kind: model and moments."""
     elements: Counter[str] = Counter()
     for name, tensor in metadata.tensors.items():
         elements[name.partition("/")[0]] += math.prod(tensor.shape)
@@ -169,13 +175,16 @@ def _elements(metadata: Metadata) -> dict[str, int]:
 
 @app.command("prune")
 def prune_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", parser=types.path)],
-    keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", parser=parse_path)],
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep.")],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Keep the checkpoints at multiples of this many steps as well.")
+        int | None, typer.Option(min=1, help="Also keep checkpoints at multiples of this many steps.")
     ] = None,
 ) -> None:
-    """Delete old checkpoints of a run that is not training. Only valid checkpoints count as kept."""
+    """Delete old checkpoints of a run that is not training.
+
+    Only valid checkpoints count as kept.
+    """
     check_run(run)
     with RunFolder(run).locked():
         store = CheckpointStore(RunFolder(run).checkpoints, keep, keep_every=keep_every)
@@ -191,16 +200,17 @@ def export_command(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run (its newest valid checkpoint) or one checkpoint: folder or URL.",
+            help="Run (its newest valid checkpoint) or one checkpoint: folder or URL.",
             show_default=False,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(help="Folder to write. It must not exist.", show_default=False, parser=types.path)
-    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", show_default=False, parser=parse_path)],
 ) -> None:
-    """Export the weights of a checkpoint: safetensors, and a card in JSON. initialize.weights reads them too."""
+    """Export the weights of a checkpoint as safetensors.
+
+    Adds a card in JSON. initialize.weights also reads exports.
+    """
     with display.phase("verifying the checkpoint") as phase:
         checkpoint = find_checkpoint(path, progress=phase.update)
     if is_export(Path(path)):
@@ -210,7 +220,7 @@ def export_command(
 
 
 def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
-    """What the journal of the checkpoint's run last said at its step; nothing if the checkpoint lies elsewhere."""
+    """Return the last metrics that the run logged up to the checkpoint; none if the checkpoint is not in its run."""
     if isinstance(checkpoint.folder, Url):
         return {}
     metrics = RunFolder(checkpoint.folder.parent.parent).metrics
@@ -234,7 +244,7 @@ def _chosen(path: str) -> list[Location]:
 
 
 def _facts(path: Location) -> dict[str, Any]:
-    """Of a checkpoint, as JSON."""
+    """Return the facts of a checkpoint as JSON."""
     facts: dict[str, Any] = {"folder": str(path), "step": step_of(path)}
     try:
         metadata = read_metadata(path)

@@ -1,7 +1,6 @@
-"""The commands that make corpora."""
+"""The commands `prepare`, `verify` and `withdraw`, which make and maintain corpora."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,37 +22,36 @@ from data_pipeline.sources.listing import Selection
 from launchers.slurm.array import submit_commands
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.slurm.scheduler import cancel
-from pretrain.cli import argument_types as types
-from pretrain.terminal.console import display, said, say
+from pretrain.cli.arguments import BYTELOOM_COMMAND, CORPORA_PANEL, parse_location, parse_path
+from pretrain.terminal.console import display, messages, say
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.tables import JsonOption, Table, print_json
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-BYTELOOM = (sys.executable, "-P", "-m", "pretrain.cli.entry")
-OF_THE_ARRAY = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
-OF_THE_SUBMISSION = {*OF_THE_ARRAY, "workers", "task", "of", "merge", "slurm"}
-"""Parameters of `prepare` that a task is not given, or not as they are."""
+ARRAY_OPTIONS = {"tasks", "parallel", "cluster", "partition", "account", "memory", "time_limit"}
+SUBMISSION_OPTIONS = {*ARRAY_OPTIONS, "workers", "task", "of", "merge", "slurm"}
+"""Parameters of `prepare` that the tasks of an array do not receive unchanged."""
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-FILES, READING, CORPUS, WORK, ARRAY = "Which files", "How to read them", "The corpus", "The work", "On a Slurm cluster"
+FILES, READING, CORPUS, WORK, ARRAY = "Selection", "Readers", "Corpus", "Work", "Slurm"
 
 
-@app.command("prepare")
+@app.command("prepare", rich_help_panel=CORPORA_PANEL)
 def prepare_command(
     context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders (searched for files), and URLs of both.", show_default=False, parser=types.location
+            metavar="SOURCE", help="Files, folders, and URLs of both.", show_default=False, parser=parse_location
         ),
     ],
     out: Annotated[
-        Path, _option(CORPUS, "Corpus folder to write. It must not exist.", show_default=False, parser=types.path)
+        Path, _option(CORPUS, "Corpus folder to write; must not exist.", show_default=False, parser=parse_path)
     ],
     include: Annotated[list[str] | None, _option(FILES, "Read only files that match this glob (repeatable).")] = None,
     exclude: Annotated[
@@ -62,58 +60,52 @@ def prepare_command(
     gitignore: Annotated[
         bool, _option(FILES, "Skip files that .gitignore excludes.", "--gitignore")
     ] = Selection.gitignore,
-    max_documents: Annotated[
-        int | None, _option(FILES, "Read at most this many documents of each source, from the first.")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, _option(FILES, "Read at most this many raw bytes of each source, from the first document.")
-    ] = None,
+    max_documents: Annotated[int | None, _option(FILES, "Read at most this many documents of each source.")] = None,
+    max_bytes: Annotated[int | None, _option(FILES, "Read at most this many raw bytes of each source.")] = None,
     deduplicate: Annotated[
         bool,
-        _option(FILES, "Keep one of several documents with the same bytes, and split by content.", "--deduplicate"),
+        _option(FILES, "Drop duplicate documents, and split by content.", "--deduplicate"),
     ] = PrepareOptions.deduplicate,
     skip_bad: Annotated[
-        bool, _option(FILES, "Skip documents that cannot be read, and report them.", "--skip-bad")
+        bool, _option(FILES, "Skip and report documents that cannot be read.", "--skip-bad")
     ] = PrepareOptions.skip_bad,
     reader: Annotated[
         Reader,
-        _option(READING, "How to read files: auto decides by suffix, files reads their bytes unchanged."),
+        _option(READING, "auto chooses by suffix; files reads bytes unchanged."),
     ] = ReadOptions.reader,
     text_field: Annotated[
-        str, _option(READING, "Field of JSON lines, or column of Parquet, that holds the document.", "--field")
+        str, _option(READING, "JSON field or Parquet column of the document.", "--field")
     ] = ReadOptions.field,
     member: Annotated[
-        list[str] | None, _option(READING, "Suffix of the tar members to read (repeatable). Default: all members.")
+        list[str] | None, _option(READING, "Suffix of tar members to read (repeatable). Default: all.")
     ] = None,
     image_size: Annotated[
-        int | None, _option(READING, "Scale the centre square of each image to this many pixels a side.")
+        int | None, _option(READING, "Scale the centre square of images to this many pixels a side.")
     ] = ReadOptions.image_size,
     image_filter: Annotated[
         Literal["lanczos", "box"], _option(READING, "Filter that scales images.")
     ] = ReadOptions.image_filter,
     image_scan: Annotated[
         Literal["raster", "patch"],
-        _option(READING, "Order of an image's bytes: raster is row by row, patch is tile by tile."),
+        _option(READING, "Order of an image's bytes: by row, or by tile."),
     ] = ReadOptions.image_scan,
     patch_size: Annotated[
-        int, _option(READING, "Bytes of one tile of the patch scan: three times a square number.")
+        int, _option(READING, "Bytes of a tile of the patch scan: 3 times a square.")
     ] = ReadOptions.patch_size,
     audio_rate: Annotated[
-        int | None, _option(READING, "Resample sound to this many samples per second. Default: its own rate.")
+        int | None, _option(READING, "Resample sound to this rate in Hz. Default: keep the rate.")
     ] = ReadOptions.audio_rate,
-    mono: Annotated[bool, _option(READING, "Mix all channels of sound into one.", "--mono")] = False,
+    mono: Annotated[bool, _option(READING, "Mix the channels of sound into one.", "--mono")] = False,
     skip_binary: Annotated[
         bool, _option(READING, "Skip files that are not UTF-8 text.", "--skip-binary")
     ] = ReadOptions.skip_binary,
     modality: Annotated[
-        str | None, _option(READING, f"Modality of every document: {', '.join(MODALITIES)}. Default: by suffix.")
+        str | None, _option(READING, f"Modality of all documents: {', '.join(MODALITIES)}. Default: by suffix.")
     ] = ReadOptions.modality,
     holdout: Annotated[
-        float, _option(CORPUS, "Share of documents for OUT/validation, chosen by hash. The others go to OUT/train.")
+        float, _option(CORPUS, "Share of documents for OUT/validation, chosen by hash; the rest is OUT/train.")
     ] = PrepareOptions.holdout,
-    seed: Annotated[
-        int, _option(CORPUS, "Seed of the shuffle and of the choice of held-out documents.")
-    ] = PrepareOptions.seed,
+    seed: Annotated[int, _option(CORPUS, "Seed of the shuffle and of the holdout.")] = PrepareOptions.seed,
     block_bytes: Annotated[int, _option(CORPUS, "Largest size of a block, in raw bytes.")] = PrepareOptions.block_bytes,
     shard_bytes: Annotated[
         int, _option(CORPUS, "Approximate size of a shard, in raw bytes.")
@@ -123,39 +115,34 @@ def prepare_command(
         int | None,
         _option(WORK, "Number of processes. Default: one for each processor; with --slurm, one for each task.", min=1),
     ] = None,
-    task: Annotated[
-        int, _option(WORK, "Number of this task of an array, counted from 0. All tasks name the same OUT.")
-    ] = 0,
-    of: Annotated[int, _option(WORK, "Number of tasks of the array. It may change when the work is continued.")] = 1,
-    merge: Annotated[
-        bool, _option(WORK, "Make OUT when all shards are written, or leave that to a later call.")
-    ] = True,
+    task: Annotated[int, _option(WORK, "Index of this task in an array, from 0. All tasks share OUT.")] = 0,
+    of: Annotated[int, _option(WORK, "Number of tasks of the array. May change on resuming.")] = 1,
+    merge: Annotated[bool, _option(WORK, "Make OUT once all shards are written, or leave it to a later call.")] = True,
     slurm: Annotated[
         bool, _option(ARRAY, "Submit an array of tasks, and a job that merges their results.", "--slurm")
     ] = False,
     tasks: Annotated[int, _option(ARRAY, "Number of tasks of the array.", min=1)] = 8,
-    parallel: Annotated[
-        int | None, _option(ARRAY, "Largest number of tasks that run at once. Default: all.", min=1)
-    ] = None,
+    parallel: Annotated[int | None, _option(ARRAY, "Most tasks that run at once. Default: all.", min=1)] = None,
     cluster: Annotated[
-        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=types.location)
+        str, _option(ARRAY, "Cluster preset (cpu, gpu) or a .yaml file.", parser=parse_location)
     ] = "cpu",
     partition: Annotated[str | None, _option(ARRAY, "Slurm partition.")] = None,
-    account: Annotated[str | None, _option(ARRAY, "Slurm account that is charged.")] = None,
+    account: Annotated[str | None, _option(ARRAY, "Slurm account to charge.")] = None,
     memory: Annotated[str | None, _option(ARRAY, "Memory of each task, such as 4G.")] = None,
     time_limit: Annotated[
         str | None,
         _option(
             ARRAY,
-            "Time limit of one start of a task, such as 12:00:00. A task that needs longer is started again.",
+            "Time limit of a task, such as 12:00:00. A task that needs longer restarts.",
             "--time",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn files into a corpus: tar shards of compressed blocks, with manifest and index.
+    """Turn files into a corpus of tar shards.
 
-    If it is stopped or killed, the same command continues. OUT.partial holds the work in progress.
+    If the command is stopped or killed, run it again to resume.
+    OUT.partial holds the work in progress.
     """
     options = PrepareOptions(
         selection=Selection(tuple(include or ()), tuple(exclude or ()), gitignore),
@@ -182,10 +169,10 @@ def prepare_command(
         level=level,
         skip_bad=skip_bad,
     )
-    if not slurm and (of_the_array := _given(context, OF_THE_ARRAY)):
-        raise CorpusError(f"{of_the_array[0].partition('=')[0]} needs --slurm")
+    if not slurm and (given := _given(context, ARRAY_OPTIONS)):
+        raise CorpusError(f"{given[0].partition('=')[0]} needs --slurm")
     if slurm and as_json:
-        raise CorpusError("--json is not for --slurm, which prints the ids of the jobs")
+        raise CorpusError("--json does not work with --slurm, which prints the ids of the jobs")
     if slurm:
         asked = {"cpus_per_process": workers or 1, "partition": partition, "account": account}
         asked |= {"memory": memory, "time": time_limit}
@@ -206,10 +193,10 @@ def prepare_command(
     if report.was_finished:
         say(f"{out} exists already, made from the same sources with the same options")
     if report.left_out:
-        left_out_table(report, out).print(said)
+        left_out_table(report, out).print(messages)
     for part in report.parts:
         with Corpus(out / part) as corpus:
-            say(f"{out / part}: {_in_a_line(corpus)}")
+            say(f"{out / part}: {_summary(corpus)}")
     say(f"{count(report.documents, 'document')} in {duration(time.perf_counter() - started)}")
     if as_json:
         print_json(report.as_json())
@@ -218,9 +205,9 @@ def prepare_command(
 def _submit(
     context: typer.Context, sources: list[str], out: Path, tasks: int, parallel: int, cluster: ClusterConfig
 ) -> None:
-    """Submits the same command as the tasks of an array, and once more to merge what they made.
+    """Submit this command as the tasks of an array, and as a job that merges their results.
 
-    The merge begins however they end: it does what is left, or says why that cannot be done.
+    The merge runs even if tasks fail: it does the remaining work, or reports why it cannot.
     """
     if cluster.scheduler != "slurm":
         raise CorpusError("--cluster names a preset for this machine, not for Slurm; leave out --slurm")
@@ -230,7 +217,8 @@ def _submit(
         if "://" not in source and not Path(source).exists():
             raise CorpusError(f"no such file or folder: {source}")
     names = {option.name or "" for option in context.command.params}
-    same = [*BYTELOOM, "prepare", f"--workers={cluster.cpus_per_process}", *_given(context, names - OF_THE_SUBMISSION)]
+    given = _given(context, names - SUBMISSION_OPTIONS)
+    same = [*BYTELOOM_COMMAND, "prepare", f"--workers={cluster.cpus_per_process}", *given]
     each = [[*same, f"--task={number}", f"--of={tasks}", "--no-merge", "--", *sources] for number in range(tasks)]
     jobs = out.with_name(f"{out.name}.jobs")
     array = submit_commands(each, jobs, f"prepare-{out.name}", cluster, parallel)
@@ -247,7 +235,7 @@ def _submit(
 
 
 def _given(context: typer.Context, names: set[str]) -> list[str]:
-    """Those of some options that were given to this command, as they could be typed again."""
+    """Return the options of some names that were typed, as words of a command line."""
     words = []
     for option in context.command.params:
         name = option.name or ""
@@ -262,25 +250,28 @@ def _given(context: typer.Context, names: set[str]) -> list[str]:
     return words
 
 
-@app.command("verify")
+@app.command("verify", rich_help_panel=CORPORA_PANEL)
 def verify_command(
     location: Annotated[
         str,
-        typer.Argument(metavar="CORPUS", help="Corpus: a folder or a URL.", show_default=False, parser=types.location),
+        typer.Argument(metavar="CORPUS", help="Corpus: folder or URL.", show_default=False, parser=parse_location),
     ],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Repair a damaged folder: make index and manifest again from the shards.")
+        bool, typer.Option("--repair", help="Rebuild the index and manifest of a damaged folder from its shards.")
     ] = False,
     mirror: Annotated[
         str | None,
         typer.Option(
-            help="With --repair: folder or URL of a copy that still has the lost blocks and shards.",
-            parser=types.location,
+            help="With --repair: copy of the corpus (folder or URL) to take lost blocks and shards from.",
+            parser=parse_location,
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Number of shards read at once.")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1, help="Shards read at once.")] = os.cpu_count() or 1,
 ) -> None:
-    """Check every byte of a corpus: manifest, index and shards; name each damaged block."""
+    """Check every byte of a corpus, or repair it.
+
+    Compares manifest, index and shards, and names each damaged block.
+    """
     if mirror is not None and not repair:
         raise CorpusError("--mirror needs --repair")
     if repair and "://" in location:
@@ -298,19 +289,24 @@ def verify_command(
     say(f"{location}: intact, every byte is as it was written")
 
 
-@app.command("withdraw")
+@app.command("withdraw", rich_help_panel=CORPORA_PANEL)
 def withdraw_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=types.path)
+        Path, typer.Argument(metavar="CORPUS", help="Corpus folder.", show_default=False, parser=parse_path)
     ],
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys of documents.", show_default=False)] = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="Keys of documents.", show_default=False)
+    ] = None,
     listed: Annotated[
         Path | None,
-        typer.Option("--list", help="File with one key on each line. Blank lines are skipped.", parser=types.path),
+        typer.Option("--list", help="File with one key on each line.", parser=parse_path),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Number of blocks read at once.")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1, help="Blocks read at once.")] = os.cpu_count() or 1,
 ) -> None:
-    """Withdraw documents from a corpus: no run reads them from now on. The shards do not change."""
+    """Exclude documents of a corpus from all future reading.
+
+    The shards do not change.
+    """
     if not keys and listed is None:
         raise typer.BadParameter("no document is named; give keys, or a file of keys with --list")
     try:
@@ -324,7 +320,7 @@ def withdraw_command(
 
 
 def left_out_table(report: PrepareReport, out: Path) -> Table:
-    """Return how many documents of each source were left out, by reason."""
+    """Return a table of the documents that were left out, by source and reason."""
     table = Table(f"left out; {out}/skipped.jsonl names each", ["source", "reason", "documents"], ["documents"])
     for source in report.sources:
         for reason, number in sorted(source.left_out.items()):
@@ -332,7 +328,7 @@ def left_out_table(report: PrepareReport, out: Path) -> Table:
     return table
 
 
-def _in_a_line(corpus: Corpus) -> str:
+def _summary(corpus: Corpus) -> str:
     shards = corpus.manifest["shards"]
     stored = sum(shard["bytes"] for shard in shards)
     return (

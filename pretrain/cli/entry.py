@@ -1,7 +1,7 @@
-"""The `byteloom` command. Commands of corpora and of runs, and --version, do not import models and engines.
+"""Entry point of the `byteloom` command.
 
-Those take seconds to import, as they need torch. The imports at the top of this file are quick, so that Ctrl-C meets
-`_quiet_interrupts`, and no traceback.
+Commands of corpora and of runs, and --version, do not import models and engines, which take seconds to import. The
+imports at the top of this file are fast, so that Ctrl-C finds `_quiet_interrupts` in place and prints no traceback.
 """
 
 import os
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import typer
 
 COMPLETION = "_BYTELOOM_COMPLETE"
-"""Set by the shell when it asks for completions."""
+"""Environment variable that a shell sets when it asks for completions."""
 
 
 def main() -> None:
-    """Run the command; an import that fails is reported as its other errors are."""
+    """Run the command; report a failed import like its other errors."""
     with _quiet_interrupts(), long_lived_imports():
         from pretrain.terminal.console import run
     run(_command, ())
@@ -36,9 +36,9 @@ def _command() -> None:
 
 @contextmanager
 def _quiet_interrupts() -> Iterator[None]:
-    """Have Ctrl-C end the process by the signal, without the traceback of an import."""
+    """Let Ctrl-C kill the process by the signal, without the traceback of an import."""
     earlier = signal.getsignal(signal.SIGINT)
-    if earlier is not signal.default_int_handler:  # it is ignored, for one
+    if earlier is not signal.default_int_handler:  # for example ignored
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,34 +47,32 @@ def _quiet_interrupts() -> Iterator[None]:
 
 
 def _name() -> str | None:
-    """Return the name of the command. A shell that asks for completions has it in a variable, not in arguments."""
+    """Return the name of the command. A shell that asks for completions sends it in a variable, not in arguments."""
     completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     words = completed.split() if COMPLETION in os.environ else sys.argv
     return words[1] if words[1:] else None
 
 
 def _imported(name: str | None) -> Callable[[], object]:
-    """Return what runs the command of a name, with what it needs imported and little else."""
+    """Return a function that runs a command, and import only what that command needs."""
     # ruff: noqa: PLC0415 - imports take seconds
     from data_pipeline.errors import CorpusError
     from launchers.slurm.presets import ClusterError
     from launchers.slurm.scheduler import SchedulerError
-    from pretrain.cli import corpora as corpus_commands
-    from pretrain.cli import runs as run_commands
-    from pretrain.cli import versions
+    from pretrain.cli import corpora, runs, versions
     from pretrain.terminal.console import run
     from pretrain.training.run_folder import RunFolderError
 
     if name == "--version":
         return versions.print_versions
     faults = (ClusterError, CorpusError, RunFolderError, SchedulerError)
-    if _has(corpus_commands.app, name):
-        return partial(run, corpus_commands.app, faults)
-    if _has(run_commands.app, name):
-        return partial(run, run_commands.app, faults)
-    from pretrain.cli import app as cli  # torch, models and engines
+    if _has(corpora.app, name):
+        return partial(run, corpora.app, faults)
+    if _has(runs.app, name):
+        return partial(run, runs.app, faults)
+    from pretrain.cli import app  # imports torch, models and engines
 
-    return cli.main
+    return app.main
 
 
 def _has(app: "typer.Typer", command: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""The `inspect` command: the contents of a corpus, the origin of a row of a run, the proof of what a run has read."""
+"""The `inspect` command: contents of a corpus, origin of a row of a run, proof of what a run read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from data_pipeline.stream.mixture import fingerprint_of
 from data_pipeline.stream.reading import Reading, Record, open_streams, replay
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
-from pretrain.cli import argument_types as types
-from pretrain.config import schema as configuration
+from pretrain.cli.arguments import CORPORA_PANEL, parse_location
+from pretrain.config.loading import with_overrides
 from pretrain.terminal.console import display, printable, say
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json, print_lines
 from pretrain.training.weights import is_checkpoint, store_of
@@ -26,36 +26,41 @@ from pretrain.training.weights import is_checkpoint, store_of
 app = typer.Typer()
 
 NO_WARM_UP = {"schedule": {"warmup_steps": 0}}
-"""Optimizer section that fits a run of any length."""
+"""Optimizer section that is valid for a run of any length."""
 
 
-@app.command()
-def inspect(
+@app.command("inspect", rich_help_panel=CORPORA_PANEL)
+def inspect_command(
     path: Annotated[
         str,
         typer.Argument(
-            help="A corpus (folder or URL), a run, or one checkpoint of a run.",
+            metavar="PATH",
+            help="Corpus (folder or URL), run, or checkpoint of a run.",
             show_default=False,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="For a run whose corpora were moved: data.shards=FOLDER.", show_default=False),
+        typer.Argument(
+            metavar="FIELD=VALUE",
+            help="For a run with moved corpora: data.shards=FOLDER.",
+            show_default=False,
+        ),
     ] = None,
-    sample: Annotated[
-        int, typer.Option(min=0, help="For a corpus: how many bytes of its first document to show.")
-    ] = 400,
-    step: Annotated[int | None, typer.Option(help="For a run: show where a row of this step came from.")] = None,
-    row: Annotated[int, typer.Option(help="Row of the step's batch, counted from 0.")] = 0,
+    sample: Annotated[int, typer.Option(min=0, help="For a corpus: bytes of its first document to show.")] = 400,
+    step: Annotated[int | None, typer.Option(help="For a run: show the origin of a row of this step.")] = None,
+    row: Annotated[int, typer.Option(help="Row of the step's batch, from 0.")] = 0,
     replay: Annotated[
-        bool, typer.Option("--replay", help="For a run: read everything again that it has read, and compare digests.")
+        bool, typer.Option("--replay", help="For a run: read its data again, and compare digests.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Number of threads that read, for --replay.")] = os.cpu_count()
-    or 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read, for --replay.")] = os.cpu_count() or 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in a corpus, show where a row of a run came from, or prove what a run has read."""
+    """Show the contents of a corpus, or the data that a run read.
+
+    For a run, show the origin of a row (--step, --row), or prove what the run read (--replay).
+    """
     if step is None and not replay:
         if any((Path(path) / name).exists() for name in ("run.json", "metadata.json")):
             raise CorpusError(f"{path} is a run, not a corpus: add --step and --row, or --replay")
@@ -80,17 +85,17 @@ def inspect(
 
 
 class PastReading(NamedTuple):
-    """What a run had read at a checkpoint."""
+    """The data that a run had read at a checkpoint."""
 
     checkpoint: Location
     reading: Reading
 
 
 def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
-    """Opens the corpora of a checkpoint, or of a run's newest, as it knows them. Its tensors are not looked at.
+    """Open the corpora of a checkpoint, or of a run's newest checkpoint, without reading its tensors.
 
     Raises:
-        CheckpointError: there is no checkpoint, its metadata is damaged, or the corpora are not those it was made of.
+        CheckpointError: there is no checkpoint, its metadata is damaged, or the corpora hold other bytes.
     """
     place = locate(path)
     checkpoints = [place] if is_checkpoint(place) else store_of(place).committed()
@@ -98,22 +103,22 @@ def _past_reading(path: str, overrides: Sequence[str]) -> PastReading:
         raise CheckpointError(f"{path} has no checkpoint; name a corpus, a checkpoint, or a run with a checkpoint")
     metadata = read_metadata(checkpoints[-1])
     stored = metadata.state["config"]
-    # A recipe of an older version may be refused by now, by sections that do not matter here.
+    # This version may refuse sections of an older recipe that do not matter here.
     tree = {name: stored[name] for name in ("run", "data", "model", "train")} | {"optimizer": NO_WARM_UP}
-    config = configuration.with_overrides(tree, overrides, str(metadata.folder))
+    config = with_overrides(tree, overrides, str(metadata.folder))
     only_known_holes = config.data.model_copy(update={"bad_blocks": 0})
     streams = open_streams(only_known_holes, config.model.sequence_length)
     if fingerprint_of(streams) != metadata.state["fingerprint"]:
         raise CheckpointError(
-            f"{metadata.folder} has read other bytes than its corpora hold now; if the corpora were moved, "
-            "add their place: data.shards=FOLDER, or data.mixture.NAME.shards=FOLDER"
+            f"the corpora of {metadata.folder} hold other bytes than it read; if they were moved, "
+            "add their new place: data.shards=FOLDER, or data.mixture.NAME.shards=FOLDER"
         )
     record = Record.from_state(metadata.state["reading"])
     return PastReading(metadata.folder, Reading(config.data, streams, record, None))
 
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    """Return what is in a corpus."""
+    """Return the facts of a corpus as JSON."""
     manifest = corpus.manifest
     return {
         "documents": manifest["documents"],
@@ -129,7 +134,7 @@ def corpus_facts(corpus: Corpus) -> dict[str, Any]:
 
 
 def corpus_table(location: str, found: Mapping[str, Any]) -> Table:
-    """Return the facts of a corpus, for people."""
+    """Return a table of the facts of a corpus."""
     raw, stored = found["raw_bytes"], found["stored_bytes"]
     return facts(
         location,
@@ -159,7 +164,7 @@ def _show_sample(corpus: Corpus, sample: int) -> None:
 
 
 def _row(past: PastReading, step: int, row: int) -> dict[str, Any]:
-    """Return where the ids of a row came from."""
+    """Return the origins of a row's ids as JSON."""
     mixture = past.reading.mixture
     sequence = past.reading.sequence_of(step, row)
     source, number = mixture.place(sequence)
@@ -179,7 +184,7 @@ def _row(past: PastReading, step: int, row: int) -> dict[str, Any]:
 
 
 def row_table(found: Mapping[str, Any]) -> Table:
-    """Return where the ids of a row came from, for people."""
+    """Return a table of the origins of a row's ids."""
     title = (
         f"step {found['step']}, row {found['row']}: sequence {found['sequence']:,} of the run, "
         f"number {found['number']:,} of {found['source']}, {found['corpus']}"
@@ -197,7 +202,7 @@ def row_table(found: Mapping[str, Any]) -> Table:
 
 
 def row_summary(found: Mapping[str, Any]) -> str:
-    """Return how many ids of a row stand for no byte."""
+    """Return the number of separators and paddings of a row in a sentence."""
     return (
         f"{count(found['ids'], 'id')}: {count(found['separators'], 'separator')} between documents, "
         f"{found['padding']:,} padding"
@@ -205,7 +210,7 @@ def row_summary(found: Mapping[str, Any]) -> str:
 
 
 def _prove(past: PastReading, threads: int) -> dict[str, Any]:
-    """Read again what a run has read, and compare digests.
+    """Read again the data that a run read, and compare digests.
 
     Raises:
         CheckpointError: the corpora hold other bytes.

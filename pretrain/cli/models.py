@@ -1,4 +1,4 @@
-"""The commands that say what models there are, what they cost, and whether they fit."""
+"""The `models` commands: the catalogue of recipes, and an estimate of their memory."""
 
 import itertools
 import string
@@ -11,10 +11,9 @@ import typer
 
 from byteloom.core.configs import CONFIGS
 from byteloom.core.text import count
-from pretrain.cli import argument_types as types
-from pretrain.cli.arguments import OverridesArgument, RecipeArgument
-from pretrain.config import schema as configuration
-from pretrain.config.catalogue import Recipe, read_recipes
+from pretrain.cli.arguments import OverridesArgument, RecipeArgument, check_finite, parse_path
+from pretrain.config.catalogue import CatalogueEntry, read_recipes
+from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.estimate.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
 from pretrain.models import families
@@ -28,14 +27,17 @@ def models(
     context: typer.Context,
     recipes: Annotated[
         Path,
-        typer.Option(help="Folder of recipes.", show_default="the recipes that come with Byteloom", parser=types.path),
+        typer.Option(help="Folder of recipes.", show_default="Byteloom's own", parser=parse_path),
     ] = CONFIGS,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Number of rows to measure the activations of. It takes some seconds.")
+        int | None, typer.Option(min=1, help="Also measure the activations of this many rows (slow).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List all model families and recipes: size, cost per byte, memory, and the figures of the paper."""
+    """List model families and recipes, with size, cost and memory.
+
+    Also shows the figures that the papers print.
+    """
     if context.invoked_subcommand is not None:
         return
     found = read_recipes(recipes, micro_batch)
@@ -53,18 +55,19 @@ def estimate(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=types.finite)] = 80.0,
+    memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=check_finite)] = 80.0,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a micro-batch. Default: that of the recipe.")
+        int | None, typer.Option(min=1, help="Rows of a micro-batch. Default: as in the recipe.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show whether a recipe fits into the memory of GPUs under each sharding, and the largest micro-batch that fits.
+    """Estimate whether a recipe fits into the memory of GPUs.
 
-    This measures activations without a GPU: once with all of them kept, and once with activation checkpointing, as in
-    the recipe or of every block.
+    Shows each sharding and the largest micro-batch that fits.
+    Measures activations without a GPU: once with all of them kept,
+    and once with activation checkpointing, as in the recipe or of every block.
     """
-    config = configuration.load(recipe, overrides or [])
+    config = load(recipe, overrides or [])
     precision = gpu_precision(config.engine.precision)
     dtype = compute_dtype(precision)
     rows = micro_batch or config.train.micro_batch
@@ -110,8 +113,8 @@ def estimate(
     )
 
 
-def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
-    """Yield a table for each family that has recipes, which it lists by task."""
+def catalogue(recipes: Sequence[CatalogueEntry], folder: Path) -> Iterator[Table]:
+    """Yield a table of recipes, grouped by task, for each family that has some."""
     letters = _letters(recipes)
     is_measured = any(recipe.activations is not None for recipe in recipes)
     numbers = ["params", "printed", "forward", "training", "states", *(["kept"] if is_measured else [])]
@@ -136,7 +139,7 @@ def catalogue(recipes: Sequence[Recipe], folder: Path) -> Iterator[Table]:
         yield table
 
 
-def legend(recipes: Sequence[Recipe], folder: Path, micro_batch: int | None) -> list[str]:
+def legend(recipes: Sequence[CatalogueEntry], folder: Path, micro_batch: int | None) -> list[str]:
     """Return the lines that explain the catalogue's columns."""
     lines = [
         "recipe: the name that commands take, as in `byteloom train debug`."
@@ -153,21 +156,21 @@ def legend(recipes: Sequence[Recipe], folder: Path, micro_batch: int | None) -> 
     return lines
 
 
-def _letters(recipes: Sequence[Recipe]) -> dict[str, str]:
+def _letters(recipes: Sequence[CatalogueEntry]) -> dict[str, str]:
     """Return a letter for each remark on a printed size."""
     remarks = dict.fromkeys(recipe.printed_remark for recipe in recipes if recipe.printed_remark)
     return dict(zip(remarks, string.ascii_lowercase, strict=False))
 
 
-def _name(recipe: Recipe, folder: Path) -> str:
-    """Return a recipe's path in its folder, without .yaml."""
+def _name(recipe: CatalogueEntry, folder: Path) -> str:
+    """Return the path of a recipe in its folder, without .yaml."""
     return recipe.path.relative_to(folder).with_suffix("").as_posix()
 
 
 def estimate_table(
     title: str, found: Sequence[Sharding], plain: Line, checkpointed: Line, rows: int, usable: float
 ) -> Table:
-    """Return the memory of each sharding, with and without activation checkpointing."""
+    """Return a table of the memory of each sharding, with and without activation checkpointing."""
     numbers = ["rows", "in all", "weights", "gradients", "optimizer", "activations"]
     table = Table(title, ["sharding", "verdict", *numbers], numbers)
     for kept, line in (("all activations kept", plain), ("activation checkpointing", checkpointed)):
@@ -189,7 +192,7 @@ def estimate_table(
 
 
 def verdict(found: Sequence[Sharding], plain: Line, checkpointed: Line, rows: int, usable: float) -> str:
-    """Return whether a micro-batch fits, in a sentence."""
+    """Return a sentence that tells whether a micro-batch fits."""
     fitting = {
         how: [sharding.name for sharding in found if sharding.bytes + line.at(rows) <= usable]
         for how, line in (("with all activations kept", plain), ("with activation checkpointing", checkpointed))
@@ -208,7 +211,7 @@ def _gib(count: float) -> str:
     return figure(count / 2**30)
 
 
-def _as_json(recipe: Recipe) -> dict[str, Any]:
+def _as_json(recipe: CatalogueEntry) -> dict[str, Any]:
     return asdict(recipe) | {
         "path": str(recipe.path),
         "training_flops_per_byte": recipe.training_flops_per_byte,

@@ -1,4 +1,4 @@
-"""The commands that look after runs: how they fare, what they say, and their end."""
+"""The commands `status`, `logs` and `cancel`."""
 
 import os
 import signal
@@ -16,32 +16,32 @@ from byteloom.core.text import count
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Phase
 from launchers.supervision.record import last_submission
-from pretrain.cli import argument_types as types
+from pretrain.cli.arguments import RUNS_PANEL, parse_path
 from pretrain.terminal.console import say
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
 from pretrain.training.run_folder import RunFolder, RunFolderError
 from pretrain.training.run_status import RunStatus, check_run, find_runs, status_of, statuses_of
 
-POLL_SECONDS = 0.2
+LOG_POLL_SECONDS = 0.2
 STATE_SECONDS = 2.0
-"""Between two questions whether a run that is followed goes on."""
+"""Seconds between two checks whether a followed run has ended."""
 IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=types.path)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=parse_path)]
 
 
-@app.command("status")
+@app.command("status", rich_help_panel=RUNS_PANEL)
 def status_command(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN]...", help="Runs, or folders of runs. Default: runs.", parser=types.path),
+        typer.Argument(metavar="RUN", help="Runs, or folders of runs. Default: runs.", parser=parse_path),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the state of runs: queued, running, stopped or finished; their progress; and why they were restarted."""
+    """Show the state, progress and restarts of runs."""
     found = statuses_of(find_runs(runs or [Path("runs")]))
     if as_json:
         print_json([asdict(each) for each in found])
@@ -56,29 +56,32 @@ def status_command(
         )
 
 
-@app.command("logs")
+@app.command("logs", rich_help_panel=RUNS_PANEL)
 def logs_command(
     run: RunPath,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the run ends.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the log.")] = 0,
 ) -> None:
-    """Print the log of one rank of a run, from all its starts."""
+    """Print the log of one rank of a run."""
     check_run(run)
     log = RunFolder(run).log_of(rank)
     submission = last_submission(run)
     if not log.exists() and submission is not None and not follow:
-        log = submission / "ranks" / f"rank-{rank:05d}.log"  # it has not come to train
+        log = submission / "ranks" / f"rank-{rank:05d}.log"  # the rank has not started to train
     if not log.exists() and not follow:
         raise RunFolderError(f"{log} does not exist: rank {rank} has logged nothing yet, or the run has no such rank")
-    with suppress(BrokenPipeError, KeyboardInterrupt):  # whoever reads has had enough
+    with suppress(BrokenPipeError, KeyboardInterrupt):  # the reader closed the pipe or pressed Ctrl-C
         for piece in _pieces(run, log, follow):
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
 
 
-@app.command("cancel")
+@app.command("cancel", rich_help_panel=RUNS_PANEL)
 def cancel_command(run: RunPath) -> None:
-    """Stop a run: cancel its job, or ask its processes to save a checkpoint and stop."""
+    """Stop a run.
+
+    Cancels its job, or asks its processes to save a checkpoint and stop.
+    """
     status = status_of(run)
     if status.process is not None:
         os.kill(status.process, signal.SIGTERM)
@@ -97,7 +100,7 @@ def cancel_command(run: RunPath) -> None:
 
 
 def status_table(found: Sequence[RunStatus]) -> Table:
-    """Return a row for each run. A column that no run has a value for is left out."""
+    """Return a table with a row for each run, without columns that are empty for all runs."""
     rows = [
         {
             "run": Path(each.run).name,
@@ -130,7 +133,7 @@ def _checkpoint(status: RunStatus) -> str:
 
 
 def status_remark(status: RunStatus) -> str:
-    """Return what the table does not say of a run, in one line: where it runs, its starts, and why it ended."""
+    """Return a line about a run that adds to the table: its job, starts, and reason of its end."""
     where = f" on {status.nodes}" if status.nodes else ""
     job = f"job {status.job}{where}" if status.job else ""
     process = f"process {status.process}{where}" if status.process and not status.job else ""
@@ -140,7 +143,7 @@ def status_remark(status: RunStatus) -> str:
 
 
 def _pieces(run: Path, log: Path, follow: bool) -> Iterator[bytes]:
-    """What a log holds; with `follow`, what comes after too, until the run is over."""
+    """Yield the bytes of a log; with `follow`, also those written until the run ends."""
     offset, looked, is_over = 0, float("-inf"), not follow
     while True:
         if log.exists():
@@ -151,8 +154,8 @@ def _pieces(run: Path, log: Path, follow: bool) -> Iterator[bytes]:
                     yield piece
         if is_over:
             return
-        if time.monotonic() - looked > STATE_SECONDS:  # what was said before it was over is still to be read
+        if time.monotonic() - looked > STATE_SECONDS:  # then read once more
             looked = time.monotonic()
             is_over = status_of(run).state not in (*IN_THE_QUEUE, Phase.UNKNOWN)
         if not is_over:
-            time.sleep(POLL_SECONDS)
+            time.sleep(LOG_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""`byteloom submit`: the run that a recipe describes, as a job that looks after itself."""
+"""The `submit` command: train a run as a supervised job of a cluster."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,40 +13,37 @@ from launchers.submission import Submission
 from launchers.supervision.record import last_submission
 from launchers.supervision.supervisor import Plan
 from pretrain.checkpoint import locate
-from pretrain.cli import argument_types as types
-from pretrain.cli.arguments import OverridesArgument, complete_recipe
-from pretrain.config import schema as configuration
+from pretrain.cli.arguments import TRAINING_PANEL, OverridesArgument, complete_recipe, parse_location
+from pretrain.cli.train import TRAIN_ENTRY
+from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
 from pretrain.terminal.console import say
 from pretrain.training.run_folder import RunFolder
 
-TRAIN_ENTRY = "pretrain.cli.app:start"
-"""What launchers call by name, once a rank."""
-
 app = typer.Typer()
 
 
-@app.command("submit")
+@app.command("submit", rich_help_panel=TRAINING_PANEL)
 def submit_command(
     recipe: Annotated[
         str,
         typer.Argument(
             metavar="RECIPE|RUN",
-            help="Recipe: its name or its .yaml file. Or the folder of a run, to submit it again.",
+            help="Recipe (name or .yaml file), or folder of a run to submit again.",
             show_default=False,
             autocompletion=complete_recipe,
-            parser=types.location,
+            parser=parse_location,
         ),
     ],
     overrides: OverridesArgument = None,
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Cluster preset (gpu, cpu, local) or a .yaml file. Default: that of the last submission.",
-            parser=types.location,
+            help="Preset (gpu, cpu, local) or .yaml file. Default: as last time.",
+            parser=parse_location,
         ),
     ] = None,
-    nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4 to accept any number between.")] = None,
+    nodes: Annotated[str | None, typer.Option(help="Number of nodes: 4, or 2-4.")] = None,
     processes: Annotated[
         int | None,
         typer.Option("--processes-per-node", help="Number of ranks on each node. Default: one for each GPU."),
@@ -55,21 +52,22 @@ def submit_command(
     cpus: Annotated[int | None, typer.Option("--cpus-per-process", help="Number of processors of each rank.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account that is charged.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account to charge.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
     time: Annotated[
         str | None,
-        typer.Option(
-            help="Time limit of one start: 90 (minutes), 12:00:00 or 2-00:00:00. A longer run is started again."
-        ),
+        typer.Option(help="Time limit of a job: 90 (minutes), 12:00:00 or 2-00:00:00. A longer run restarts."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch script and the recipe, and submit nothing.")
+        bool, typer.Option("--dry-run", help="Print the batch script and the recipe; submit nothing.")
     ] = False,
 ) -> None:
-    """Submit a run to a cluster, or resume one there. A supervisor restarts it, requeues it, or gives it up."""
+    """Submit a run to a cluster, or resume it there.
+
+    A supervisor restarts the run after failures, requeues its job, or ends it.
+    """
     earlier = last_submission(Path(recipe))
-    file = configuration.find(_recipe_of_run(Path(recipe), earlier) or recipe)
+    file = find(_recipe_of_run(Path(recipe), earlier) or recipe)
     options = {
         "nodes": nodes,
         "processes_per_node": processes,
@@ -84,7 +82,7 @@ def submit_command(
     if cluster is None and earlier is None:
         raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
-    config = configuration.load(file, overrides or [])
+    config = load(file, overrides or [])
     for warning in config.warnings():
         say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()
@@ -104,7 +102,7 @@ def submit_command(
 
 
 def _recipe_of_run(folder: Path, submission: Path | None) -> Path | None:
-    """Return the resolved recipe that a run was started with last; None where the folder is not a run's."""
+    """Return the resolved recipe of a run's last start, or None if the folder is not a run."""
     recipe = (submission or folder) / "config.yaml"
     return recipe if recipe.is_file() else None
 
@@ -113,14 +111,17 @@ def submission_of(run: Path, config: Config, cluster: ClusterConfig, source: Map
     """Return the job of a run.
 
     Args:
-        source: what `trace` says of the recipe.
+        run: its folder.
+        config: its config.
+        cluster: resources of the job.
+        source: provenance of the recipe, from `trace`.
     """
     recipe = config.as_yaml()
     return Submission(run, recipe, plan_of(run, config, cluster), cluster, source_text(recipe, source))
 
 
 def plan_of(run: Path, config: Config, cluster: ClusterConfig) -> Plan:
-    """What the supervisor of a run is told."""
+    """Return the plan that the supervisor of a run follows."""
     home = locate(RunFolder(run).checkpoints_in(config.checkpoint.home))
     return Plan(
         entry=TRAIN_ENTRY,

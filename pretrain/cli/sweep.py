@@ -1,19 +1,18 @@
-"""`byteloom sweep`: a run for each point of a grid of overrides, on a cluster or here, one after the other.
+"""The `sweep` command: one run for each point of a grid of overrides, on a cluster or on this machine.
 
     RECIPE  a=1,2  b=x,y  c=3  ──▶  NAME-a-1-b-x, NAME-a-1-b-y, NAME-a-2-b-x, NAME-a-2-b-y
 
     ROOT/NAME.sweep/
-        sweep.json      the sweep's id, by which MLflow knows it; the grid and the runs of the last start
-        …               what the array's submission writes; see launchers/submission.py
+        sweep.json      the sweep's id in MLflow; the grid and the runs of the last start
+        …               files of the array's submission; see launchers/submission.py
 
-The same command again goes on with the runs that are not done, and may have more values than before.
+The same command resumes the unfinished runs. It may add values.
 """
 
 import itertools
 import json
 import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,49 +28,50 @@ from byteloom.core.state_files import read_json
 from launchers.local import STOPPED
 from launchers.slurm.presets import load_cluster
 from launchers.submission import submit_array
-from pretrain.cli import argument_types as types
-from pretrain.cli.arguments import RecipeArgument
+from pretrain.cli.arguments import BYTELOOM_COMMAND, TRAINING_PANEL, RecipeArgument, parse_location
 from pretrain.cli.submit import submission_of
-from pretrain.config import schema as configuration
-from pretrain.config.schema import Config, ConfigError
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import find, load
+from pretrain.config.schema import Config
 from pretrain.terminal.console import say
 from pretrain.tracking import ParentRun, fault_of, shown
 from pretrain.training.run_status import status_of
 
-POLL_SECONDS = 0.2
-BYTELOOM = (sys.executable, "-P", "-m", "pretrain.cli.entry")
+SWEEP_POLL_SECONDS = 0.2
 
 app = typer.Typer()
 
 
-@app.command("sweep")
+@app.command("sweep", rich_help_panel=TRAINING_PANEL)
 def sweep_command(
     recipe: RecipeArgument,
     overrides: Annotated[
         list[str],
         typer.Argument(
-            help="Fields with their values: optimizer.learning_rate=1e-3,3e-4 train.seed=0,1 is a grid of four runs.",
+            metavar="FIELD=VALUES",
+            help="Grid: train.seed=0,1 model.patch_size=4,8 is four runs.",
             show_default=False,
         ),
     ],
     parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Largest number of runs at once. Default: 1 on this machine, all on a cluster."),
+        typer.Option(min=1, help="Most runs at once. Default: 1 on this machine, all on a cluster."),
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(
-            help="Slurm preset (gpu, cpu) or a .yaml file. Default: train on this machine.", parser=types.location
-        ),
+        typer.Option(help="Slurm preset (gpu, cpu) or .yaml file. Default: train here.", parser=parse_location),
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="Number of nodes of each run.")] = None,
     processes: Annotated[int | None, typer.Option("--processes-per-node", help="Number of ranks on each node.")] = None,
     gpus: Annotated[int | None, typer.Option("--gpus-per-node", help="Number of GPUs of each node.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account that is charged.")] = None,
-    time_limit: Annotated[str | None, typer.Option("--time", help="Time limit of one start of a run.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account to charge.")] = None,
+    time_limit: Annotated[str | None, typer.Option("--time", help="Time limit of the job of a run.")] = None,
 ) -> None:
-    """Train one run for each combination of values. MLflow shows the runs together."""
+    """Train one run for each combination of values.
+
+    MLflow groups the runs. Repeat the command to resume the unfinished ones.
+    """
     options = {"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus}
     options |= {"partition": partition, "account": account, "time": time_limit}
     if cluster is None and (given := [name for name, value in options.items() if value is not None]):
@@ -80,7 +80,7 @@ def sweep_command(
     if chosen is not None and chosen.scheduler != "slurm":
         raise ConfigError(f"--cluster {cluster} is a preset of this machine; leave out --cluster to train here")
     name, configs = _configs(recipe, overrides)
-    source = trace(configuration.find(recipe))
+    source = trace(find(recipe))
     first = next(iter(configs.values()))
     root = Path(first.run.root)
     folder = root / f"{name}.sweep"
@@ -107,23 +107,22 @@ def sweep_command(
 
 
 def _configs(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, Config]]:
-    """The name of a sweep, and the configs of its runs by their names.
+    """Return the name of a sweep, and the configs of its runs by their names.
 
     Raises:
         ConfigError: the recipe or an override is wrong.
     """
     points = grid(overrides)
-    name = configuration.load(recipe, next(iter(points.values()))).run.name
+    name = load(recipe, next(iter(points.values()))).run.name
     runs = {f"{name}-{point}": values for point, values in points.items()}
-    return name, {run: configuration.load(recipe, [*values, f"run.name={run}"]) for run, values in runs.items()}
+    return name, {run: load(recipe, [*values, f"run.name={run}"]) for run, values in runs.items()}
 
 
 def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """The points of a grid: its overrides, by the part of the run's name that says which values it has.
+    """Return the overrides of each point of a grid, by the suffix of the run's name that shows its values.
 
     Raises:
-        ConfigError: an override is not of the form, there is no field with several values, or two points would have one
-            name.
+        ConfigError: an override is malformed, no field has several values, or two points would share a name.
     """
     axes = {field: _values(field, text) for field, _, text in (override.partition("=") for override in overrides)}
     if len(axes) < len(overrides):
@@ -148,14 +147,14 @@ def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _values(field: str, text: str) -> list[str]:
-    """The values of "1e-3,3e-4", each as it was written; commas within brackets do not part them."""
+    """Return the values of a list such as "1e-3,3e-4" as text; commas within brackets do not separate values."""
     if not field or not text:
         raise ConfigError(f"override {field!r}={text!r} is not of the form section.field=value,value")
     return re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", text)
 
 
 def _plain(value: str) -> str:
-    """A value as part of a file name."""
+    """Return a value in the form in which it appears in a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_") or "none"
 
 
@@ -165,7 +164,7 @@ class _StoredSweep:
 
 
 def _identity(folder: Path, overrides: Sequence[str], runs: Sequence[str]) -> str:
-    """The id of a sweep, new or that of its first start."""
+    """Return the id of a sweep, which stays the same when it resumes."""
     path = folder / "sweep.json"
     stored = read_json(path, _StoredSweep, "remove it, and MLflow shows the sweep as a new one")
     identity = stored.id if stored else uuid.uuid4().hex
@@ -175,20 +174,20 @@ def _identity(folder: Path, overrides: Sequence[str], runs: Sequence[str]) -> st
 
 
 def _parent(config: Config, name: str, identity: str, runs: int, overrides: Sequence[str]) -> ParentRun | None:
-    """The sweep's own MLflow run; none if runs are not tracked.
+    """Return the sweep's own MLflow run, or None if runs are not tracked.
 
     Raises:
-        ConfigError: MLflow cannot be told. The runs could go on without it, but not together.
+        ConfigError: MLflow refuses the run. Without it, MLflow could not group the runs.
     """
     if not config.tracking.enabled:
         return None
     try:
         return ParentRun(config.tracking, Path(config.run.root), name, identity, runs, {"sweep": " ".join(overrides)})
-    except Exception as error:  # MLflow raises many kinds; the person is told
+    except Exception as error:  # MLflow raises many kinds of errors
         uri = shown(config.tracking.store(Path(config.run.root)))
         raise ConfigError(
-            f"MLflow at {uri}: {fault_of(error)}. The runs of a sweep are shown together there; "
-            "tracking.enabled=false trains them without MLflow"
+            f"MLflow at {uri}: {fault_of(error)}. MLflow groups the runs of a sweep; "
+            "set tracking.enabled=false to train without it"
         ) from error
 
 
@@ -205,16 +204,16 @@ def _train_here(
     parallel: int,
     parent: ParentRun | None,
 ) -> int:
-    """Train the runs on this machine, so many at once; return the exit code."""
+    """Train the runs on this machine, at most `parallel` at once; return the exit code."""
     files = {name: folder / f"{name}.yaml" for name in configs}
     for name, config in configs.items():
         save_resolved(files[name], config.as_yaml(), source)
     codes = _run_all(files, parallel)
     for name in configs:
         if (root / name / "run.json").exists():
-            told = status_of(root / name)
-            bits = told.validation_bits_per_byte or told.bits_per_byte
-            say(f"{name}: {told.state} at step {told.step}" + (f", {bits:.4f} bits/byte" if bits else ""))
+            status = status_of(root / name)
+            bits = status.validation_bits_per_byte or status.bits_per_byte
+            say(f"{name}: {status.state} at step {status.step}" + (f", {bits:.4f} bits/byte" if bits else ""))
     failed = [name for name, code in codes.items() if code not in (0, *STOPPED)]
     stopped = len(codes) < len(configs) or any(code in STOPPED for code in codes.values())
     for name in failed:
@@ -225,17 +224,17 @@ def _train_here(
 
 
 def _run_all(recipes: dict[str, Path], parallel: int) -> dict[str, int]:
-    """Return the exit codes of the runs that were begun; no run begins once one was asked to stop."""
+    """Train runs; return the exit codes of those that started. No run starts after a request to stop."""
     waiting, running, codes = list(recipes), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
     while waiting or running:
         if waiting and len(running) < parallel:
             name = waiting.pop(0)
             say(f"{len(recipes) - len(waiting)} of {len(recipes)}: {name}")
-            running[name] = subprocess.Popen([*BYTELOOM, "train", str(recipes[name])])
+            running[name] = subprocess.Popen([*BYTELOOM_COMMAND, "train", str(recipes[name])])
             continue
         try:
-            time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:  # it has reached the runs too, which save
+            time.sleep(SWEEP_POLL_SECONDS)
+        except KeyboardInterrupt:  # the runs received it too, and save
             waiting = []
         for name, process in list(running.items()):
             if (code := process.poll()) is not None:

@@ -1,6 +1,6 @@
-"""What `byteloom --version` prints: the versions that numbers and speed depend on.
+"""The output of `byteloom --version`: the versions that results and speed depend on.
 
-Nothing is imported but torch, which knows the accelerator, and that may be missing or broken.
+Only torch is imported, because it knows the accelerator. It may be missing or broken.
 """
 
 import platform
@@ -10,14 +10,15 @@ import typer
 
 from byteloom.core.packages import installed_version
 
-PACKAGES = ("byteloom", "torch", "deepspeed")
 INSTRUCTIONS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}
-"""What multiplies bf16 on a CPU: torch's names, and the makers'."""
+"""CPU instructions that multiply bf16: torch's names and the vendors' names."""
 
 
 def print_versions() -> None:
     """Print the versions, a line each."""
-    byteloom, torch, deepspeed = (installed_version(name) or "not installed" for name in PACKAGES)
+    byteloom, torch, deepspeed = (
+        installed_version(name) or "not installed" for name in ("byteloom", "torch", "deepspeed")
+    )
     lines = {
         "byteloom": byteloom,
         "Python": platform.python_version(),
@@ -30,11 +31,11 @@ def print_versions() -> None:
 
 
 def describe_accelerator() -> str:
-    """Return what torch computes on: CUDA's or ROCm's version and the devices, or the CPU and its instructions."""
+    """Return the accelerator: version of CUDA or ROCm and its devices, or the CPU and its instructions."""
     try:
-        import torch  # noqa: PLC0415 - two seconds
+        import torch  # noqa: PLC0415 - takes two seconds
 
-        from byteloom.core.torch_compat import cpu_capabilities  # noqa: PLC0415 - torch
+        from byteloom.core.torch_compat import cpu_capabilities  # noqa: PLC0415 - imports torch
     except (ImportError, OSError) as error:
         return f"unknown: torch cannot be imported ({str(error).partition(chr(10))[0]})"
     if torch.cuda.is_available():

@@ -1,1 +1,1 @@
-"""The typed tree of a run: schema, loading, and checks."""
+"""Config of a run: schema, loading, explanation, checks and the catalogue of recipes."""

@@ -1,53 +1,65 @@
-"""The catalogue: what each recipe builds, its size and cost beside the paper's, without drawing a weight."""
+"""Catalogue of recipes: size and cost of each model, and the figures of its paper.
+
+Models are built on the meta device, so no weight is drawn.
+"""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from byteloom.core.configs import recipe_files
-from pretrain.config.schema import ConfigError, load
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.engines import compute_dtype, gpu_precision
 from pretrain.estimate.footprint import measure_kept, on_meta, shardings
 
 TRAINING_PASSES = 3
-"""The backward pass has two products for each of the forward's: for the inputs' gradients and for the weights'."""
-LINE = "^# {}: (.+?)\\.$"
-"""Of a recipe's opening comment."""
+"""Cost of training in forward passes: the backward pass has two products (gradients of inputs and weights) for one."""
+COMMENT_PATTERN = "^# {}: (.+?)\\.$"
+"""Pattern of a line in the opening comment of a recipe."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CatalogueEntry:
+    """A recipe, its size and cost, and the figures of its paper.
+
+    Task, printed size and result come from lines of the recipe's opening comment, such as
+    `# Printed size: 758M + 262M (why it is not the true one).`
+    """
+
     path: Path
     family: str
     task: str | None
-    """What the model reads. This and what the paper says are from lines of the recipe's opening comment, such as
-    `# Printed size: 758M + 262M (why it is not the true one).` None: there is no such line."""
+    """Kind of data that the model reads. None: the comment has no such line."""
     printed: str | None
-    """The number of parameters that the paper prints."""
+    """Number of parameters that the paper prints."""
     printed_remark: str | None
-    """Why that is not the true one."""
+    """Reason why the printed number is not the true one."""
     result: str | None
-    """The paper's."""
+    """Result that the paper prints."""
     parameters: int
     flops_per_byte: float
-    """Of the forward pass over a full row, by the bytes that it reads."""
+    """FLOPs of the forward pass over a full row, divided by its bytes."""
     states: int
     """Bytes of weights, gradients, masters and moments in one process, in the recipe's precision on a GPU."""
     activations: int | None
-    """Bytes that the forward pass over a micro-batch keeps for the backward pass. None: no micro-batch was named."""
+    """Bytes that the forward pass over a micro-batch keeps for the backward pass. None: not measured."""
 
     @property
     def training_flops_per_byte(self) -> float:
+        """FLOPs of the forward and the backward pass, per byte."""
         return TRAINING_PASSES * self.flops_per_byte
 
 
-def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
-    """Every recipe in a folder, in the order of their paths.
+def read_recipes(folder: Path, micro_batch: int | None = None) -> list[CatalogueEntry]:
+    """Return the entries of all recipes in a folder, sorted by path.
 
     Args:
-        micro_batch: rows to measure the activations of.
+        folder: the folder of the recipes.
+        micro_batch: rows of which to measure the activations; None to skip that.
+
     Raises:
-        ConfigError: one is wrong, or there is none.
+        ConfigError: a recipe is wrong, or there is none.
     """
     recipes = [_read(path, micro_batch) for path in recipe_files(folder)]
     if not recipes:
@@ -55,21 +67,21 @@ def read_recipes(folder: Path, micro_batch: int | None = None) -> list[Recipe]:
     return recipes
 
 
-def _read(path: Path, micro_batch: int | None) -> Recipe:
+def _read(path: Path, micro_batch: int | None) -> CatalogueEntry:
     config = load(path)
     dtype = compute_dtype(gpu_precision(config.engine.precision))
     model = on_meta(config.model)
     (alone,) = shardings(model, dtype, gpus=1)
     text = path.read_text(encoding="utf-8")
-    size = _said(text, "Printed size") or ""
+    size = _comment(text, "Printed size") or ""
     printed, _, remark = size.partition(" (")
-    return Recipe(
+    return CatalogueEntry(
         path=path,
         family=config.model.family,
-        task=_said(text, "Task"),
+        task=_comment(text, "Task"),
         printed=printed or None,
         printed_remark=remark.removesuffix(")") or None,
-        result=_said(text, "Result"),
+        result=_comment(text, "Result"),
         parameters=model.parameter_count(),
         flops_per_byte=model.flops(config.model.sequence_length) / config.model.sequence_length,
         states=alone.bytes,
@@ -77,6 +89,6 @@ def _read(path: Path, micro_batch: int | None) -> Recipe:
     )
 
 
-def _said(text: str, name: str) -> str | None:
-    found = re.search(LINE.format(name), text, re.MULTILINE)
+def _comment(text: str, name: str) -> str | None:
+    found = re.search(COMMENT_PATTERN.format(name), text, re.MULTILINE)
     return found[1] if found else None

@@ -1,6 +1,6 @@
-"""A copy of a recipe to edit, and beside it the JSON schema with which an editor checks and completes it.
+"""Copy a recipe to edit, with the JSON schema by which an editor checks and completes it.
 
-The copy begins with these lines, and goes on with the comments of the original:
+The copy begins with these lines, followed by the comments of the original:
 
     # yaml-language-server: $schema=byteloom.schema.json
     # Made from the recipe debug by `byteloom config new`.
@@ -18,23 +18,27 @@ import yaml
 from byteloom.core.configs import is_shipped, name_of
 from byteloom.core.files import replace_file
 from byteloom.core.text import printable
-from pretrain.config.schema import SCHEMA_TITLE, ConfigError, as_scalar, find, load, recipe_schema
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import find, load
+from pretrain.config.recipe_yaml import as_scalar
+from pretrain.config.schema import SCHEMA_TITLE, recipe_schema
 
 SCHEMA_FILE = "byteloom.schema.json"
 MODELINE, MADE, THEN = "# yaml-language-server: ", "# Made from the recipe ", "# Edit it, then: "
 ONLY_OF_THE_ORIGINAL = (MODELINE, MADE, THEN, "# Weights: ", "# Printed size: ", "# Result: ")
-"""Beginnings of comments that are not true of a copy that was edited."""
+"""Beginnings of comments that are false for an edited copy."""
 
 
 def write_copy(recipe: str, path: Path, force: bool = False) -> Path:
-    """Write a copy of a recipe, whose run has the name of the file; return the path of the schema.
+    """Write a copy of a recipe, and name its run after the file; return the path of the schema.
 
     Args:
         recipe: the name or the path of the original.
+        path: the file to write.
         force: replace a file that exists.
 
     Raises:
-        ConfigError: the original is wrong, or a file is in the way.
+        ConfigError: the original is wrong, or a file exists.
     """
     original = find(recipe)
     run = load(original).run.name
@@ -61,12 +65,12 @@ def _is_ours(schema: Path) -> bool:
 
 
 def _run_name(path: Path) -> str:
-    """Return a file's name as that of a run: of letters, digits, points, underscores and hyphens."""
+    """Return a run name from the name of a file: letters, digits, points, underscores and hyphens."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")
 
 
 def _renamed(text: str, name: str) -> str:
-    """Return a recipe with another run.name; comments stay where they are."""
+    """Return a recipe with another run.name; comments keep their columns."""
     scalar = _entry(_entry(yaml.compose(text, yaml.SafeLoader), "run"), "name")
     begin, end = scalar.start_mark.index, scalar.end_mark.index
     before, new, after = text[:begin], as_scalar(name), text[end:]
@@ -76,12 +80,12 @@ def _renamed(text: str, name: str) -> str:
 
 
 def _entry(mapping: Any, key: str) -> Any:
-    """Return the node of a key, which is there: the recipe was loaded."""
+    """Return the node of a key that exists, because the recipe was loaded."""
     return next(value for name, value in mapping.value if name.value == key)
 
 
 def _with_header(text: str, original: str, path: Path) -> str:
-    """Return a recipe whose opening comment says where it comes from, and what is still true of the original."""
+    """Return a recipe with the origin in its opening comment, and without lines that are false for a copy."""
     lines = text.splitlines(keepends=True)
     size = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     kept = "".join(line for line in lines[:size] if not line.startswith(ONLY_OF_THE_ORIGINAL))

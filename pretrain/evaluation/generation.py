@@ -1,4 +1,4 @@
-"""Bytes out of a model, one at a time in each of several rows, through its cached decoder."""
+"""Generate bytes with the cached decoder of a model, in several rows at once."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,17 +13,19 @@ from pretrain.models.base import ByteModel, Decoder
 
 
 class SamplingError(Exception):
-    """A sampling option is out of its bounds."""
+    """A sampling option is out of bounds."""
 
 
 @dataclass(frozen=True)
 class Sampling:
+    """Options that choose the next byte from its logits."""
+
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest byte."""
+    """Divisor of the logits; 0 takes the likeliest byte."""
     top_k: int | None = None
-    """Draw from the k likeliest only."""
+    """Number of likeliest bytes to draw from. None: all."""
     top_p: float = 1.0
-    """Draw from the likeliest whose probabilities first add up to p."""
+    """Probability that the likeliest bytes to draw from must add up to."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,24 +38,23 @@ class Sampling:
 
 
 def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) -> Iterator[int]:
-    """The bytes of `generate_rows` for one prompt."""
+    """Yield the bytes that `generate_rows` draws for one prompt."""
     return (byte for _, byte in generate_rows(model, [prompt], count, sampling))
 
 
 def generate_rows(
     model: ByteModel, prompts: Sequence[bytes], count: int, sampling: Sampling
 ) -> Iterator[tuple[int, int]]:
-    """At most `count` bytes that follow each prompt; fewer where the model ends the document.
+    """Yield at most `count` bytes that follow each prompt; fewer if the model ends the document.
 
-    Rows with prompts of one length go side by side, and such batches one after another, so that each prompt is read in
-    one parallel pass. What a row draws is a function of its prompt, its number and the seed; the other rows change at
-    most the rounding of its logits.
+    Rows with prompts of equal length are decoded together, so that one parallel pass reads each prompt. The draws of a
+    row depend on its prompt, its number and the seed; other rows change at most the rounding of its logits.
 
-    When the context is full, decoding goes on with its last half as the prompt of a fresh decoder. A prompt longer than
-    the context is cut to its last part in the same way. Neither happens to a model that decodes without end.
+    When the context is full, a new decoder reads its last half as the prompt. A prompt that is longer than the context
+    is cut in the same way. A model that decodes without end needs neither.
 
     Yields:
-        (row, byte): a row's own bytes in their order.
+        (row, byte): the bytes of each row in their order.
     """
     histories = {row: list(prompt) for row, prompt in enumerate(prompts)}
     if not model.decodes_without_end:
@@ -69,10 +70,10 @@ def generate_rows(
 def _side_by_side(
     model: ByteModel, histories: Mapping[int, list[int]], count: int, sampling: Sampling
 ) -> Iterator[tuple[int, int]]:
-    """`generate_rows` of rows whose histories, which it makes longer, are of one length."""
+    """Yield the bytes of rows with histories of equal length, and append them to the histories."""
     generators = [row_generator(sampling.seed, row) for row in histories]
     device = next(model.parameters()).device
-    under_way = set(histories)
+    active = set(histories)
 
     def primed(contexts: list[list[int]]) -> tuple[Decoder, Tensor]:
         decoder = model.decoder(len(contexts))
@@ -84,10 +85,10 @@ def _side_by_side(
         for (row, history), id_ in zip(histories.items(), drawn, strict=True):
             history.append(id_)
             if id_ == SEPARATOR:
-                under_way.discard(row)
-            if row in under_way:
+                active.discard(row)
+            if row in active:
                 yield row, id_
-        if produced == count or not under_way:
+        if produced == count or not active:
             return
         if model.decodes_without_end or decoder.length + 1 < model.sequence_length:
             logits = decoder.step(torch.tensor(drawn, device=device))
@@ -100,12 +101,15 @@ def _last_half(model: ByteModel, history: list[int]) -> list[int]:
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    """The random generator of one row, so that its draws are the same beside any others."""
+    """Return the random generator of a row, which is independent of the other rows."""
     return torch.Generator().manual_seed(seed_of("row", seed, row))
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """An id for each row of (rows, VOCABULARY) logits: a byte or the separator, by one draw of the row's generator."""
+    """Return an id (a byte or the separator) for each row of (rows, VOCABULARY) logits.
+
+    Each row takes one number from its generator.
+    """
     logits = logits.detach().float().cpu().clone()
     logits[:, PADDING] = float("-inf")
     if sampling.temperature == 0:
@@ -117,7 +121,7 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     probabilities, order = logits.double().softmax(1).sort(descending=True, stable=True)
     before = probabilities.cumsum(1) - probabilities
     up_to = probabilities.masked_fill(before >= sampling.top_p, 0.0).cumsum(1)
-    # A draw has 24 bits and sums have 53, so it is below the sum of all, even after rounding.
+    # A draw has 24 bits and sums have 53, so a draw is below the total even after rounding.
     uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
     chosen = (up_to <= uniform * up_to[:, -1:]).sum(1, keepdim=True)
     return order.gather(1, chosen)[:, 0].tolist()

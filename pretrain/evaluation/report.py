@@ -1,6 +1,6 @@
-"""What an evaluation says: a table for people, JSON, and curves by position as CSV and as a picture.
+"""Report of an evaluation: a table, JSON, and curves by position as CSV files and a picture.
 
-Every one of them names the mode and the stride, without which figures do not compare.
+All of them name the mode and the stride, because results of different modes or strides are not comparable.
 """
 
 import csv
@@ -12,18 +12,18 @@ from typing import Any
 
 from byteloom.core.packages import needed_by
 from byteloom.core.text import count
-from pretrain.evaluation.evaluate import Evaluation, Mode
-from pretrain.evaluation.scores import Score
+from pretrain.evaluation.modes import Mode
+from pretrain.evaluation.scores import Evaluation, Score
 from pretrain.terminal.console import printable
 from pretrain.terminal.tables import Table, figure
 
-POINTS = 128
-"""Of a curve in the picture, at most: neighbouring positions are taken together."""
+CURVE_POINTS = 128
+"""Most points of a curve in the picture; neighbouring positions are merged."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """An evaluation and how it was made."""
+class EvaluationReport:
+    """An evaluation, and the way it was made."""
 
     model: str
     corpus: str
@@ -32,20 +32,21 @@ class Report:
     stride: int
     evaluation: Evaluation
     patch_size: int | None = None
-    """None: a model without patches."""
+    """Bytes of a patch. None: the model has no patches."""
     words: int = 0
-    """Of the corpus, for perplexity by word. 0: not asked for, or there are none."""
+    """Number of words of the corpus, for perplexity per word. 0: not requested, or there are none."""
     words_of_groups: Mapping[str, int] = field(default_factory=dict)
-    """Where they were counted."""
+    """Number of words of each group, if they were counted."""
 
     @property
     def name(self) -> str:
-        """Folder name for the figures, which tells evaluations of a checkpoint apart."""
+        """Name of the folder of the figures, unique among evaluations of a checkpoint."""
         corpus = "-".join(self.corpus.rstrip("/").split("/")[-2:])
         return f"{re.sub(r'[^A-Za-z0-9._-]', '_', corpus)}-{self.mode}-{self.stride}"
 
     @property
     def title(self) -> str:
+        """Sentence that names the model, the corpus, the mode and the stride."""
         return (
             f"{self.model} on {self.corpus}, mode {self.mode}: windows of {count(self.sequence_length, 'byte')} from "
             f"the start of each document, the last {count(self.stride, 'byte')} of each are scored"
@@ -53,7 +54,7 @@ class Report:
 
     @property
     def curves(self) -> dict[str, list[Score]]:
-        """By position in the window, and in the patch if there are patches."""
+        """Scores by position in the window, and in the patch if the model has patches."""
         positions = self.evaluation.positions
         curves = {"window": positions.scores()}
         if self.patch_size is not None:
@@ -61,7 +62,7 @@ class Report:
         return curves
 
     def table(self) -> Table:
-        """Return the scores of each group of documents, and of all."""
+        """Return a table of the scores of each group of documents, and of all documents."""
         numbers = ["bits/byte", "bytes", "documents", *(["words", "perplexity"] if self.words else [])]
         table = Table(self.title, ["documents of", *numbers], numbers)
         for name, score in sorted(self.evaluation.groups.items()):
@@ -76,6 +77,7 @@ class Report:
         return table
 
     def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         found: dict[str, Any] = {
             "mode": self.mode.value,
             "sequence_length": self.sequence_length,
@@ -93,7 +95,7 @@ class Report:
         return found
 
     def write_curves(self, folder: Path) -> None:
-        """NAME-positions.csv for every curve, and positions.png of all."""
+        """Write NAME-positions.csv for each curve, and positions.png of all."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, scores in self.curves.items():
             with (folder / f"{name}-positions.csv").open("w", newline="", encoding="utf-8") as file:
@@ -107,14 +109,14 @@ class Report:
 
     def _draw(self, path: Path) -> None:
         with needed_by("--curves", "matplotlib"):
-            from matplotlib.figure import Figure  # noqa: PLC0415  (takes a second, and few ask for a picture)
+            from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second
 
         curves = self.curves
         figure = Figure(figsize=(6 * len(curves), 4.5), layout="constrained")
         figure.suptitle(printable(self.title), fontsize=9, wrap=True)
         for axes, (name, scores) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
             places, heights = _points(scores)
-            axes.plot(places, heights, marker="." if len(places) <= POINTS // 2 else "")
+            axes.plot(places, heights, marker="." if len(places) <= CURVE_POINTS // 2 else "")
             axes.axhline(self.evaluation.total.bits_per_byte, color="grey", linestyle=":", label="all bytes")
             axes.set(xlabel=f"position in the {name}", ylabel="bits per byte")
             axes.legend()
@@ -122,8 +124,8 @@ class Report:
 
 
 def _points(scores: list[Score]) -> tuple[list[float], list[float]]:
-    """Where the points of a curve lie: the mean position, and the bits per byte of the positions taken together."""
-    together = -(-len(scores) // POINTS)
+    """Return the points of a curve: mean positions and bits per byte of merged positions."""
+    together = -(-len(scores) // CURVE_POINTS)
     places, heights = [], []
     for first in range(0, len(scores), together):
         sum_of = Score()

@@ -1,4 +1,4 @@
-"""The words of a corpus, for perplexity by word."""
+"""Count the words of a corpus, for perplexity per word."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -7,20 +7,20 @@ from data_pipeline.corpus.shards import Corpus
 
 
 def count_words(corpus: Corpus, group_of: Callable[[str], str]) -> Mapping[str, int]:
-    """Words by group of documents: runs of bytes between ASCII white space, as `wc -w` counts in the C locale.
+    """Return the number of words of each group of documents.
 
-    Withdrawn documents are left out.
+    Words are bytes between ASCII white space, as `wc -w` counts them in the C locale. Withdrawn documents are skipped.
     """
     words: Counter[str] = Counter()
     withdrawn = {entry.key for entry in corpus.withdrawn}
-    goes_on = False  # whether the slice before ended within a word of the same document
+    ends_within_word = False  # whether the previous slice ended within a word
     for number in range(len(corpus)):
         block = corpus.read(number)
         for part in block.slices:
             if part.key in withdrawn:
                 continue
             text = block.content[part.start : part.start + part.length]
-            begins_within_word = part.document_offset > 0 and goes_on and not text[:1].isspace()
+            begins_within_word = part.document_offset > 0 and ends_within_word and not text[:1].isspace()
             words[group_of(part.key)] += len(text.split()) - begins_within_word
-            goes_on = not text[-1:].isspace()
+            ends_within_word = not text[-1:].isspace()
     return words

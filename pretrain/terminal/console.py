@@ -1,4 +1,4 @@
-"""What commands say to people, on standard error; results go to standard output."""
+"""Messages of commands on standard error. Results go to standard output."""
 
 import contextlib
 import logging
@@ -15,44 +15,48 @@ from byteloom.core.text import printable
 from pretrain.terminal import crash
 from pretrain.terminal.progress import Display
 
-said = Console(stderr=True)
-display = Display(said)
-"""Progress of what takes more than some seconds."""
+messages = Console(stderr=True)
+display = Display(messages)
+"""Progress of work that takes more than a few seconds."""
 
 Result = TypeVar("Result")
 
 
-def speak_as(rank: int) -> None:
-    """Where several processes share a terminal: all but the first say only what is wrong, and who they are."""
+def set_rank(rank: int) -> None:
+    """Set the rank of this process. Ranks after the first print only warnings and errors, after their number."""
     if rank:
         display.close()
         _handler.setLevel(logging.WARNING)
-        _handler.speaker = f"rank {rank}: "
+        _handler.prefix = f"rank {rank}: "
 
 
 def say(text: str) -> None:
-    """A line for people, as it is: file names are no markup."""
-    said.print(printable(_handler.speaker + text), markup=False, highlight=False, soft_wrap=True)
+    """Print a line to standard error. Markup in it is not interpreted, because it may be part of a file name."""
+    messages.print(printable(_handler.prefix + text), markup=False, highlight=False, soft_wrap=True)
 
 
 def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> Result:
     """Run a command and show what it logs.
 
-    An error that a person can mend becomes one line and exit code 1. Any other error becomes one line, a crash file
-    with the traceback, and exit code 70; in a thread of its own it does not end the process.
+    An error that a user can correct becomes one line and exit code 1. Any other error becomes one line, a crash file
+    with the traceback, and exit code 70. Such an error in another thread does not end the process.
 
     Args:
-        faults: the errors that a person can mend, besides OSError, MissingPackageError and StateFileError.
+        command: the function to run.
+        faults: errors that a user can correct, besides OSError, MissingPackageError and StateFileError.
+
+    Raises:
+        SystemExit: the command failed.
     """
     for name in ("pretrain", "data_pipeline", "launchers"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         logging.getLogger(name).addHandler(_handler)
-    # OSError is a full disk or a folder that may not be written.
-    mendable: tuple[type[Exception], ...] = (*faults, MissingPackageError, StateFileError, OSError)
+    # OSError is a full disk or a folder that cannot be written.
+    correctable: tuple[type[Exception], ...] = (*faults, MissingPackageError, StateFileError, OSError)
     try:
         with _threads_reporting():
             return command()
-    except mendable as error:
+    except correctable as error:
         for line in _explanation(error).splitlines():
             say(f"error: {line}")
         sys.exit(1)
@@ -74,7 +78,7 @@ def _say_crash(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _threads_reporting() -> Iterator[None]:
-    """Report errors that end a thread as those that end the command."""
+    """Report an error that ends a thread like an error that ends the command."""
     earlier = threading.excepthook
 
     def report(ended: threading.ExceptHookArgs) -> None:
@@ -89,14 +93,14 @@ def _threads_reporting() -> Iterator[None]:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log lines for people, above a live progress line where there is one."""
+    """Log handler that prints above the live progress lines."""
 
-    speaker = ""
-    """Before each line, where several processes speak."""
+    prefix = ""
+    """Text before each line, such as "rank 3: "."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        say(f"{mark}{record.getMessage()}")
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        say(f"{level}{record.getMessage()}")
 
 
 _handler = _ConsoleHandler(logging.INFO)

@@ -1,9 +1,9 @@
-"""Progress of long work: a live line on a terminal, a plain line now and then elsewhere and in the log.
+"""Progress of long work: a live line on a terminal; plain lines in files and in the log.
 
-    Display ─┬─ TrainingProgress   12/1000 ━━━ 1.2345 bits/byte … 3m20s left      the run
-             └─ Phase              validating ━━━ 41% of 12 MB, 1.2 MB/s 6s left   work of more than 3 s
+    Display ─┬─ TrainingProgress   12/1000 ━━━ 1.2345 bits/byte … 3m20s left       the run
+             └─ WorkProgress              validating ━━━ 41% of 12 MB, 1.2 MB/s 6s left   work of more than 3 s
 
-rich has one live area at a time. The display owns it, so a validation is shown below the run that it is a part of.
+rich supports one live area at a time. The display owns it and shows a validation below the run that it belongs to.
 """
 
 import logging
@@ -19,11 +19,11 @@ from rich.live import Live
 from rich.text import Text
 
 QUIET_SECONDS = 3.0
-"""Work that ends within this time is not shown."""
+"""Shortest time, in seconds, of work that is shown."""
 PLAIN_LINE_SECONDS = 30.0
-"""Time between two plain lines of a phase."""
+"""Seconds between two plain lines of a phase."""
 TRAINING_LINE_SECONDS = 10.0
-"""Time between two plain lines of training."""
+"""Seconds between two plain lines of training."""
 BAR_WIDTH = 20
 SPINNER = "|/-\\"
 PICTURE_RANK = 9
@@ -39,11 +39,11 @@ class Row(Protocol):
     """Whether the line stays on the terminal after its work has ended."""
 
     def line(self, options: ConsoleOptions) -> Text:
-        """Return the line as it is now, no wider than the terminal where that can be."""
+        """Return the current line, no wider than the terminal if possible."""
 
 
 class Display:
-    """The live area of a terminal, one row for each thing under way, or plain lines where there is no terminal."""
+    """Live area of a terminal with a row for each work in progress; without a terminal, plain lines."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -52,21 +52,21 @@ class Display:
         self._live: Live | None = None
         self._is_closed = False
 
-    def tell(self, line: str) -> None:
-        """Log a line, and print it where there is no terminal."""
+    def log_line(self, line: str) -> None:
+        """Log a line, and print it if there is no terminal."""
         log.debug(line)
         if not self._console.is_terminal and not self._is_closed:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, what: str, total: float | None = None) -> Iterator["Phase"]:
-        """Show work that may take a while.
+    def phase(self, what: str, total: float | None = None) -> Iterator["WorkProgress"]:
+        """Show the progress of work.
 
         Args:
             what: the work, such as "rehearsing a micro-batch".
-            total: bytes of the work, if they are known.
+            total: bytes of the work, if known.
         """
-        phase = Phase(what, total)
+        phase = WorkProgress(what, total)
         done = threading.Event()
         thread = threading.Thread(target=self._watch, args=(phase, done), name="progress", daemon=True)
         thread.start()
@@ -76,18 +76,18 @@ class Display:
             done.set()
             thread.join()
 
-    def _watch(self, phase: "Phase", done: threading.Event) -> None:
+    def _watch(self, phase: "WorkProgress", done: threading.Event) -> None:
         if done.wait(QUIET_SECONDS):
             return
         with self.showing(phase):
             while True:
-                self.tell(phase.plain_line())
+                self.log_line(phase.plain_line())
                 if done.wait(PLAIN_LINE_SECONDS):
                     return
 
     @contextmanager
     def showing(self, row: Row) -> Iterator[None]:
-        """Show a row within."""
+        """Show a row while the context is active."""
         with self._lock:
             self._rows.append(row)
             if self._live is None and self._console.is_terminal and not self._is_closed:
@@ -102,7 +102,7 @@ class Display:
                 self._rows.remove(row)
 
     def close(self) -> None:
-        """Show nothing from now on, and leave the terminal as a shell wants it."""
+        """Stop showing progress, and restore the terminal."""
         with self._lock:
             self._is_closed = True
             self._stop(transient=not any(row.stays for row in self._rows))
@@ -114,16 +114,17 @@ class Display:
             self._live = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # rich calls this under a lock of its own; to take ours as well could deadlock.
+        # rich holds its own lock here; acquiring ours could deadlock.
         for row in tuple(self._rows):
             yield row.line(options)
 
 
-class Phase:
-    """Work that takes a while: how far it is and how long it has taken.
+class WorkProgress:
+    """Progress of a phase of work: its share, speed and time left.
 
     Args:
-        total: bytes of the work, if they are known.
+        what: the work.
+        total: bytes of the work, if known.
     """
 
     stays = False
@@ -133,26 +134,26 @@ class Phase:
         self._total = total
         self._done = 0.0
         self._first: float | None = None
-        """Bytes done at the first report: earlier starts did them."""
+        """Bytes done at the first report, which earlier starts did."""
         self._begin = time.monotonic()
 
     def update(self, done: float, total: float) -> None:
-        """Report how many bytes of how many are done."""
+        """Report the bytes done and the bytes in total."""
         self._done, self._total = done, total
         if self._first is None:
             self._first = done
 
     def advance(self, count: float) -> None:
-        """Report more bytes done."""
+        """Report that more bytes are done."""
         self._first = self._first or 0.0
         self._done += count
 
     def plain_line(self) -> str:
-        """Return the progress in a line for logs."""
+        """Return the progress as a line for logs."""
         return f"{self._what}: {', '.join(self._figures())}"
 
     def _figures(self) -> list[str]:
-        """Return share, speed and time left; or the time taken where no bytes have been reported."""
+        """Return share, speed and time left, or the time taken if no bytes were reported."""
         seconds = time.monotonic() - self._begin
         if not self._total or self._first is None:
             return [f"{duration(seconds)} so far"]
@@ -163,6 +164,7 @@ class Phase:
         return figures
 
     def line(self, options: ConsoleOptions) -> Text:
+        """Return the current line, no wider than the terminal if possible."""
         *others, last = self._figures()
         fields = [Field(0, self._what), *(Field(1 + n, text) for n, text in enumerate(others)), Field(0, last)]
         if self._total and self._first is not None:
@@ -171,10 +173,11 @@ class Phase:
 
 
 class TrainingProgress:
-    """Step, bits per byte, bytes/s, share of waiting for data, MFU, memory and time left of a run.
+    """Progress of training: step, bits per byte, bytes/s, data wait, MFU, memory and time left.
 
     Args:
-        steps: of the whole run.
+        display: shows the progress.
+        steps: steps of the whole run.
         first_step: steps done before this start.
     """
 
@@ -189,15 +192,16 @@ class TrainingProgress:
         self._shown = display.showing(self)
 
     def update(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """Show the state after `step`; a plain line as well when one is due."""
+        """Show the state after a step, and print a plain line if one is due."""
         self._step = step
         self._fields = [*describe(metrics), Field(0, f"{duration(seconds_left)} left")]
         now = time.monotonic()
         if now - self._last_line >= TRAINING_LINE_SECONDS or step == self._steps:
             self._last_line = now
-            self._display.tell("  ".join([f"step {step}/{self._steps}", *(field.text for field in self._fields)]))
+            self._display.log_line("  ".join([f"step {step}/{self._steps}", *(field.text for field in self._fields)]))
 
     def line(self, options: ConsoleOptions) -> Text:
+        """Return the current line, no wider than the terminal if possible."""
         step = Field(0, f"{self._step}/{self._steps}")
         return _line([step, *self._fields], _bar(self._step / self._steps, options), options)
 
@@ -215,12 +219,12 @@ class Field(NamedTuple):
     """A part of a live line."""
 
     rank: int
-    """Fields of the highest rank are dropped first where the terminal is narrow; those of rank 0 never."""
+    """Order of dropping on a narrow terminal: the highest rank first, rank 0 never."""
     text: str
 
 
 def describe(metrics: Mapping[str, float]) -> list[Field]:
-    """Return one step's numbers in words; with step and time left they fit a terminal of 80 columns."""
+    """Return the metrics of a step as fields; with the step and the time left, they fit 80 columns."""
     fields = [
         Field(1, f"{metrics['train/bits_per_byte']:.4f} bits/byte"),
         Field(2, f"{size(metrics['bytes_per_second'])}/s"),
@@ -233,7 +237,7 @@ def describe(metrics: Mapping[str, float]) -> list[Field]:
 
 
 def _line(fields: Sequence[Field], picture: Text, options: ConsoleOptions) -> Text:
-    """Return a live line: the most important fields that fit, and a picture after the first one if all of them do."""
+    """Return a live line of the most important fields that fit; if all fit, a picture follows the first."""
     first, *others = fields
     with_picture = [first, Field(PICTURE_RANK, picture.plain), *others]
     kept = fitting(with_picture, options.max_width)
@@ -244,7 +248,7 @@ def _line(fields: Sequence[Field], picture: Text, options: ConsoleOptions) -> Te
 
 
 def fitting(fields: Sequence[Field], width: int) -> list[Field]:
-    """Return the most important fields: those that fit a width with a space between them."""
+    """Return the most important fields that fit a width, with a space between them."""
     kept = list(fields)
     while sum(len(field.text) + 1 for field in kept) - 1 > width:
         least = max(field.rank for field in kept)
@@ -261,7 +265,7 @@ def _bar(share: float, options: ConsoleOptions) -> Text:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.5 MB."""
+    """Return a number of bytes with a unit, such as 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
@@ -270,7 +274,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 1h02m, 3m20s, 12s."""
+    """Return a duration such as 1h02m, 3m20s or 12s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

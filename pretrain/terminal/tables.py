@@ -1,4 +1,4 @@
-"""Tables that never cut a value, whatever the width of the terminal.
+"""Tables that never truncate a value, at any width of the terminal.
 
     fits as it is?  ──▶ one table
             │ no
@@ -6,7 +6,7 @@
             │ no
     parts, one below the other: the first column again, and the other columns that fit
 
-A file or a pipe has no width: there a table is as wide as it needs.
+A file or a pipe has no width, so a table is as wide as it needs.
 """
 
 import json
@@ -22,14 +22,14 @@ from rich.console import Console
 from pretrain.terminal.console import printable
 
 GAP, NARROW_GAP = 2, 1
-"""Spaces between columns: where the table fits as it is, and elsewhere."""
+"""Spaces between columns if the table fits as it is, and otherwise."""
 FOLDED_WIDTH = 16
 """Width to which a text column is folded before the table is split into parts."""
 BREAK_AFTER = " -_/,.;:"
-"""Marks after which text is folded, where there is one in the second half of a line."""
+"""Characters after which text is folded, if one is in the second half of a line."""
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 """Option of every command that prints a table."""
 
 
@@ -44,7 +44,7 @@ class Column:
 
 @dataclass(frozen=True)
 class _Heading:
-    """A line of text between rows; a horizontal rule when it is empty."""
+    """A line of text between rows, or a horizontal rule if the text is empty."""
 
     text: str
 
@@ -53,9 +53,9 @@ class Table:
     """Rows under columns.
 
     Args:
-        title: printed above, folded to the width; empty for none.
-        columns: their names. The first one is repeated in each part of a table that is split.
-        numbers: the names of those that hold numbers.
+        title: printed above the table, folded to its width; empty for none.
+        columns: names of the columns. Each part of a split table repeats the first column.
+        numbers: names of the columns that hold numbers.
     """
 
     def __init__(self, title: str, columns: Sequence[str], numbers: Sequence[str] = ()) -> None:
@@ -64,7 +64,7 @@ class Table:
         self._rows: list[Sequence[str] | _Heading] = []
 
     def add_row(self, *cells: str) -> None:
-        """Add a row; cells that are left out at its end are empty."""
+        """Add a row; missing cells at its end are empty."""
         missing = len(self._columns) - len(cells)
         self._rows.append([*map(_clean, cells), *[""] * missing])
 
@@ -86,12 +86,12 @@ class Table:
         """Return the lines of the table.
 
         Args:
-            width: of the terminal, in columns; None for a file or a pipe, which have none.
+            width: width of the terminal in columns; None for a file or a pipe.
         """
         return [line for _, line in self._styled(width)]
 
     def _styled(self, width: int | None) -> Iterator[tuple[str, str]]:
-        """Yield each line after its style."""
+        """Yield the style and the text of each line."""
         if self._title:
             yield from (("italic", line) for line in fold(self._title, width))
         natural = self._natural_widths()
@@ -102,7 +102,7 @@ class Table:
             yield from self._part(part, self._fitted({index: natural[index] for index in part}, gap, width), gap, width)
 
     def _natural_widths(self) -> list[int]:
-        """Return the width of each column's longest cell, its name included."""
+        """Return the width of the longest cell of each column, including its name."""
         rows = [row for row in self._rows if not isinstance(row, _Heading)]
         return [
             max(map(cell_len, (column.name, *(row[index] for row in rows))))
@@ -110,7 +110,7 @@ class Table:
         ]
 
     def _parts(self, natural: Sequence[int], gap: int, width: int | None) -> list[list[int]]:
-        """Return the columns of each part, as indices."""
+        """Return the indices of the columns of each part."""
         smallest = [
             size if column.is_number else min(size, FOLDED_WIDTH)
             for size, column in zip(natural, self._columns, strict=True)
@@ -124,7 +124,7 @@ class Table:
         return parts
 
     def _fitted(self, widths: dict[int, int], gap: int, width: int | None) -> dict[int, int]:
-        """Return the widths of a part's columns, with the widest text columns narrowed until the part fits."""
+        """Return the column widths of a part, after narrowing the widest text columns until it fits."""
         texts = [index for index in widths if not self._columns[index].is_number]
         while texts and width is not None and _total(widths.values(), gap) > width:
             widest = max(texts, key=widths.__getitem__)
@@ -150,7 +150,7 @@ class Table:
                 yield "", rule
 
     def _row(self, cells: Sequence[str], part: Sequence[int], widths: Mapping[int, int], gap: int) -> Iterator[str]:
-        """Yield the lines of one row: as many as its most folded cell has."""
+        """Yield the lines of a row, as many as its tallest cell has."""
         folded = {index: fold(cells[index], widths[index]) for index in part}
         for number in range(max(map(len, folded.values()))):
             texts = []
@@ -188,9 +188,9 @@ def terminal_width(out: Console) -> int | None:
 
 
 def fold(text: str, width: int | None) -> list[str]:
-    """Return text in lines of a width, broken after a mark where there is one.
+    """Return text in lines of a width, broken after a mark if possible.
 
-    Spaces at a break are dropped; every other character is kept. Spaces at the start indent each line.
+    Spaces at a break are dropped; all other characters are kept. Spaces at the start indent every line.
     """
     if width is None or cell_len(text) <= width:
         return [text]
@@ -207,11 +207,13 @@ def fold(text: str, width: int | None) -> list[str]:
 
 
 def _break(text: str, width: int) -> int:
-    """Return how many characters of a text go into a line; at least one."""
+    """Return the number of characters of a text that go into a line, at least one."""
     most = 1
     while cell_len(text[: most + 1]) <= width:
         most += 1
-    for end in range(most, most // 2, -1):
+    for end in range(most, 0, -1):
+        if cell_len(text[:end]) <= width // 2:
+            break
         last, following = text[end - 1], text[end]
         is_within_number = last in ",." and following.isdigit()
         begins_path = last == "/" and text[end - 2 : end - 1] in ("", " ")
@@ -221,7 +223,7 @@ def _break(text: str, width: int) -> int:
 
 
 def figure(number: float) -> str:
-    """Return a number with three digits or more, in nine characters at most: 0.123, 12.3, 1,234, 1.23e+07."""
+    """Return a number with at least three digits in at most nine characters: 0.123, 12.3, 1,234, 1.23e+07."""
     if number == 0 or not math.isfinite(number):
         return f"{number:.0f}"
     if not 0.001 <= abs(number) < 999_999.5:
@@ -230,7 +232,7 @@ def figure(number: float) -> str:
 
 
 def print_json(tree: Any) -> None:
-    """Print JSON to standard output; numbers that JSON does not have are null."""
+    """Print JSON to standard output; NaN and infinity are null."""
     print(json.dumps(_finite(tree), indent=1, allow_nan=False))
 
 
@@ -243,5 +245,5 @@ def _finite(tree: Any) -> Any:
 
 
 def _clean(text: str) -> str:
-    """Return text without characters that would move the cursor or that cannot be printed."""
+    """Return text with escapes for characters that move the cursor or cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))

@@ -54,7 +54,9 @@ from pretrain.engines import (
     has_native_bf16,
 )
 from pretrain.engines.peak import peak_flops
-from pretrain.evaluation.evaluate import ValidationConfig, evaluate, stride_of
+from pretrain.evaluation.config import ValidationConfig
+from pretrain.evaluation.evaluate import evaluate
+from pretrain.evaluation.modes import stride_of
 from pretrain.evaluation.scores import Score
 from pretrain.models import (
     ModelConfig,

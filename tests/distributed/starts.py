@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.cli import app as cli
+from pretrain.cli.train import start as train_entry
 from tests.distributed.ranks import CONTEXT, free_port, take_place
 
 PATIENCE = 120
@@ -95,7 +95,7 @@ def _train(
     take_place(rank, ranks, port)
     if prepare is not None:
         prepare(rank, pids)
-    sys.exit(cli.start(recipe))
+    sys.exit(train_entry(recipe))
 
 
 def train(tree: Any, folder: Path, ranks: int = 1) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.distributed.world import World
 from pretrain.engines import StepResult
 from pretrain.training.loop import train

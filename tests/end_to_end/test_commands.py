@@ -17,7 +17,7 @@ from data_pipeline.corpus.shards import Corpus
 from data_pipeline.stream.reading import open_streams
 from pretrain.checkpoint.format import digest_of
 from pretrain.cli.app import app
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.evaluation.words import count_words
 from pretrain.terminal.tables import figure
 from pretrain.training.run_folder import RunFolderError

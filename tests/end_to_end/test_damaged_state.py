@@ -16,8 +16,9 @@ import yaml
 from launchers.supervision.heartbeat import read_beat
 from launchers.supervision.record import LaunchRecord, last_submission
 from launchers.supervision.supervisor import Plan
-from pretrain.cli.app import FAULTS, app
+from pretrain.cli.app import app
 from pretrain.cli.checkpoints import _bits_per_byte
+from pretrain.cli.faults import FAULTS
 from pretrain.terminal.console import run as run_command
 from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_tracker
 from pretrain.tracking.journal import read_journal

@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.stream.reading import open_streams
 from pretrain.checkpoint import read, verify
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.distributed.fragments import whole
 from tests.conftest import STDLIB, Run, prepare_corpus, recipe_tree
 from tests.end_to_end.test_resume import RunUnderTest, assert_same

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli.sweep import grid
-from pretrain.config.schema import ConfigError
+from pretrain.config.errors import ConfigError
 from tests.conftest import Run
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from launchers.supervision.record import LaunchRecord
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from tests.conftest import STDLIB
 from tests.test_project import ROOT
 
@@ -163,7 +163,7 @@ def test_the_installed_commands_work_in_an_empty_folder(installed: Installed, fo
         "-P",
         "-m",
         "launchers.rank",
-        "pretrain.cli.app:start",
+        "pretrain.cli.train:start",
         f"{job}/config.yaml",
     ]
     assert yaml.safe_load(recipe)["run"]["name"] == "debug"

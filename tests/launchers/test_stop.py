@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +59,7 @@ def test_a_supervised_rank_that_is_signalled_during_its_imports_stops_with_an_ex
     shown = ["config", "show", *run.arguments[1:]]
     config.write_bytes(commands.run(shown, cwd=tmp_path, check=True, capture_output=True).stdout)
     rank = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launchers.rank", "pretrain.cli.app:start", config],
+        [Path(run.command[0]).with_name("python"), "-P", "-m", "launchers.rank", "pretrain.cli.train:start", config],
         cwd=tmp_path,
         env={**os.environ, "RANK": "0", "BYTELOOM_HEARTBEATS": str(beats), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,

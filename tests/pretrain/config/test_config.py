@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config.schema import Config, ConfigError, all_fields, explain, load, with_overrides
+from pretrain.config.errors import ConfigError
+from pretrain.config.explanation import explain
+from pretrain.config.fields import all_fields
+from pretrain.config.loading import load, with_overrides
+from pretrain.config.schema import Config
 from pretrain.models.families.transformer import TransformerConfig
 from tests.conftest import Run, recipe_tree
 
@@ -260,7 +264,7 @@ def test_faults_of_another_family_are_told_by_its_own_fields(file: Path):
         ("train.steps=" + "9" * 5000, "a number has too many digits"),
         ("train.steps=" + "9" * 300, "train.steps is 1e+300; it must be less than 2^63"),
         ("data.shards=1e999", "data.shards is inf; it must be a finite number"),
-        ("data.stages=&a [*a]", "a value is nested too deeply, or is a part of itself"),
+        ("data.stages=&a [*a]", "a value is nested too deeply, or contains itself"),
         ("train.steps=[" + "0, " * 5000 + "0]", "…; it must be a whole number, such as 8"),
     ],
 )

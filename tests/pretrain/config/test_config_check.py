@@ -9,8 +9,9 @@ import yaml
 from typer.testing import CliRunner
 
 from pretrain.cli.app import app
-from pretrain.config.check import Finding, check_recipe
-from pretrain.config.schema import load
+from pretrain.config.checks.findings import Finding
+from pretrain.config.checks.recipe import check_recipe
+from pretrain.config.loading import load
 from pretrain.training.loop import train
 from pretrain.training.run_folder import RunFolder
 from tests.conftest import recipe_tree

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from byteloom.core.configs import recipe_names
 from launchers.slurm.presets import ClusterError, load_cluster
 from pretrain.cli.app import app
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.config.new_recipe import write_copy
-from pretrain.config.schema import ConfigError, load, recipe_schema
+from pretrain.config.schema import recipe_schema
 from tests.test_project import ROOT
 
 

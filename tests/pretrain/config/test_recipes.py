@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from pretrain.cli.app import app
-from pretrain.config.catalogue import TRAINING_PASSES, Recipe, read_recipes
-from pretrain.config.schema import ConfigError, load
+from pretrain.config.catalogue import TRAINING_PASSES, CatalogueEntry, read_recipes
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.estimate.footprint import on_meta
 from pretrain.models import build_model, families
 from tests.test_project import ROOT
@@ -19,11 +20,11 @@ CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
-def recipes() -> dict[str, Recipe]:
+def recipes() -> dict[str, CatalogueEntry]:
     return {r.path.relative_to(CONFIGS).with_suffix("").as_posix(): r for r in read_recipes(CONFIGS)}
 
 
-def test_every_family_has_a_debug_recipe_of_the_size_that_is_built(recipes: dict[str, Recipe]):
+def test_every_family_has_a_debug_recipe_of_the_size_that_is_built(recipes: dict[str, CatalogueEntry]):
     debug = {recipe.family: recipe for name, recipe in recipes.items() if name.endswith("debug")}
     assert debug.keys() == families().keys()
     for recipe in debug.values():
@@ -104,7 +105,7 @@ def test_its_baselines_are_the_rows_of_the_papers_table_15(name: str):
     ],
 )
 def test_sizes_are_those_of_the_papers_table_14(
-    recipes: dict[str, Recipe], size: str, layers: int, width: int, heads: int
+    recipes: dict[str, CatalogueEntry], size: str, layers: int, width: int, heads: int
 ):
     model = load(CONFIGS / f"transformer/size-{size}.yaml").model
     assert (model.layers, model.width, model.heads) == (layers, width, heads)
@@ -125,7 +126,7 @@ def test_sizes_are_those_of_the_papers_table_14(
     ],
 )
 def test_the_papers_models_have_the_papers_sizes(
-    recipes: dict[str, Recipe], name: str, parameters: float, printed: str | None, remark: str | None
+    recipes: dict[str, CatalogueEntry], name: str, parameters: float, printed: str | None, remark: str | None
 ):
     recipe = recipes[name]
     assert recipe.parameters == pytest.approx(parameters, rel=0 if name == "perceiver_ar/imagenet64" else 0.01)
@@ -133,7 +134,7 @@ def test_the_papers_models_have_the_papers_sizes(
     assert (recipe.printed_remark or "").startswith(remark or "")
 
 
-def test_a_printed_size_that_is_not_the_true_one_has_a_remark(recipes: dict[str, Recipe]):
+def test_a_printed_size_that_is_not_the_true_one_has_a_remark(recipes: dict[str, CatalogueEntry]):
     units = {"M": 1e6, "B": 1e9}
     for name, recipe in recipes.items():
         if recipe.printed is not None and recipe.printed_remark is None:
@@ -153,7 +154,7 @@ def test_megabytes_parts_are_12_l_d_squared(name: str):
     assert on_meta(config).parameter_count() == weights + norms + tables + pads_and_conditioning
 
 
-def test_megabytes_text_model_and_its_transformer_cost_the_same_a_byte(recipes: dict[str, Recipe]):
+def test_megabytes_text_model_and_its_transformer_cost_the_same_a_byte(recipes: dict[str, CatalogueEntry]):
     """The paper's control: 645M and 646M by SpaceByte's count (arXiv:2404.14408) over 12 L D^2 weights."""
     assert recipes["megabyte/text"].flops_per_byte == pytest.approx(645e6, rel=0.005)
     assert recipes["transformer/text"].flops_per_byte == pytest.approx(646e6, rel=0.005)
@@ -182,7 +183,7 @@ def test_training_is_three_forward_passes_and_the_logits_once_more(name: str, ov
     assert counter.get_total_flops() == TRAINING_PASSES * model.flops(config.sequence_length) + logits - less
 
 
-def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, Recipe]):
+def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, CatalogueEntry]):
     command = ["models", "--recipes", str(CONFIGS)]
     shown = CliRunner().invoke(app, command, catch_exceptions=False)
     for family in families():

@@ -11,7 +11,8 @@ from data_pipeline.stream.loader import Loader, LoaderConfig, MicroBatch
 from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointStore, read, verify
-from pretrain.config.schema import ConfigError, load
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
 from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.families.transformer_xl import TransformerXL, TransformerXLConfig
@@ -158,8 +159,8 @@ def test_an_epoch_is_as_many_long_rows_as_lanes(mixed: Corpus):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.lanes=128"], r"data\.lanes \(128\) is to be train\.global_batch \(64\)"),
-        (["train.global_batch=32"], r"data\.lanes \(64\) is to be train\.global_batch \(32\)"),
+        (["data.lanes=128"], r"data\.lanes \(128\) must equal train\.global_batch \(64\)"),
+        (["train.global_batch=32"], r"data\.lanes \(64\) must equal train\.global_batch \(32\)"),
         (["data.packing=document"], "one corpus of concatenated documents"),
         (["data.shards=null", "data.mixture={a: {shards: x}, b: {shards: y}}"], "one corpus of concatenated documents"),
     ],

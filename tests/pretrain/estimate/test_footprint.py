@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from pretrain.cli.app import app
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig
 from pretrain.engines.blocks import recompute
 from pretrain.engines.engine import CheckpointingMode

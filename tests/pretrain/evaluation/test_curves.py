@@ -10,8 +10,9 @@ import soundfile
 import torch
 
 from data_pipeline.corpus.shards import Corpus
-from pretrain.evaluation.evaluate import EvaluationError, Mode, evaluate, evaluate_model
-from pretrain.evaluation.scores import Score, in_units
+from pretrain.evaluation.evaluate import evaluate
+from pretrain.evaluation.modes import Mode, evaluate_model
+from pretrain.evaluation.scores import EvaluationError, Score, in_units
 from pretrain.evaluation.words import count_words
 from pretrain.models.base import ByteModel
 from pretrain.models.families.perceiver_ar import PerceiverAR, PerceiverARConfig

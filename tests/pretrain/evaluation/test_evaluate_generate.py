@@ -10,16 +10,11 @@ import torch
 
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.evaluation.evaluate import (
-    EvaluationError,
-    Mode,
-    document_windows,
-    evaluate,
-    evaluate_model,
-    scorer,
-    strided,
-)
+from pretrain.evaluation.evaluate import evaluate, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate, generate_rows, row_generator, sample
+from pretrain.evaluation.modes import Mode, evaluate_model, strided
+from pretrain.evaluation.scores import EvaluationError
+from pretrain.evaluation.windows import document_windows
 from pretrain.models.base import ByteModel
 from pretrain.models.families.megabyte import Megabyte, MegabyteConfig
 from pretrain.models.families.perceiver_ar import PerceiverAR, PerceiverARConfig

@@ -14,11 +14,13 @@ from byteloom.core.seeds import seed_of
 from data_pipeline.corpus.shards import Corpus
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.engines import EngineConfig
 from pretrain.engines.pytorch import PyTorchEngine
-from pretrain.evaluation.evaluate import document_windows, evaluate, stride_of
+from pretrain.evaluation.evaluate import evaluate
 from pretrain.evaluation.generation import Sampling, generate, row_generator, sample
+from pretrain.evaluation.modes import stride_of
+from pretrain.evaluation.windows import document_windows
 from pretrain.models import build_model
 from pretrain.models.blocks.attention import attention
 from pretrain.models.blocks.cache import LayerCache

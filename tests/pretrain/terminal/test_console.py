@@ -142,11 +142,11 @@ def start(recipe: Path) -> int:
 
 
 def fail_as_rank_1(recipe: Path) -> int:
-    from pretrain.terminal.console import speak_as  # noqa: PLC0415
+    from pretrain.terminal.console import set_rank  # noqa: PLC0415
 
     crash.keep_in(recipe.parent)
     rank = int(os.environ["RANK"])
-    speak_as(rank)
+    set_rank(rank)
     if rank == 1:
         raise ZeroDivisionError("of a rank")
     threading.Event().wait()

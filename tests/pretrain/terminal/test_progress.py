@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pretrain.terminal import progress
-from pretrain.terminal.progress import Display, Phase, Row, TrainingProgress
+from pretrain.terminal.progress import Display, Row, TrainingProgress, WorkProgress
 
 METRICS = {
     "train/bits_per_byte": 1.23456,
@@ -63,7 +63,7 @@ def test_a_run_whose_mfu_means_nothing_shows_none():
 
 
 def test_a_phase_sheds_fields_by_width_and_never_its_name_nor_the_time():
-    phase = Phase("validating", 10_000.0)
+    phase = WorkProgress("validating", 10_000.0)
     phase.advance(5_000.0)
     for width in WIDTHS:
         line = line_of(phase, width)
@@ -71,7 +71,7 @@ def test_a_phase_sheds_fields_by_width_and_never_its_name_nor_the_time():
         assert line.startswith("validating") and line.endswith(" left")
         assert ("50% of 10 kB" in line) == (width >= 40)
         assert ("━" in line) == (width >= 80)
-    assert line_of(Phase("rehearsing a micro-batch"), 40).endswith(" 0s so far")
+    assert line_of(WorkProgress("rehearsing a micro-batch"), 40).endswith(" 0s so far")
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

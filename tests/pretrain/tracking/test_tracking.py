@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from launchers.supervision.heartbeat import FOLDER as HEARTBEATS
 from launchers.supervision.record import LaunchRecord, reason_of_start
-from pretrain.cli import app as cli
+from pretrain.cli.app import app
 from pretrain.tracking import (
     Journal,
     MlflowShipper,
@@ -167,7 +167,7 @@ def test_starts_and_files_that_a_dead_server_missed_arrive_later(server: Server,
     state.write_text(state.read_text().replace("http://127.0.0.1:9", server.uri))  # it has moved
     folder.uri = server.uri
     (folder.path / "train.log").write_text("what was logged\n")
-    done = CliRunner().invoke(cli.app, ["track", str(folder.path)])
+    done = CliRunner().invoke(app, ["track", str(folder.path)])
     assert done.exit_code == 0, done.output
     run = folder.run
     assert folder.steps() == list(range(1, 7))
@@ -297,7 +297,7 @@ def test_a_run_that_is_gone_is_sent_to_a_new_one(tmp_path: Path):
     folder.client.delete_run(gone)
     mlflow(["gc", "--backend-store-uri", folder.uri, "--run-ids", gone], {"MLFLOW_TRACKING_URI": folder.uri})
     assert advice(folder).startswith(f"run {gone} is no longer there. When the run has ended, `byteloom track")
-    done = CliRunner().invoke(cli.app, ["track", "--new-run", str(folder.path)])
+    done = CliRunner().invoke(app, ["track", "--new-run", str(folder.path)])
     assert done.exit_code == 0, done.output
     assert folder.run.info.run_id != gone
     assert folder.steps() == [1, 2, 3]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config.schema import load
+from pretrain.config.loading import load
 from pretrain.training.loop import train
 from tests.conftest import recipe_tree
 

@@ -1,0 +1,144 @@
+"""Check the device, the memory and the packages that a run needs."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from byteloom.core.packages import missing
+from byteloom.core.text import count
+from pretrain.config.checks.disk import checkpoint_bytes
+from pretrain.config.checks.findings import Check, Level
+from pretrain.engines import (
+    CheckpointingConfig,
+    EngineError,
+    check_ranks,
+    choose_device,
+    choose_precision,
+    compute_dtype,
+    remark_on_precision,
+)
+from pretrain.engines.blocks import check_float8
+from pretrain.estimate.footprint import USABLE, States, measure_activations, on_meta, shardings
+from pretrain.models import ByteModel
+from pretrain.terminal.progress import size
+
+SHARDINGS = {"ddp": "ddp", "zero1": "zero-1", "zero2": "zero-2"} | dict.fromkeys(
+    ("zero3", "fsdp", "hsdp"), "zero-3, fsdp2"
+)
+"""Names in footprint.py of what engines do. Within its shards, hsdp is fsdp."""
+COMPILERS = ("c++", "g++", "clang++")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_device(check: Check) -> torch.device | None:
+    """Report the device of the run; return the device of its last rank on this machine."""
+    engine, ranks = check.config.engine, check.config.launch.processes
+    try:
+        check_ranks(engine, ranks)
+    except EngineError as error:
+        # A launcher such as `byteloom submit` starts any number of ranks, whatever the recipe says.
+        alone = ", or use a launcher that starts several" if ranks == 1 else ""
+        check.add("warning" if ranks == 1 else "error", "engine.name", f"{error}{alone}")
+    with check.refusals("engine.device"):
+        device = choose_device(engine.device, ranks - 1)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
+        check.add("ok", "engine.device", f"{name}, in {'one process' if ranks == 1 else f'{ranks} processes'}")
+        if device.type == "cpu" and ranks > (cores := len(os.sched_getaffinity(0))):
+            check.add("warning", "launch.processes", f"{ranks} processes share {cores} processors")
+        passes = -(-check.config.train.global_batch // check.config.train.micro_batch)
+        if ranks > passes:
+            work = count(passes, "micro-batch", "micro-batches")
+            check.add("warning", "train.micro_batch", f"a step has {work} for {ranks} processes, so some are idle")
+        return device
+    return None
+
+
+def check_precision(check: Check, device: torch.device, began: dict[str, Any] | None) -> torch.dtype | None:
+    """Report the precision of the passes; return their type, or None if the device does not support it."""
+    asked, field = check.config.engine.precision, "engine.precision"
+    with check.refusals(field):
+        kept = check.folder.earlier_precision(began) if began else None
+        precision = choose_precision(asked, device, kept) if asked == "auto" else asked
+        if precision == "fp8":
+            check_float8(device)
+        if remark := remark_on_precision(precision, device):
+            check.add("warning", field, remark)
+        else:
+            check.add("ok", field, precision if precision == asked else f"{asked}, which is {precision} for this run")
+        return compute_dtype(precision)
+    return None
+
+
+def build_model(check: Check) -> ByteModel | None:
+    """Return the model on the meta device, or None if it cannot be built."""
+    try:
+        model = on_meta(check.config.model)
+    except (RuntimeError, OverflowError) as error:  # sizes beyond what torch can count
+        check.add("error", "model", f"it cannot be built: {str(error).partition(chr(10))[0]}")
+        return None
+    check.add("ok", "model", f"{check.config.model.family}, {model.parameter_count():,} parameters")
+    return model
+
+
+def check_memory(check: Check, model: ByteModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the memory that a step needs with that of the device and the host."""
+    config, ranks, field = check.config, check.config.launch.processes, "train.micro_batch"
+    rows = min(config.train.micro_batch, config.train.global_batch)
+    checkpointing = config.engine.activation_checkpointing
+    if checkpointing.mode == "budget":  # only the compiler knows what is kept
+        checkpointing = CheckpointingConfig()
+    with check.refusals("engine.activation_checkpointing"):
+        activations = measure_activations(config.model, rows, dtype, checkpointing).peak
+        states = _states_of(check, model, dtype)
+        offloaded = sum(states) - states.weights if config.engine.offload else 0
+        own = sum(states) - offloaded + activations
+        copied = checkpoint_bytes(model, config.train.global_batch)
+        parts = f"a micro-batch of {rows:,}: {size(activations)} of activations, {size(sum(states))} of states"
+        if device.type == "cuda":
+            _compare(check, field, f"{parts}, on each GPU", own, torch.cuda.mem_get_info(device)[1])
+            _compare(check, field, "states in the host's memory", ranks * offloaded + copied, _host_memory())
+        else:
+            each = f" in each of {ranks} processes" if ranks > 1 else ""
+            whole = ranks * (own + offloaded) + copied
+            _compare(check, field, f"{parts}{each}, {size(copied)} of a checkpoint's copy", whole, _host_memory())
+
+
+def _states_of(check: Check, model: ByteModel, dtype: torch.dtype) -> States:
+    engine, ranks = check.config.engine, check.config.launch.processes
+    gpus = engine.shards or ranks if engine.name == "hsdp" else ranks
+    states = {sharding.name: sharding.states for sharding in shardings(model, dtype, gpus)}
+    return states["one process" if gpus == 1 else SHARDINGS[engine.name]]
+
+
+def _compare(check: Check, field: str, text: str, needed: int, there: int) -> None:
+    level: Level = "error" if needed > there else "warning" if needed > USABLE * there else "ok"
+    remark = {"error": ", which is too much", "warning": ", which may be too much", "ok": ""}[level]
+    check.add(level, field, f"{text}; about {size(needed)} of {size(there)}{remark}")
+
+
+def _host_memory() -> int:
+    """Return the bytes of memory of this machine, or the limit of its container."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit: "max"
+        limits.append(int(CONTAINER_LIMIT.read_text(encoding="ascii")))
+    return min(limits)
+
+
+def check_packages(check: Check) -> None:
+    """Report packages that only some recipes need and that are missing."""
+    config = check.config
+    needed = {
+        "deepspeed": ("engine.name", config.engine.name.startswith("zero")),
+        "torchao": ("engine.precision", config.engine.precision == "fp8"),
+        "mlflow": ("tracking.enabled", config.tracking.enabled),
+    }
+    for package, (field, is_needed) in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            check.add("error", field, str(missing(field, package, ImportError("it is not installed"))))
+    if config.engine.compile and not any(map(shutil.which, COMPILERS)):
+        check.add("error", "engine.compile", f"no C++ compiler is on the PATH: {', '.join(COMPILERS)}")

@@ -1,0 +1,119 @@
+"""Modes of evaluation: the bytes that each byte is predicted from.
+
+Results name their mode and stride; results of different modes or strides are not comparable.
+"""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from byteloom.core.text import count
+from data_pipeline.corpus.shards import Corpus
+from data_pipeline.stream.rows import Ids
+from pretrain.evaluation.evaluate import Progress, evaluate, evaluate_with_memory, scorer
+from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
+from pretrain.models import ByteModel
+from pretrain.models.families.megabyte import Megabyte
+from pretrain.models.families.transformer_xl import TransformerXL
+
+
+class Mode(StrEnum):
+    """Mode of evaluation: the bytes that each byte is predicted from."""
+
+    windows = "windows"
+    """Predict from the window alone. It moves by the bytes that the model scores at its end: T, or fewer."""
+    sliding = "sliding"
+    """Like windows, but move by at most T/2 (Press et al. 2020): at least T/2 bytes of context, twice the cost."""
+    strided = "strided"
+    """Like windows, with MEGABYTE's strided inference (section 2.3.3; see `strided`), at twice the cost."""
+    sliding_strided = "sliding-strided"
+    """Combine sliding and strided, at four times the cost."""
+    memory = "memory"
+    """Predict from the window and the memory of earlier windows (Transformer-XL), in one pass over every byte."""
+
+    @property
+    def slides(self) -> bool:
+        """Whether windows move by at most half their length."""
+        return self in (Mode.sliding, Mode.sliding_strided)
+
+    @property
+    def is_strided(self) -> bool:
+        """Whether MEGABYTE's strided inference is used."""
+        return self in (Mode.strided, Mode.sliding_strided)
+
+
+def evaluate_model(
+    model: ByteModel,
+    corpus: Corpus,
+    mode: Mode,
+    rows: int,
+    group_of: GroupOf = lambda key: "all",
+    progress: Progress = lambda done: None,
+    stride: int | None = None,
+) -> Evaluation:
+    """Score every byte of a corpus once, in a mode.
+
+    Args:
+        model: the model, in evaluation mode.
+        corpus: the corpus to score.
+        mode: the bytes that each byte is predicted from.
+        rows: windows scored at once.
+        group_of: maps a document's key to its group.
+        progress: called with the bytes scored.
+        stride: bytes scored at the end of a window; `stride_of` the mode if None.
+
+    Raises:
+        EvaluationError: the model does not support the mode or the stride.
+    """
+    length, most = model.sequence_length, stride_of(model)
+    if stride is not None and stride > most:
+        raise EvaluationError(f"--stride is {stride}; this model scores at most {count(most, 'byte')} of a window")
+    if mode is Mode.memory:
+        if not isinstance(model, TransformerXL) or not model.memory_length:
+            raise EvaluationError(f"mode {mode} is for a Transformer-XL with model.memory_length; this has none")
+        if stride not in (None, length):
+            raise EvaluationError(f"--stride is {stride}; mode {mode} takes no stride: windows follow each other")
+        return evaluate_with_memory(model, corpus, rows, group_of, progress)
+    nats_of = scorer(model)
+    if mode.is_strided:
+        if not isinstance(model, Megabyte):
+            raise EvaluationError(f"mode {mode} is for MEGABYTE; this model has no patches")
+        nats_of = strided(nats_of, model.patch_size)
+    return evaluate(nats_of, corpus, length, rows, group_of, progress, stride or stride_of(model, mode))
+
+
+def stride_of(model: ByteModel, mode: Mode = Mode.windows) -> int:
+    """Return the bytes that a mode scores at the end of a full window.
+
+    These are all that the model scores there, or at most half a window if the mode slides. The stride of `windows` is
+    the largest stride at which the model scores every byte.
+    """
+    scored = len(range(model.sequence_length)[model.scored(model.sequence_length)])
+    return min(scored, -(-model.sequence_length // 2)) if mode.slides else scored
+
+
+def strided(nats_of: Callable[[Ids], Tensor], patch_size: int) -> Callable[[Ids], Tensor]:
+    """Return a scorer with MEGABYTE's strided inference (section 2.3.3).
+
+    A second pass reads the window without its first P/2 bytes. Each pass keeps the first halves of its patches, where
+    predictions are best. The paper does not define the border: here the first patch of the window also keeps the
+    second half of the first pass, which the second pass would predict without context.
+
+    Raises:
+        EvaluationError: the patch size is odd.
+    """
+    if patch_size % 2:
+        raise EvaluationError(f"strided inference needs an even model.patch_size, and this model's is {patch_size}")
+    half = patch_size // 2
+
+    def nats_of_two_passes(ids: Ids) -> Tensor:
+        nats = nats_of(ids)
+        positions = torch.arange(ids.shape[1])
+        second_halves = positions[(positions >= patch_size) & (positions % patch_size >= half)]
+        if len(second_halves):
+            nats[:, second_halves] = nats_of(ids[:, half:])[:, second_halves - half]
+        return nats
+
+    return nats_of_two_passes
