@@ -17,8 +17,8 @@ import typer
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.provenance import read_source, save_resolved, trace
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import Corpus
-from data_pipeline.corpus.storage import RemoteConfig
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.remote import RemoteConfig
 from data_pipeline.errors import CorpusError
 from launchers.local import run_processes
 from launchers.slurm.presets import ClusterError

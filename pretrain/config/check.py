@@ -25,11 +25,13 @@ from byteloom.core.provenance import changes
 from byteloom.core.state_files import StateFileError
 from byteloom.core.step_folders import step_of
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.config import ONLY_SOURCE
 from data_pipeline.stream.mixture import fingerprint_of
-from data_pipeline.stream.reading import ONLY_SOURCE, Reading, Record, open_stream
+from data_pipeline.stream.reading import Reading, open_stream
+from data_pipeline.stream.record import Record
 from pretrain.checkpoint import (
     CheckpointError,
     CheckpointStore,

@@ -32,9 +32,9 @@ from byteloom.core.validation import (
     one_of,
     shorten,
 )
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import LoaderConfig
 from data_pipeline.stream.mixture import MOST_SEQUENCES
-from data_pipeline.stream.reading import DataConfig
 from launchers.local import LaunchConfig
 from launchers.supervision.supervisor import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig

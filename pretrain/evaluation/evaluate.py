@@ -28,7 +28,7 @@ from torch import Tensor
 
 from byteloom.core.locations import LocationText
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.rows import Ids
 from data_pipeline.vocabulary import PADDING
 from pretrain.evaluation.scores import Curve, Score, in_units

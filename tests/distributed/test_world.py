@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import Loader, LoaderConfig
-from data_pipeline.stream.reading import DataConfig, Reading, Record, merged, open_streams, replay
+from data_pipeline.stream.reading import Reading, open_streams, replay
+from data_pipeline.stream.record import Record, merged
 from pretrain.distributed.world import ALONE, World, WorldError, first_host
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.evaluation.scores import Score

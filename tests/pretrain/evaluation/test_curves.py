@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from pretrain.evaluation.evaluate import EvaluationError, Mode, evaluate, evaluate_model
 from pretrain.evaluation.scores import Score, in_units
 from pretrain.evaluation.words import count_words
