@@ -38,12 +38,16 @@ from typing import Any, Self
 import zstandard
 
 from data_pipeline.corpus.blocks import pack_documents
-from data_pipeline.corpus.shards import Corpus, shard_name, write_index, write_shard
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.index import write_shard
+from data_pipeline.corpus.manifest import write_index
+from data_pipeline.corpus.tar import shard_name
 from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import WINDOW, Loader, LoaderConfig
-from data_pipeline.stream.reading import DataConfig, open_streams
+from data_pipeline.stream.reading import open_streams
 from peers import FRAME_BYTES, LEVEL, PEERS, ROWS, SEQUENCE_LENGTH, SHARD_BYTES, cut
 from report import Metric, options, report
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.corpus.shards import BLOCK, LENGTHS, ShardIndex, shard_name, write_index
+from data_pipeline.corpus.index import BLOCK, LENGTHS, ShardIndex
+from data_pipeline.corpus.manifest import write_index
+from data_pipeline.corpus.tar import shard_name
 from report import Metric, options, report
 
 SHARDS = 10_000
@@ -25,7 +27,7 @@ BLOCKS_OF_A_SHARD = 1_000
 
 OPEN = """
 import json, random, re, sys, time
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 
 def peak():  # getrusage would answer with the peak of the process that started this one

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.corpus.shards import Corpus
+    from data_pipeline.corpus.corpus import Corpus
     from data_pipeline.preparation.prepare import PrepareOptions, prepare
 
     __version__: str

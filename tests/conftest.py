@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers import ReadOptions
 from data_pipeline.sources.listing import Selection

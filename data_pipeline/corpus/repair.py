@@ -1,12 +1,12 @@
-"""A damaged corpus is made whole again, from what is left of it and from a mirror.
+"""Repair a damaged corpus from its intact parts and from a mirror.
 
-    manifest or index damaged     written again from the tars; from the mirror where a tar is damaged as well, or where
-                                  what is left of the index tells of other tars
-    shard damaged or missing      written again from those of its blocks that are whole, and the mirror's for the others
-    withdrawn.json damaged        the mirror's
+    manifest or index damaged     written again from the tars; copied from the mirror if a tar is damaged as well, or if
+                                  the rest of the index lists other tars
+    shard damaged or missing      written again from its intact blocks, and from the mirror's blocks
+    withdrawn.json damaged        copied from the mirror
 
-Nothing is replaced until what replaces it is on disk and has the right digest, so a repair that is killed or fails
-leaves the corpus no worse than it was.
+A file is replaced only after its replacement is on disk and has the right digest. A repair that is killed or fails does
+not damage the corpus further.
 """
 
 import shutil
@@ -24,39 +24,31 @@ from byteloom.core.files import move_into_place, partial_path, sync
 from byteloom.core.progress import Progress, Tally
 from byteloom.core.text import count
 from data_pipeline.corpus.blocks import StoredBlock
-from data_pipeline.corpus.shards import (
-    BLOCK,
-    INDEX_FILES,
-    LENGTHS,
-    Corpus,
-    ShardIndex,
-    ShardWriter,
-    blake3_of,
-    number_of_shard,
-    read_manifest,
-    scan_shard,
-    shard_name,
-    write_index,
-)
-from data_pipeline.corpus.storage import Folder, RemoteConfig, only_writer
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.folder import Folder, only_writer
+from data_pipeline.corpus.index import BLOCK, INDEX_FILES, LENGTHS, ShardIndex, blake3_of, scan_shard
+from data_pipeline.corpus.manifest import read_manifest, write_index
+from data_pipeline.corpus.remote import RemoteConfig
+from data_pipeline.corpus.tar import ShardWriter, number_of_shard, shard_name
 from data_pipeline.corpus.verify import fault_of_tar, faults_of_list
-from data_pipeline.corpus.withdrawn import FILE as WITHDRAWN_FILE
-from data_pipeline.corpus.withdrawn import write_withdrawn
+from data_pipeline.corpus.withdrawn import WITHDRAWN_FILE, write_withdrawn
 from data_pipeline.errors import CorpusError
 
 
 def repair(
     folder: Path, mirror: str | None, threads: int, progress: Progress, remote: RemoteConfig | None = None
 ) -> list[str]:
-    """Makes the corpus in a folder whole; returns what was done, in words.
+    """Repair the corpus in a folder, and return a message for each repaired part.
 
     Args:
+        folder: folder of the corpus.
         mirror: folder or URL of another copy of the corpus.
-        threads: shards that are read at once.
+        threads: number of shards that are read at once.
+        progress: called with bytes done and in all.
         remote: how a mirror at a URL is read.
 
     Raises:
-        CorpusError: something cannot be made whole. The rest is.
+        CorpusError: some parts cannot be repaired. The others are.
     """
     with ExitStack() as corpora:
         corpora.enter_context(only_writer(folder, wait=False))
@@ -91,7 +83,7 @@ def _readable_manifest(folder: Path) -> dict[str, Any] | None:
 def _repair_index(
     folder: Path, manifest: dict[str, Any] | None, mirror: Corpus | None, threads: int, progress: Progress
 ) -> str:
-    """Writes manifest and index from the tars, or copies the mirror's where a tar is damaged as well."""
+    """Write manifest and index from the tars, or copy the mirror's if a tar is damaged as well."""
     if manifest is None:
         paths = sorted(folder.glob("shard-*.tar"))
     else:
@@ -116,25 +108,25 @@ def _repair_index(
     if not faults:
         return _write_from_tars(folder, shards, manifest)
     if mirror is None:
-        said = (
+        advice = (
             "manifest.json or the index is damaged too, so only a mirror can restore them: add --mirror URL_OR_FOLDER"
         )
-        raise CorpusError("\n".join([*faults, said]))
+        raise CorpusError("\n".join([*faults, advice]))
     _install(folder, lambda staging: _copy_index(mirror, staging))
     return f"manifest and index were copied from {mirror.location}"
 
 
 def _doubts(folder: Path, shards: Sequence[ShardIndex]) -> list[str]:
-    """Why the shards that were found, each whole, may not be all, when there is no manifest to say so.
+    """Return why the intact shards that were found may not be all shards, if there is no manifest.
 
-    An index file that is damaged still tells how many blocks there were, and has most of its records.
+    A damaged index file still has the number of blocks and most of its records.
     """
-    told = False
+    has_count = False
     for name in INDEX_FILES:
         path = folder / f"{name}.npy"
         found = _records_of(name, shards)
         listed, left = _what_is_left(path)
-        told |= listed is not None
+        has_count |= listed is not None
         if listed is not None and listed != len(found):
             held = f"{count(len(shards), 'shard')} in the folder with {count(len(found), 'block')}"
             return [f"{path} lists {count(listed, 'block')}, and there {'is' if len(shards) == 1 else 'are'} {held}"]
@@ -144,14 +136,14 @@ def _doubts(folder: Path, shards: Sequence[ShardIndex]) -> list[str]:
             if len(left[own]) and not (left[own] == found[own][: len(left[own])]).any():
                 return [f"{path} lists other blocks than {folder / shard.entry['name']} has"]
     for number, shard in enumerate(shards):
-        # Preparation skips the numbers of shards that came out empty, so this proves nothing.
-        if not told and number_of_shard(shard.entry["name"]) != number:
+        # This is no proof: preparation also skips the numbers of shards that have no document.
+        if not has_count and number_of_shard(shard.entry["name"]) != number:
             return [f"{folder / shard_name(number)} may be missing; no file is left that would show it"]
     return []
 
 
 def _records_of(name: str, shards: Sequence[ShardIndex]) -> NDArray[np.void]:
-    """What an index file says of shards, each record as plain bytes."""
+    """Return the records that an index file has for shards, each as plain bytes."""
     if name == "lengths":
         records = np.concatenate([shard.lengths for shard in shards])
     else:
@@ -161,7 +153,10 @@ def _records_of(name: str, shards: Sequence[ShardIndex]) -> NDArray[np.void]:
 
 
 def _what_is_left(path: Path) -> tuple[int | None, NDArray[np.void]]:
-    """How many records an index file that may be damaged was to have, and those it has; None if it does not tell."""
+    """Return the number in the header of an index file that may be damaged, and its records.
+
+    The number is None if the header is damaged or the file is missing.
+    """
     dtype = np.dtype(f"V{(LENGTHS if path.stem == 'lengths' else BLOCK).itemsize}")
     try:
         with path.open("rb") as file:
@@ -170,7 +165,7 @@ def _what_is_left(path: Path) -> tuple[int | None, NDArray[np.void]]:
             if described.itemsize != dtype.itemsize:
                 raise ValueError("its header is damaged")
             return number, np.fromfile(file, dtype)
-    except (OSError, ValueError, SyntaxError, TokenError):  # the header is Python's words
+    except (OSError, ValueError, SyntaxError, TokenError):  # NumPy parses the header as Python
         return None, np.empty(0, dtype)
 
 
@@ -184,15 +179,15 @@ def _scanned(path: Path, progress: Callable[[int], None]) -> ShardIndex | Corpus
 def _write_from_tars(folder: Path, shards: Sequence[ShardIndex], manifest: dict[str, Any] | None) -> str:
     index = folder / "index.npy"
     digest_before = blake3_of(index) if index.exists() else None
-    told = [name for name in INDEX_FILES if _what_is_left(folder / f"{name}.npy")[0] is not None]
+    counted = [name for name in INDEX_FILES if _what_is_left(folder / f"{name}.npy")[0] is not None]
     _install(folder, lambda staging: write_index(staging, shards))
     with Corpus(folder, check_shards=False) as corpus:
         if manifest is not None:
             agreement = "as in manifest.json"
         elif digest_before == corpus.manifest["index_blake3"]:
             agreement = "as in index.npy; manifest.json was unreadable"
-        elif told:
-            agreement = f"with as many blocks as {told[0]}.npy listed; manifest.json was unreadable"
+        elif counted:
+            agreement = f"with as many blocks as {counted[0]}.npy listed; manifest.json was unreadable"
         else:
             agreement = "manifest.json was unreadable, so it is unknown whether a shard is missing at the end"
         written = f"manifest and index were written from {count(len(shards), 'shard')}"
@@ -203,14 +198,14 @@ def _copy_index(mirror: Corpus, staging: Path) -> None:
     (staging / "manifest.json").write_bytes(mirror.storage.read_small("manifest.json"))
     for name in INDEX_FILES:
         size, digest = mirror.manifest[f"{name}_bytes"], mirror.manifest[f"{name}_blake3"]
-        shutil.copyfile(mirror.storage.local_copy(f"{name}.npy", size, digest, anew=False), staging / f"{name}.npy")
+        shutil.copyfile(mirror.storage.local_copy(f"{name}.npy", size, digest, fresh=False), staging / f"{name}.npy")
     for path in staging.iterdir():
         sync(path)
-    Corpus(staging, check_shards=False).close()  # refuses what was damaged on the way
+    Corpus(staging, check_shards=False).close()  # raises if the copy was damaged on the way
 
 
 def _install(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets index files be written beside a corpus, then moves them into it, the manifest last."""
+    """Let `write` make the index files in a new folder, then move them into the corpus, the manifest last."""
     staging = folder / "index.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -226,7 +221,7 @@ def _install(folder: Path, write: Callable[[Path], None]) -> None:
 def _repair_shards(
     folder: Path, corpus: Corpus, mirror: Corpus | None, threads: int, progress: Progress
 ) -> list[str | CorpusError | None]:
-    """For each shard what was done, or why nothing could be; None where there was nothing to do."""
+    """Return a message for each shard that was repaired, an error if it cannot be, and None if it is intact."""
     entries = corpus.manifest["shards"]
     done = Tally(sum(entry["bytes"] for entry in entries), progress)
 
@@ -243,7 +238,7 @@ def _repair_shards(
 
 
 def _repair_withdrawn(corpus: Corpus, mirror: Corpus | None) -> str | CorpusError | None:
-    """Takes the list of withdrawn documents from the mirror where ours is damaged; says as `_repair_shards` does."""
+    """Copy a damaged list of withdrawn documents from the mirror. Results are those of `_repair_shards`."""
     faults = faults_of_list(corpus.storage, corpus.content_sha256, corpus.lengths)
     if not faults:
         return None
@@ -263,10 +258,10 @@ def _repair_withdrawn(corpus: Corpus, mirror: Corpus | None) -> str | CorpusErro
 
 
 def _repair_shard(folder: Path, corpus: Corpus, shard: int, mirror: Corpus | None) -> str:
-    """Writes a shard again from those of its blocks that are whole and the mirror's.
+    """Write a shard again from its intact blocks and the mirror's.
 
-    A table may be damaged in bits that zstd does not look at, so that it is whole and the tar is not: the mirror's
-    blocks alone are the second try.
+    Damage in bits of a table that zstd ignores leaves the block intact and changes the tar. For this case, the second
+    attempt takes all blocks from the mirror.
     """
     entry = corpus.manifest["shards"][shard]
     path = folder / entry["name"]
@@ -295,10 +290,14 @@ def _repair_shard(folder: Path, corpus: Corpus, shard: int, mirror: Corpus | Non
 
 
 def _first_whole(block: int, through: int, sources: Sequence[Corpus]) -> tuple[StoredBlock, Corpus]:
-    """A block from the first source that has it whole. Raises the last one's CorpusError."""
+    """Return a block from the first source in which it is intact, and that source.
+
+    Raises:
+        CorpusError: it is damaged in all sources; this is the error of the last.
+    """
     for source in sources[:-1]:
         try:
             return source.read_stored(block, through), source
         except CorpusError:
-            continue  # that it is damaged is known; the next source stands in
+            continue  # the damage is known already
     return sources[-1].read_stored(block, through), sources[-1]

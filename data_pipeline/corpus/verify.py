@@ -1,8 +1,8 @@
-"""Is a corpus, to the last byte, what was written?
+"""Verify that every byte of a corpus is what was written.
 
-The manifest has a digest of itself, of the index files and of every shard, and the list of withdrawn documents has its
-own, so any changed, missing or added byte is found; only a list that is gone altogether is not missed. The blocks of a
-damaged shard are then read one by one to say which of them are lost.
+The manifest has a digest of itself, of the index files and of every shard. The list of withdrawn documents has its own.
+Every changed, missing or added byte is found, with one exception: a deleted list of withdrawn documents. The blocks of
+a damaged shard are read one by one to name the damaged ones.
 """
 
 import hashlib
@@ -17,18 +17,25 @@ from numpy.typing import NDArray
 
 from byteloom.core.progress import Progress, Tally
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import INDEX_FILES, Corpus, open_index_file, read_manifest
-from data_pipeline.corpus.storage import PIECE_BYTES, Folder, RemoteConfig, Storage, open_storage
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.index import INDEX_FILES, open_index_file
+from data_pipeline.corpus.manifest import read_manifest
+from data_pipeline.corpus.remote import PIECE_BYTES, RemoteConfig
+from data_pipeline.corpus.storage import Storage, open_storage
 from data_pipeline.corpus.withdrawn import read_withdrawn
 from data_pipeline.errors import CorpusError, CorruptBlockError, ShardEndsError
 
 
 def verify(location: str | Path, threads: int, progress: Progress, remote: RemoteConfig | None = None) -> list[str]:
-    """Every fault of a corpus, in words; none when it is whole. Memory: a piece of 8 MiB and a block, for each thread.
+    """Return a message for every fault of a corpus; none if it is intact.
+
+    Each thread holds a piece of 8 MiB and a block in memory.
 
     Args:
         location: a folder or a URL.
-        threads: shards that are read at once.
+        threads: number of shards that are read at once.
+        progress: called with bytes done and in all.
+        remote: how shards at a URL are fetched.
     """
     try:
         corpus = Corpus(location, check_shards=False, remote=remote)
@@ -45,7 +52,7 @@ def verify(location: str | Path, threads: int, progress: Progress, remote: Remot
 
 
 def faults_of_list(storage: Storage, content_sha256: str | None, lengths: NDArray[np.void] | None) -> list[str]:
-    """What is wrong with a corpus's list of withdrawn documents; see `read_withdrawn`."""
+    """Return a message if the list of withdrawn documents is faulty. Arguments are those of `read_withdrawn`."""
     try:
         read_withdrawn(storage, content_sha256, lengths)
     except CorpusError as error:
@@ -56,7 +63,7 @@ def faults_of_list(storage: Storage, content_sha256: str | None, lengths: NDArra
 def _faults_without_index(
     location: str | Path, threads: int, progress: Progress, remote: RemoteConfig | None
 ) -> list[str]:
-    """The faults of a corpus of which the manifest or the index is damaged, so that no block can be found."""
+    """Return the faults of a corpus whose manifest or index is damaged, so that no block can be found."""
     faults, arrays = list[str](), dict[str, NDArray[np.void]]()
     with closing(open_storage(location, remote or RemoteConfig())) as storage:
         try:
@@ -77,12 +84,10 @@ def _faults_without_index(
 
 
 def _strangers(storage: Storage, manifest: dict[str, Any]) -> list[str]:
-    """Shards, whole or half-written, that lie in a corpus's folder and are no part of it."""
-    if not isinstance(storage, Folder):
-        return []
+    """Return a message for each shard file in the folder that the manifest does not list, whole or half-written."""
     known = {entry["name"] for entry in manifest["shards"]}
-    paths = sorted(storage.path.glob("shard-*.tar*"))
-    return [f"{path} is not in manifest.json; remove that file" for path in paths if path.name not in known]
+    paths = [path for path in storage.shard_files() if path.name not in known]
+    return [f"{path} is not in manifest.json; remove that file" for path in paths]
 
 
 def _faults_of_shard(corpus: Corpus, shard: int, progress: Callable[[int], None]) -> list[str]:
@@ -99,22 +104,27 @@ def _faults_of_shard(corpus: Corpus, shard: int, progress: Callable[[int], None]
             if isinstance(error, CorruptBlockError) and not isinstance(error, ShardEndsError):
                 faults.append(str(error))
                 continue
-            # The tar is missing or ends here, so nothing after it can be read either.
+            # The tar is missing or ends here: the later blocks cannot be read either.
             return [*faults, f"{error}: {blocks[-1] - block + 1} of {count(len(blocks), 'block')} lost"]
     if faults:
         return faults
-    if not isinstance(corpus.storage, Folder) and fault_of_tar(corpus.storage, entry, lambda size: None) is None:
-        return []  # the damage was done on the way
+    if corpus.storage.rereads > 1 and fault_of_tar(corpus.storage, entry, lambda size: None) is None:
+        return []  # the bytes were damaged on the way
     return [f"{fault}; the damage is between its blocks, and all documents can be read"]
 
 
 def fault_of_tar(storage: Storage, entry: dict[str, Any], progress: Callable[[int], None]) -> str | None:
-    """What is wrong with a shard's tar as a whole; None when it is what the manifest says."""
+    """Return what is wrong with a shard's tar as a whole; None if it has the digest in the manifest.
+
+    Args:
+        storage: files of the corpus.
+        entry: the shard's entry in the manifest.
+        progress: called with the number of bytes of each read.
+    """
     path = f"{storage.location}/{entry['name']}"
     sha = hashlib.sha256()
     try:
-        if isinstance(storage, Folder) and (found := storage.size(entry["name"])) != entry["bytes"]:
-            return f"{path} has {found:,} bytes, but was written with {entry['bytes']:,}"
+        storage.check_size(entry["name"], entry["bytes"])
         for begin in range(0, entry["bytes"], PIECE_BYTES):
             piece = storage.read(entry["name"], begin, min(begin + PIECE_BYTES, entry["bytes"]))
             sha.update(piece)

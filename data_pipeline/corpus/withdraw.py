@@ -1,4 +1,4 @@
-"""Taking documents out of a corpus without writing its shards anew: they go on its list (withdrawn.py)."""
+"""Withdraw documents from a corpus: add them to its list (withdrawn.py). The shards do not change."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -6,41 +6,45 @@ from concurrent.futures import ThreadPoolExecutor
 
 from byteloom.core.progress import Progress, Tally
 from data_pipeline.corpus.blocks import DocumentSlice
-from data_pipeline.corpus.shards import Corpus
-from data_pipeline.corpus.storage import Folder, only_writer
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.folder import only_writer
 from data_pipeline.corpus.withdrawn import Withdrawal, read_withdrawn, write_withdrawn
 from data_pipeline.errors import CorpusError
 
 
 def withdraw(corpus: Corpus, keys: Iterable[str], threads: int, progress: Progress) -> list[Withdrawal]:
-    """Puts documents of a corpus on this machine on its list; those that are on it already stay as they are.
+    """Add documents to the list of withdrawn documents of a corpus on this machine.
 
     Args:
-        threads: blocks read at once.
+        corpus: the corpus.
+        keys: keys of documents. Those that are on the list already are skipped.
+        threads: number of blocks that are read at once.
+        progress: called with raw bytes done and in all.
 
     Returns:
         The new entries.
 
     Raises:
-        CorpusError: a key is no document's, or not all of the document can be found; nothing is withdrawn then.
+        CorpusError: no document has this key, or a part of the document cannot be found. Nothing is withdrawn then.
     """
-    if not isinstance(corpus.storage, Folder):
+    folder = corpus.storage.local_folder
+    if folder is None:
         raise CorpusError(
             f"{corpus.location} is a URL; withdraw documents in the folder it was copied from, and copy the list"
         )
     found = _found(corpus, set(keys), threads, progress)
-    with only_writer(corpus.storage.path, wait=True):
+    with only_writer(folder, wait=True):
         listed = read_withdrawn(corpus.storage, corpus.content_sha256, corpus.lengths)
         known = set(listed)
         new = [entry for entry in found if entry not in known]
-        write_withdrawn(corpus.storage.path, corpus.content_sha256, [*listed, *new])
+        write_withdrawn(folder, corpus.content_sha256, [*listed, *new])
     return new
 
 
 def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> list[Withdrawal]:
-    """Where documents lie, in the order of the corpus.
+    """Return the places of documents, in the order of the corpus.
 
-    A damaged block is passed over, if every document is found to its end without it.
+    A damaged block is skipped if every document is complete without it.
     """
     if not keys:
         return []
@@ -65,15 +69,15 @@ def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> 
                 parts_by_key[part.key].append(part)
                 found.append(Withdrawal(part.key, number, part.start, part.start + part.length + part.ends))
     if missing := sorted(key for key in keys if not _are_whole(parts_by_key[key])):
-        said = f"{corpus.location} has no document {missing[0]!r}"
+        text = f"{corpus.location} has no document {missing[0]!r}"
         if faults:
-            said += ", unless it is in a part that cannot be read:"
-        raise CorpusError("\n".join([said, *dict.fromkeys(map(str, faults))]))
+            text += ", unless it is in a part that cannot be read:"
+        raise CorpusError("\n".join([text, *dict.fromkeys(map(str, faults))]))
     return found
 
 
 def _are_whole(parts: Sequence[DocumentSlice]) -> bool:
-    """Whether parts, in the order of the corpus, are a document from its beginning to its end."""
+    """Return whether parts, in the order of the corpus, are a whole document."""
     size = 0
     for part in parts:
         if part.document_offset != size:

@@ -1,11 +1,11 @@
-"""The list of documents that were taken out of a corpus after it was written. See withdraw.py.
+"""List of documents that were withdrawn from a corpus after it was written. `withdraw` adds to it.
 
     corpus/withdrawn.json    {"format": …, "content_sha256": of the corpus, "entries": [[key, block, start, stop], …],
                               "sha256": of the other fields}
 
-The list only grows, and is replaced whole. A run masks what is on it from where it learned of it, and records how many
-entries it knew and their digest, so what was read before can still be told, and a list that lost an entry is noticed.
-The shards keep the bytes: whoever must erase them prepares the corpus anew.
+The list only grows, and each change replaces the whole file. A run masks the entries from the moment it knows them. It
+records how many entries it knew and their digest. A later run can then tell what was read, and notices lost entries.
+The shards keep the bytes. To erase the bytes, prepare the corpus again.
 """
 
 import hashlib
@@ -21,33 +21,38 @@ from byteloom.core.files import replace_file
 from data_pipeline.corpus.storage import Storage
 from data_pipeline.errors import CorpusError, ForbiddenError, MissingFileError
 
-FILE = "withdrawn.json"
-FORMAT = "byteloom-withdrawn/2"
+WITHDRAWN_FILE = "withdrawn.json"
+LIST_FORMAT = "byteloom-withdrawn/2"
 
 
 class Withdrawal(NamedTuple):
-    """A range of one block's content that is not to be read: what it holds of a document, with what follows its end."""
+    """A range of a block's content that must not be read: a document's bytes there, and the byte after its end."""
 
     key: str
-    """Of the document."""
+    """Key of the document."""
     block: int
+    """Number of the block."""
     start: int
+    """Offset of the first byte in the content."""
     stop: int
+    """Offset after the last byte."""
 
 
 def read_withdrawn(storage: Storage, content_sha256: str | None, lengths: NDArray[np.void] | None) -> list[Withdrawal]:
-    """The list of a corpus; empty where there is none.
+    """Return the list of a corpus; it is empty if there is no file.
 
     Args:
-        content_sha256, lengths: of the corpus. The list is not held against what is None.
+        storage: files of the corpus.
+        content_sha256: identity of the corpus that the list must have; None accepts any.
+        lengths: (blocks,) LENGTHS, in which the entries must fit; None accepts any.
 
     Raises:
-        CorpusError: it cannot be read, is damaged, or is the list of another corpus.
+        CorpusError: the list cannot be read, is damaged, or belongs to another corpus.
     """
-    path = f"{storage.location}/{FILE}"
+    path = f"{storage.location}/{WITHDRAWN_FILE}"
     for attempt in range(1, storage.rereads + 1):
         try:
-            return _parsed(storage.read_small(FILE), content_sha256, lengths)
+            return _parsed(storage.read_small(WITHDRAWN_FILE), content_sha256, lengths)
         except MissingFileError:
             return []
         except ForbiddenError as error:
@@ -61,24 +66,28 @@ def read_withdrawn(storage: Storage, content_sha256: str | None, lengths: NDArra
                     f"{path} is damaged: {error}. "
                     "Restore it from a copy, or from a mirror with byteloom verify --repair"
                 ) from error
-    raise AssertionError("a last attempt returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def prefix_digest(entries: Sequence[Withdrawal], count: int) -> str:
-    """The sha256 of the first `count` entries of a list, by which they are known again."""
+    """Return the sha256 of the first `count` entries of a list, in hexadecimal."""
     return hashlib.sha256(json.dumps(entries[:count]).encode()).hexdigest()
 
 
 def write_withdrawn(folder: Path, content_sha256: str, entries: Sequence[Withdrawal]) -> None:
-    """Replaces the list of a corpus on this machine, whose folder the caller keeps others out of."""
-    replace_file(folder / FILE, _text(content_sha256, entries))
+    """Replace the list of a corpus on this machine. The caller holds `only_writer` of the folder."""
+    replace_file(folder / WITHDRAWN_FILE, _text(content_sha256, entries))
 
 
 def _parsed(content: bytes, content_sha256: str | None, lengths: NDArray[np.void] | None) -> list[Withdrawal]:
-    """The entries of a file; a ValueError, TypeError or KeyError where it is not, to the byte, the corpus's."""
+    """Return the entries of a file.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another corpus. TypeError and KeyError mean the same.
+    """
     fields: dict[str, Any] = json.loads(content.decode())
-    if fields["format"] != FORMAT:
-        raise ValueError(f"it has format {fields['format']!r}; this version reads {FORMAT!r}")
+    if fields["format"] != LIST_FORMAT:
+        raise ValueError(f"it has format {fields['format']!r}; this version reads {LIST_FORMAT!r}")
     entries = [Withdrawal(*entry) for entry in fields["entries"]]
     if content.decode() != _text(fields["content_sha256"], entries):
         raise ValueError("its bytes are not those that were written")
@@ -95,5 +104,5 @@ def _parsed(content: bytes, content_sha256: str | None, lengths: NDArray[np.void
 
 
 def _text(content_sha256: str, entries: Sequence[Withdrawal]) -> str:
-    fields = {"format": FORMAT, "content_sha256": content_sha256, "entries": entries}
+    fields = {"format": LIST_FORMAT, "content_sha256": content_sha256, "entries": entries}
     return json.dumps({**fields, "sha256": hashlib.sha256(json.dumps(fields).encode()).hexdigest()}) + "\n"

@@ -22,13 +22,13 @@ from zipfile import BadZipFile
 from byteloom.core.files import sync
 from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.corpus.blocks import Block, pack_documents
-from data_pipeline.corpus.shards import ShardIndex, write_shard
+from data_pipeline.corpus.index import ShardIndex, write_shard
 from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.preparation.layout import Layout
 from data_pipeline.preparation.plan import Plan, begin_again, names_in, refuse_bad, skip_line
 from data_pipeline.preparation.spill import Record, Spool, keep_if_any
-from data_pipeline.sources.listing import Skipped, skipped
+from data_pipeline.sources.source_file import Skipped, skipped
 
 
 class Gather:

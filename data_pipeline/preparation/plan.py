@@ -29,7 +29,8 @@ from byteloom.core.files import replace_file, sync
 from byteloom.core.state_files import StateFileError, read_json, read_lines
 from data_pipeline.errors import CorpusError
 from data_pipeline.readers import ReadOptions, is_container
-from data_pipeline.sources.listing import Selection, Skipped, SourceFile, list_files
+from data_pipeline.sources.listing import Selection, list_files
+from data_pipeline.sources.source_file import Skipped, SourceFile
 
 T = TypeVar("T")
 

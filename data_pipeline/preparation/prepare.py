@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from byteloom.core.files import replace_file, sync
+from byteloom.core.locks import lock_file
 from byteloom.core.progress import Progress, ignore
 from byteloom.core.state_files import StateFileError, read_json
-from data_pipeline.corpus.shards import ShardIndex, write_index
+from data_pipeline.corpus.index import ShardIndex
+from data_pipeline.corpus.manifest import write_index
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.gather import Gather, part_folder, read_shard
 from data_pipeline.preparation.layout import EmptyCorpusError, Layout, make_layout

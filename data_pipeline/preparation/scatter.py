@@ -11,7 +11,7 @@ from data_pipeline.preparation.limits import Room, SourceLimit
 from data_pipeline.preparation.plan import Plan, names_in, refuse_bad
 from data_pipeline.preparation.spill import UnitWriter, read_unit, unit_folder
 from data_pipeline.readers import ReadOptions, document_of, documents_in, size_of
-from data_pipeline.sources.listing import Skipped, SourceFile, skipped
+from data_pipeline.sources.source_file import Skipped, SourceFile, skipped
 
 EXPANSION = {
     **{".jpg": 10, ".jpeg": 10, ".webp": 15, ".png": 2},

@@ -38,7 +38,7 @@ from byteloom.core.state_files import read_json
 from data_pipeline.documents import MODALITIES, READ_BYTES, Document
 from data_pipeline.preparation.plan import PrepareOptions, begin_again, skip_line
 from data_pipeline.readers import document_of, size_of
-from data_pipeline.sources.listing import Skipped, SourceFile
+from data_pipeline.sources.source_file import Skipped, SourceFile
 
 BUFFER_BYTES = 64 << 20
 """Memory for documents that wait to be sorted into a run, about."""

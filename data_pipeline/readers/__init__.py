@@ -16,7 +16,8 @@ from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.tar import documents_in_tar
 from data_pipeline.readers.text import is_binary
 from data_pipeline.readers.whole import read_whole
-from data_pipeline.sources.listing import Skipped, SourceFile, open_file, read_small
+from data_pipeline.sources.opening import open_file, read_small
+from data_pipeline.sources.source_file import Skipped, SourceFile
 
 __all__ = ["ReadOptions", "document_of", "documents_in", "is_container", "size_of"]
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import zstandard
 
 from data_pipeline.errors import BadDocumentError
-from data_pipeline.sources.listing import BUFFER_BYTES
+from data_pipeline.sources.opening import STREAM_BYTES
 
 FEED_BYTES = 4096
 """Compressed bytes taken at once. They hold at most 128 MiB, the most that zstd makes of 4 KiB."""
@@ -33,10 +33,10 @@ def decompressed(stream: BinaryIO, key: str, name: str) -> BinaryIO:
         name: what errors call it. Reading raises BadDocumentError for bytes that are damaged or cut short.
     """
     if key.lower().endswith((".gz", ".tgz")):
-        return io.BufferedReader(_Decompressed(stream, name, lambda: zlib.decompressobj(wbits=31)), BUFFER_BYTES)
+        return io.BufferedReader(_Decompressed(stream, name, lambda: zlib.decompressobj(wbits=31)), STREAM_BYTES)
     if key.lower().endswith(".zst"):
         decompressor = zstandard.ZstdDecompressor()
-        return io.BufferedReader(_Decompressed(stream, name, decompressor.decompressobj), BUFFER_BYTES)
+        return io.BufferedReader(_Decompressed(stream, name, decompressor.decompressobj), STREAM_BYTES)
     return stream
 
 

@@ -8,7 +8,8 @@ from data_pipeline.documents import READ_BYTES, Document
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.text import document_in_memory, utf8
-from data_pipeline.sources.listing import LeftOutError, Skipped, SourceFile, open_file
+from data_pipeline.sources.opening import open_file
+from data_pipeline.sources.source_file import LeftOutError, Skipped, SourceFile
 
 MAX_LINE_BYTES = 256 << 20
 """A line is held in memory; one that is longer is left out."""

@@ -9,7 +9,8 @@ from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.streams import seekable
 from data_pipeline.readers.text import document_in_memory
-from data_pipeline.sources.listing import Skipped, SourceFile, open_file
+from data_pipeline.sources.opening import open_file
+from data_pipeline.sources.source_file import Skipped, SourceFile
 
 with needed_by("a Parquet file", "pyarrow"):
     import pyarrow as pa

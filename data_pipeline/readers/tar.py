@@ -13,7 +13,8 @@ from data_pipeline.readers.kinds import modality_of
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.streams import copy_of
 from data_pipeline.readers.whole import read_whole
-from data_pipeline.sources.listing import Skipped, SourceFile, open_file
+from data_pipeline.sources.opening import open_file
+from data_pipeline.sources.source_file import Skipped, SourceFile
 
 
 def documents_in_tar(file: SourceFile, options: ReadOptions) -> Iterator[Document | Skipped]:

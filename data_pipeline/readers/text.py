@@ -7,7 +7,7 @@ from typing import BinaryIO
 from data_pipeline.documents import READ_BYTES, Document
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.streams import pieces_of
-from data_pipeline.sources.listing import LeftOutError
+from data_pipeline.sources.source_file import LeftOutError
 
 
 def read_bytes(stream: BinaryIO, name: str, options: ReadOptions, size: int | None = None) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.kinds import whole_of
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.text import read_bytes
-from data_pipeline.sources.listing import LeftOutError
+from data_pipeline.sources.source_file import LeftOutError
 
 
 def read_whole(stream: BinaryIO, key: str, name: str, size: int | None, options: ReadOptions) -> Iterator[bytes]:

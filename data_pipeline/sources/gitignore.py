@@ -1,67 +1,93 @@
-"""What git leaves out: the rules of .gitignore files at every level of a source, and above it in its repository.
+"""Rules of .gitignore files, applied as git applies them (https://git-scm.com/docs/gitignore).
 
-Rules are applied as git does (https://git-scm.com/docs/gitignore): folder by folder on the way down, so that what is in
-a folder that is left out is never looked at.
+    .gitignore ─▶ RuleFile, one for each folder on the way down ─▶ is_ignored(path)
+
+pathspec compiles the rules. Its own matching answers a simpler question: does a rule match a path, or a folder above
+it? git looks at each folder on the way down, and the nearest .gitignore file with a matching rule decides. Here a rule
+must therefore match the path itself. The listing never enters an ignored folder.
 """
 
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
+
+from pathspec import GitIgnoreSpec
+from pathspec.pattern import RegexPattern
+
+BRACKETS = re.compile(r"\[[!^]?\]?(?:\[:\w+:\]|[^\]])*\]")
+"""A set of characters in a rule."""
+CLASSES = {
+    **{"alnum": "a-zA-Z0-9", "alpha": "a-zA-Z", "digit": "0-9", "lower": "a-z", "upper": "A-Z", "xdigit": "0-9a-fA-F"},
+    **{"blank": " \t", "space": " \t\n\r\f\v", "cntrl": "\x00-\x1f\x7f", "graph": "!-.0-~", "print": " -.0-~"},
+    **{"punct": "!-.:-@[-`{-~"},
+}
+"""Characters of the POSIX classes, which pathspec does not know, without `/`."""
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One line of a .gitignore file."""
 
-    parts: tuple[str, ...]
-    """Patterns of the names on the path from the file's folder; "**" stands for any number of names."""
-    takes: bool
-    """Whether what matches is taken after all: a line with an exclamation mark."""
-    only_folders: bool
+    pattern: re.Pattern[str]
+    """Pattern of paths from the file's folder."""
+    ignores: bool
+    """Whether what matches is ignored; false for a line with an exclamation mark."""
 
-    def matches(self, path: Sequence[str], is_folder: bool) -> bool:
-        return (is_folder or not self.only_folders) and _match(path, self.parts)
-
-
-def parse_rules(content: bytes) -> tuple[Rule, ...]:
-    """The lines of a .gitignore file that say something."""
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return tuple(rule for line in lines if (rule := _parse_line(os.fsdecode(line.removesuffix(b"\r")))))
+    def matches(self, path: str, is_folder: bool) -> bool:
+        """Return whether the rule matches a path itself, not only a folder above it."""
+        mark = next(iter(self.pattern.groupindex), None)  # pathspec names the slash after a name that matches
+        if mark is None:
+            return self.pattern.search(path) is not None
+        found = self.pattern.finditer(f"{path}/" if is_folder else path)
+        return any(each.end(mark) in (-1, len(path) + 1) for each in found)
 
 
 @dataclass(frozen=True)
 class RuleFile:
-    """One .gitignore file, and how a path from the source becomes one from where the file lies."""
+    """Rules of one .gitignore file."""
 
     rules: tuple[Rule, ...]
+    """The rules, in the order of the file."""
     below: tuple[str, ...] = ()
     """Names on the way from the source to the file's folder, for a file within the source."""
     above: tuple[str, ...] = ()
     """Names on the way from the file's folder to the source, for a file above the source."""
 
     def is_ignored(self, path: Sequence[str], is_folder: bool) -> bool | None:
-        """Whether git ignores a path from the source, by the last rule that says so; None if no rule does."""
-        path = (*self.above, *path[len(self.below) :])
-        return next((not rule.takes for rule in reversed(self.rules) if rule.matches(path, is_folder)), None)
+        """Return whether the last rule that matches a path ignores it; None if no rule matches.
+
+        Args:
+            path: names on the way from the source.
+            is_folder: whether the path is a folder.
+        """
+        own = "/".join((*self.above, *path[len(self.below) :]))
+        return next((rule.ignores for rule in reversed(self.rules) if rule.matches(own, is_folder)), None)
+
+
+def parse_rules(content: bytes) -> tuple[Rule, ...]:
+    """Return the rules of a .gitignore file. Lines that git skips, as empty or as invalid, are skipped."""
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return tuple(rule for line in lines for rule in _compiled(os.fsdecode(line.removesuffix(b"\r"))))
 
 
 def is_ignored(path: Sequence[str], is_folder: bool, files: Sequence[RuleFile]) -> bool:
-    """Whether git ignores what has a path, as names from the source, in a folder that it does not ignore.
+    """Return whether git ignores a path whose folder it does not ignore.
 
     Args:
-        files: of the folders above it, the highest first; the nearest that says something decides.
+        path: names on the way from the source.
+        is_folder: whether the path is a folder.
+        files: rule files of the folders above it, the highest first.
     """
     verdicts = (file.is_ignored(path, is_folder) for file in reversed(files))
     return path[-1] == ".git" or next((verdict for verdict in verdicts if verdict is not None), False)
 
 
 def rules_above(folder: Path) -> tuple[RuleFile, ...]:
-    """The .gitignore files between the top of the folder's repository and the folder, the top's first.
+    """Return the rule files above a folder, up to the top of its repository, the highest first.
 
-    A rule for the folder itself, and not for what is in it, has no say: its user has named it all the same.
+    A rule that ignores the folder itself has no effect, because the user has named the folder.
     """
     repository = next((top for top in (folder, *folder.parents) if (top / ".git").exists()), folder)
     parents = [parent for parent in reversed(folder.parents) if parent.is_relative_to(repository)]
@@ -72,29 +98,17 @@ def rules_above(folder: Path) -> tuple[RuleFile, ...]:
     )
 
 
-def _parse_line(line: str) -> Rule | None:
+def _compiled(line: str) -> list[Rule]:
+    """Return the rule of a line; none if the line has no rule."""
+    line = BRACKETS.sub(lambda found: re.sub(r"\[:(\w+):\]", lambda name: CLASSES.get(name[1], ""), found[0]), line)
     line = re.sub(r"(?<!\\) +$", "", line)
-    takes = line.startswith("!")
-    pattern = line.removeprefix("!") if takes else line
-    path = pattern.rstrip("/")
-    if not path or line.startswith("#"):
-        return None
-    # A name without a slash before it may be at any depth.
-    parts = path.removeprefix("/").split("/") if "/" in path else ["**", path]
-    return Rule(tuple(map(_as_fnmatch, parts)), takes, only_folders=pattern.endswith("/"))
-
-
-def _as_fnmatch(part: str) -> str:
-    """A pattern of one name as `fnmatch` writes it, which has no backslash and no [^…]."""
-    unescaped = re.sub(r"\\(.)", lambda found: f"[{found[1]}]" if found[1] in "*?[" else found[1], part)
-    return unescaped.replace("[^", "[!")
-
-
-def _match(path: Sequence[str], parts: Sequence[str]) -> bool:
-    if not parts:
-        return not path
-    if parts[0] != "**":
-        return bool(path) and fnmatchcase(path[0], parts[0]) and _match(path[1:], parts[1:])
-    if len(parts) == 1:
-        return bool(path)  # a/** is what is in a, not a itself
-    return any(_match(path[start:], parts[1:]) for start in range(len(path)))
+    line = re.sub(r"\s$", lambda space: f"[{space[0]}]" if space[0] != " " else " ", line)  # git strips only spaces
+    try:
+        patterns = GitIgnoreSpec.from_lines([line]).patterns
+    except ValueError:  # git takes such a line for a rule that matches nothing
+        return []
+    return [
+        Rule(pattern.regex, pattern.include)
+        for pattern in patterns
+        if isinstance(pattern, RegexPattern) and pattern.regex is not None and pattern.include is not None
+    ]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdrawn import Withdrawal
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.stream.order import EXTENT_BYTES, ORDER_VERSION, Order, Piece, Run

@@ -1,8 +1,8 @@
 """MkDocs hook: render the reference pages from the code, at each build of the site.
 
-    Config (pydantic) ─▶ reference/config.md      fields, types, defaults, bounds, docstrings
-    typer app         ─▶ reference/commands.md    commands, arguments, options
-    configs/*.yaml    ─▶ reference/recipes.md     names, tasks, and the debug recipe in full
+Config (pydantic) ─▶ reference/config.md      fields, types, defaults, bounds, docstrings
+typer app         ─▶ reference/commands.md    commands, arguments, options
+configs/*.yaml    ─▶ reference/recipes.md     names, tasks, and the debug recipe in full
 """
 
 import json
@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 
 from byteloom.core.configs import find_preset, recipe_names
 from pretrain.cli.app import app
-from pretrain.config.schema import Config, load
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
 
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 

@@ -406,7 +406,7 @@ class Vigil:
 
 def _committed(home: str) -> list[int]:
     """Steps of the checkpoints there. In a folder only committed ones have such names, at a URL they have a marker."""
-    files, root = file_system(home, use_listings_cache=False)
+    files, root = file_system(home)
     marker = f"/{MARKER}" if isinstance(locate(home), Url) else ""
     paths = (Path(path.removesuffix(marker)) for path in files.glob(f"{root}/step-*{marker}"))
     return [step_of(path) for path in paths if is_step_name(path.name)]

@@ -13,6 +13,8 @@ from pretrain.checkpoint.errors import CheckpointError
 
 PART_BYTES = 64 << 20
 """Size of the parts in which files are uploaded."""
+S3_ATTEMPTS = 5
+"""Times that a request to S3 is made, with pauses."""
 
 
 @contextmanager
@@ -39,11 +41,8 @@ class BucketHome:
 
     def __init__(self, url: Url) -> None:
         self.location: Location = url
-        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-        if str(url).startswith("s3"):
-            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # s3fs itself retries
         try:
-            self._files, root = file_system(str(url), **options)
+            self._files, root = file_system(str(url), attempts=S3_ATTEMPTS)
         except ValueError as error:
             raise CheckpointError(f"{url} cannot be opened: {error}") from error
         self._root = root.rstrip("/")

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from byteloom.core.text import count
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.repair import repair as repair_corpus
-from data_pipeline.corpus.shards import Corpus
 from data_pipeline.corpus.verify import verify
 from data_pipeline.corpus.withdraw import withdraw
-from data_pipeline.corpus.withdrawn import FILE as WITHDRAWN_FILE
+from data_pipeline.corpus.withdrawn import WITHDRAWN_FILE
 from data_pipeline.documents import MODALITIES
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.prepare import PrepareOptions, PrepareReport, Task, prepare

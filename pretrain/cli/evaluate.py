@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.storage import RemoteConfig
 from data_pipeline.errors import CorpusError
 from pretrain.checkpoint import Metadata

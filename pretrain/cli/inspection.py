@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.explain import explain
 from data_pipeline.stream.mixture import fingerprint_of
-from data_pipeline.stream.reading import Reading, Record, open_streams, replay
+from data_pipeline.stream.reading import Reading, open_streams, replay
+from data_pipeline.stream.record import Record
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
 from pretrain.cli.arguments import CORPORA_PANEL, parse_location

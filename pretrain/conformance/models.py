@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.conformance.subject import SEED, Law, Subject, require
-from pretrain.evaluation.evaluate import Mode, evaluate_model
+from pretrain.evaluation.modes import Mode, evaluate_model
 
 TOLERANCE = 1e-6
 """Absolute, of negative log-likelihoods in float64: what a sum in another order changes."""
@@ -44,7 +44,7 @@ def check_distribution(subject: Subject, folder: Path) -> None:
 
 
 def check_causality(subject: Subject, folder: Path) -> None:
-    """Check that the score of a position depends on earlier bytes and itself, on nothing after it and on no other row."""
+    """Check that a score depends on its byte and earlier ones, not on later ones or on other rows."""
     model, length = subject.build(torch.float64), subject.sequence_length
     ids = subject.ids(2)
     before, scored = forward(model, ids), model.scored(length)
@@ -110,7 +110,7 @@ def check_flops(subject: Subject, folder: Path) -> None:
 
 
 def check_first_values(subject: Subject, folder: Path) -> None:
-    """Check that first values are a function of seed, name and shape; every parameter belongs to a block or to none, once."""
+    """Check that first values are a function of seed, name and shape, and that no two blocks share a parameter."""
     model, again = subject.build(), subject.build()
     for name, parameter in model.named_parameters():
         values = model.first_values(name, tuple(parameter.shape), SEED)

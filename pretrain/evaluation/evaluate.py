@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.rows import Ids
 from pretrain.evaluation.scores import Evaluation, GroupOf
 from pretrain.evaluation.windows import ScoredWindow, batched, document_windows, padded

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byteloom.core.text import count
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.rows import Ids
 from pretrain.evaluation.evaluate import Progress, evaluate, evaluate_with_memory, scorer
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf

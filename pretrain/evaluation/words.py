@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 
 
 def count_words(corpus: Corpus, group_of: Callable[[str], str]) -> Mapping[str, int]:

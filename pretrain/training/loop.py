@@ -31,11 +31,13 @@ from byteloom.core.files import replace_file
 from byteloom.core.provenance import changes, environment, flatten, read_source, source_file, source_text
 from byteloom.core.text import count
 from byteloom.core.validation import Fault
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import Batch, Loader, LoaderConfig
 from data_pipeline.stream.mixture import fingerprint_of
-from data_pipeline.stream.reading import DataConfig, Reading, Record, merged, open_streams
+from data_pipeline.stream.reading import Reading, open_streams
+from data_pipeline.stream.record import Record, merged
 from data_pipeline.stream.rows import Ids
 from launchers.supervision.heartbeat import Heartbeat
 from launchers.supervision.record import reason_of_start

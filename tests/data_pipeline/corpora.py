@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.corpus.blocks import pack_documents
-from data_pipeline.corpus.shards import Corpus, ShardIndex, write_index, write_shard
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.index import ShardIndex, write_shard
+from data_pipeline.corpus.manifest import write_index
 from data_pipeline.documents import Document
 
 

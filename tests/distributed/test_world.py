@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.loader import Loader, LoaderConfig
-from data_pipeline.stream.reading import DataConfig, Reading, Record, merged, open_streams, replay
+from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams, replay
+from data_pipeline.stream.record import merged
 from pretrain.distributed.world import ALONE, World, WorldError, first_host
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.evaluation.scores import Score

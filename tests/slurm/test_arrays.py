@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import prepare
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Phase

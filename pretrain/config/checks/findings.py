@@ -13,7 +13,7 @@ from byteloom.core.packages import MissingPackageError
 from byteloom.core.state_files import StateFileError
 from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
-from data_pipeline.stream.reading import ONLY_SOURCE
+from data_pipeline.stream.config import ONLY_SOURCE
 from pretrain.checkpoint import CheckpointError
 from pretrain.config.schema import Config
 from pretrain.engines import EngineError

@@ -17,9 +17,10 @@ import boto3
 import numpy as np
 import pytest
 
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.remote import RemoteConfig
 from data_pipeline.corpus.repair import repair
-from data_pipeline.corpus.shards import Corpus, shard_name
-from data_pipeline.corpus.storage import RemoteConfig
+from data_pipeline.corpus.tar import shard_name
 from data_pipeline.corpus.verify import verify
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
@@ -262,8 +263,8 @@ def test_the_cache_keeps_under_its_limit_and_drops_what_was_used_longest_ago(
 
 READ_ALL = """
 import random, sys
-from data_pipeline.corpus.shards import Corpus
-from data_pipeline.corpus.storage import RemoteConfig
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.remote import RemoteConfig
 url, cache, limit, seed = sys.argv[1:]
 with Corpus(url, remote=RemoteConfig(cache=cache, cache_bytes=int(limit), memory_bytes=0)) as corpus:
     order = [block for block in range(len(corpus)) for _ in range(2)]

@@ -15,8 +15,10 @@ import webdataset
 import zstandard
 
 from data_pipeline.corpus.blocks import StoredBlock
-from data_pipeline.corpus.shards import MEMBERS, TAR_HEADER, Corpus, ShardIndex, scan_shard, shard_name
-from data_pipeline.corpus.storage import OPEN_FILES
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.folder import OPEN_FILES
+from data_pipeline.corpus.index import ShardIndex, scan_shard
+from data_pipeline.corpus.tar import MEMBERS, TAR_HEADER, shard_name
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from tests.data_pipeline.corpora import damage_block, documents, flip, write_corpus, write_shards
 
@@ -237,5 +239,5 @@ def test_a_folder_keeps_few_files_open_while_threads_read_many(tmp_path: Path):
 
 def test_reading_imports_no_torch():
     """A process that only reads or writes shards starts in a tenth of a second and a few MB."""
-    code = "import sys, data_pipeline.corpus.shards, data_pipeline.corpus.verify; sys.exit('torch' in sys.modules)"
+    code = "import sys, data_pipeline.corpus.corpus, data_pipeline.corpus.verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.corpus.blocks import pack_documents
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.index import scan_shard, write_shard
+from data_pipeline.corpus.manifest import write_index
 from data_pipeline.corpus.repair import repair
-from data_pipeline.corpus.shards import TAR_HEADER, Corpus, scan_shard, shard_name, write_index, write_shard
+from data_pipeline.corpus.tar import TAR_HEADER, shard_name
 from data_pipeline.corpus.verify import verify
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig

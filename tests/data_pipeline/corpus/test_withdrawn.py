@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.corpus.blocks import pack_documents
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.index import write_shard
+from data_pipeline.corpus.manifest import write_index
+from data_pipeline.corpus.remote import RemoteConfig
 from data_pipeline.corpus.repair import repair
-from data_pipeline.corpus.shards import Corpus, shard_name, write_index, write_shard
-from data_pipeline.corpus.storage import RemoteConfig
+from data_pipeline.corpus.tar import shard_name
 from data_pipeline.corpus.verify import verify
 from data_pipeline.corpus.withdraw import withdraw
-from data_pipeline.corpus.withdrawn import FILE, Withdrawal, prefix_digest, write_withdrawn
+from data_pipeline.corpus.withdrawn import WITHDRAWN_FILE, Withdrawal, prefix_digest, write_withdrawn
 from data_pipeline.documents import Document
 from data_pipeline.errors import CorpusError
 from tests.conftest import Run
@@ -74,7 +77,7 @@ def test_the_list_has_every_part_of_a_document_and_only_grows(original: Corpus, 
 
 def test_a_list_that_is_not_to_the_byte_the_corpus_s_is_refused(folder: Path):
     take_out(folder, "email/header.py", "long")
-    path = folder / FILE
+    path = folder / WITHDRAWN_FILE
     whole = path.read_bytes()
     shorter = json.loads(whole)
     del shorter["entries"][-1]
@@ -95,7 +98,7 @@ def test_a_list_that_is_not_to_the_byte_the_corpus_s_is_refused(folder: Path):
 def test_a_list_of_another_corpus_and_one_of_places_outside_the_blocks_are_refused(folder: Path, tmp_path: Path):
     write_corpus(tmp_path / "other", block_bytes=5_000)
     take_out(tmp_path / "other", "long")
-    shutil.copy(tmp_path / "other" / FILE, folder / FILE)
+    shutil.copy(tmp_path / "other" / WITHDRAWN_FILE, folder / WITHDRAWN_FILE)
     with pytest.raises(CorpusError, match="it is the list of another corpus"):
         listed(folder)
     with Corpus(folder) as corpus:
@@ -111,7 +114,7 @@ def test_the_list_is_verified_when_the_index_is_lost_too(folder: Path, lost: str
     take_out(folder, "long")
     (folder / lost).unlink()
     assert len(faults(folder)) == 1
-    flip(folder / FILE, 200)
+    flip(folder / WITHDRAWN_FILE, 200)
     other, fault = faults(folder)
     assert lost in other or "manifest.json" in other
     assert "withdrawn.json is damaged" in fault
@@ -125,7 +128,7 @@ def test_a_damaged_list_comes_from_the_mirror(folder: Path, tmp_path: Path):
     entries = take_out(folder, "long")
     mirror = shutil.copytree(folder, tmp_path / "mirror")
     take_out(folder, "email/header.py")
-    flip(folder / FILE, 200)
+    flip(folder / WITHDRAWN_FILE, 200)
     flip(folder / shard_name(2), 0)
     with pytest.raises(CorpusError, match=r"withdrawn.json is damaged(.|\n)*--mirror"):
         mend(None)
@@ -143,16 +146,16 @@ def test_a_list_at_a_url_is_read_again_until_it_is_whole(folder: Path, fault: st
     entries = take_out(folder, "long")
     with FaultyServer(folder) as server:
         answers = iter([fault, fault, None])
-        server.fault_of = lambda name: next(answers) if name == FILE else None
+        server.fault_of = lambda name: next(answers) if name == WITHDRAWN_FILE else None
         assert listed(server.url, FAST) == entries
-        server.fault_of = lambda name: fault if name == FILE else None
-        with pytest.raises(CorpusError, match=FILE):
+        server.fault_of = lambda name: fault if name == WITHDRAWN_FILE else None
+        with pytest.raises(CorpusError, match=WITHDRAWN_FILE):
             listed(server.url, FAST)
 
 
 def test_a_list_without_a_document_is_one(folder: Path):
     assert take_out(folder) == []
-    assert (folder / FILE).exists()
+    assert (folder / WITHDRAWN_FILE).exists()
     assert listed(folder) == []
     assert faults(folder) == []
 
@@ -160,14 +163,14 @@ def test_a_list_without_a_document_is_one(folder: Path):
 def test_where_a_server_does_not_tell_whether_there_is_a_list_nothing_is_read(folder: Path):
     with FaultyServer(folder) as server:
         assert listed(server.url, FAST) == []
-        server.forbidden.add(FILE)
+        server.forbidden.add(WITHDRAWN_FILE)
         with pytest.raises(CorpusError, match=r"403.*s3:ListBucket.*--list /dev/null"):
             listed(server.url, FAST)
 
 
 WITHDRAW = """
 import sys
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdraw import withdraw
 print(flush=True)
 input()
@@ -201,13 +204,13 @@ def test_damage_elsewhere_keeps_no_document_from_being_withdrawn(folder: Path, o
         assert elsewhere not in corpus.blocks_of(5)
         key = next(p.key for b in corpus.blocks_of(1) if b != elsewhere for p in corpus.read(b).slices if p.ends)
     assert take_out(folder, key) == parts_of(original, key)
-    before = (folder / FILE).read_bytes()
+    before = (folder / WITHDRAWN_FILE).read_bytes()
     with pytest.raises(
         CorpusError, match=r"no document 'email/header.py', unless(.|\n)*block .* is damaged"
     ) as refusal:
         take_out(folder, "email/header.py", "email/utils.py")
     assert shard_name(5) in str(refusal.value)
-    assert (folder / FILE).read_bytes() == before
+    assert (folder / WITHDRAWN_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("which", [0, 3, -1])
@@ -215,7 +218,7 @@ def test_a_document_is_withdrawn_whole_or_not_at_all(folder: Path, original: Cor
     damage_block(folder, parts_of(original, "long")[which].block)
     with pytest.raises(CorpusError, match=r"no document 'long', unless it is in a part that cannot be read"):
         take_out(folder, "long")
-    assert not (folder / FILE).exists()
+    assert not (folder / WITHDRAWN_FILE).exists()
 
 
 def test_the_command_takes_names_and_lists_of_names(tmp_path: Path, byteloom: Run):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.corpus.blocks import pack_documents
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.documents import Document
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation import plan, prepare, spill

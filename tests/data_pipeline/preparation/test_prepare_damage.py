@@ -9,7 +9,7 @@ import pytest
 
 import data_pipeline.preparation.prepare as module
 from byteloom.core.state_files import StateFileError
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation import plan
 from data_pipeline.preparation.prepare import prepare

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import data_pipeline.preparation.prepare as module
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.layout import Layout
 from data_pipeline.preparation.prepare import prepare
 from tests.commands import BYTELOOM, environment

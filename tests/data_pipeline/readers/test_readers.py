@@ -31,7 +31,8 @@ from data_pipeline.errors import BadDocumentError, CorpusError
 from data_pipeline.readers import ReadOptions, compression, document_of, documents_in, is_container, kinds, lines
 from data_pipeline.readers.images import patch_scan, raster_scan, unscan
 from data_pipeline.readers.text import utf8
-from data_pipeline.sources.listing import REASONS, Selection, Skipped, SourceFile, list_files, skipped
+from data_pipeline.sources.listing import Selection, list_files
+from data_pipeline.sources.source_file import REASONS, Skipped, SourceFile, skipped
 from tests.conftest import STDLIB
 from tests.data_pipeline.conftest import Real
 
@@ -862,7 +863,7 @@ def test_sound_at_a_url_and_of_no_suffix_is_decoded(real: Real):
 MEASURE = """
 import resource, sys
 from data_pipeline.readers import ReadOptions, document_of, documents_in, is_container
-from data_pipeline.sources.listing import SourceFile
+from data_pipeline.sources.source_file import SourceFile
 file = SourceFile(0, sys.argv[1], sys.argv[1], None)
 options = ReadOptions(audio_rate=16000)
 list(zip(range(2), documents_in(file, options) if is_container(file, options) else document_of(file, options).read()))

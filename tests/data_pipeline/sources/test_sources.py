@@ -22,7 +22,9 @@ from PIL import Image
 from data_pipeline.documents import READ_BYTES
 from data_pipeline.errors import BadDocumentError, CorpusError
 from data_pipeline.readers import ReadOptions, document_of, documents_in, is_container
-from data_pipeline.sources.listing import REASONS, Selection, Skipped, SourceFile, list_files, open_file, skipped
+from data_pipeline.sources.listing import Selection, list_files
+from data_pipeline.sources.opening import open_file
+from data_pipeline.sources.source_file import REASONS, Skipped, SourceFile, skipped
 from tests.conftest import STDLIB
 
 
@@ -167,27 +169,33 @@ class TestSourcesThatCannotBe:
         assert "cannot read gopher://x" in self.refused("gopher://x")
 
 
-def git(folder: Path, *arguments: str) -> bytes:
+def git(folder: Path, *arguments: str, given: str = "") -> bytes:
+    """Return what git writes. `check-ignore` ends with 1 if nothing is ignored."""
     where = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "HOME": str(folder)}
-    return subprocess.run(
-        ["git", *arguments], cwd=folder, env=os.environ | where, check=True, capture_output=True
-    ).stdout
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, env=os.environ | where, input=given.encode(), capture_output=True, check=False
+    )
+    assert done.returncode == 0 or (done.returncode == 1 and arguments[0] == "check-ignore"), done.stderr
+    return done.stdout
 
 
 # fmt: off
 RULES = [
     "*.log", "build/", "/a", "!x.log", "!build/", "a/b", "**/b/", "b/**", "a/**/b", "!b/f", "*", "!*/",
     "!*.py", "/*", "?", "[a-b]", "x.[!p]*", "[^a-x]*", "#a", "\\#a", "\\f", "\\!b", "f ", " ",
+    "a/", "**", "**/", "/**", "a/**", "**/f", "!a/", "/b/", "a*", "*b", "**a", "a**b", "a/*/b", "!/a/", "!b", "!a",
+    "!f", "!a/f", "!a/**", "!**/b", "b", "/b/f", "!/a/b/", "a/*", "!a/*", "/", "//", "a//b", "!", "\\", "a\\", "[a",
+    "[]f]", "f\\ ", "f\t", "\t", "[[:alpha:]]", "[![:alpha:]]*", "y.[[:lower:][:digit:]]*", "*.*", "./a",
 ]
 # fmt: on
 
 
 class TestGitignore:
     def test_git_agrees(self, tmp_path: Path):
-        """Random trees with random rules at every level, and git's own list of what it would add."""
-        names = ["a", "b", "build", "f", "x.log", "y.py"]
+        """Random trees with random rules at every level, and what `git check-ignore` says of each file."""
+        names = ["a", "b", "build", "f", "x.log", "y.py", "#a", "f "]
         choose = random.Random(0)
-        for number in range(30):
+        for number in range(60):
             top = tmp_path / str(number)
             for _ in range(30):
                 path = top.joinpath(*choose.choices(names, k=choose.randint(1, 4)))
@@ -197,9 +205,10 @@ class TestGitignore:
                 if choose.random() < 0.4:
                     rules = "\n".join(choose.choices(RULES, k=3)) + choose.choice(["", "\n", "\r\n"])
                     (folder / ".gitignore").write_text(rules)
+            paths = {path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file()}
             git(top, "init", "-q")
-            wanted = git(top, "ls-files", "-z", "--others", "--exclude-standard").decode().split("\0")[:-1]
-            assert keys(top, gitignore=True) == sorted(f"{number}/{path}" for path in wanted)
+            ignored = git(top, "check-ignore", "-z", "--stdin", given="\0".join(paths)).decode().split("\0")
+            assert keys(top, gitignore=True) == sorted(f"{number}/{path}" for path in paths.difference(ignored))
 
     def test_rules_above_a_source_hold_up_to_the_top_of_its_repository(self, tmp_path: Path):
         write(tmp_path, ".gitignore", content="*\n")  # outside of the repository

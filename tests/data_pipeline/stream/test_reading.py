@@ -10,12 +10,14 @@ import pytest
 from pydantic import ValidationError
 
 import data_pipeline.stream.reading as reading_module
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdraw import withdraw
 from data_pipeline.errors import CorpusError
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.explain import explain
 from data_pipeline.stream.loader import Loader, LoaderConfig
-from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams, replay
+from data_pipeline.stream.reading import Reading, open_streams, replay
+from data_pipeline.stream.record import Record
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from tests.conftest import prepare_corpus
 from tests.data_pipeline.corpora import damage_block

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 from data_pipeline.stream.loader import Loader, LoaderConfig

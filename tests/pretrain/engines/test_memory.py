@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import Loader, LoaderConfig, MicroBatch
-from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams
+from data_pipeline.stream.reading import Reading, open_streams
+from data_pipeline.stream.record import Record
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointStore, read, verify
 from pretrain.config.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.evaluation.modes import Mode, evaluate_model
 from pretrain.evaluation.scores import EvaluationError, Score, in_units

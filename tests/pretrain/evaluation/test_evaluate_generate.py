@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.evaluation.evaluate import evaluate, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate, generate_rows, row_generator, sample

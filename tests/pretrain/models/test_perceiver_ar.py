@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from byteloom.core.seeds import seed_of
-from data_pipeline.corpus.shards import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.config.loading import load

@@ -1,0 +1,58 @@
+"""Files of the sources, and the reasons why files and documents are left out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from data_pipeline.errors import BadDocumentError
+
+REASONS = (
+    "empty",
+    "unreadable",
+    "damaged",
+    "binary",
+    "no field",
+    "no key",
+    "link",
+    "sparse",
+    "duplicate",
+    "over the limit",
+)
+"""Reasons why files and documents are left out. They are counted by these words."""
+
+
+class SourceFile(NamedTuple):
+    """A file of a source."""
+
+    source: int
+    """Number of the source in which it was found, counted from 0."""
+    url: str
+    """A path, a URL that fsspec opens, or `pipe:` and a command."""
+    key: str
+    """Unique name among all sources: the source's own name and the path from it, with '/' between parts."""
+    size: int | None
+    """Bytes as listed; None if they are not known."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or document that was left out."""
+
+    key: str
+    """Key of the document, or of the file."""
+    reason: str
+    """One of REASONS."""
+    detail: str
+    """What exactly is wrong, for a person."""
+
+
+class LeftOutError(BadDocumentError):
+    """A document cannot be read, for one of REASONS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def skipped(key: str, error: BadDocumentError) -> Skipped:
+    """Return the entry for a document whose reading raised an error."""
+    return Skipped(key, error.reason if isinstance(error, LeftOutError) else "damaged", str(error))
