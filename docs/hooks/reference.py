@@ -1,8 +1,8 @@
 """MkDocs hook: render the reference pages from the code, at each build of the site.
 
-    Config (pydantic) ─▶ reference/config.md      fields, types, defaults, bounds, docstrings
-    typer app         ─▶ reference/commands.md    commands, arguments, options
-    configs/*.yaml    ─▶ reference/recipes.md     names, tasks, and the debug recipe in full
+Config (pydantic) ─▶ reference/config.md      fields, types, defaults, bounds, docstrings
+typer app         ─▶ reference/commands.md    commands, arguments, options
+configs/*.yaml    ─▶ reference/recipes.md     names, tasks, and the debug recipe in full
 """
 
 import json
