@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import typer
 
-from byteloom.core.configs import find_recipe
 from pretrain.cli.app import app
 from pretrain.config.schema import Config, load
-from tests.conftest import environment
+from tests import commands
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, prose
 
 COMMANDS: Any = typer.main.get_command(app)
@@ -55,29 +54,25 @@ SHOWN = [(block, words) for block, words in byteloom_commands() if words and not
 @pytest.mark.parametrize(("block", "words"), SHOWN, ids=[f"{block} {' '.join(words[:2])}" for block, words in SHOWN])
 def test_every_command_shown_has_options_recipes_and_fields_that_exist(block: Block, words: list[str]):
     name, params = parsed(words)
-    recipe = params.get("recipe") or params.get("source")
-    if name not in WITH_OVERRIDES or recipe is None or str(recipe).startswith(MADE_BY_A_READER):
+    if name not in WITH_OVERRIDES or params["recipe"].startswith(MADE_BY_A_READER):
         return
-    overrides = params.get("overrides") or []
-    if name == "sweep":
-        overrides = [override.partition(",")[0] for override in overrides]
-    load(find_recipe(str(recipe)), [override.replace("RECIPE", "x") for override in overrides])
+    overrides = params["overrides"] or []
+    load(params["recipe"], [override.partition(",")[0] for override in overrides] if name == "sweep" else overrides)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.reason is None for block in blocks(page))], ids=str
-)
+RUNNABLE = [page for page in PAGES if any(block.reason is None for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_shell_blocks_of_a_page_run_one_after_another(page: Path, tmp_path: Path):
-    script = "\n".join(["set -euo pipefail", *(block.text for block in blocks(page) if block.reason is None)])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env={**environment(), "PATH": path},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    for command in (command for block in blocks(page) if block.reason is None for command in block.commands()):
+        name, _, rest = command.partition(" ")
+        assert name == "byteloom", f"mark the block of {command!r} as not run, or run it here"
+        expand = ["bash", "-c", f"printf '%s\\0' {rest}"]
+        words = subprocess.check_output(expand, env={**os.environ, "PATH": path}, text=True).split("\0")[:-1]
+        done = commands.run(words, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr.decode(errors='replace')}"
 
 
 def links(page: Path) -> Iterator[tuple[str, str]]:
@@ -163,7 +158,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out],
         cwd=ROOT,
-        env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
+        env={**commands.environment(), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         check=False,
