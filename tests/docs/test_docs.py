@@ -15,7 +15,8 @@ import pytest
 import typer
 
 from pretrain.cli.app import app
-from pretrain.config.schema import Config, load
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
 from tests import commands
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, prose
 
