@@ -52,7 +52,7 @@ def _sections(node: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
         inner = (*path, name)
         nodes = _nodes(field.annotation)
         for section in nodes:
-            family = f" of {section.__name__}" if len(nodes) > 1 else ""
+            family = f" of the family `{section.model_fields['family'].default}`" if len(nodes) > 1 else ""
             yield f"{'#' * min(len(inner) + 1, 4)} `{'.'.join(inner)}`{family}"
             yield cleandoc(section.__doc__ or "")
             if any(not _is_section(each) for each in section.model_fields.values()):
