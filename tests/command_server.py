@@ -128,9 +128,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which close the connection
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # as pretrain.tracking sets it before it imports MLflow
 
-    from byteloom.core import imports
+    from byteloom.core.packages import long_lived_imports
 
-    with imports.for_good():
+    with long_lived_imports():
         for module in MODULES:
             importlib.import_module(module)
     sys.argv = [script, *serve(socket.socket(fileno=int(descriptor)))]
