@@ -47,7 +47,7 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo "Go on:        $(BIN)/byteloom train demo train.steps=5000"
 
 test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-oldest: ## run a quick part of the tests with the oldest supported versions, in .venv-oldest
 	@echo "Downloads the oldest supported versions into $(OLDEST), torch $(OLDEST_TORCH) among them: up to 4 GB."

@@ -40,7 +40,7 @@ def start(arguments: Sequence[object], env: Mapping[str, str] | None = None, **o
         options: cwd, stdin, stdout, stderr, text and start_new_session of subprocess.Popen.
     """
     env = environment() if env is None else env
-    if _server().can_run(env):
+    if server().can_run(env):
         return ForkedCommand([str(BYTELOOM), *map(str, arguments)], env=env, **options)
     return start_cold(arguments, env, **options)
 
@@ -88,7 +88,7 @@ class ForkedCommand(subprocess.Popen[Any]):
                 "environment": dict(env),
                 "new_session": new_session,
             }
-            _server().send(request, [*streams, connection.fileno()])
+            server().send(request, [*streams, connection.fileno()])
         self.pid = self._answer()
         self._child_created = True
         self._close_pipe_fds(*pipes)
@@ -96,7 +96,7 @@ class ForkedCommand(subprocess.Popen[Any]):
     def _answer(self) -> int:
         answer = self._answers.recv(64)
         if not answer:
-            raise RuntimeError(f"the server of commands has ended: {_server().said()}")
+            raise RuntimeError(f"the server of commands has ended: {server().said()}")
         return int(answer)
 
     def wait(self, timeout: float | None = None) -> int:
@@ -147,5 +147,5 @@ class _Server:
 
 
 @cache
-def _server() -> _Server:
+def server() -> _Server:
     return _Server()

@@ -21,6 +21,16 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+LONG_FOLDERS = ("slurm", "end_to_end", "distributed", "launchers")
+"""Folders of tests with long files."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first, so that no worker begins one when the others have ended."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in LONG_FOLDERS)
+
+
 def prepare_corpus(sources: Sequence[Path | str], out: Path, **options: object) -> Corpus:
     """Prepares a corpus in this process.
 
@@ -49,7 +59,7 @@ def sources() -> list[Path]:
 def corpus_folder(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of many small blocks in several shards, with a held-out part."""
     out = tmp_path_factory.mktemp("corpora") / "library"
-    options = prepare_options(include=["*.py"], holdout=0.1, block_bytes=10_000, shard_bytes=40_000)
+    options = prepare_options(include=["*.py"], holdout=0.05, block_bytes=10_000, shard_bytes=40_000)
     prepare(sources, out, options, lambda done, total: None)
     return out
 
