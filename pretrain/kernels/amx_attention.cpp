@@ -1,14 +1,15 @@
 // Causal attention in bf16 on a CPU with AMX, forward and backward, in tiles that stay in a core's cache.
 //
-// Scores lie transposed, a row for each key and a column for each query. Softmax then works on vectors of queries, and
-// weights come out as a product wants its right side (two rows interleaved, "VNNI"), so no tile of them is transposed:
+// Scores are stored transposed: one row a key, one column a query. Softmax then works on vectors of queries, and writes
+// weights in the layout of a product's right side (two rows interleaved, "VNNI"), so no tile of them is transposed:
 //
 //     forward     S = K Q'                    P = exp(S - m)              O' += V' P
 //     backward    S = K Q'    G = V dO'       P = exp(S - lse)            dV += P dO    dK += D Q    dQ' += K' D
 //                                             D = P (G - sum of O dO)
 //
-// Query i of a row sees keys up to first + i. What a tile has beyond the last query or key is zeros. Weights that are
-// dropped are a hash of the seed, the row and head, the key and the query, so backward draws what forward drew.
+// Query i of a row sees the keys up to first + i. Tiles are filled with zeros beyond the last query or key. A hash of the
+// seed, the row and head, the key and the query decides whether a weight is dropped, so the backward pass drops the same
+// weights as the forward pass.
 
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -23,7 +24,7 @@ namespace {
 
 using bf16 = at::BFloat16;
 
-constexpr int64_t TILE = 128;  // queries, and keys
+constexpr int64_t TILE = 128;  // queries and keys of a tile
 constexpr float LOG2E = 1.44269504f;
 constexpr float LEAST = -1e30f;  // below any score
 
@@ -31,14 +32,14 @@ constexpr float LEAST = -1e30f;  // below any score
 
 extern "C" {
 
-struct Heads {  // (rows, heads, places, channels); channels lie side by side
+struct Heads {  // (rows, heads, places, channels); channels are contiguous
     bf16* data;
     int64_t row, head, place;  // strides
 };
 
-struct Attention {  // as in amx_attention.py
+struct Attention {  // the same fields as in amx_attention.py
     Heads q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-    float* lse;            // (rows, heads, queries), to base 2
+    float* lse;            // (rows, heads, queries) binary logarithms of the normalizers
     const int64_t* first;  // (rows,)
     int64_t rows, heads, queries, keys, channels;
     float scale;
@@ -58,7 +59,7 @@ uint32_t rounded(float x) {  // to bf16, half to even
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-float exp2_of(float x) {  // for x up to 1; to 3e-6 of the value; NaN stays
+float exp2_of(float x) {  // for x up to 1; relative error 3e-6; NaN stays NaN
     x = x < -126.f ? -126.f : x;
     const float whole = std::floor(x + 0.5f), f = x - whole;
     float y = 1 + f * (0.693147182f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f + f * 0.00133335581f))));
@@ -77,7 +78,7 @@ uint32_t hashed(uint32_t x) {  // a permutation with little bias (C. Wellons, ha
     return x ^ x >> 15;
 }
 
-// What a weight is multiplied by: 0, or 1 over the share that stays.
+// Factor of a weight: 0, or 1 over the share that is kept.
 struct Dropout {
     uint32_t limit;
     float keep;
@@ -240,19 +241,17 @@ class Head {
         return x.data + row * x.row + head * x.head + place * x.place;
     }
 
-    // The first tile of queries of which one sees key j.
+    // The first tile of queries in which a query sees key j.
     int64_t first_tile(int64_t j) const { return std::max<int64_t>(j - first, 0) / TILE * TILE; }
 
-    // The first of a tile's columns that sees a key; TILE: none.
+    // The first column of a tile that sees a key; TILE if none does.
     int32_t first_query(int64_t i, int64_t key) const {
         return key < M ? std::clamp<int64_t>(key - first - i, 0, TILE) : TILE;
     }
 
     uint32_t word_of(int64_t key) const { return hashed(word + static_cast<uint32_t>(key)); }
 
-
-
-    // A query a column, the channels 2d and 2d + 1 in row d.
+    // One column a query; row d holds the channels 2d and 2d + 1.
     std::vector<Pair> pairs_of_channels(const Heads& x) const {
         std::vector<Pair> pairs(D / 2 * padded);
         for (int64_t i = 0; i < N; ++i) {
@@ -262,7 +261,7 @@ class Head {
         return pairs;
     }
 
-    // A channel a column, the places 2i and 2i + 1 in row i.
+    // One column a channel; row i holds the places 2i and 2i + 1.
     std::vector<Pair> pairs_of_places(const Heads& x) const {
         std::vector<Pair> pairs(padded / 2 * D);
         for (int64_t i = 0; i < N; ++i) {
@@ -288,7 +287,7 @@ class Head {
     const Attention& all;
     const int64_t row, head, D, N, M, padded, first;
     float* const lse;
-    const float factor;  // from products to scores, to base 2
+    const float factor;  // from products to scores in base 2
     const Dropout dropout;
     uint32_t word;
 };

@@ -1,9 +1,16 @@
-"""Causal attention in bf16 on a CPU with AMX: amx_attention.cpp, compiled when it is first used.
+"""Causal attention in bf16 on a CPU with AMX: amx_attention.cpp, which is compiled at first use.
 
-torch's kernel multiplies with AMX in the forward pass alone, and with dropout it has no kernel at all. Compiled code is
-kept in ~/.cache/byteloom (or where XDG_CACHE_HOME says) for as long as the source, torch and the compiler's options
-are the same. inductor's cache of compiled blocks knows an operation by its name alone, so other arguments need another
-name.
+torch's kernel uses AMX only in the forward pass, and does not support dropout. inductor's cache of compiled blocks
+identifies an operation by its name alone, so an operation whose arguments change needs a new name.
+
+The compiled library is in the user's cache. Its name depends on the source, torch and the compiler's options. One
+process compiles it under a lock while others wait.
+
+The compiler is called directly, not through torch.utils.cpp_extension, for two reasons (torch 2.13, 2 cores):
+
+- A killed build leaves the lock file of cpp_extension behind, and every later build waits for it without end.
+- If the library is in the cache, each rank needs 0.5 to 0.7 s to import cpp_extension and 0.03 s to load the library
+  with it. Loading the library directly takes 0.001 s. A build takes about as long either way: 19 s and 20 s.
 """
 
 import ctypes
@@ -12,7 +19,6 @@ import logging
 import math
 import os
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,14 +28,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from byteloom.core.locations import user_cache
+from byteloom.core.locks import lock_file
 from byteloom.core.torch_compat import compiled_as_constant, cpu_capabilities
 
 log = logging.getLogger(__name__)
 
 SHORTEST = 128
-"""Queries, and keys: a tile of each. Of fewer, two products and a softmax are faster."""
+"""Fewest queries and fewest keys that the kernel takes: one tile. For fewer, two products and a softmax are faster."""
 CHANNELS = 32
-"""A head's are a multiple of this, which is what products take up at once."""
+"""Divisor of a head's channels: one product reads this many at once."""
 _NEEDED = ("amx_bf16", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _TORCH = Path(torch.__file__).parent
@@ -41,7 +48,7 @@ _OPTIONS = [
 
 
 def takes(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel is right for these (rows, heads, length, d) queries and keys, and can be had."""
+    """Return whether the kernel takes these (rows, heads, length, d) queries and keys, and is available."""
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -53,18 +60,20 @@ def takes(q: Tensor, k: Tensor) -> bool:
 
 @compiled_as_constant
 def is_available() -> bool:
-    """Whether this machine can run the kernel. The first call compiles it, and logs why if it cannot."""
+    """Return whether this machine can run the kernel. The first call compiles it, and logs a failure."""
     return _library() is not None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, dropout: float) -> Tensor:
-    """Attention in which query i of a row sees keys up to first + i.
+    """Return attention in which query i of a row sees the keys up to first + i.
 
     Args:
         q: (rows, heads, queries, d)
-        k, v: (rows, heads, keys, d)
+        k: (rows, heads, keys, d)
+        v: (rows, heads, keys, d)
         first: (rows,), 0 or more.
-        dropout: of attention weights.
+        dropout: share of attention weights that is dropped.
+
     Returns:
         (rows, heads, queries, d)
     """
@@ -75,7 +84,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, dropout: fl
 
 @torch.library.custom_op("byteloom::amx_attention", mutates_args=(), device_types="cpu")
 def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, dropout: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """What is attended, and the log of each query's normalizer to base 2: (rows, heads, queries) fp32."""
+    """Return attention, and the binary logarithm of each query's normalizer, (rows, heads, queries) fp32."""
     out, lse = _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     _run("attention_forward", {"q": q, "k": k, "v": v, "out": out}, lse, first, dropout, seed)
     return out, lse
@@ -88,7 +97,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, dropout: float, seed: Tens
 
 @torch.library.custom_op("byteloom::amx_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(kept: list[Tensor], grad_out: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values, of what `_keep` kept."""
+    """Return the gradients of queries, keys and values, from the tensors that `_keep` kept."""
     q, k, v, out, lse, first, seed = kept
     grad_q, grad_k, grad_v = _empty(q), _empty(k), _empty(v)
     given = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
@@ -114,34 +123,39 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 OPERATION = torch.ops.byteloom.amx_attention.default
-"""As a dispatcher sees it."""
+"""Operation of the forward pass, for torch's dispatcher."""
 
 
 @register_flop_formula(torch.ops.byteloom.amx_attention)
 def _forward_flops(q_shape: list[int], k_shape: list[int], *_: Any, **__: Any) -> int:
-    """In full, as torch counts its own: two products."""
+    """Return the operations of two full products, as torch counts its own kernels."""
     return 4 * math.prod(q_shape) * k_shape[2]
 
 
 @register_flop_formula(torch.ops.byteloom.amx_attention_backward)
 def _backward_flops(kept_shapes: list[list[int]], *_: Any, **__: Any) -> int:
-    """Five products, of which one is the scores again."""
+    """Return the operations of five full products; one recomputes the scores."""
     q_shape, k_shape = kept_shapes[:2]
     return 10 * math.prod(q_shape) * k_shape[2]
 
 
 def _empty(like: Tensor) -> Tensor:
-    """(rows, heads, length, d), with a position's heads side by side, as the linear maps around attention have them."""
+    """Return an empty (rows, heads, length, d) tensor in the layout of the linear maps around attention.
+
+    The heads of a position are adjacent in memory.
+    """
     rows, heads, length, channels = like.shape
     return like.new_empty(rows, length, heads, channels).transpose(1, 2)
 
 
 class _Heads(ctypes.Structure):
+    """Data and strides of one tensor; the struct Heads of amx_attention.cpp."""
+
     _fields_: ClassVar = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "place"))]
 
 
 class _Attention(ctypes.Structure):
-    """As in amx_attention.cpp."""
+    """Arguments of the kernel; the struct Attention of amx_attention.cpp."""
 
     _fields_: ClassVar = [
         *((name, _Heads) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
@@ -180,22 +194,24 @@ def _library() -> ctypes.CDLL | None:
         return None
     command = [os.environ.get("CXX", "c++"), str(_SOURCE), *_OPTIONS]
     try:
-        return ctypes.CDLL(str(_compiled(command)))
+        return ctypes.CDLL(str(compiled_library(command)))
     except (OSError, subprocess.CalledProcessError) as error:
         why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("the fast kernel for bf16 attention did not compile; torch's is used, at half the speed: %s", why)
         return None
 
 
-def _compiled(command: list[str]) -> Path:
-    """Where the compiled code is. Processes that begin at once all compile it, and the last to end is kept."""
+def compiled_library(command: list[str]) -> Path:
+    """Return the path of the compiled library. The first process compiles it while others wait."""
     key = hashlib.sha256(repr((command, torch.__version__)).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
     folder = user_cache()
     path = folder / f"amx_attention-{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            new = Path(scratch) / path.name
-            subprocess.run([*command, "-o", str(new)], check=True, capture_output=True, text=True)
-            new.replace(path)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_file(folder / "amx_attention.lock"):
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            subprocess.run([*command, "-o", str(partial)], check=True, capture_output=True, text=True)
+            partial.replace(path)
     return path

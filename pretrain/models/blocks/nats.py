@@ -1,4 +1,4 @@
-"""The price of ids under a linear head, without the logits of all positions at once."""
+"""Negative log-likelihood of ids under a linear head, without the logits of all positions at once."""
 
 from typing import Any
 
@@ -7,19 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 4096
-"""Positions whose logits exist at once: 4 MiB in fp32, which the caches of a CPU hold. A million's would take a GiB."""
+"""Positions whose logits exist at once: 4 MiB in fp32, which fit into a CPU's caches. A million would take 1 GiB."""
 
 
 def linear_nats(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Cross-entropy of `ids` under the logits `x @ weight.T + bias`, chunk by chunk; backward computes them again.
+    """Return the cross-entropy of ids under the logits `x @ weight.T + bias`, chunk by chunk.
+
+    The backward pass recomputes the logits. It sums the gradients of weight and bias over chunks, in the precision of
+    the result.
 
     Args:
-        x: (n, width)
+        x: (n, width) last hidden states.
         ids: (n,) integers below VOCABULARY.
         weight: (VOCABULARY, width)
-        bias: (VOCABULARY,)
+        bias: (VOCABULARY,), or None.
+
     Returns:
-        (n,) nats in fp32 at least. The gradients of weight and bias are added up over chunks in that precision.
+        (n,) nats in fp32 or more precise.
     """
     return _LinearNats.apply(x, ids, weight, bias)
 
@@ -51,5 +55,5 @@ class _LinearNats(torch.autograd.Function):
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In fp32 at least."""
+    """Return the logits in fp32 or more precise."""
     return F.linear(x, weight, bias).to(torch.promote_types(x.dtype, torch.float32))

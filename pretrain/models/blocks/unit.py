@@ -1,4 +1,4 @@
-"""The unit of activation checkpointing, of compilation and of sharding."""
+"""Unit of activation checkpointing, compilation and sharding."""
 
 from functools import partial
 from typing import Any, Literal
@@ -19,22 +19,26 @@ PRODUCTS = {
     *ATTENTION,
     amx_attention.OPERATION,
 }
-"""Matrix products and attention: nearly all of a block's work."""
+"""Operations of matrix products and attention, which are nearly all of a block's work."""
 
 
 class Unit(nn.Module):
-    """One of the alike blocks that a model is a pile of. An engine says how it is run."""
+    """Repeated block of a model. An engine sets how it runs."""
 
     keeps: Literal["all", "products", "input"] = "all"
-    """What forward keeps for backward, which computes the rest of the block again: beside its input, all that backward
-    needs, or the outputs of matrix products and attention, or nothing."""
+    """Values that the forward pass keeps for the backward pass, which recomputes the others. all: all that it needs.
+    products: the input, and the outputs of matrix products and attention. input: the input."""
     cast: torch.dtype | None = None
-    """What the block's parameters are cast to in every pass; the cast is part of the graph. None: they are as they are
-    to be used."""
+    """Precision to which every pass casts the block's parameters, as part of the graph. None: no cast."""
 
 
 def run_unit(unit: nn.Module, *arguments: Any) -> Tensor:
-    """The unit's output, in the way that its engine asked for."""
+    """Return a unit's output, cast and checkpointed as its engine set.
+
+    Args:
+        unit: the block, a `Unit`.
+        *arguments: passed to its forward pass.
+    """
     assert isinstance(unit, Unit)
 
     def forward(*xs: Any) -> Tensor:
@@ -49,9 +53,9 @@ def run_unit(unit: nn.Module, *arguments: Any) -> Tensor:
 
 
 def keeps(_: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    """Whether the output of an operation is kept where products are.
+    """Return whether the output of an operation is kept where products are kept.
 
-    torch's attention that drops weights is not: to skip it would be to skip its random numbers, and shift all after.
+    Attention with dropout in torch's kernels is recomputed. Skipping it would desynchronize the random generator.
     """
     if operation not in PRODUCTS:
         return CheckpointPolicy.PREFER_RECOMPUTE
@@ -62,5 +66,5 @@ def keeps(_: Any, operation: Any, *arguments: Any, **options: Any) -> Checkpoint
 _keep_products = partial(
     create_selective_checkpoint_contexts,
     keeps,
-    allow_cache_entry_mutation=True,  # relu_ writes over a kept product; doing so again changes nothing
+    allow_cache_entry_mutation=True,  # relu_ overwrites a kept product; a second relu_ changes nothing
 )

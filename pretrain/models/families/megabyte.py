@@ -3,15 +3,15 @@
 Yu et al. 2023, "MEGABYTE: Predicting Million-byte Sequences with Multiscale Transformers", arXiv:2305.07185, section
 2.2. T bytes, patch size P, K = T/P patches, D_G = global width / P, D_L = local width:
 
-    ids ─ eq. 1 ─▶ bytes (T, D_G) ─ eq. 2 ─▶ patches, one late (K, P·D_G) ─ eq. 3 ─▶ global model
-                                                                                  │ w^GL, shared by positions
-    ids ─ embedding of the byte before, pad at a patch's start (K, P, D_L) ─────▶ + ─ eq. 4, 5 ─▶ local model
+    ids ─ eq. 1 ─▶ bytes (T, D_G) ─ eq. 2 ─▶ patches, shifted by one (K, P·D_G) ─ eq. 3 ─▶ global model
+                                                                                  │ w^GL, the same at all positions
+    ids ─ embedding of the previous byte, pad at a patch's start (K, P, D_L) ───▶ + ─ eq. 4, 5 ─▶ local model
                                                                                   │
-                                             tied head, eq. 6: nats of every byte ◀
+                                    tied head, eq. 6: nats of every byte ◀────────┘
 
-Row t of the output depends on x_<t alone: the global model on whole patches before its own, the local model on the
-bytes before t in its patch. Linear maps have no bias. The two extensions of section 2.3 that change the model are
-options: a convolutional patch encoder, and local attention that reaches into the patch before.
+Output t depends only on the ids before t. The global model reads the whole patches before that of t, and the local
+model reads the bytes before t in its patch. Linear maps have no bias. The two extensions of section 2.3 that change the
+model are options: a convolutional patch encoder, and local attention that reaches into the previous patch.
 """
 
 from functools import partial
@@ -36,40 +36,41 @@ from pretrain.models.initial import Initial
 from pretrain.models.registry import Family, register_family
 
 FILTER_SIZES = (3, 5, 7)
-"""Of the convolutional patch encoder, in order (section 2.3.1)."""
+"""Filter sizes of the convolutional patch encoder, in order (section 2.3.1)."""
 
 
 class MegabyteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """MEGABYTE (arXiv:2305.07185)."""
 
     family: Literal["megabyte"] = "megabyte"
-    """Which model; each family has its own fields."""
+    """Model family; each has its own fields."""
     sequence_length: int = Field(ge=1)
     """T: bytes of one training sequence and the longest context; a multiple of the patch size."""
     patch_size: int = Field(default=8, ge=1)
-    """P: bytes of a patch. The global model works once a patch; the paper uses 8 for text, 192 for images, 32 for
+    """P: bytes of a patch. The global model runs once a patch. The paper uses 8 for text, 192 for images and 32 for
     sound."""
     global_model: StackConfig
-    """The model over patches. Its width is P times the width D_G of a byte in it."""
+    """Model over patches. Its width is P times D_G, the width of a byte in it."""
     local_model: StackConfig
-    """The model over the bytes of one patch; runs for all patches at once."""
+    """Model over the bytes of one patch. It runs for all patches at once."""
     positions: Literal["learned", "rotary"] = "learned"
-    """How places are told: learned tables (T of them for the global model as in equation 1, P for the local one), or
-    rotary angles in every attention layer of both."""
+    """Encoding of positions. learned: tables, of T positions for the global model (equation 1) and of P for the local
+    model. rotary: rotary angles in every attention layer of both models."""
     patch_encoder: Literal["embedding", "convolution"] = "embedding"
-    """How bytes enter the global model: embeddings as in equation 1, or those after causal convolutions with filters of
-    3, 5 and 7 bytes (section 2.3.1). The paper gives neither channels nor activation: each here has D_G channels, relu,
-    and a residual connection."""
+    """Input of the global model. embedding: embeddings, as in equation 1. convolution: embeddings after causal
+    convolutions with filters of 3, 5 and 7 bytes (section 2.3.1). The paper does not give their channels and
+    activation; each one here has D_G channels, relu and a residual connection."""
     cross_patch_bytes: int = Field(default=0, ge=0)
-    """r: last positions of the patch before that local attention sees too, in every layer, unless their document has
-    ended (section 2.3.2; the paper does not give its r). Local attention is then rotary, beside learned tables if there
-    are any. 0: a patch sees itself alone."""
+    """r: last positions of the previous patch that local attention also sees, in every layer, unless their document has
+    ended (section 2.3.2; the paper does not give its r). Local attention is then rotary, in addition to any learned
+    tables. 0: a patch sees only itself."""
     activation: Activation = "relu"
-    """Of the feed-forward layers; the paper's is relu."""
+    """Activation of the feed-forward layers; the paper's is relu."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Of attention weights and of what each layer adds to the residual stream; embeddings have none."""
+    """Share of attention weights, and of the output of each layer, that is dropped in training. Embeddings have no
+    dropout."""
     initial_std: float = Field(default=0.006, gt=0)
-    """Standard deviation of the initial weights, a normal distribution cut at two deviations (the paper's 0.006)."""
+    """Standard deviation of the initial weights, a normal distribution cut at two deviations. The paper's is 0.006."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -90,11 +91,13 @@ class MegabyteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
 
 
 class Megabyte(ByteModel):
-    """MEGABYTE over bytes."""
+    """MEGABYTE: global model, local model and tied head."""
 
     patch_size: int
+    evaluation_modes = ByteModel.evaluation_modes | {"strided", "sliding-strided"}
 
     def __init__(self, config: MegabyteConfig) -> None:
+        """Build the model, and draw its parameters from torch's default generator."""
         super().__init__()
         self.sequence_length = config.sequence_length
         self.patch_size = config.patch_size
@@ -122,9 +125,11 @@ class Megabyte(ByteModel):
         self.initialize()
 
     def model_initial(self, name: str) -> Initial:
+        """Return a normal distribution with the deviation of the config."""
         return Initial(self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the negative log-likelihood of every id; see `ByteModel.forward`."""
         rows, length = ids.shape
         self.check_length(length)
         ids = F.pad(ids.long(), (0, -length % self.patch_size), value=PADDING)
@@ -134,11 +139,12 @@ class Megabyte(ByteModel):
         return self.nats(states, ids)[:, :length]
 
     def embed_patches(self, ids: Tensor, first_position: int) -> Tensor:
-        """Bytes to patches (equation 1, the patch encoder, and the grouping of equation 2).
+        """Embed bytes and group them to patches (equation 1, the patch encoder, and the grouping of equation 2).
 
         Args:
             ids: (rows, n) whole patches; n may be 0. A patch encoder's filters see zeros before them.
-            first_position: of ids[:, 0] in its row.
+            first_position: position of ids[:, 0] in its row.
+
         Returns:
             (rows, n/P, P·D_G)
         """
@@ -150,13 +156,14 @@ class Megabyte(ByteModel):
         return embedded.reshape(ids.shape[0], -1, self.patch_size * self.byte_width)
 
     def decode_patches(self, ids: Tensor, global_out: Tensor) -> Tensor:
-        """The local model on every patch at once (equations 4 and 5).
+        """Run the local model on every patch at once (equations 4 and 5).
 
         Args:
             ids: (rows, K·P); the last byte of a patch is not read.
-            global_out: (rows, K, P·D_G)
+            global_out: (rows, K, P·D_G) outputs of the global model.
+
         Returns:
-            (rows, K·P, D_L) what the logits are a linear map of
+            (rows, K·P, D_L) last hidden states.
         """
         rows, length = ids.shape
         before = ids.view(-1, self.patch_size)[:, :-1]
@@ -168,36 +175,40 @@ class Megabyte(ByteModel):
         return local_out.view(rows, length, -1)
 
     def _visible_across_patches(self, ids: Tensor) -> Tensor:
-        """(rows, K·P) ids to the (rows, K, P, r + P) mask of `CrossPatchAttention`."""
+        """Map (rows, K·P) ids to the (rows, K, P, r + P) mask of `CrossPatchAttention`."""
         ended = (ids[:, :-1] == SEPARATOR).cumsum(1)
         documents = F.pad(ended, (1, 0)).unflatten(1, (-1, self.patch_size))
         before = documents[:, :-1, -self.cross_patch_bytes :]
         return visible_positions(F.pad(before, (0, 0, 1, 0), value=-1), documents, self.patch_size)
 
     def condition(self, global_out: Tensor) -> Tensor:
-        """w^GL on each byte's slice of the global output, and local positions: (n, P·D_G) to (n, P, D_L)."""
+        """Map (n, P·D_G) global outputs to (n, P, D_L): w^GL on each byte's slice, plus local positions."""
         conditioned = self.global_to_local(global_out.view(-1, self.patch_size, self.byte_width))
         return conditioned if self.local_positions is None else conditioned + self.local_positions
 
     def embed_locally(self, before: Tensor) -> Tensor:
-        """The local pad and the embeddings of a patch's first bytes: (n, p) ids to (n, p + 1, D_L)."""
+        """Map the (n, p) first ids of patches to (n, p + 1, D_L): the local pad, then their embeddings."""
         pad = self.local_pad.expand(before.shape[0], 1, -1)
         return torch.cat([pad, self.local_embedding(before)], 1)
 
     def head_weights(self) -> tuple[Tensor, None]:
-        """The local embedding table itself (equation 6)."""
+        """Return the local embedding table (equation 6)."""
         return self.local_embedding.weight, None
 
     def stacks(self) -> dict[str, list[Unit]]:
+        """Return the blocks of the global and of the local model."""
         return {"global": units_of(self.global_stack), "local": units_of(self.local_stack)}
 
     def scored(self, length: int) -> slice:
+        """Return all positions."""
         return slice(0, length)
 
     def decoder(self, rows: int) -> "MegabyteDecoder":
+        """Return a new decoder of `rows` rows."""
         return MegabyteDecoder(self, rows)
 
     def flops(self, length: int) -> int:
+        """Return the operations of all matrix products; see `ByteModel.flops`."""
         patches, P = -(-length // self.patch_size), self.patch_size
         local_width = self.local_stack.width
         per_byte = 2 * local_width * (self.byte_width + VOCABULARY)
@@ -207,19 +218,20 @@ class Megabyte(ByteModel):
 
 
 class PatchEncoder(nn.Module):
-    """x + relu(convolution(x)) for causal filters of growing size (section 2.3.1)."""
+    """Causal convolutions x + relu(convolution(x)) with filters of growing size (section 2.3.1)."""
 
     def __init__(self, width: int) -> None:
+        """Build the filters over `width` channels."""
         super().__init__()
         self.filters = nn.ModuleList(nn.Conv1d(width, width, size, bias=False) for size in FILTER_SIZES)
 
     @property
     def reach(self) -> int:
-        """Positions before its own that an output depends on."""
+        """Positions before its own position that an output depends on."""
         return sum(size - 1 for size in FILTER_SIZES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, n, width) to the same; row t depends on x up to t."""
+        """Map (rows, n, width) to the same shape; output t depends on x up to position t."""
         if not x.shape[1]:
             return x
         x = x.transpose(1, 2)
@@ -228,26 +240,36 @@ class PatchEncoder(nn.Module):
         return x.transpose(1, 2)
 
     def flops(self, length: int) -> int:
+        """Return the operations of the convolutions over one row of `length` positions."""
         return 2 * length * sum(p.numel() for p in self.parameters())
 
 
 class CrossPatchAttention(MultiHead):
-    """Local attention over a patch's own positions and the last `reach` of the patch before (section 2.3.2).
+    """Local attention over a patch and the last `reach` positions of the previous patch (section 2.3.2).
 
-    Rotary, with positions counted from the patch's first, so that angles stay small however long the sequence is. Keys
-    are therefore unrotated in a cache. Before patch 0 there are zeros, which are masked.
+    Positions are rotary and counted from the start of the patch, so angles stay small however long the sequence is. A
+    cache therefore holds keys before their rotation. Masked zeros precede patch 0.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, reach: int) -> None:
+        """Build the layer; see `MultiHead`.
+
+        Args:
+            width: channels of the input and of the output.
+            heads: attention heads; they divide the width.
+            dropout: share of attention weights that is dropped in training.
+            reach: r, the positions of the previous patch that are seen.
+        """
         super().__init__(width, heads, dropout)
         self.rotary, self.reach = Rotary(), reach
 
     def forward(self, x: Tensor, cache: LayerCache | None, visible: Tensor) -> Tensor:
-        """(rows·K, n, width) to the same: K whole patches of each row, or with a cache a part of one patch.
+        """Map (rows·K, n, width) to the same shape: K whole patches of each row, or with a cache a part of one patch.
 
         Args:
-            cache: what was kept of the patch before, and this patch's positions so far.
-            visible: (rows, K, n, keys) which keys each position sees; K = 1 with a cache.
+            x: input of the layer.
+            cache: kept positions of the previous patch, and the earlier positions of this patch.
+            visible: (rows, K, n, keys) booleans, true where a position sees a key; K = 1 with a cache.
         """
         q, k, v = self.project(x)
         if cache is None:
@@ -262,21 +284,33 @@ class CrossPatchAttention(MultiHead):
         return self.merge(attention(q, k, v, visible.flatten(0, 1)[:, None], self.dropout_now))
 
     def _after_patch_before(self, x: Tensor, patches: int) -> Tensor:
-        """(rows·K, heads, P, d) to (rows·K, heads, r + P, d); zeros before patch 0."""
+        """Put the last r positions of the previous patch before each patch; zeros before patch 0.
+
+        Args:
+            x: (rows·K, heads, P, d) keys or values.
+            patches: K.
+
+        Returns:
+            (rows·K, heads, r + P, d)
+        """
         x = x.unflatten(0, (-1, patches))
         before = F.pad(x[:, :-1, :, -self.reach :], (0, 0, 0, 0, 0, 0, 1, 0))
         return torch.cat([before, x], 3).flatten(0, 1)
 
 
 def visible_positions(before: Tensor, own: Tensor, count: int) -> Tensor:
-    """What the last `count` positions of a patch see: their own patch's past, and of the patch before their document.
+    """Return the mask of the last `count` positions of a patch.
+
+    They see the earlier positions of their patch, and those positions of the previous patch that are in their document.
 
     Args:
-        before: (rows, K, r) the document that each position of the patch before is in.
-        own: (rows, K, n) the same of the patch itself. A position is in the document of the byte it predicts, and a
-            separator is the last id of its own.
+        before: (rows, K, r) document of each position of the previous patch. A position is in the document of the byte
+            that it predicts, and a separator is the last id of its document.
+        own: (rows, K, n) document of each position of the patch.
+        count: positions that the mask is for.
+
     Returns:
-        (rows, K, count, r + n) booleans
+        (rows, K, count, r + n) booleans.
     """
     positions = own.shape[-1]
     same_document = before[..., None, :] == own[..., positions - count :, None]
@@ -285,30 +319,32 @@ def visible_positions(before: Tensor, own: Tensor, count: int) -> Tensor:
 
 
 class MegabyteDecoder:
-    """Byte by byte: the global model runs once a patch, the local model once a byte, both over cached keys and values.
+    """Decoder: the global model runs once a patch, the local model once a byte, both over cached keys and values.
 
-    The local caches begin each patch with the r positions that they keep of the patch before, and anew if r is 0.
+    At the start of a patch, the local caches hold the r last positions of the previous patch; they are empty if r is 0.
     """
 
     def __init__(self, model: Megabyte, rows: int) -> None:
+        """Make a decoder of `rows` rows with empty caches."""
         self.length = 0
         self._model = model
         self._global_caches = model.global_stack.empty_caches()
         self._local_caches = model.local_stack.empty_caches()
         nothing = torch.empty(rows, 0, dtype=torch.long, device=model.global_pad.device)
         self._patch = nothing
-        """(rows, p) bytes of the patch under way."""
+        """(rows, p) bytes of the current patch."""
         self._patches_before = nothing
-        """(rows, n) bytes of the last patches, as far as the patch encoder's filters reach."""
+        """(rows, n) bytes of the last whole patches that the patch encoder's filters reach."""
         self._conditioning: Tensor
-        """(rows, P, D_L) what the global model says to each byte of the patch."""
+        """(rows, P, D_L) output of the global model for each byte of the patch."""
         self._positions = 0
-        """Of the patch under way that the local model has run over: none, or p + 1."""
+        """Positions of the current patch that the local model has run over: 0, or p + 1."""
         self._documents_before = nothing
-        """(rows, r) documents of the patch before's last positions; the one that this patch begins in is 0."""
+        """(rows, r) document of each last position of the previous patch; 0 is the one in which this patch begins."""
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
+        """Feed a whole prefix; see `Decoder.prime`."""
         model, P = self._model, self._model.patch_size
         if self.length:
             raise ValueError("only a fresh decoder can be primed")
@@ -319,7 +355,7 @@ class MegabyteDecoder:
         global_in = torch.cat([model.global_pad.expand(rows, 1, -1), model.embed_patches(whole, first_position=0)], 1)
         global_out = model.global_stack(global_in, self._global_caches)
         self._remember(whole)
-        # Each layer takes keys and values one patch further back, so no more patches than layers have a say.
+        # Each local layer reaches one patch further back, so only as many patches as layers matter.
         depth = len(model.local_stack.blocks) if model.cross_patch_bytes else 0
         for k in range(max(patches - depth, 0), patches):
             self._begin_patch(global_out[:, k])
@@ -330,6 +366,7 @@ class MegabyteDecoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
+        """Feed one id a row; see `Decoder.step`."""
         model, P = self._model, self._model.patch_size
         model.check_room(self.length + 1)
         self.length += 1
@@ -344,13 +381,13 @@ class MegabyteDecoder:
         return self._read(byte[:, :0])
 
     def _remember(self, patches: Tensor) -> None:
-        """Of (rows, n) bytes of whole patches, those that the next patch's encoding depends on."""
+        """Keep the bytes of (rows, n) whole patches on which the encoding of the next patch depends."""
         P, encoder = self._model.patch_size, self._model.patch_encoder
         kept = -(-encoder.reach // P) * P if encoder is not None else 0
         self._patches_before = patches[:, max(patches.shape[1] - kept, 0) :]
 
     def _begin_patch(self, global_out: Tensor) -> None:
-        """Takes up the patch that (rows, P·D_G) of the global model's output is for."""
+        """Begin the patch of a (rows, P·D_G) output of the global model."""
         model, reach = self._model, self._model.cross_patch_bytes
         self._conditioning = model.condition(global_out)
         if reach:
@@ -364,9 +401,9 @@ class MegabyteDecoder:
         self._patch, self._positions = self._patch[:, :0], 0
 
     def _read(self, ids: Tensor) -> Tensor:
-        """The local model over the next (rows, n) bytes of the patch under way; logits of the id after them.
+        """Run the local model over the next (rows, n) bytes of the current patch; return the logits of the next id.
 
-        The first call of a patch, in which n may be 0, reads the local pad before them.
+        The first call of a patch reads the local pad before them. In this call n may be 0.
         """
         model, first = self._model, self._positions
         embedded = model.local_embedding(ids) if first else model.embed_locally(ids)

@@ -1,18 +1,18 @@
-"""Perceiver AR: a long context read once, by a cross-attend, into a deep causal model of its last N positions.
+"""Perceiver AR: one cross-attend reads a long context into a deep causal model of its last N positions.
 
-Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR", arXiv:2202.07765;
-where paper and published code (google-research/perceiver-ar) differ, this follows the code. T bytes, N latents:
+Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR", arXiv:2202.07765. This
+follows the published code (google-research/perceiver-ar) where it differs from the paper. T bytes, N latents:
 
-    ids, one late, START first ─ embedding + positions ─▶ inputs (T, W)
-                                                            │         └─ last N ─ linear ─▶ latents (N, C)
-                                                            └─ keys, values ─▶ cross-attend ◀─ queries ┘
-                                                                                    │
-                                                        L causal blocks over the N latents
-                                                                                    │
-                                             norm, linear head: nats of the N bytes ◀
+    START, then ids shifted by one ─ embedding + positions ─▶ inputs (T, W)
+                                                                │     └─ last N ─ linear ─▶ latents (N, C)
+                                                                └─ keys, values ─▶ cross-attend ◀─ queries ┘
+                                                                                        │
+                                                            L causal blocks over the N latents
+                                                                                        │
+                                            norm, linear head: nats of the N bytes ◀────┘
 
-The latent at position p sees inputs 0 to p, its own included, and foretells byte p, which is input p + 1. A row gives
-at most N nats, so training draws which of the T positions they are: a crop. Linear maps have biases, as in the code.
+The latent at position p sees inputs 0 to p and predicts byte p, which is input p + 1. A row has at most N scored
+positions. Training draws which of the T positions they are: a crop. Linear maps have biases, as in the code.
 """
 
 import math
@@ -38,24 +38,24 @@ from pretrain.models.initial import Initial
 from pretrain.models.registry import Family, register_family
 
 START = VOCABULARY
-"""The input before the first byte. It has a row in the embedding and one in the head, as in the authors' code, and is
-never foretold."""
+"""Input before the first byte. It has a row in the embedding and one in the head, as in the authors' code. It is never
+predicted."""
 DROPPED = -1e4
-"""Added to the scores of dropped inputs. Finite, so a latent that would lose all it sees loses nothing."""
+"""Number added to the scores of dropped inputs. It is finite, so a latent that loses all its inputs sees them all."""
 
 
 class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Perceiver AR (arXiv:2202.07765)."""
 
     family: Literal["perceiver_ar"] = "perceiver_ar"
-    """Which model; each family has its own fields."""
+    """Model family; each has its own fields."""
     sequence_length: int = Field(ge=1)
     """T: bytes of one training sequence and the longest context."""
     latents: int = Field(default=1024, ge=1)
-    """N: positions of a sequence that are modelled and scored. No parameter depends on it: another number can be chosen
-    when the model is used, more for better predictions, fewer for faster ones."""
+    """N: positions of a sequence that are modelled and scored. No parameter depends on it, so a trained model can be
+    used with another number: more for better predictions, fewer for faster ones."""
     latent_model: StackConfig
-    """The causal blocks over the latents."""
+    """Causal blocks over the latents."""
     input_width: int | None = Field(default=None, ge=1)
     """W: channels of the inputs, and of the cross-attend's queries, keys and values. None: the latents' width."""
     cross_heads: int = Field(default=16, ge=1)
@@ -63,28 +63,30 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
     cross_attend_after: tuple[int, ...] = ()
     """Latent blocks, counted from 0, after which a further cross-attend reads the inputs."""
     positions: Literal["rotary", "learned", "sinusoidal", "image"] = "rotary"
-    """How places are told: rotary angles in every attention layer, or what is added to the inputs: a learned table,
-    fixed sines, or the sum of three learned tables, of a byte's column, row and channel in an image."""
+    """Encoding of positions. rotary: rotary angles in every attention layer. The others are added to the inputs.
+    learned: a learned table. sinusoidal: fixed sines. image: three learned tables, for a byte's column, row and channel
+    in an image."""
     rotary_fraction: float = Field(default=0.5, gt=0, le=1)
     """Share of each head's channels that rotary angles turn."""
     image: tuple[int, int, int] | None = None
-    """Height, width and channels of the image that every sequence is, in raster order, for positions: image."""
+    """Height, width and channels of the image, for positions: image. Every sequence is one image in raster order."""
     activation: Activation = "squared_relu"
-    """Of the feed-forward layers; the paper's is squared_relu."""
+    """Activation of the feed-forward layers; the paper's is squared_relu."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Of what each layer adds to the residual stream; attention weights and embeddings have none."""
+    """Share of the output of each layer that is dropped in training. Attention weights and embeddings have no
+    dropout."""
     cross_attend_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of input positions that no latent sees in a training pass, drawn for each row. The paper has up to 0.97 for
-    books."""
+    """Share of input positions that no latent sees in a training pass, drawn for each row. The paper uses up to 0.97
+    for books."""
     zero_head: bool = True
-    """Begin with a head of zeros, so that the first loss is log V exactly."""
+    """Begin with a head of zeros. The first loss is then exactly log V."""
     cropping: Literal["none", "full_latents", "equal_position_likelihood"] = "full_latents"
-    """Which positions of a training row are scored. full_latents: N in a row, at a random place, so the ends of a row
-    are scored less often. equal_position_likelihood: N in a row at a place that may hang over either end, so each
-    position is scored equally often, with fewer targets. none: the last N. (The authors' full_latents_with_prefix is
-    full_latents where every byte is a target.)"""
+    """Scored positions of a training row. full_latents: N consecutive ones at a random place; the ends of a row are
+    scored less often. equal_position_likelihood: N consecutive ones at a random place that may extend past either end;
+    each position is scored equally often, with fewer targets. none: the last N. (The authors' full_latents_with_prefix
+    is full_latents where every byte is a target.)"""
     minimum_crop: int | None = Field(default=None, ge=1)
-    """Least number of bytes up to the end of a crop, for full_latents. None: N."""
+    """Smallest number of bytes up to the end of a crop, for full_latents. None: N."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -115,7 +117,10 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
 
 
 class PerceiverAR(ByteModel):
+    """Perceiver AR: cross-attends, causal blocks over latents, and an untied head."""
+
     def __init__(self, config: PerceiverARConfig) -> None:
+        """Build the model, and draw its parameters from torch's default generator."""
         super().__init__()
         self.config = config
         self.sequence_length = config.sequence_length
@@ -152,7 +157,7 @@ class PerceiverAR(ByteModel):
         self.initialize()
 
     def model_initial(self, name: str) -> Initial:
-        """As the authors' library does: weights of variance 1/inputs, tables of deviation 1, cut at two deviations."""
+        """Return the authors' choice: weights of variance 1/inputs, tables of deviation 1, biases of 0."""
         if name.endswith("bias") or (name == "head.weight" and self.config.zero_head):
             return Initial()
         module = self.get_submodule(name.rpartition(".")[0])
@@ -160,7 +165,10 @@ class PerceiverAR(ByteModel):
         return Initial(module.in_features**-0.5 / cut if isinstance(module, nn.Linear) else 1.0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """As `ByteModel.forward`; a row padded at its end is scored at the end of its own ids."""
+        """Return the negative log-likelihood of every id; see `ByteModel.forward`.
+
+        Outside training, a padded row is scored at the end of its own ids.
+        """
         rows, length = ids.shape
         self.check_length(length)
         ids = ids.long()
@@ -170,10 +178,12 @@ class PerceiverAR(ByteModel):
         return nats.new_zeros(rows, length).scatter(1, places, nats)
 
     def place_latents(self, end: Tensor, length: int) -> Tensor:
-        """The positions of a row's latents: the last N before its end, or the first N where there are fewer.
+        """Return the positions of the latents: the last N of a row's first `end`, or its first N if `end` is below N.
 
         Args:
-            end: (rows,) one after the last position that is scored; `length` at most.
+            end: (rows,) one after the last scored position; at most `length`.
+            length: positions of a row.
+
         Returns:
             (rows, min(N, length))
         """
@@ -182,11 +192,12 @@ class PerceiverAR(ByteModel):
         return first[:, None] + torch.arange(count, device=end.device)
 
     def read(self, ids: Tensor, places: Tensor) -> Tensor:
-        """The states that foretell the ids at the latents' positions.
+        """Return the hidden states that predict the ids at the latents' positions.
 
         Args:
-            ids: (rows, T); the last is not read.
+            ids: (rows, T); the last id is not read.
             places: (rows, N), from `place_latents`.
+
         Returns:
             (rows, N, C)
         """
@@ -195,7 +206,15 @@ class PerceiverAR(ByteModel):
         return self.process(z, inputs, places, self.visible(places, inputs))
 
     def embed(self, inputs: Tensor, first_position: int) -> Tensor:
-        """(rows, n) ids or START to (rows, n, W), with what tells their positions, from `first_position` on."""
+        """Embed inputs, and add the encoding of their positions if it is not rotary.
+
+        Args:
+            inputs: (rows, n) ids or START.
+            first_position: position of the first of them.
+
+        Returns:
+            (rows, n, W)
+        """
         embedded = self.embedding(inputs)
         places = torch.arange(first_position, first_position + inputs.shape[1], device=inputs.device)
         if self.config.positions == "sinusoidal":
@@ -208,13 +227,14 @@ class PerceiverAR(ByteModel):
         return embedded
 
     def visible(self, places: Tensor, inputs: Tensor) -> Tensor | CausalMask:
-        """What each latent sees, for `layers.attention`: inputs up to its own position, but for those that are dropped.
+        """Return the mask of the latents for `attention`: each sees the inputs up to its own that are not dropped.
 
         Args:
             places: (rows, N)
             inputs: (rows, T, W)
+
         Returns:
-            The past; where some are dropped, (rows, 1, N, T) to be added to scores, the same for all heads.
+            The causal mask. If inputs are dropped: (rows, 1, N, T) numbers that are added to the scores of all heads.
         """
         rows, length, _ = inputs.shape
         past = CausalMask(places[:, 0])
@@ -231,7 +251,18 @@ class PerceiverAR(ByteModel):
         visible: Tensor | CausalMask | None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """All blocks and the final norm: (rows, N, C) to the same."""
+        """Run all blocks and the final norm.
+
+        Args:
+            z: (rows, N, C) latents.
+            inputs: (rows, M, W)
+            places: (rows, N) or (N,) positions of the latents.
+            visible: mask of the latents over the inputs, as `attention` takes it.
+            caches: one a block, for decoding.
+
+        Returns:
+            (rows, N, C)
+        """
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
             reading = (inputs, places, visible) if isinstance(block, CrossBlock) else ()
@@ -239,10 +270,11 @@ class PerceiverAR(ByteModel):
         return self.norm(z)
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
+        """Return the head without the row of START."""
         return self.head.weight[:VOCABULARY], self.head.bias[:VOCABULARY]
 
     def draw_crop(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Where the scored positions of each training row begin and end: (rows,) twice, on the CPU."""
+        """Draw where the scored positions of each training row begin and end: (rows,) twice, on the CPU."""
         count = min(self.latents, length)
         if self.config.cropping == "none":
             end = torch.full((rows,), length)
@@ -253,17 +285,21 @@ class PerceiverAR(ByteModel):
         return (end - count).clamp(min=0), end.clamp(max=length)
 
     def draw_scored(self, rows: int, length: int) -> Tensor:
+        """Draw the crop that the next training pass draws; see `ByteModel.draw_scored`."""
         begin, end = self.draw_crop(rows, length)
         places = torch.arange(length)
         return (begin[:, None] <= places) & (places < end[:, None])
 
     def scored(self, length: int) -> slice:
+        """Return the last N positions."""
         return slice(max(0, length - self.latents), length)
 
     def decoder(self, rows: int) -> "PerceiverARDecoder":
+        """Return a new decoder of `rows` rows."""
         return PerceiverARDecoder(self, rows)
 
     def flops(self, length: int) -> int:
+        """Return the operations of all matrix products; see `ByteModel.flops`."""
         count = min(self.latents, length)
         cross = [block for block in self.blocks if isinstance(block, CrossBlock)]
         weights = linear_weights(self) - self.head.in_features  # START's row is not computed
@@ -274,14 +310,15 @@ class PerceiverAR(ByteModel):
 
 
 class PerceiverARDecoder:
-    """Byte by byte, one latent each, over cached keys and values.
+    """Decoder of one latent a byte, over cached keys and values.
 
-    Equal to the full forward pass with as many latents as the caches hold. When they hold N, a pass over the cached
-    inputs fills them anew with the last N/2 latents, as the authors do: latents that slid on, with ever older ones
-    behind them, would be another model than the one that was trained. The keys and values of the inputs stay.
+    It equals the full forward pass with as many latents as the caches hold. When they hold N, a pass over the cached
+    inputs refills them with the last N/2 latents, as in the authors' code. A sliding window of latents would be another
+    model than the trained one, because latents would depend on ever older ones. The inputs' keys and values stay.
     """
 
     def __init__(self, model: PerceiverAR, rows: int) -> None:
+        """Make a decoder of `rows` rows with empty caches."""
         self._model = model
         self._inputs = torch.empty(rows, 0, dtype=torch.long, device=model.embedding.weight.device)
         """(rows, n) START and the ids fed so far."""
@@ -291,10 +328,12 @@ class PerceiverARDecoder:
 
     @property
     def length(self) -> int:
+        """Bytes fed so far."""
         return max(0, self._inputs.shape[1] - 1)
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
+        """Feed a whole prefix; see `Decoder.prime`."""
         if self._inputs.shape[1]:
             raise ValueError("only a fresh decoder can be primed")
         self._model.check_room(ids.shape[1])
@@ -303,6 +342,7 @@ class PerceiverARDecoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
+        """Feed one id a row; see `Decoder.step`."""
         self._model.check_room(self.length + 1)
         if self.latents < self._model.latents:
             return self._feed(ids.long()[:, None], 1)
@@ -313,7 +353,7 @@ class PerceiverARDecoder:
         return self._feed(ids.long()[:, None], max(1, self._model.latents // 2))
 
     def _feed(self, inputs: Tensor, count: int) -> Tensor:
-        """Takes in more inputs, and latents at the last `count` positions: (rows, VOCABULARY) logits of the last."""
+        """Append inputs, and latents at the last `count` positions; return the (rows, VOCABULARY) next logits."""
         model, before = self._model, self._inputs.shape[1]
         self._inputs = torch.cat([self._inputs, inputs], 1)
         length = self._inputs.shape[1]
@@ -326,20 +366,21 @@ class PerceiverARDecoder:
 
 
 def late(ids: Tensor) -> Tensor:
-    """(rows, T) ids to the inputs that foretell them: START, and all but the last."""
+    """Map (rows, T) ids to the inputs that predict them: START, then all ids but the last."""
     return F.pad(ids[:, :-1], (1, 0), value=START)
 
 
 def ends(ids: Tensor) -> Tensor:
-    """(rows, T) ids to (rows,): where the padding at a row's end begins."""
+    """Map (rows, T) ids to (rows,): where the padding at a row's end begins."""
     places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     return torch.where(ids == PADDING, 0, places).amax(1)
 
 
 def image_axes(places: Tensor, image: tuple[int, int, int]) -> list[Tensor]:
-    """(n,) input positions to the rows of the tables of column, row and channel, (n,) each, as in the authors' data.
+    """Map (n,) input positions to indices into the tables of column, row and channel, (n,) each.
 
-    START has row 1 of each; a byte that lies at c has row c + 2. Row 0 was their padding's.
+    The indices are those of the authors' code. START has index 1 in each table. A byte with coordinate c has index
+    c + 2. Index 0 is their padding's.
     """
     _, width, channels = image
     byte = places - 1

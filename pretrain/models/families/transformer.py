@@ -1,10 +1,10 @@
-"""The decoder-only Transformer over bytes, with full causal attention or a sliding window.
+"""Decoder-only Transformer over bytes, with full causal attention or a sliding window.
 
-The baseline of MEGABYTE (arXiv:2305.07185, table 15) and, with a window, of SpaceByte (arXiv:2404.14408):
+It is the baseline of MEGABYTE (arXiv:2305.07185, table 15) and, with a window, of SpaceByte (arXiv:2404.14408):
 
-    ids, one late, behind a learned start (T, D) ─▶ pre-norm blocks ─▶ tied head: nats of every byte
+    learned start, then ids shifted by one (T, D) ─▶ pre-norm blocks ─▶ tied head: nats of every byte
 
-Row t of the output depends on x_<t alone. Linear maps have no bias.
+Output t depends only on the ids before t. Linear maps have no bias.
 """
 
 from functools import partial
@@ -30,24 +30,28 @@ class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_
     """Decoder-only Transformer over bytes."""
 
     family: Literal["transformer"] = "transformer"
-    """Which model; each family has its own fields."""
+    """Model family; each has its own fields."""
     sequence_length: int = Field(ge=1)
     """T: bytes of one training sequence and the longest context."""
     window: int | None = Field(default=None, ge=1)
-    """Positions that attention sees in each layer: the own one and those right before it. What a byte depends on then
-    reaches layers x (window - 1) + 1 bytes back. Null: all."""
+    """Positions that attention sees in each layer: its own and those right before it. A byte then depends on layers x
+    (window - 1) + 1 bytes before it. Null: all."""
     positions: Literal["learned", "rotary"] = "rotary"
-    """How places are told: a learned table of T positions, or rotary angles in every attention layer."""
+    """Encoding of positions: a learned table of T positions, or rotary angles in every attention layer."""
     activation: Activation = "relu"
-    """Of the feed-forward layers; MEGABYTE's baseline has relu."""
+    """Activation of the feed-forward layers; MEGABYTE's baseline has relu."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Of attention weights and of what each layer adds to the residual stream; embeddings have none."""
+    """Share of attention weights, and of the output of each layer, that is dropped in training. Embeddings have no
+    dropout."""
     initial_std: float = Field(default=0.006, gt=0)
-    """Standard deviation of the initial weights, a normal distribution cut at two deviations (MEGABYTE's 0.006)."""
+    """Standard deviation of the initial weights, a normal distribution cut at two deviations. MEGABYTE's is 0.006."""
 
 
 class Transformer(ByteModel):
+    """Decoder-only Transformer over bytes with a tied head."""
+
     def __init__(self, config: TransformerConfig) -> None:
+        """Build the model, and draw its parameters from torch's default generator."""
         super().__init__()
         self.sequence_length = config.sequence_length
         self.window = config.window
@@ -63,44 +67,51 @@ class Transformer(ByteModel):
         self.initialize()
 
     def model_initial(self, name: str) -> Initial:
+        """Return a normal distribution with the deviation of the config."""
         return Initial(self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the negative log-likelihood of every id; see `ByteModel.forward`."""
         self.check_length(ids.shape[1])
         ids = ids.long()
         return self.nats(self.stack(self.embed(ids[:, :-1])), ids)
 
     def embed(self, before: Tensor) -> Tensor:
-        """The learned start and the first bytes of a row: (rows, n) ids to (rows, n + 1, D)."""
+        """Map the (rows, n) first ids of rows to (rows, n + 1, D): the learned start, then their embeddings."""
         start = self.start.expand(before.shape[0], 1, -1)
         embedded = torch.cat([start, self.embedding(before)], 1)
         return embedded if self.positions is None else embedded + self.positions[: embedded.shape[1]]
 
     def head_weights(self) -> tuple[Tensor, None]:
-        """The embedding table itself."""
+        """Return the embedding table."""
         return self.embedding.weight, None
 
     def scored(self, length: int) -> slice:
+        """Return all positions."""
         return slice(0, length)
 
     def decoder(self, rows: int) -> "TransformerDecoder":
+        """Return a new decoder of `rows` rows."""
         return TransformerDecoder(self, rows)
 
     def flops(self, length: int) -> int:
+        """Return the operations of all matrix products; see `ByteModel.flops`."""
         head = 2 * length * self.stack.width * VOCABULARY
         return self.stack.flops(length, pairs=window_pairs(length, self.window)) + head
 
 
 class TransformerDecoder:
-    """Byte by byte over cached keys and values: of the whole context, or of the window's last w - 1 positions."""
+    """Decoder over cached keys and values: those of the whole context, or of the last w - 1 positions of a window."""
 
     def __init__(self, model: Transformer, rows: int) -> None:
+        """Make a decoder of `rows` rows with empty caches."""
         self.length = 0
         self._model = model
         self._caches = model.stack.empty_caches(None if model.window is None else model.window - 1)
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
+        """Feed a whole prefix; see `Decoder.prime`."""
         if self.length:
             raise ValueError("only a fresh decoder can be primed")
         self._advance(ids.shape[1])
@@ -108,6 +119,7 @@ class TransformerDecoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
+        """Feed one id a row; see `Decoder.step`."""
         model = self._model
         self._advance(1)
         embedded = model.embedding(ids.long())[:, None]

@@ -1,15 +1,16 @@
-"""Transformer-XL: segments in order, each layer reading the hidden states of the segments before.
+"""Transformer-XL: segments in order; each layer also reads the hidden states of earlier segments.
 
 Dai et al. 2019, "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context", arXiv:1901.02860, section 3:
 
-    memory of layer n: (M, D) inputs of that layer in the segments before, without gradient ─┐
-    ids, one late (T, D) ─▶ layer n: queries of the segment over keys of memory + segment ◀──┘ ─▶ tied head: nats
+    memory of layer n: (M, D) inputs of that layer in earlier segments, without gradient ───┐
+    ids shifted by one (T, D) ─▶ layer n: queries of the segment, keys of memory + segment ◀┘ ─▶ tied head: nats
                                      │
                     the last M of memory + segment are the next segment's memory
 
-Two things are this file's own. Blocks are pre-norm, as in all models here (an option of the authors' code; the paper's
-are post-norm). And a document does not see the one before: attention stops at separators, in the memory and in the
-segment alike, so cutting a row into segments nowhere changes what a byte may depend on, but for the memory's length.
+This differs from the paper in two points. Blocks are pre-norm, as in all models here; the paper's are post-norm, and
+pre-norm is an option of the authors' code. And a document does not see the previous one: attention stops at separators
+in the memory and in the segment. Where a row is cut into segments therefore changes the context of a byte only through
+the memory's length.
 """
 
 from dataclasses import dataclass
@@ -39,34 +40,39 @@ class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribut
     """Transformer-XL (arXiv:1901.02860)."""
 
     family: Literal["transformer_xl"] = "transformer_xl"
-    """Which model; each family has its own fields."""
+    """Model family; each has its own fields."""
     sequence_length: int = Field(ge=1)
-    """T: bytes of one segment, which is one training sequence."""
+    """T: bytes of one segment. A segment is one training sequence."""
     memory_length: int = Field(ge=0)
-    """M: positions before the segment whose hidden states each layer keeps; the paper trains with M = T. What a byte
-    depends on reaches about layers x M bytes back. Training then needs data.lanes = train.global_batch, and checkpoints
-    hold the memory, of layers x M x width numbers a row. 0: segments are strangers."""
+    """M: positions before the segment whose hidden states each layer keeps; the paper trains with M = T. A byte depends
+    on about layers x M bytes before it. With M above 0, training needs data.lanes = train.global_batch, and checkpoints
+    hold the memory: layers x M x width numbers a row. 0: segments are independent."""
     feed_forward_width: int | None = Field(default=None, ge=1)
     """Channels between the two maps of a feed-forward layer; null is 4 times the width."""
     positions: Literal["relative", "rotary"] = "relative"
-    """How distances are told: sinusoids of the distance with content and position biases u and v as in the paper, or
-    rotary angles."""
+    """Encoding of distances. relative: sinusoids of the distance, with content and position biases u and v, as in the
+    paper. rotary: rotary angles."""
     activation: Activation = "relu"
-    """Of the feed-forward layers; the paper's is relu."""
+    """Activation of the feed-forward layers; the paper's is relu."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Of attention weights and of what each layer adds to the residual stream; embeddings have none."""
+    """Share of attention weights, and of the output of each layer, that is dropped in training. Embeddings have no
+    dropout."""
     initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights, a normal distribution cut at two deviations."""
 
 
 NOTHING = -1
-"""In a memory, the id at positions before the row's beginning."""
+"""Id at the positions of a memory that precede the start of the row."""
 
 
 class TransformerXL(ByteModel):
+    """Transformer-XL over bytes, with pre-norm blocks and a tied head."""
+
+    evaluation_modes = ByteModel.evaluation_modes | {"memory"}
     decodes_without_end = True
 
     def __init__(self, config: TransformerXLConfig) -> None:
+        """Build the model, and draw its parameters from torch's default generator."""
         super().__init__()
         self.sequence_length = config.sequence_length
         self.memory_length = config.memory_length
@@ -91,6 +97,7 @@ class TransformerXL(ByteModel):
         self.initialize()
 
     def model_initial(self, name: str) -> Initial:
+        """Return a normal distribution with the deviation of the config."""
         return Initial(self.initial_std)
 
     @overload
@@ -98,12 +105,17 @@ class TransformerXL(ByteModel):
     @overload
     def forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]: ...
     def forward(self, ids: Tensor, memory: Memory | None = None) -> Tensor | tuple[Tensor, Memory]:
-        """As the contract says; with a memory, `forward_segment`."""
+        """Return the negative log-likelihood of every id; with a memory, see `forward_segment`."""
         nats, new_memory = self.forward_segment(ids, memory or {})
         return nats if memory is None else (nats, new_memory)
 
     def empty_memory(self, rows: int) -> Memory:
-        """Layers' inputs at the last M positions, `states` (rows, layers, M, D), and the `ids` (rows, M) at them."""
+        """Return the memory of rows that begin.
+
+        Returns:
+            `states`, (rows, layers, M, D) inputs of the layers at the last M positions; `ids`, (rows, M) the ids there.
+            {} if M is 0.
+        """
         M, device = self.memory_length, self.start.device
         if not M:
             return {}
@@ -111,22 +123,25 @@ class TransformerXL(ByteModel):
         return {"states": states, "ids": torch.full((rows, M), NOTHING, device=device)}
 
     def forward_segment(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """The price of every id, given those before it in its document, and the memory for what follows in each row.
+        """Return the negative log-likelihood of every id, and the memory for the next segment.
+
+        Each id is predicted from the earlier ids of its document.
 
         Args:
-            ids: (rows, T') with 1 <= T' <= sequence_length; each row goes on where the memory's row ends.
-            memory: of the segment before, of M positions or fewer. Where a row has none, the learned start is read in
-                its place; {} if no row has one.
+            ids: (rows, T') with 1 <= T' <= sequence_length; each row continues the memory's row.
+            memory: memory of the previous segment, of M positions or fewer. A row that begins reads the learned start
+                in its place. {} if all rows begin.
+
         Returns:
-            (rows, T') fp32 nats, and the new memory: the last memory_length positions of the old one and this segment,
-            or {} if that is 0.
+            (rows, T') fp32 nats, and the new memory: the last M positions of the old memory and of this segment, or {}
+            if M is 0.
         """
         ids = ids.long()
         states, memory = self.run_segment(ids, memory)
         return self.nats(states, ids), memory
 
     def run_segment(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """As `forward_segment`, with the (rows, T', D) states that the logits are a linear map of."""
+        """Return the (rows, T', D) last hidden states, and the new memory; see `forward_segment`."""
         rows, length = ids.shape
         self.check_length(length)
         first = self.start.expand(rows, 1, -1)
@@ -137,7 +152,7 @@ class TransformerXL(ByteModel):
             first = torch.where((last == NOTHING)[..., None], first, self.embedding(last.clamp(min=0)))
         x = torch.cat([first, self.embedding(ids[:, :-1])], 1)
         documents = F.pad((every[:, :-1] == SEPARATOR).cumsum(1), (1, 0)).masked_fill(every == NOTHING, NOTHING)
-        context = Context(visible_keys(documents, length), self.relative(documents.shape[1]))
+        context = SegmentContext(visible_keys(documents, length), self.relative(documents.shape[1]))
         before = memory["states"].to(x.dtype).unbind(1) if memory else [None] * len(self.blocks)
         states = []
         for block, old in zip(self.blocks, before, strict=True):
@@ -149,28 +164,35 @@ class TransformerXL(ByteModel):
         return x, {"states": torch.stack(states, 1), "ids": self._remembered(every)}
 
     def _remembered(self, positions: Tensor) -> Tensor:
-        """The last M of (rows, n, ...) positions: also of those before the segment, if it is short."""
+        """Return the last M of the (rows, n, ...) positions of memory and segment."""
         return positions[:, max(positions.shape[1] - self.memory_length, 0) :]
 
-    def relative(self, keys: int) -> "Relative | None":
-        """The paper's relative positions for distances below `keys`."""
+    def relative(self, keys: int) -> "RelativePositions | None":
+        """Return the paper's relative positions for distances below `keys`; None if positions are rotary."""
         if self.content_bias is None or self.position_bias is None:
             return None
         distances = torch.arange(keys - 1, -1, -1, device=self.start.device)
-        return Relative(sinusoids(distances, self.width).to(self.start.dtype), self.content_bias, self.position_bias)
+        return RelativePositions(
+            sinusoids(distances, self.width).to(self.start.dtype), self.content_bias, self.position_bias
+        )
 
     def head_weights(self) -> tuple[Tensor, None]:
-        """The embedding table itself."""
+        """Return the embedding table."""
         return self.embedding.weight, None
 
     def scored(self, length: int) -> slice:
+        """Return all positions."""
         return slice(0, length)
 
     def decoder(self, rows: int) -> "TransformerXLDecoder":
+        """Return a new decoder of `rows` rows."""
         return TransformerXLDecoder(self, rows)
 
     def flops(self, length: int) -> int:
-        """As the contract says, with a full memory; of several rows, all share one projection of the distances."""
+        """Return the operations of all matrix products with a full memory; see `ByteModel.flops`.
+
+        Several rows share one projection of the distances.
+        """
         D, keys = self.width, self.memory_length + length
         products = 2 if self.content_bias is None else 3  # with keys and with values; with distances
         of_memory = 2 * D * D  # weights that make keys and values
@@ -180,11 +202,11 @@ class TransformerXL(ByteModel):
 
 
 @dataclass(frozen=True)
-class Relative:
-    """The paper's relative positions."""
+class RelativePositions:
+    """Relative positions of the paper."""
 
     distances: Tensor
-    """(n, D) R: sinusoids of the distances n - 1 down to 0, of at least as many as there are keys."""
+    """(n, D) R: sinusoids of the distances n - 1 down to 0; n is at least the number of keys."""
     content_bias: Tensor
     """(heads, D / heads) u"""
     position_bias: Tensor
@@ -192,41 +214,59 @@ class Relative:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every layer's attention in one segment needs beside its own weights."""
+class SegmentContext:
+    """Mask and positions that every layer's attention uses in one segment."""
 
     visible: Tensor
-    """(rows, 1, queries, keys)"""
-    relative: Relative | None
-    """None: rotary."""
+    """(rows, 1, queries, keys) booleans, true where a query sees a key."""
+    relative: RelativePositions | None
+    """Relative positions; None if positions are rotary."""
 
 
 class SegmentCache(LayerCache):
-    """Keys and values for decoding, and the keys of distances, which do not change from byte to byte."""
+    """Keys and values for decoding, and the keys of distances, which are the same for every byte."""
 
     def __init__(self) -> None:
+        """Make an empty cache that keeps all positions."""
         super().__init__()
         self.distance_keys: Tensor | None = None
+        """(heads, D / heads, n) W_k,R R, once it is computed."""
 
 
 class SegmentAttention(MultiHead):
-    """Attention of a segment's positions over memory and segment."""
+    """Attention of the positions of a segment over the memory and the segment."""
 
     def __init__(self, width: int, heads: int, dropout: float, rotary: Rotary | None = None) -> None:
-        """Rotary positions, or the paper's relative ones if None."""
+        """Build the layer; see `MultiHead`.
+
+        Args:
+            width: channels of the input and of the output.
+            heads: attention heads; they divide the width.
+            dropout: share of attention weights that is dropped in training.
+            rotary: rotary positions; None means the paper's relative positions.
+        """
         super().__init__(width, heads, dropout)
         self.rotary = rotary
         self.distance_key = nn.Linear(width, width, bias=False) if rotary is None else None
         """W_k,R of the paper."""
 
-    def forward(self, x: Tensor, memory: Tensor | None, context: Context, cache: SegmentCache | None = None) -> Tensor:
-        """(rows, queries, D) to the same (section 3.3): position i scores key j with
+    def forward(
+        self, x: Tensor, memory: Tensor | None, context: SegmentContext, cache: SegmentCache | None = None
+    ) -> Tensor:
+        """Attend over memory and segment (section 3.3).
 
-            (q_i + u) · k_j  +  (q_i + v) · W_k,R R_{i-j},    over the root of a head's channels.
+        The score of position i for key j, times the root of a head's channels, is
+
+            (q_i + u) · k_j  +  (q_i + v) · W_k,R R_{i-j}
 
         Args:
-            memory: (rows, m, D), normed as x is.
-            cache: for decoding: keys and values before x, in the place of memory.
+            x: (rows, queries, D) normalized input of the layer.
+            memory: (rows, m, D) memory after the same norm; None if there is none.
+            context: mask and positions.
+            cache: keys and values before x, for decoding; it replaces the memory.
+
+        Returns:
+            (rows, queries, D)
         """
         q, k, v = self.project(x)
         if memory is not None:
@@ -250,8 +290,8 @@ class SegmentAttention(MultiHead):
         k, v = projected.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def _distance_keys(self, relative: "Relative", cache: SegmentCache | None) -> Tensor:
-        """W_k,R R: (heads, D / heads, n)."""
+    def _distance_keys(self, relative: "RelativePositions", cache: SegmentCache | None) -> Tensor:
+        """Return W_k,R R, (heads, D / heads, n)."""
         if cache is not None and cache.distance_keys is not None:
             return cache.distance_keys
         assert self.distance_key is not None
@@ -262,23 +302,27 @@ class SegmentAttention(MultiHead):
 
 
 class SegmentBlock(PreNorm):
-    """The pre-norm block; its memory is normed by the norm of its input."""
+    """Pre-norm block that applies the norm of its input to its memory."""
 
-    def forward(self, x: Tensor, memory: Tensor | None, context: Context, cache: SegmentCache | None = None) -> Tensor:
-        """(rows, queries, D) to the same; arguments as `SegmentAttention.forward`, but for the norm."""
+    def forward(
+        self, x: Tensor, memory: Tensor | None, context: SegmentContext, cache: SegmentCache | None = None
+    ) -> Tensor:
+        """Map (rows, queries, D) to the same shape; see `SegmentAttention.forward`. Neither input is normalized."""
         if memory is not None:
             memory = self.attention_norm(memory)
         return self.add(x, self.attention(self.attention_norm(x), memory, context, cache))
 
 
 def visible_keys(documents: Tensor, queries: int) -> Tensor:
-    """What the last `queries` positions see: the past of their own document.
+    """Return the mask of the last `queries` positions: each sees the earlier positions of its document.
 
     Args:
-        documents: (rows, keys) the document of every position of memory and segment. A position is in the document of
-            the byte it predicts, and a separator is the last id of its own.
+        documents: (rows, keys) document of every position of memory and segment. A position is in the document of the
+            byte that it predicts, and a separator is the last id of its document.
+        queries: positions that the mask is for.
+
     Returns:
-        (rows, 1, queries, keys) booleans
+        (rows, 1, queries, keys) booleans.
     """
     keys = documents.shape[1]
     past = torch.ones(queries, keys, dtype=torch.bool, device=documents.device).tril(keys - queries)
@@ -287,13 +331,14 @@ def visible_keys(documents: Tensor, queries: int) -> Tensor:
 
 
 def shift_left(scores: Tensor) -> Tensor:
-    """From columns that are distances to columns that are keys (appendix B).
+    """Move scores from columns by distance to columns by key (appendix B).
 
     Args:
-        scores: (..., queries, keys), column c of the distance keys - 1 - c.
+        scores: (..., queries, keys); column c belongs to the distance keys - 1 - c.
+
     Returns:
-        The same shape: row i is moved left by queries - 1 - i, so that column j <= i + keys - queries is of key j. The
-        columns after that, which causal masks hide, hold what the move wraps around.
+        (..., queries, keys): row i is moved left by queries - 1 - i. Column j then belongs to key j, for
+        j <= i + keys - queries. Later columns hold wrapped values, which causal masks hide.
     """
     *outer, queries, keys = scores.shape
     padded = F.pad(scores, (1, 0)).reshape(*outer, keys + 1, queries)
@@ -301,24 +346,26 @@ def shift_left(scores: Tensor) -> Tensor:
 
 
 class TransformerXLDecoder:
-    """Byte by byte; at each segment's end the last M positions stay. It is never full.
+    """Decoder that keeps the last M positions at each segment's end. It is never full.
 
-    Agrees with `forward_segment` over consecutive segments of sequence_length. What stays are keys and values: they are
-    functions of the states that a memory holds, position by position.
+    It agrees with `forward_segment` over consecutive segments of sequence_length. It keeps keys and values, which are
+    functions of the states in a memory, position by position.
     """
 
     def __init__(self, model: TransformerXL, rows: int) -> None:
+        """Make a decoder of `rows` rows with empty caches."""
         self.length = 0
         self._model = model
         self._relative = model.relative(model.memory_length + model.sequence_length)
         self._caches = [SegmentCache() for _ in model.blocks]
         self._documents = torch.empty(rows, 0, dtype=torch.long, device=model.start.device)
-        """(rows, n) the document of every position whose keys and values are kept."""
+        """(rows, n) document of every position whose keys and values are kept."""
         self._position = 0
-        """The next to be run; position t reads the byte before it, and predicts byte t."""
+        """Next position to run. Position t reads byte t - 1 and predicts byte t."""
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
+        """Feed a whole prefix; see `Decoder.prime`."""
         if self.length:
             raise ValueError("only a fresh decoder can be primed")
         self.length = ids.shape[1]
@@ -330,14 +377,15 @@ class TransformerXLDecoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
+        """Feed one id a row; see `Decoder.step`."""
         self.length += 1
         return self._run(ids.long()[:, None])
 
     def _run(self, before: Tensor) -> Tensor:
-        """The next positions, all of one segment, which read (rows, n) ids; logits of the id after them.
+        """Run the next positions, all of one segment, which read (rows, n) ids; return the logits of the next id.
 
-        Position 0 comes before them, reading the learned start; without memory, that stands at each segment's beginning
-        in the place of the first id.
+        The first call runs position 0 before them, which reads the learned start. Without memory, each segment begins
+        with the learned start in place of its first id.
         """
         model = self._model
         if self._position and self._position % model.sequence_length == 0:
@@ -351,7 +399,7 @@ class TransformerXLDecoder:
             documents = F.pad(documents, (1, 0))
         self._position += x.shape[1]
         self._documents = torch.cat([self._documents, documents], 1)
-        context = Context(visible_keys(self._documents, x.shape[1]), self._relative)
+        context = SegmentContext(visible_keys(self._documents, x.shape[1]), self._relative)
         for block, cache in zip(model.blocks, self._caches, strict=True):
             x = block(x, None, context, cache)
         return model.logits(model.norm(x[:, -1]))

@@ -12,9 +12,9 @@ from pretrain.models.base import Memory
 from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
 from pretrain.models.families.transformer_xl import (
     NOTHING,
-    Context,
-    Relative,
+    RelativePositions,
     SegmentAttention,
+    SegmentContext,
     TransformerXL,
     TransformerXLConfig,
     shift_left,
@@ -85,7 +85,7 @@ def test_c6_attention_is_the_papers_formula_term_by_term(kept: int):
     model = build(width=D, heads=heads)
     x, memory = torch.randn(1, length, D).double(), torch.randn(1, kept, D).double()
     keys = kept + length
-    context = Context(visible_keys(torch.zeros(1, keys, dtype=torch.long), length), model.relative(keys))
+    context = SegmentContext(visible_keys(torch.zeros(1, keys, dtype=torch.long), length), model.relative(keys))
     got = attention(x, memory if kept else None, context)[0]
 
     W_q, W_k, W_v = attention.query_key_value.weight.view(3, heads, d, D)
@@ -115,7 +115,7 @@ def test_gradients_of_relative_attention_are_right():
     distances = sinusoids(torch.arange(5, -1, -1), 8).double()
 
     def attend(x: Tensor, memory: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        return attention(x, memory, Context(visible, Relative(distances, u, v)))
+        return attention(x, memory, SegmentContext(visible, RelativePositions(distances, u, v)))
 
     shapes = [(1, 4, 8), (1, 2, 8), (2, 4), (2, 4)]
     assert torch.autograd.gradcheck(attend, [torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes])

@@ -1,0 +1,59 @@
+"""Build of the AMX kernel: once for all processes, again after a killed build."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+COMPILER = """#!/bin/sh
+echo called >> "$CALLS"
+for last; do :; done
+echo half > "$last"
+sleep 2
+echo whole > "$last"
+"""
+"""A program with the interface of a compiler, which notes each call."""
+
+SCRIPT = """
+import os
+from pretrain.kernels.amx_attention import compiled_library
+print(compiled_library([os.environ["COMPILER"]]).read_text().strip())
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    return os.environ | {
+        "CALLS": str(tmp_path / "calls"),
+        "COMPILER": str(compiler),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+
+
+def start(environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
+    )
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path, environment: dict[str, str]):
+    processes = [start(environment) for _ in range(2)]
+    assert [process.communicate()[0] for process in processes] == ["whole\n", "whole\n"]
+    assert (tmp_path / "calls").read_text() == "called\n"
+
+
+def test_a_killed_build_does_not_block_the_next(tmp_path: Path, environment: dict[str, str]):
+    killed = start(environment)
+    while not list((tmp_path / "cache").rglob("*.partial")):
+        assert killed.poll() is None
+    os.killpg(killed.pid, 9)
+    killed.communicate()
+    assert start(environment).communicate()[0] == "whole\n"
+    assert (tmp_path / "calls").read_text() == "called\ncalled\n"
