@@ -59,7 +59,7 @@ class RunFolderError(Exception):
     """The run folder cannot be used."""
 
 
-class _StoredIdentity(BaseModel, extra="allow"):
+class _StoredRunIdentity(BaseModel, extra="allow"):
     """run.json: what a run began as."""
 
     id: str
@@ -179,7 +179,7 @@ class RunFolder:
             "restore it from a copy, or remove it and start with the recipe in config.yaml beside it: the run then "
             "continues from its checkpoints, and is a new run in MLflow"
         )
-        stored = read_json(self.path / "run.json", _StoredIdentity, advice)
+        stored = read_json(self.path / "run.json", _StoredRunIdentity, advice)
         return None if stored is None else stored.model_dump(exclude_unset=True)
 
     def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from signal import Signals
 
 from pretrain.distributed.world import World
 
@@ -40,7 +42,7 @@ class StopRequest:
     def __init__(
         self, restore_terminal: Callable[[], None] = lambda: None, ending: str = "stopped; there was nothing to save"
     ) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: Signals | None = None
         """The first signal that came, or the one that the ranks agreed on."""
         self.before_exit: list[Callable[[int], object]] = []
         """Called with the exit code before the process ends at once. They take seconds at most."""
@@ -90,9 +92,9 @@ class StopRequest:
     def _listen(self, reader: int) -> None:
         while number := os.read(reader, 1)[0]:
             if number in SIGNALS:
-                self._hear(signal.Signals(number))
+                self._hear(Signals(number))
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _hear(self, number: Signals) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1 or (self._is_ending and number == signal.SIGINT):
             self._say(number, "stopped at once, without a checkpoint")
@@ -106,20 +108,20 @@ class StopRequest:
         else:
             self._note(number)
 
-    def _note(self, number: signal.Signals) -> None:
+    def _note(self, number: Signals) -> None:
         if self.signal is None:
             self.signal = number
             more = "; Ctrl-C once more stops at once, without a checkpoint" if number == signal.SIGINT else ""
             log.info("%s: the run saves and stops%s", number.name, more)
 
-    def _end(self, number: signal.Signals) -> None:
+    def _end(self, number: Signals) -> None:
         self._say(number, self._ending)
         for call in self.before_exit:
             with contextlib.suppress(Exception):
                 call(128 + number)
         os._exit(128 + number)
 
-    def _say(self, number: signal.Signals, ending: str) -> None:
+    def _say(self, number: Signals, ending: str) -> None:
         with contextlib.suppress(Exception):
             self._restore_terminal()
             log.info("%s: %s", number.name, ending)
@@ -133,7 +135,45 @@ def stopping_at_once(restore_terminal: Callable[[], None]) -> Iterator[None]:
 
 
 class StoppedError(Exception):
-    """The ranks have agreed to stop in the middle of some work, which is dropped."""
+    """The ranks agreed to stop in the middle of some work, which is dropped.
+
+    Args:
+        signal: of the request.
+    """
+
+    def __init__(self, signal: Signals) -> None:
+        super().__init__(signal.name)
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do next: take another step, or end."""
+
+    ends: bool
+    signal: Signals | None = None
+    """Signal of the request to stop; None where there is none."""
+
+    @classmethod
+    def stopped_by(cls, signal: Signals) -> "Decision":
+        """Return the decision to end because of a request."""
+        return cls(ends=True, signal=signal)
+
+    @property
+    def status(self) -> str:
+        """How a start ended, in a word: FINISHED or KILLED."""
+        return "FINISHED" if self.signal is None else "KILLED"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a process that ended so."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+CONTINUE = Decision(ends=False)
+"""Take another step."""
+FINISHED = Decision(ends=True)
+"""End: all steps of the run are done."""
 
 
 class Vote:
@@ -163,5 +203,5 @@ class Vote:
         self._calls = max(1, min(2 * self._calls, int(self._calls * VOTE_SECONDS / max(*seconds, 1e-9))))
         self._calls_left = self._calls
         if any(asked):
-            self._stop.signal = signal.Signals(int(max(asked)))
-            raise StoppedError
+            self._stop.signal = Signals(int(max(asked)))
+            raise StoppedError(self._stop.signal)

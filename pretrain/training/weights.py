@@ -2,7 +2,7 @@
 
 RUN            its newest valid checkpoint ┐
 CHECKPOINT     step-00001200/              ├─▶ Metadata ─▶ eval, generate, export
-EXPORT         safetensors and a card      ┘           └─▶ Origin: what fits a new run's model
+EXPORT         safetensors and a card      ┘           └─▶ InitialWeights: what fits a new run's model
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialWeights:
     """What a new run takes from a checkpoint."""
 
     checkpoint: Metadata
@@ -51,20 +51,20 @@ class Origin:
     differences: Sequence[str]
     """Between its model and the run's: of configs, and of each parameter that was not taken for it; a line each."""
 
-    def give(self, engine: Engine) -> None:
+    def fill(self, engine: Engine) -> None:
         """Fills an engine that has first values."""
         read(self.checkpoint, [fragment for fragment in engine.fragments() if fragment.name in self.tensors])
         engine.restore({"optimizer_steps": self.optimizer_steps or 0})
 
 
-def find_origin(
+def find_initial_weights(
     config: InitializeConfig,
     own: ModelConfig,
     model: ByteModel,
     optimizer: str,
     world: World = ALONE,
     progress: Progress = ignore,
-) -> Origin:
+) -> InitialWeights:
     """What a config asks for. All ranks call it.
 
     Args:
@@ -98,7 +98,7 @@ def find_origin(
     if not fitting:
         raise CheckpointError(f"{checkpoint.folder} has no parameter that fits this model")
     if not config.moments:
-        return Origin(checkpoint, frozenset(fragment_name(MODEL, name) for name in fitting), None, differences)
+        return InitialWeights(checkpoint, frozenset(fragment_name(MODEL, name) for name in fitting), None, differences)
     if "counters" not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.folder} is an export, which has no moments; set initialize.moments=false")
     if then["optimizer"]["name"] != optimizer:
@@ -111,7 +111,7 @@ def find_origin(
         for fragment, (kind, name) in ((each, split_name(each)) for each in checkpoint.tensors)
         if kind != MEMORY and name in fitting
     )
-    return Origin(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
+    return InitialWeights(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
 
 
 def store_of(run: Location, world: World = ALONE) -> CheckpointStore:
