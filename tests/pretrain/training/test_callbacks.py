@@ -12,7 +12,10 @@ import yaml
 from pydantic import BaseModel, Field
 
 from byteloom.core.registry import RegistryError
-from pretrain.config.schema import Config, ConfigError, explain, load, recipe_schema
+from pretrain.config.errors import ConfigError
+from pretrain.config.explanation import explain
+from pretrain.config.loading import load
+from pretrain.config.schema import Config, recipe_schema
 from pretrain.tracking import RunDescription, Tracker, register_tracker
 from pretrain.tracking.base import TRACKERS
 from pretrain.training.callbacks import CALLBACKS, Callback, register_callback
@@ -140,9 +143,7 @@ def test_a_tracker_that_fails_ends_no_run_and_is_named_once(recipe: Path, caplog
         "losses": {str(line["step"]): line["train/bits_per_byte"] for line in numbers if line["step"] != 2},
     }
     said = [record.message for record in caplog.records if "tracker lines" in record.message]
-    assert said == [
-        "tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"
-    ]
+    assert said == ["tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
