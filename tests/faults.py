@@ -310,7 +310,7 @@ class Stand:
         start = self.start(way, name)
         codes = start.finish()
         assert not any(codes), start.said
-        went_on = re.findall(r"goes on after step (\d+)", start.said)
+        went_on = re.findall(r"resumes after step (\d+)", start.said)
         assert list(map(int, went_on)) == [last_commit][: last_commit > 0], start.said
         assert "not valid" not in start.said, start.said
         outcome = self.outcome(name)

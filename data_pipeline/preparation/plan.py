@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byteloom.core.files import replace_file, sync
+from byteloom.core.provenance import changes, flatten
 from byteloom.core.state_files import StateFileError, read_json, read_lines
 from data_pipeline.errors import CorpusError
 from data_pipeline.readers import ReadOptions, is_container
@@ -118,16 +119,11 @@ def identity(sources: Sequence[str], options: PrepareOptions) -> dict[str, Any]:
 
 
 def difference(planned: dict[str, Any], asked: dict[str, Any]) -> str:
-    """What differs between two identities, as 'shard_bytes: 512 -> 256, …'; empty when nothing does."""
-    before, now = _flat(planned), _flat(asked)
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now.get(key))
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flat(value) if isinstance(value, dict) else {key: value}
-    return leaves
+    """Return what differs between two identities, as 'shard_bytes: 512 -> 256, …'; empty when nothing does."""
+    now = flatten(asked)
+    before = {name: value for name, value in flatten(planned).items() if name in now}
+    parts = (change.partition(":") for change in changes(before, now))
+    return ", ".join(f"{name.rpartition('.')[2]}:{values}" for name, _, values in parts)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pretrain.distributed.world import WorldError
 from pretrain.engines import EngineError
 from pretrain.evaluation.generation import SamplingError
 from pretrain.evaluation.scores import EvaluationError
-from pretrain.training.loop import TrainingError
+from pretrain.training.run import TrainingError
 from pretrain.training.run_folder import RunFolderError
 
 FAULTS = (

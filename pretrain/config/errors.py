@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from byteloom.core.registered_nodes import NOT_REGISTERED
 from byteloom.core.validation import (
     Fault,
     Mismatch,
@@ -126,6 +127,8 @@ def _described(details: ErrorDetails, path: FieldPath, parent: type[BaseModel], 
         text = f"{name} is not a field of {parent.__name__}{hint}"
     elif kind == "missing":
         text = f"{name} is missing"
+    elif kind == NOT_REGISTERED:
+        text = f"{name}: {details['msg']}"
     elif kind == "value_error" and isinstance(value, dict):
         text = str(details["ctx"]["error"])
         text = text if text.startswith(f"{name}.") else f"{name}: {text}"

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from byteloom.core.validation import nearest
 from pretrain.config.errors import ConfigError
-from pretrain.config.fields import FieldPath, all_fields, entries_of, nodes_at
+from pretrain.config.fields import FieldPath, all_fields, entries_of, nodes_at, registered_in
 from pretrain.config.schema import Config
 
 
@@ -21,10 +21,10 @@ def explain(name: str) -> str:
     """
     path = tuple(name.split("."))
     parents = [node for node in nodes_at(path[:-1]) if path[-1] in node.model_fields]
-    if not parents:
+    nodes = nodes_at(path)
+    if not parents and not nodes:
         known = [".".join(field) for field, _ in all_fields(Config, ())]
         raise ConfigError(f"{name} is not a field{nearest(name, known)}")
-    nodes = nodes_at(path)
     if not nodes:
         texts = [(node.__name__, _explain_value(path, node.model_fields[path[-1]])) for node in parents]
         return texts[0][1] if len(texts) == 1 else "\n".join(f"In {node}:\n{text}" for node, text in texts)
@@ -37,8 +37,9 @@ def explain(name: str) -> str:
 
 def _explain_value(path: FieldPath, field: FieldInfo) -> str:
     """Return the explanation of a field, and of the fields of its entries."""
-    entries = entries_of(field.annotation)
-    each = all_fields(entries, (*path, "EACH")) if entries else ()
+    entries, registered = entries_of(field.annotation), registered_in(field)
+    nodes = registered.nodes() if registered else {"EACH": entries} if entries else {}
+    each = [found for name, node in nodes.items() for found in all_fields(node, (*path, name))]
     return "\n".join(_explain_field(".".join(p), f) for p, f in [(path, field), *each])
 
 
@@ -68,4 +69,6 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(_type_name, typing.get_args(annotation)))
     if entries := entries_of(annotation):
         return f"{'mapping' if typing.get_origin(annotation) is dict else 'list'} of {entries.__name__}"
+    if typing.get_origin(annotation) is dict:
+        return "mapping"
     return "null" if annotation is types.NoneType else str(getattr(annotation, "__name__", annotation))

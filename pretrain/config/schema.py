@@ -17,8 +17,8 @@ from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import ModelConfig, carries_memory, default_family, families
 from pretrain.optim.optimizers import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
-from pretrain.training.loop import TrainConfig
-from pretrain.training.profiling import ProfileConfig
+from pretrain.training.callbacks import CallbackNodes
+from pretrain.training.config import ProfileConfig, TrainConfig
 from pretrain.training.run_folder import RunConfig
 from pretrain.training.weights import InitializeConfig
 
@@ -40,6 +40,8 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     launch: LaunchConfig = LaunchConfig()
     supervise: SuperviseConfig = SuperviseConfig()
     profile: ProfileConfig = ProfileConfig()
+    callbacks: CallbackNodes = {}
+    """Callbacks of other packages, each by its name with its own fields."""
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> Self:

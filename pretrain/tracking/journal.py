@@ -44,7 +44,7 @@ class Journal:
         self._file.close()
 
 
-class Line(NamedTuple):
+class JournalLine(NamedTuple):
     """A whole line of the journal."""
 
     record: dict[str, Any]
@@ -66,7 +66,7 @@ def read_journal(path: Path, report: Callable[[str], None] = log.warning, offset
     return [line.record for line in lines(path, offset, report)]
 
 
-def lines(path: Path, offset: int = 0, report: Callable[[str], None] = log.warning) -> Iterator[Line]:
+def lines(path: Path, offset: int = 0, report: Callable[[str], None] = log.warning) -> Iterator[JournalLine]:
     """Yield the whole lines from an offset on; a last line without its end is still being written, or never was.
 
     Args:
@@ -79,10 +79,10 @@ def lines(path: Path, offset: int = 0, report: Callable[[str], None] = log.warni
         if line.fault:
             report(line.fault)
         if line.value is not None:
-            yield Line(line.value.model_dump(), f"{line.text}\n", line.end)
+            yield JournalLine(line.value.model_dump(), f"{line.text}\n", line.end)
 
 
-def _kept_lines(path: Path, last_step: int) -> list[Line]:
+def _kept_lines(path: Path, last_step: int) -> list[JournalLine]:
     """Return the journal's lines up to a step.
 
     A checkpoint is written after the numbers up to its step are on disk, so a loss of power damages only what comes

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from pretrain.tracking.config import TrackingConfig
 from pretrain.tracking.shipper import RUNS_TAG
 from pretrain.tracking.store import MlflowStore
-from pretrain.tracking.tracker import TrackingConfig
 
 
 class ParentRun:
@@ -14,7 +14,7 @@ class ParentRun:
     Its methods raise whatever MLflow raises.
 
     Args:
-        store_folder: as of `open_tracker`.
+        store_folder: folder of runs, where the embedded store is.
         runs: how many they are.
         identity: by which it is found again.
         tags: what a person would want to know of it.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.tracking.delivery import Delivery, Start
-from pretrain.tracking.journal import Line, lines
+from pretrain.tracking.journal import JournalLine, lines
 from pretrain.tracking.store import NOTE_TAG, PARAM_LENGTH, PARENT_TAG, MlflowStore, TrackingError, Value, fault_of
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class MlflowShipper:
     """
 
     def __init__(self, journal: Path, state: Path, recipe: Path, train_log: Path) -> None:
-        self._journal = journal
+        self.journal = journal
         self._state = state
         self._recipe = recipe
         self._train_log = train_log
@@ -60,7 +60,7 @@ class MlflowShipper:
         """
         store, run_id = self._connected()
         steps, batch = 0, list[Value]()
-        last: Line | None = None
+        last: JournalLine | None = None
         for line in self._undelivered_lines():
             values = _values(line.record)
             if last is not None and len(batch) + len(values) > METRICS_PER_CALL:
@@ -100,8 +100,8 @@ class MlflowShipper:
         with self._saving:  # the loop's thread and the shipper's both write the file
             self.delivery.save(self._state)
 
-    def _undelivered_lines(self) -> Iterator[Line]:
-        for line in lines(self._journal, self._offset, self._report_once):
+    def _undelivered_lines(self) -> Iterator[JournalLine]:
+        for line in lines(self.journal, self._offset, self._report_once):
             if line.record["step"] > self.delivery.delivered_step:
                 yield line
 
@@ -110,7 +110,7 @@ class MlflowShipper:
             self._reported.add(fault)
             log.warning("%s", fault)
 
-    def _send(self, store: MlflowStore, run_id: str, batch: list[Value], last: Line) -> None:
+    def _send(self, store: MlflowStore, run_id: str, batch: list[Value], last: JournalLine) -> None:
         self.delivery.sending_step = last.record["step"]
         self._save()
         store.log_values(run_id, batch)

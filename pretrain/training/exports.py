@@ -1,10 +1,10 @@
-"""Exports: a checkpoint's weights in a form that other programs read, and back.
+"""Exports: a checkpoint's weights in a form that other programs read, and their reading.
 
     model.safetensors    every parameter by its name, in fp32; where it would be larger than SHARD_BYTES,
                          model-00001-of-00003.safetensors and so on, with model.safetensors.index.json
-    card.json            what the model is, what it was trained on, how good it was, and the digest of each file
+    card.json            the model, its training data, its bits per byte, and the digest of each file
 
-No moments, no data state: from an export a new run can begin (`initialize.weights`), and none go on.
+An export has no moments and no data state. A new run can begin with it (`initialize.weights`); no run resumes from it.
 """
 
 import hashlib
@@ -31,16 +31,19 @@ FORMAT = "byteloom-export/1"
 CARD = "card.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
-"""Of one file, and of the memory that an export takes; more only for a parameter that is larger."""
+"""Largest size of a file, and of the memory that an export takes, unless one parameter is larger."""
 PIECE_VALUES = 4 << 20
-"""Values that are looked at together."""
+"""Values that are checked together."""
 
 
 def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> dict[str, Any]:
-    """Writes a verified checkpoint's weights to a new folder, which is whole or not there; returns the card.
+    """Write a verified checkpoint's weights to a new folder, all or nothing; return the card.
 
     Args:
-        bits_per_byte: of the run at the end of the checkpoint's step, by what was scored.
+        checkpoint: verified.
+        out: the new folder.
+        bits_per_byte: of the run after the checkpoint's step, by the scored corpus.
+
     Raises:
         FileExistsError: the folder exists already.
         OSError: it cannot be written.
@@ -68,14 +71,15 @@ def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> 
 
 
 def is_export(folder: Path) -> bool:
+    """Return whether a folder is an export."""
     return (folder / CARD).exists()
 
 
 def read_export(folder: Path) -> Metadata:
-    """An export, as a checkpoint that has weights and the recipe alone.
+    """Return an export as a checkpoint with nothing but weights and the recipe.
 
     Raises:
-        InvalidCheckpointError: it is damaged, or no export.
+        InvalidCheckpointError: the export is damaged, or the folder is not an export.
     """
     card = _read_card(folder / CARD)
     tensors: dict[str, StoredTensor] = {}
@@ -109,7 +113,7 @@ class _Validation(BaseModel, extra="allow"):
 
 
 class _Recipe(BaseModel, extra="allow"):
-    """The fields of a recipe that commands look up; a card by hand needs the model's section alone."""
+    """Fields of a recipe that commands read; a card written by hand needs only the section `model`."""
 
     model: dict[str, Any]
     data: _Data = _Data()
@@ -118,10 +122,10 @@ class _Recipe(BaseModel, extra="allow"):
 
 
 class _Card(BaseModel):
-    """The fields of card.json that are read back."""
+    """Fields of card.json that are read."""
 
     files: dict[str, str | None] = Field(min_length=1)
-    """The names of files in the card's own folder, each with its sha256."""
+    """Names of files in the card's folder, each with its sha256; null for a file that a person replaced."""
     recipe: _Recipe
     precision: str | None = None
     """Precision of the run's passes."""
@@ -132,7 +136,11 @@ class _Format(BaseModel):
 
 
 def _read_card(path: Path) -> _Card:
-    """Raises InvalidCheckpointError if a card is damaged, or of another format."""
+    """Return a card.
+
+    Raises:
+        InvalidCheckpointError: it is damaged, or has another format.
+    """
     advice = "take the export again from its run, by byteloom checkpoint export"
     try:
         stored = read_json(path, _Format, advice)
@@ -153,7 +161,7 @@ def _read_card(path: Path) -> _Card:
 
 
 def _refuse_other_folders(folder: Path, name: str) -> None:
-    """Raises InvalidCheckpointError if the name of a card's file leads out of the card's folder."""
+    """Raise InvalidCheckpointError if the name of a card's file leads out of the card's folder."""
     is_plain = name not in ("", ".", "..") and not set(name) & set("/\\\0")
     if not is_plain or (folder / name).resolve().parent != folder.resolve():
         raise InvalidCheckpointError(
@@ -165,11 +173,12 @@ def _tensors_in(path: Path, number: int) -> dict[str, StoredTensor]:
     """Return where the values of each tensor of a safetensors file lie.
 
     Args:
+        path: of the file.
         number: the file's number among those of the export.
 
     Raises:
-        InvalidCheckpointError: it is no such file, or a value is not finite.
-        OSError: it cannot be read.
+        InvalidCheckpointError: it is not a safetensors file, or a value is not finite.
+        OSError: the file cannot be read.
     """
     try:
         with safe_open(path, framework="numpy"):  # checks the header, and that tensors make up the file
@@ -181,17 +190,17 @@ def _tensors_in(path: Path, number: int) -> dict[str, StoredTensor]:
         header = json.loads(file.read(header_bytes))
     header.pop("__metadata__", None)
     tensors = {}
-    for name, told in header.items():
-        if told["dtype"] != "F32":
-            raise InvalidCheckpointError(f"{path}: {name} is in {told['dtype']}; weights are taken in F32")
-        shape, offset = tuple(told["shape"]), 8 + header_bytes + told["data_offsets"][0]
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            raise InvalidCheckpointError(f"{path}: {name} is in {entry['dtype']}; weights are taken in F32")
+        shape, offset = tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
         tensors[fragment_name(MODEL, name)] = StoredTensor(shape, np.array([[number, offset, math.prod(shape)]]))
     _refuse_what_is_not_finite(path, tensors)
     return tensors
 
 
 def _refuse_what_is_not_finite(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises InvalidCheckpointError if a value is NaN or infinite."""
+    """Raise InvalidCheckpointError if a value is NaN or infinite."""
     content = np.memmap(path, np.uint8, mode="r")
     counts = {}
     for name, tensor in tensors.items():
@@ -203,9 +212,9 @@ def _refuse_what_is_not_finite(path: Path, tensors: Mapping[str, StoredTensor]) 
         if count := sum(len(piece) - int(np.isfinite(piece).sum()) for piece in pieces):
             counts[_parameter(name)] = count
     if counts:
-        told = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:3])
+        first = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:3])
         more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
-        raise InvalidCheckpointError(f"{path} has values that are NaN or infinite, in {told}{more}")
+        raise InvalidCheckpointError(f"{path} has values that are NaN or infinite, in {first}{more}")
 
 
 def _parameter(name: str) -> str:
@@ -213,7 +222,7 @@ def _parameter(name: str) -> str:
 
 
 def _shards(checkpoint: Metadata) -> Iterator[list[str]]:
-    """The names of parameters, file by file."""
+    """Yield the names of parameters, file by file."""
     shard: list[str] = []
     size = 0
     for name, stored in checkpoint.tensors.items():
@@ -263,10 +272,10 @@ def _sha256(path: Path) -> str:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, out: Path) -> None:
-    """Writes a safetensors file with the permissions that other new files have.
+    """Write a safetensors file with the permissions that other new files have.
 
     Raises:
-        OSError: it cannot be written; says so of `out`, for which the file is meant.
+        OSError: it cannot be written; the message names `out`, the folder that it belongs to.
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})

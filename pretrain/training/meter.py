@@ -1,4 +1,4 @@
-"""Times of a training step, and what follows from them."""
+"""Times of a training step, and the metrics that follow from them."""
 
 import math
 import time
@@ -8,36 +8,40 @@ from pretrain.engines import StepResult
 
 
 class Meter:
-    """Call `start`, then `data_is_here` when the batch has come, then `numbers` when the step is done.
+    """Clock of a step: call `start`, then `data_is_here` when the batch has come, then `numbers` after the step.
 
     Args:
-        flops_a_step: of forward and backward over a global batch.
-        peak: FLOP/s that all devices of the run can do; None if that is unknown, and then there is no MFU.
+        flops_a_step: FLOPs of forward and backward over a global batch.
+        peak: FLOP/s of all devices of the run; None if unknown, and then there is no MFU.
     """
 
     def __init__(self, flops_a_step: float, peak: float | None) -> None:
         self._flops_a_step, self._peak = flops_a_step, peak
         self._begin = 0.0
         self.data_seconds = 0.0
-        """That this rank waited for the step's batch."""
+        """Seconds that this rank waited for the step's batch."""
         self.seconds_a_step = 0.0
-        """Moving average over about ten steps."""
+        """Seconds of a step, a moving average over about ten steps."""
         self.peak_memory_by_rank: list[float] = []
+        """Bytes of the highest use of device memory, by rank."""
 
     def start(self) -> None:
+        """Note that a step begins."""
         self._begin = time.perf_counter()
 
     def data_is_here(self) -> None:
+        """Note that the step's batch has come."""
         self.data_seconds = time.perf_counter() - self._begin
 
     def numbers(self, result: StepResult, data_seconds: Sequence[float]) -> dict[str, float]:
-        """The step's metrics, by the names the journal and the tracker know them.
+        """Return the step's metrics, by their names in the journal and the trackers.
 
-        Those of all ranks together are `bytes_per_second` and `mfu`; of what differs by rank, a name is of the largest,
-        and NAME/least of the smallest, which one process does not have.
+        `bytes_per_second` and `mfu` count all ranks together. Of a metric that differs by rank, NAME is the largest
+        value, and NAME/least the smallest where there are several ranks.
 
         Args:
-            data_seconds: of each rank.
+            result: of the step.
+            data_seconds: seconds that each rank waited for the batch.
         """
         seconds = time.perf_counter() - self._begin
         self.seconds_a_step = 0.9 * self.seconds_a_step + 0.1 * seconds if self.seconds_a_step else seconds

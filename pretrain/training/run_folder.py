@@ -3,15 +3,15 @@
 ROOT/NAME/
     config.yaml        the resolved recipe of the last start
     config.source.json the recipe that a person named, and the commits of its repository and of Byteloom
-    train.log          what was said; train.rank-00001.log and so on, by the other ranks
+    train.log          log of the first rank; train.rank-00001.log and so on, of the other ranks
     metrics.jsonl      one line a step
     run.json           the run's identity
-    generation         how often the run has been started; see fence.py
-    mlflow.json        how far the tracker has been told
+    generation         number of starts of the run; see fence.py
+    mlflow.json        what MLflow has received
     checkpoints/       step-00001200/, …, unless the recipe has another home for them
     profile/           rank-00000/, …, if the recipe asks for it
 
-What `byteloom submit` adds is told in launchers/submission.py.
+launchers/submission.py describes the files that `byteloom submit` adds.
 """
 
 import json
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 """Pattern of a run's name."""
 PATIENCE = 0.5
-"""Seconds that a start waits for the folder: whoever asks whether it is held, holds it for a moment."""
+"""Seconds that a start waits for the folder, because a process that checks the lock holds it for a moment."""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -45,7 +45,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings
     """Folder of all runs; the embedded MLflow store lies here too. A leading ~ is the home folder, here and in every
     field that holds a path."""
     name: str = Field(json_schema_extra={"pattern": f"^{NAME}$"})
-    """The run's folder under the root. A start with the name of a run that is there continues it."""
+    """The run's folder under the root. A start with the name of an existing run resumes that run."""
 
     @field_validator("name")
     @classmethod
@@ -59,11 +59,11 @@ class RunFolderError(Exception):
     """The run folder cannot be used."""
 
 
-class _StoredIdentity(BaseModel, extra="allow"):
-    """run.json: what a run began as."""
+class _StoredRunIdentity(BaseModel, extra="allow"):
+    """Content of run.json: what a run began as."""
 
     id: str
-    """The word by which the tracker finds the run again."""
+    """Identity by which trackers find the run again."""
     model: dict[str, Any]
     data: dict[str, Any]
     fingerprint: str
@@ -84,7 +84,7 @@ class _StoredEngine(BaseModel):
 
 
 class StoredRecipe(BaseModel):
-    """The fields of config.yaml that are read without the rest of it."""
+    """Fields of config.yaml that are read without the rest of it."""
 
     train: _StoredTrain
     engine: _StoredEngine = _StoredEngine()
@@ -101,6 +101,12 @@ def read_recipe(path: Path) -> StoredRecipe | None:
 
 
 class RunFolder:
+    """Files of a run.
+
+    Args:
+        path: of the folder, which need not exist.
+    """
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
@@ -110,16 +116,16 @@ class RunFolder:
         self.lock = path / ".lock"
 
     def log_of(self, rank: int) -> Path:
-        """What a rank said."""
+        """Return the log of a rank."""
         return self.path / (f"train.rank-{rank:05d}.log" if rank else "train.log")
 
     def profile_of(self, rank: int) -> Path:
-        """What a rank's profiler found."""
+        """Return the folder of a rank's profiler."""
         return self.path / "profile" / f"rank-{rank:05d}"
 
     @property
     def checkpoints(self) -> Path | str:
-        """Where its checkpoints lie, as the recipe of its last start has it: a folder, or a URL.
+        """The folder or URL of the checkpoints, by the recipe of the last start.
 
         Raises:
             StateFileError: config.yaml cannot be read, or is damaged.
@@ -128,15 +134,17 @@ class RunFolder:
         return self.checkpoints_in(None if recipe is None else recipe.checkpoint.home)
 
     def checkpoints_in(self, home: str | None) -> Path | str:
-        """Where they lie if the recipe has this `checkpoint.home`."""
+        """Return the folder or URL of the checkpoints for a value of `checkpoint.home`."""
         return self.path / "checkpoints" if home is None else f"{home.rstrip('/')}/{self.path.name}"
 
     @contextmanager
     def locked(self, take_over: bool = False) -> Iterator[None]:
-        """Makes the folder if need be, and holds it for this process alone.
+        """Hold the folder for this process alone within; make it if it does not exist.
 
         Args:
-            take_over: from a process that a scheduler gave up for lost; the fence keeps it from writing.
+            take_over: whether to take it from a process that a scheduler has lost; the fence keeps that process from
+                writing.
+
         Raises:
             RunFolderError: another process holds it, or it cannot be made.
         """
@@ -179,14 +187,14 @@ class RunFolder:
             "restore it from a copy, or remove it and start with the recipe in config.yaml beside it: the run then "
             "continues from its checkpoints, and is a new run in MLflow"
         )
-        stored = read_json(self.path / "run.json", _StoredIdentity, advice)
+        stored = read_json(self.path / "run.json", _StoredRunIdentity, advice)
         return None if stored is None else stored.model_dump(exclude_unset=True)
 
     def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
-        """What the run was when its first number was written, with an id that the tracker finds its run again by.
+        """Return what the run was when its first number was written, with the id by which trackers find it again.
 
         Args:
-            made_of: model, data and fingerprint of this start; kept if nothing has come of an earlier one.
+            made_of: model, data and fingerprint of this start; stored unless an earlier start has written numbers.
 
         Raises:
             StateFileError: run.json cannot be read, or is damaged.
@@ -201,7 +209,7 @@ class RunFolder:
         return identity
 
     def earlier_precision(self, identity: dict[str, Any]) -> str | None:
-        """Return the precision of the run's last start; None if this is the first, or if it had chosen none."""
+        """Return the precision of the run's last start; None if there was none, or if it had chosen none."""
         if "precision" in identity:
             return identity["precision"]
         try:
@@ -212,6 +220,6 @@ class RunFolder:
         return None if recipe is None or recipe.engine.precision == "auto" else recipe.engine.precision
 
     def keep_precision(self, identity: dict[str, Any], precision: str) -> None:
-        """Note the precision of this start in run.json, for the starts that follow."""
+        """Store the precision of this start in run.json, for later starts."""
         if identity.get("precision") != precision:
             replace_file(self.path / "run.json", json.dumps(identity | {"precision": precision}, indent=1))

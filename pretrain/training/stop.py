@@ -1,14 +1,14 @@
-"""Requests to stop, by SIGINT, SIGTERM or SIGUSR2.
+"""Requests to stop a run, by SIGINT, SIGTERM or SIGUSR2, and the ranks' decision about them.
 
-    signal ─▶ pipe ─▶ a thread ─┬─ nothing to save yet: a line, and the process exits with 128 + signal
-                                └─ else: the request is noted; the loop looks between steps and between windows
+    signal ─▶ pipe ─▶ a thread ─┬─ nothing to save yet: log a line, exit with 128 + signal
+                                └─ else: note the request; the ranks vote on it before each step and in validations
 
-Python calls its own signal handlers on the main thread, between bytecodes: after the end of a long call into C++. The
-pipe is written at once, and the thread reads it while the main thread computes.
+Python calls its own signal handlers on the main thread between bytecodes, so only after a long call into C++. The pipe
+is written at once, and the thread reads it while the main thread computes.
 
-Ctrl-C and `kill` ask for a stop, and so does Slurm: SIGUSR2 before the time limit or a preemption, which `byteloom
-submit` asks for, and SIGTERM at a preemption, a requeue or a cancellation. Slurm sends them more than once, to all
-ranks or to one.
+Ctrl-C and `kill` request a stop, and so does Slurm. It sends SIGUSR2 before the time limit or a preemption, because
+`byteloom submit` asks for it, and SIGTERM at a preemption, a requeue or a cancellation. It sends them more than once,
+to all ranks or to one.
 """
 
 import contextlib
@@ -19,31 +19,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from signal import Signals
 
 from pretrain.distributed.world import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Signals that request a stop."""
 VOTE_SECONDS = 1.0
-"""Time between two votes of the ranks, about."""
+"""Approximate time between two votes of the ranks."""
 
 log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A request to stop this process. Until `defer` is called, it ends the process at once.
+    """Request to stop this process. Until `defer` is called, a request ends the process at once.
 
     Args:
         restore_terminal: called before the process ends at once.
-        ending: what the process says then.
+        ending: logged when the process ends at once.
     """
 
     def __init__(
         self, restore_terminal: Callable[[], None] = lambda: None, ending: str = "stopped; there was nothing to save"
     ) -> None:
-        self.signal: signal.Signals | None = None
-        """The first signal that came, or the one that the ranks agreed on."""
+        self.signal: Signals | None = None
+        """Signal of the first request, or the one that the ranks agreed on; None without a request."""
         self.before_exit: list[Callable[[int], object]] = []
-        """Called with the exit code before the process ends at once. They take seconds at most."""
+        """Functions that are called with the exit code before the process ends at once, each for seconds at most."""
         self._restore_terminal = restore_terminal
         self._ending = ending
         self._ends_at_once = True
@@ -53,7 +56,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear the signals within. After a request they are ignored: the process is about to exit."""
+        """Handle the signals within. After a request they are ignored, since the process is about to exit."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
@@ -75,27 +78,34 @@ class StopRequest:
             os.close(reader)
 
     def defer(self) -> None:
-        """From now on note requests, for there is something to save."""
+        """Note requests from now on, because there is something to save."""
         with self._lock:
             self._ends_at_once = False
         self.stand_still_if_ending()
 
     def stand_still_if_ending(self) -> None:
-        """Return, unless the process is ending at once."""
+        """Block for ever if the process is ending at once; return otherwise."""
         with self._lock:
             is_ending = self._is_ending
         if is_ending:
             threading.Event().wait()
 
+    def request(self, number: Signals) -> None:
+        """Note a request to stop, as if the signal had come; the ranks agree on it before the next step."""
+        if self.signal is None:
+            self.signal = number
+            more = "; Ctrl-C once more stops at once, without a checkpoint" if number == signal.SIGINT else ""
+            log.info("%s: the run saves and stops%s", number.name, more)
+
     def _listen(self, reader: int) -> None:
         while number := os.read(reader, 1)[0]:
             if number in SIGNALS:
-                self._hear(signal.Signals(number))
+                self._handle(Signals(number))
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _handle(self, number: Signals) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1 or (self._is_ending and number == signal.SIGINT):
-            self._say(number, "stopped at once, without a checkpoint")
+            self._log(number, "stopped at once, without a checkpoint")
             os._exit(128 + number)
         if self._is_ending:
             return
@@ -104,22 +114,16 @@ class StopRequest:
         if self._is_ending:
             threading.Thread(target=self._end, args=(number,), daemon=True).start()
         else:
-            self._note(number)
+            self.request(number)
 
-    def _note(self, number: signal.Signals) -> None:
-        if self.signal is None:
-            self.signal = number
-            more = "; Ctrl-C once more stops at once, without a checkpoint" if number == signal.SIGINT else ""
-            log.info("%s: the run saves and stops%s", number.name, more)
-
-    def _end(self, number: signal.Signals) -> None:
-        self._say(number, self._ending)
+    def _end(self, number: Signals) -> None:
+        self._log(number, self._ending)
         for call in self.before_exit:
             with contextlib.suppress(Exception):
                 call(128 + number)
         os._exit(128 + number)
 
-    def _say(self, number: signal.Signals, ending: str) -> None:
+    def _log(self, number: Signals, ending: str) -> None:
         with contextlib.suppress(Exception):
             self._restore_terminal()
             log.info("%s: %s", number.name, ending)
@@ -127,20 +131,62 @@ class StopRequest:
 
 @contextmanager
 def stopping_at_once(restore_terminal: Callable[[], None]) -> Iterator[None]:
-    """Have a request to stop end the process at once, in a line: for commands that save nothing."""
+    """End the process at once, with one line, on a request within: for commands that save nothing."""
     with StopRequest(restore_terminal, "stopped").listening():
         yield
 
 
 class StoppedError(Exception):
-    """The ranks have agreed to stop in the middle of some work, which is dropped."""
+    """The ranks agreed to stop in the middle of some work, which is dropped.
+
+    Args:
+        signal: of the request.
+    """
+
+    def __init__(self, signal: Signals) -> None:
+        super().__init__(signal.name)
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do next: take another step, or end."""
+
+    ends: bool
+    signal: Signals | None = None
+    """Signal of the request to stop; None where there is none."""
+
+    @classmethod
+    def stopped_by(cls, signal: Signals) -> "Decision":
+        """Return the decision to end because of a request."""
+        return cls(ends=True, signal=signal)
+
+    @property
+    def status(self) -> str:
+        """How a start ended, in a word: FINISHED or KILLED."""
+        return "FINISHED" if self.signal is None else "KILLED"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a process that ended so."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+CONTINUE = Decision(ends=False)
+"""Take another step."""
+FINISHED = Decision(ends=True)
+"""End: all steps of the run are done."""
 
 
 class Vote:
-    """The ranks' agreement on whether to stop, for a loop that all ranks go through equally often.
+    """Vote of the ranks on whether to stop, for a loop that every rank repeats equally often.
 
-    They exchange about once a second. How many calls lie between two exchanges follows from the time that the slowest
-    rank took for the calls before, so it is the same on all ranks.
+    The ranks exchange about once a second. The number of calls between two exchanges follows from the time that the
+    slowest rank took for the calls before, so it is the same on all ranks.
+
+    Args:
+        stop: of this rank.
+        world: ranks that vote.
     """
 
     def __init__(self, stop: StopRequest, world: World) -> None:
@@ -149,10 +195,10 @@ class Vote:
         self._last = time.monotonic()
 
     def check(self) -> None:
-        """Return if no rank has been asked to stop.
+        """Return if no rank was asked to stop.
 
         Raises:
-            StoppedError: one has; on all ranks.
+            StoppedError: a rank was asked to stop; on all ranks.
         """
         self._calls_left -= 1
         if self._calls_left > 0 and self._world.size > 1:
@@ -163,5 +209,5 @@ class Vote:
         self._calls = max(1, min(2 * self._calls, int(self._calls * VOTE_SECONDS / max(*seconds, 1e-9))))
         self._calls_left = self._calls
         if any(asked):
-            self._stop.signal = signal.Signals(int(max(asked)))
-            raise StoppedError
+            self._stop.signal = Signals(int(max(asked)))
+            raise StoppedError(self._stop.signal)

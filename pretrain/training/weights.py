@@ -1,8 +1,8 @@
-"""Where weights come from: a run, one checkpoint or an export; and runs that begin with them.
+"""Weights of a run, a checkpoint or an export, and new runs that begin with them.
 
 RUN            its newest valid checkpoint ┐
 CHECKPOINT     step-00001200/              ├─▶ Metadata ─▶ eval, generate, export
-EXPORT         safetensors and a card      ┘           └─▶ Origin: what fits a new run's model
+EXPORT         safetensors and a card      ┘           └─▶ InitialWeights: what fits a new run's model
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,53 +26,60 @@ from pretrain.training.run_folder import RunFolder
 
 
 class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """What a new run begins with, where not with first values; at step 0 of its own data and schedule. A run that has a
-    checkpoint goes on from that, and looks at none of this."""
+    """Weights that a new run begins with, at step 0 of its own data and schedule.
+
+    A run that has a checkpoint resumes from it and ignores this section.
+    """
 
     weights: LocationText | None = None
-    """A run folder (its newest valid checkpoint), a checkpoint folder (or the URL of either), or an export; of any
-    corpus, engine and number of ranks. Null: first values, drawn by train.seed."""
+    """A run folder (its newest valid checkpoint), a checkpoint folder (or the URL of either), or an export. Corpus,
+    engine and number of ranks may differ. Null begins with first values, drawn by train.seed."""
     moments: bool = False
-    """Take the optimizer's moments too, with the count of steps that they are made of: to try another schedule from
-    there. Without them the optimizer begins anew."""
+    """Take the optimizer's moments too, with the count of steps that made them, to try another schedule from there.
+    Without them the optimizer begins with empty moments."""
     partly: bool = False
-    """Take what has the same name and shape, say what else there is, and begin that with first values: for another
+    """Take the parameters with the same name and shape, log the others, and begin those with first values: for another
     head, depth or context. Without it, weights of another model are refused."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a new run takes from a checkpoint."""
+class InitialWeights:
+    """Weights that a new run takes from a checkpoint."""
 
     checkpoint: Metadata
     tensors: frozenset[str]
+    """Names of the fragments that are taken."""
     optimizer_steps: int | None
-    """That its moments are made of; None if they are not taken."""
+    """Optimizer steps that made the moments; None if they are not taken."""
     differences: Sequence[str]
-    """Between its model and the run's: of configs, and of each parameter that was not taken for it; a line each."""
+    """Differences between the two models, a line each: config fields, and parameters that are not taken."""
 
-    def give(self, engine: Engine) -> None:
-        """Fills an engine that has first values."""
+    def fill(self, engine: Engine) -> None:
+        """Fill an engine that has first values."""
         read(self.checkpoint, [fragment for fragment in engine.fragments() if fragment.name in self.tensors])
         engine.restore({"optimizer_steps": self.optimizer_steps or 0})
 
 
-def find_origin(
+def find_initial_weights(
     config: InitializeConfig,
     own: ModelConfig,
     model: ByteModel,
     optimizer: str,
     world: World = ALONE,
     progress: Progress = ignore,
-) -> Origin:
-    """What a config asks for. All ranks call it.
+) -> InitialWeights:
+    """Return the initial weights that a config names. All ranks call it.
 
     Args:
+        config: with weights named.
+        own: model config of the run.
         model: of the run, while its parameters are whole.
-        optimizer: the name of the run's.
+        optimizer: name of the run's optimizer.
+        world: ranks of the run; each verifies a part.
         progress: as of `find_checkpoint`.
+
     Raises:
-        CheckpointError: it is not there, or does not fit.
+        CheckpointError: the weights do not exist, or do not fit.
     """
     assert config.weights is not None
     checkpoint = find_checkpoint(config.weights, world, progress)
@@ -98,7 +105,7 @@ def find_origin(
     if not fitting:
         raise CheckpointError(f"{checkpoint.folder} has no parameter that fits this model")
     if not config.moments:
-        return Origin(checkpoint, frozenset(fragment_name(MODEL, name) for name in fitting), None, differences)
+        return InitialWeights(checkpoint, frozenset(fragment_name(MODEL, name) for name in fitting), None, differences)
     if "counters" not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.folder} is an export, which has no moments; set initialize.moments=false")
     if then["optimizer"]["name"] != optimizer:
@@ -111,28 +118,31 @@ def find_origin(
         for fragment, (kind, name) in ((each, split_name(each)) for each in checkpoint.tensors)
         if kind != MEMORY and name in fitting
     )
-    return Origin(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
+    return InitialWeights(checkpoint, tensors, checkpoint.state["counters"]["optimizer_steps"], differences)
 
 
 def store_of(run: Location, world: World = ALONE) -> CheckpointStore:
-    """The checkpoints of a run, to look at, by its folder or by the URL of their home."""
+    """Return the checkpoints of a run for reading, by its folder or by the URL of their home."""
     return CheckpointStore(RunFolder(run).checkpoints if isinstance(run, Path) else run, keep=None, world=world)
 
 
 def is_checkpoint(place: Location) -> bool:
-    """Whether this is one checkpoint, and no run."""
+    """Return whether a place is one checkpoint rather than a run."""
     return (place / MARKER).exists() if isinstance(place, Path) else is_step_name(place.name)
 
 
 def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress = ignore) -> Metadata:
-    """The newest valid checkpoint of a run, one checkpoint, or an export, of which every byte is as written.
+    """Return a verified checkpoint: the newest valid one of a run, one checkpoint, or an export.
 
-    All ranks call it, and each looks at a part.
+    All ranks call it, and each verifies a part.
 
     Args:
+        text: path or URL of the run, the checkpoint or the export.
+        world: ranks that call it.
         progress: called with bytes verified and bytes in all, of this rank's part.
+
     Raises:
-        CheckpointError: it is not there, or not valid; on all ranks.
+        CheckpointError: it does not exist or is not valid; on all ranks.
     """
     place = locate(text)
     folder = place if isinstance(place, Path) and is_export(place) else None
@@ -154,7 +164,7 @@ def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress =
 
 
 def trained_precision(checkpoint: Metadata) -> str:
-    """Return the precision of the passes that made a checkpoint; the recipe's, auto at worst, where it has no other."""
+    """Return the precision of the passes that made a checkpoint; the recipe's (maybe auto) where none is recorded."""
     return str(checkpoint.state.get("precision", checkpoint.state["config"]["engine"]["precision"]))
 
 

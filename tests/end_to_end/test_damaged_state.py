@@ -20,7 +20,7 @@ from pretrain.cli.app import app
 from pretrain.cli.checkpoints import _bits_per_byte
 from pretrain.cli.faults import FAULTS
 from pretrain.terminal.console import run as run_command
-from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_tracker
+from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_recorder
 from pretrain.tracking.journal import read_journal
 from pretrain.training import run_status
 from pretrain.training.run_status import find_runs, statuses_of
@@ -83,7 +83,7 @@ def test_training_refuses_a_damaged_run_json_and_the_advice_works(run: Path, cor
     assert (run / "metrics.jsonl").read_bytes() == before
     if not content:
         (run / "run.json").unlink()
-        assert f"goes on after step {STEPS}" in train(tree, run.parent)
+        assert f"resumes after step {STEPS}" in train(tree, run.parent)
 
 
 def test_training_replaces_a_damaged_generation_and_says_so(run: Path, corpus_folder: Path):
@@ -135,21 +135,19 @@ def test_a_damaged_mlflow_json_is_written_again_and_nothing_is_sent_twice(
 ):
     from mlflow import MlflowClient  # noqa: PLC0415 takes seconds
 
-    state, journal = tmp_path / "mlflow.json", run / "metrics.jsonl"
-    description = RunDescription("run", "identity", {"a": 1}, {}, begins_after=STEPS, start=1, reason="manual")
+    state, journal = run / "mlflow.json", run / "metrics.jsonl"
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    description = RunDescription("run", "identity", {"a": 1}, {}, STEPS, start=1, reason="manual", folder=run)
 
     def deliver() -> None:
-        numbers, files = Journal(journal, STEPS), {"recipe": run / "config.yaml", "train_log": run / "train.log"}
-        tracker = open_tracker(TrackingConfig(), numbers, state, tmp_path, description, **files)
-        tracker.close("FINISHED")
+        open_recorder(config, Journal(journal, STEPS), description).close("FINISHED")
 
     deliver()
     whole = Delivery.load(state)
     assert whole is not None and whole.delivered_step == STEPS
     for content in (b"", b"\0\0", b'{"uri": 3}'):
         state.write_bytes(content)
-        (run / "mlflow.json").write_bytes(content)
-        assert f"{run}/mlflow.json is damaged: " in refused(capfd, "track", run)
+        assert f"{state} is damaged: " in refused(capfd, "track", run)
         deliver()
         assert f"{state} is damaged: " in caplog.text
         again = Delivery.load(state)

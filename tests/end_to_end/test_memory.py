@@ -40,7 +40,7 @@ def test_a_killed_run_goes_on_with_its_memory_bit_for_bit(recipe: Path, tmp_path
     for low in (8, 26):
         code, _ = run.start_and_signal(signal.SIGKILL, random.randrange(low, low + 8))
         assert code == -signal.SIGKILL
-    assert "goes on after step" in run.finish()
+    assert "resumes after step" in run.finish()
     assert_same(run, reference)
     assert {"memory/states", "memory/ids"} <= run.final_tensors().keys()
 

@@ -40,7 +40,7 @@ def test_it_trains_goes_on_exactly_scores_every_byte_and_writes(byteloom: Run, r
     cut = tmp_path / "runs/cut/checkpoints"
     for step in (8, 12):
         shutil.rmtree(cut / f"step-{step:08d}")
-    assert "goes on after step 4" in byteloom("train", recipe, "run.name=cut").stderr
+    assert "resumes after step 4" in byteloom("train", recipe, "run.name=cut").stderr
     assert content(whole / "checkpoints/step-00000012") == content(cut / "step-00000012")
 
     figures = {}

@@ -103,7 +103,7 @@ def test_killed_at_random_steps_it_goes_on_bit_for_bit(recipe: Path, tmp_path: P
     for low in (0, 17):
         code, _ = run.start_and_signal(signal.SIGKILL, random.randrange(low + 1, low + 15))
         assert code == -signal.SIGKILL
-    assert "goes on after step" in run.finish()
+    assert "resumes after step" in run.finish()
     assert_same(run, reference)
 
 

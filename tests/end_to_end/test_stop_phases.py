@@ -215,7 +215,7 @@ def test_a_stop_is_heard_while_a_checkpoint_is_loaded_verified_or_saved(way: Sta
     def saving() -> Command:
         way.waits_for = None
         command = Command(tmp_path, *train, "train.steps=3")
-        command.wait_for("goes on after step 2")
+        command.wait_for("resumes after step 2")
         way.waits_for = b"rank-00000.bin"
         command.wait_for("waiting for the checkpoint of step 3 to be on disk: ")
         return command

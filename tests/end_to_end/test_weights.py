@@ -144,7 +144,7 @@ def test_a_run_that_has_a_checkpoint_needs_the_other_one_no_more(exported: Path,
     train(tree, tmp_path)
     link.unlink()
     tree["train"]["steps"] = 2
-    assert "goes on after step 1" in train(tree, tmp_path)
+    assert "resumes after step 1" in train(tree, tmp_path)
 
 
 def test_moments_come_along_for_another_schedule(run: Path, corpus_folder: Path, tmp_path: Path):

@@ -74,7 +74,7 @@ def test_whatever_ends_them_three_ranks_go_on_and_train_as_one_process_does(reci
     assert "lost contact" not in said and "Traceback" not in said
     assert not any(map(lives, ranks))
 
-    assert "goes on after step" in run.finish()
+    assert "resumes after step" in run.finish()
     assert_trained_as_one_process(run, recipe, tmp_path)
 
 

@@ -10,7 +10,7 @@ from pretrain.checkpoint import Metadata
 from pretrain.config.checks.findings import Check
 from pretrain.models import carries_memory
 from pretrain.terminal.progress import size
-from pretrain.training.loop import check_lanes
+from pretrain.training.checks import check_lanes
 
 
 def open_streams(check: Check) -> dict[str, ByteStream] | None:

@@ -19,7 +19,7 @@ from pretrain.config.schema import Config
 from pretrain.engines import EngineError
 from pretrain.terminal.console import printable, say
 from pretrain.terminal.tables import fold, terminal_width
-from pretrain.training.loop import TrainingError
+from pretrain.training.run import TrainingError
 from pretrain.training.run_folder import RunFolder, RunFolderError
 
 REFUSALS = (

@@ -9,8 +9,8 @@ from data_pipeline.stream.mixture import fingerprint_of
 from pretrain.checkpoint import CheckpointStore, InvalidCheckpointError, Metadata, read_metadata
 from pretrain.config.checks.findings import Check, Finding
 from pretrain.models import ByteModel
-from pretrain.training.loop import check_resumes, check_same_run
-from pretrain.training.weights import find_origin
+from pretrain.training.checks import check_resumes, check_same_run
+from pretrain.training.weights import find_initial_weights
 
 
 def newest_checkpoint(check: Check) -> Metadata | None:
@@ -82,7 +82,7 @@ def check_weights(check: Check, model: ByteModel, checkpoint: Metadata | None) -
         check.add("ok", field, "not read, because the run has a checkpoint of its own")
         return
     with check.refusals(field):
-        origin = find_origin(initialize, check.config.model, model, check.config.optimizer.name)
+        origin = find_initial_weights(initialize, check.config.model, model, check.config.optimizer.name)
         check.add("ok", field, f"{len(origin.tensors):,} tensors of {origin.checkpoint.folder}")
         for difference in origin.differences:
             check.add("warning", field, f"different from those weights: {difference}")

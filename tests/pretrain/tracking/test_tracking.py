@@ -25,7 +25,7 @@ from pretrain.tracking import (
     TrackingConfig,
     TrackingError,
     fault_of,
-    open_tracker,
+    open_recorder,
     shown,
 )
 from tests.mlflow_server import Server, misbehaving
@@ -59,20 +59,12 @@ class Folder:
         journal = Journal(self.path / "metrics.jsonl", first - 1 if first > 1 else None)
         after = first - 1 if first > 1 else -1
         description = RunDescription(
-            self.path.name, self.identity, params, {"host": "here"}, after, self.starts, reason
+            self.path.name, self.identity, params, {"host": "here"}, after, self.starts, reason, self.path
         )
-        tracker = open_tracker(
-            self.config,
-            journal,
-            self.path / "mlflow.json",
-            self.path.parent,
-            description,
-            recipe=self.path / "config.yaml",
-            train_log=self.path / "train.log",
-        )
+        recorder = open_recorder(self.config, journal, description)
         for step in range(first, last + 1):
-            tracker.log(step, {"train/bits_per_byte": 8 / step})
-        tracker.close(status)
+            recorder.log(step, {"train/bits_per_byte": 8 / step})
+        recorder.close(status)
 
     def shipper(self) -> MlflowShipper:
         return MlflowShipper(

@@ -1,0 +1,116 @@
+"""Contract of trackers, and their registry.
+
+A tracker takes the numbers of a run. Byteloom makes it, calls it and closes it on one thread of its own, in the first
+rank's process, so it may block and it may raise: training neither waits nor ends, and the numbers are in metrics.jsonl.
+A tracker of one file:
+
+    class TensorBoardConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+        \"""Event files of TensorBoard.\"""
+
+        flush_seconds: int = Field(default=30, ge=1)
+        \"""Seconds between two writes.\"""
+
+    @register_tracker("tensorboard", TensorBoardConfig)
+    class TensorBoard(Tracker):
+        def __init__(self, config: TensorBoardConfig, run: RunDescription) -> None:
+            self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.begins_after + 1)
+
+        def log(self, step: int, numbers: Mapping[str, float]) -> None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+
+        def close(self, status: str) -> None:
+            self.writer.close()
+
+A recipe turns it on with `tracking: {trackers: {tensorboard: {}}}`, beside MLflow or with `enabled: false` in its
+place. An installed package is found by its entry point:
+
+    [project.entry-points."byteloom.trackers"]
+    tensorboard = "their_package.tensorboard"
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel
+
+from byteloom.core.registered_nodes import RegisteredNodes
+from byteloom.core.registry import Registry
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a start tells trackers about its run."""
+
+    name: str
+    """Name of the run."""
+    identity: str
+    """Identity of the run, the same in every start."""
+    params: Mapping[str, Any]
+    """Config fields by dotted name, and what follows from them."""
+    tags: Mapping[str, str]
+    """Tags of this start; they replace those of an earlier one."""
+    begins_after: int
+    """Step of the checkpoint that this start resumes from; -1 for a start without a checkpoint."""
+    start: int
+    """Number of this start; 1 for the first."""
+    reason: str
+    """Why the run was started."""
+    folder: Path
+    """Run folder. Numbers of steps after `begins_after` that an earlier start sent are sent again."""
+
+
+class Tracker(ABC):
+    """Something that takes the numbers of a run, such as a server or a file format."""
+
+    @abstractmethod
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Take the numbers of a step, by their names in metrics.jsonl."""
+
+    @abstractmethod
+    def close(self, status: str) -> None:
+        """Write what is left.
+
+        Args:
+            status: FINISHED, KILLED (stopped by a request) or FAILED.
+        """
+
+
+@dataclass(frozen=True)
+class TrackerEntry:
+    """A tracker that a recipe can turn on."""
+
+    config: type[BaseModel]
+    """Node under `tracking.trackers` in a recipe."""
+    build: Callable[[Any, RunDescription], Tracker]
+    """Makes the tracker of a node and a run."""
+
+
+TRACKERS = Registry[TrackerEntry]("tracker", "byteloom.trackers")
+"""Trackers beside MLflow that a recipe can turn on by name."""
+
+TrackerNodes = Annotated[dict[str, BaseModel], RegisteredNodes(TRACKERS)]
+"""Type of the recipe's field `tracking.trackers`."""
+
+AnyTracker = TypeVar("AnyTracker", bound=type[Tracker])
+
+
+def register_tracker(name: str, config: type[BaseModel]) -> Callable[[AnyTracker], AnyTracker]:
+    """Return a decorator that registers a class of trackers.
+
+    Args:
+        name: by which a recipe turns it on.
+        config: its node; the class takes one and the description of a run.
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+
+    def register(tracker: AnyTracker) -> AnyTracker:
+        TRACKERS.register(name, TrackerEntry(config, tracker))
+        return tracker
+
+    return register

@@ -1,0 +1,83 @@
+"""The config nodes that training reads: its own, and the recipe as a whole."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from pydantic import BaseModel, Field
+
+from byteloom.core.validation import Fault
+from data_pipeline.stream.loader import LoaderConfig
+from data_pipeline.stream.reading import DataConfig
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.engines import EngineConfig
+from pretrain.evaluation.config import ValidationConfig
+from pretrain.models import ModelConfig
+from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.tracking import TrackingConfig
+from pretrain.training.run_folder import RunConfig
+from pretrain.training.weights import InitializeConfig
+
+
+class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """How long a run trains, and how much at a time."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(ge=1)
+    """Sequences of one optimizer step."""
+    micro_batch: int = Field(ge=1)
+    """Sequences of one forward and backward pass; gradients add up over the micro-batches of a global batch. Lower it
+    when memory is short: the order of bytes does not depend on it."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights and of dropout."""
+
+
+class ProfileConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Steps that torch's profiler records. Each rank writes its traces to a folder in RUN/profile."""
+
+    start: int | None = Field(default=None, ge=1)
+    """First step to record; null records none. The first steps of a start warm up and say little."""
+    steps: int = Field(default=3, ge=1)
+    """Steps to record. Each takes longer than others do, and writes a trace of some MB."""
+    memory: bool = False
+    """Record allocations too: by operator in the table, over time in the trace, and on CUDA in a snapshot with their
+    stacks."""
+
+
+class TrainingRecipe(Protocol):
+    """What training needs of the config tree."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def loader(self) -> LoaderConfig: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def initialize(self) -> InitializeConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def validation(self) -> ValidationConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def tracking(self) -> TrackingConfig: ...
+    @property
+    def profile(self) -> ProfileConfig: ...
+    @property
+    def callbacks(self) -> Mapping[str, BaseModel]: ...
+    def as_tree(self) -> dict[str, Any]:
+        """Return the whole tree as JSON values."""
+
+    def as_yaml(self) -> str:
+        """Return the whole tree as a recipe."""
+
+    def warnings(self) -> list[Fault]:
+        """Return what is allowed and yet is most often a slip."""

@@ -1,0 +1,71 @@
+"""State of a run in the process of one rank, which the loop and its callbacks share."""
+
+from dataclasses import dataclass, field
+
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.stream.loader import Loader
+from data_pipeline.stream.reading import Reading
+from launchers.supervision.heartbeat import Heartbeat
+from pretrain.checkpoint import CheckpointStore, Metadata
+from pretrain.checkpoint.fence import Fence
+from pretrain.distributed.world import World
+from pretrain.engines import Engine
+from pretrain.models import ByteModel
+from pretrain.tracking import Recorder
+from pretrain.training.config import TrainingRecipe
+from pretrain.training.meter import Meter
+from pretrain.training.run_folder import RunFolder
+from pretrain.training.stop import StopRequest
+
+
+class TrainingError(Exception):
+    """A run cannot continue."""
+
+
+@dataclass
+class TrainingRun:
+    """A start of a run, ready for its next step."""
+
+    recipe: TrainingRecipe
+    world: World
+    folder: RunFolder
+    stop: StopRequest
+    fence: Fence
+    heartbeat: Heartbeat
+    identity: str
+    """Identity of the run, the same in every start."""
+    fingerprint: str
+    """Digest of the stream of bytes that the run reads."""
+    precision: str
+    """Precision of the passes."""
+    model: ByteModel
+    """Model whose parameters the engine holds, in its own form; read values through `engine`."""
+    engine: Engine
+    store: CheckpointStore
+    reading: Reading
+    """Data of the run, and the record of what it has read."""
+    loader: Loader
+    """Batches of this rank, from the next step on."""
+    validation: Corpus | None
+    checkpoint: Metadata | None
+    """Checkpoint that this start resumes from; None for a start without one."""
+    meter: Meter
+    recorder: Recorder | None
+    """Journal and trackers; None on every rank but the first."""
+    unlogged: dict[str, float] = field(default_factory=dict)
+    """Numbers of a step whose validation a stop cut short. They wait in the checkpoint for the next start."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.reading.record.step
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps that the run has still to do."""
+        return self.recipe.train.steps - self.step
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps of the run are done."""
+        return self.steps_left <= 0

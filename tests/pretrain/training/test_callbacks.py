@@ -1,0 +1,196 @@
+"""Callbacks and trackers that another package registers: each one is a class and a config node."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import BaseModel, Field
+
+from byteloom.core.registry import RegistryError
+from pretrain.config.errors import ConfigError
+from pretrain.config.explanation import explain
+from pretrain.config.loading import load
+from pretrain.config.schema import Config, recipe_schema
+from pretrain.tracking import RunDescription, Tracker, register_tracker
+from pretrain.tracking.base import TRACKERS
+from pretrain.training.callbacks import CALLBACKS, Callback, register_callback
+from pretrain.training.loop import train
+from pretrain.training.run import TrainingRun
+from tests.conftest import recipe_tree
+
+STEPS = 4
+
+
+class WeightNormConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Norm of all weights."""
+
+    every: int = Field(default=1, ge=1)
+    """Steps between two measurements."""
+
+
+class WeightNorm(Callback):
+    """Measures the norm of all weights, and notes the events that it sees."""
+
+    seen: list[str]
+
+    def __init__(self, config: WeightNormConfig) -> None:
+        self.every = config.every
+        type(self).seen = []
+
+    def on_start(self, run: TrainingRun) -> None:
+        self.seen.append(f"start after {run.step}")
+
+    def before_step(self, run: TrainingRun) -> None:
+        self.seen.append("before")
+
+    def after_step(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
+        assert "train/bits_per_byte" in numbers and "weight_norm/l2" not in numbers
+        self.seen.append(f"after {run.step}")
+
+    def measure(self, run: TrainingRun) -> dict[str, float]:
+        if run.step % self.every:
+            return {}
+        own = [f.data.square().sum().item() for f in run.engine.owned_fragments() if f.name.startswith("model/")]
+        return {"l2": math.sqrt(run.world.sum(sum(own))[0])}
+
+    def on_numbers(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
+        with pytest.raises(TypeError):
+            numbers["train/bits_per_byte"] = 0.0  # type: ignore[index]
+        self.seen.append(f"numbers of {run.step}")
+
+    def on_stop(self, run: TrainingRun) -> None:
+        self.seen.append("stop")
+
+    def on_end(self, run: TrainingRun, status: str) -> None:
+        self.seen.append(status)
+
+
+class LinesConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """A file of numbers."""
+
+    file: str = "lines.json"
+    """Name of the file in the run folder."""
+    fails_at: int | None = None
+    """Step whose numbers the tracker refuses."""
+
+
+class Lines(Tracker):
+    """Writes the losses to a file when it is closed."""
+
+    def __init__(self, config: LinesConfig, run: RunDescription) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.config = config
+        self.path = run.folder / config.file
+        self.losses: dict[int, float] = {}
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        if step == self.config.fails_at:
+            raise OSError("no space left")
+        self.losses[step] = numbers["train/bits_per_byte"]
+
+    def close(self, status: str) -> None:
+        self.path.write_text(json.dumps({"status": status, "losses": self.losses}))
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """The callback and the tracker above, registered for one test."""
+    register_callback("weight_norm", WeightNormConfig)(WeightNorm)
+    register_tracker("lines", LinesConfig)(Lines)
+    yield
+    CALLBACKS.remove("weight_norm")
+    TRACKERS.remove("lines")
+
+
+@pytest.fixture
+def recipe(registered: None, tmp_path: Path, corpus_folder: Path) -> Path:
+    tree = recipe_tree(corpus_folder)
+    tree["run"] = {"name": "plain", "root": str(tmp_path)}
+    tree["validation"] = {}
+    tree["train"] = {"steps": STEPS, "global_batch": 6, "micro_batch": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "recipe.yaml"
+
+
+def numbers_of(config: Config) -> list[dict[str, float]]:
+    assert train(config) == 0
+    lines = (Path(config.run.root) / config.run.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_callback_and_a_tracker_take_part_in_a_run_and_change_no_loss(recipe: Path):
+    turned_on = ["run.name=observed", "callbacks.weight_norm.every=2", "tracking.trackers.lines={}"]
+    observed, plain = numbers_of(load(recipe, turned_on)), numbers_of(load(recipe))
+    assert observed[0].keys() == {"step", "time", "weight_norm/l2"} and observed[0]["step"] == 0
+    losses = {line["step"]: line["train/bits_per_byte"] for line in observed[1:]}
+    assert losses == {line["step"]: line["train/bits_per_byte"] for line in plain}
+    assert [line["step"] for line in observed if "weight_norm/l2" in line] == [0, 2, 4]
+    steps = [event for step in range(1, STEPS + 1) for event in ("before", f"after {step}", f"numbers of {step}")]
+    assert WeightNorm.seen == ["start after 0", "numbers of 0", *steps, "stop", "FINISHED"]
+
+
+def test_a_tracker_that_fails_ends_no_run_and_is_named_once(recipe: Path, caplog: pytest.LogCaptureFixture):
+    config = load(recipe, ["tracking.trackers.lines={fails_at: 2}"])
+    numbers = numbers_of(config)
+    written = json.loads((Path(config.run.root) / "plain/lines.json").read_text())
+    assert written == {
+        "status": "FINISHED",
+        "losses": {str(line["step"]): line["train/bits_per_byte"] for line in numbers if line["step"] != 2},
+    }
+    said = [record.message for record in caplog.records if "tracker lines" in record.message]
+    assert said == ["tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        (
+            "callbacks.weigth_norm={}",
+            "callbacks.weigth_norm: weigth_norm is not the name of a callback (did you mean weight_norm?)",
+        ),
+        (
+            "callbacks.weight_norm.evry=2",
+            "callbacks.weight_norm.evry is not a field of WeightNormConfig (did you mean every?)",
+        ),
+        ("callbacks.weight_norm.every=0", "callbacks.weight_norm.every is 0; it must be at least 1"),
+        ("callbacks.weight_norm=null", "callbacks.weight_norm is null; it must be a section, such as {every: …}"),
+        (
+            "tracking.trackers.linse={}",
+            "tracking.trackers.linse: linse is not the name of a tracker (did you mean lines?)",
+        ),
+    ],
+)
+def test_a_wrong_name_or_field_is_refused_with_the_nearest_right_one(recipe: Path, override: str, fault: str):
+    with pytest.raises(ConfigError) as raised:
+        load(recipe, [override])
+    assert str(raised.value) == f"override {override}: {fault}"
+
+
+def test_a_recipe_with_callbacks_is_read_back_and_fits_the_schema(recipe: Path, tmp_path: Path):
+    config = load(recipe, ["callbacks.weight_norm.every=3"])
+    assert config.as_tree()["callbacks"] == {"weight_norm": {"every": 3}}
+    (tmp_path / "again.yaml").write_text(config.as_yaml())
+    assert load(tmp_path / "again.yaml") == config
+    schema = recipe_schema()
+    jsonschema.validate(config.as_tree(), schema)
+    for wrong in ({"weight_norm": {"evry": 3}}, {"other": {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(config.as_tree() | {"callbacks": wrong}, schema)
+
+
+def test_fields_of_a_callback_are_explained(registered: None):
+    assert "callbacks.weight_norm.every: int, default 1, at least 1" in explain("callbacks")
+    assert "Steps between two measurements." in explain("callbacks.weight_norm.every")
+    assert explain("callbacks.weight_norm").startswith("callbacks.weight_norm: Norm of all weights.")
+
+
+def test_names_are_unique(registered: None):
+    with pytest.raises(RegistryError, match="two callbacks are registered as weight_norm"):
+        register_callback("weight_norm", WeightNormConfig)(WeightNorm)
+    with pytest.raises(RegistryError, match="every run has a callback named validation"):
+        register_callback("validation", WeightNormConfig)(WeightNorm)
