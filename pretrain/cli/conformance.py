@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.cli.arguments import MODELS_PANEL
 from pretrain.conformance import LAWS, BrokenLawError, Law, Subject
 from pretrain.models import FamilyError, families
 from pretrain.terminal.console import display, say
@@ -21,7 +22,7 @@ def complete_family(incomplete: str) -> list[str]:
     return [name for name in families() if name.startswith(incomplete)]
 
 
-@app.command("check-family")
+@app.command("check-family", rich_help_panel=MODELS_PANEL)
 def check_family(
     name: Annotated[str, typer.Argument(help="Name of the model family.", autocompletion=complete_family)],
     law: Annotated[

@@ -1,5 +1,6 @@
 """Errors that a user can correct."""
 
+from byteloom.core.registry import RegistryError
 from data_pipeline.errors import CorpusError
 from launchers.slurm.presets import ClusterError
 from launchers.slurm.scheduler import SchedulerError
@@ -10,6 +11,7 @@ from pretrain.distributed.world import WorldError
 from pretrain.engines import EngineError
 from pretrain.evaluation.generation import SamplingError
 from pretrain.evaluation.scores import EvaluationError
+from pretrain.models import FamilyError
 from pretrain.training.run import TrainingError
 from pretrain.training.run_folder import RunFolderError
 
@@ -20,7 +22,9 @@ FAULTS = (
     CheckpointError,
     EngineError,
     EvaluationError,
+    FamilyError,
     FencedError,
+    RegistryError,
     RunFolderError,
     SamplingError,
     SchedulerError,
