@@ -64,7 +64,7 @@ from pretrain.models import (
     carries_memory,
     describe_attention,
 )
-from pretrain.optim.optimizers import OptimizerConfig, learning_rate_at
+from pretrain.optim import OptimizerConfig, learning_rate_at
 from pretrain.terminal.console import display
 from pretrain.terminal.progress import TrainingProgress, duration, size
 from pretrain.tracking import Journal, RunDescription, Tracker, TrackingConfig, open_tracker
