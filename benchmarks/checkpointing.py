@@ -9,7 +9,7 @@ patches then keeps its weights, and drawing their masks again is most of what is
 next to nothing.
 
 Peak memory is that of all tensors beside parameters, gradients and moments in a forward and a backward pass, counted
-and not sampled, by `pretrain.estimate.footprint`: of this CPU, and as on a GPU with fused attention. `--compile` adds
+and not sampled, by `pretrain.estimate.activations`: of this CPU, and as on a GPU with fused attention. `--compile` adds
 compiled blocks, which take minutes; their memory a counter cannot see. `--quick` is one round at 8,192 bytes.
 """
 
@@ -25,9 +25,9 @@ from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Rows
 from pretrain.engines import CheckpointingConfig, Engine, EngineConfig, build_engine, compute_dtype
 from pretrain.engines.blocks import recompute
-from pretrain.estimate.footprint import activations_of, measure_activations
+from pretrain.estimate.activations import activations_of, measure_activations
 from pretrain.models import ModelConfig, build_model, model_config
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 from report import Metric, native_precisions, report
 
 WAYS = {

@@ -72,7 +72,7 @@ def ours(family: str) -> Build:
 
         from pretrain.engines import EngineConfig, build_engine
         from pretrain.models import build_model, model_config
-        from pretrain.optim.optimizers import OptimizerConfig
+        from pretrain.optim import OptimizerConfig
 
         wide = {"width": GLOBAL_WIDTH, "layers": GLOBAL_LAYERS, "heads": GLOBAL_HEADS}
         narrow = {"width": LOCAL_WIDTH, "layers": LOCAL_LAYERS, "heads": LOCAL_HEADS}

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from pretrain.engines import EngineConfig, build_engine, peak_memory_bytes
 from pretrain.models import build_model, model_config
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 from report import Metric, native_precisions, report
 
 LENGTHS = [2**n for n in range(13, 21)]

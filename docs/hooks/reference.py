@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from byteloom.core.configs import find_preset, recipe_names
+from byteloom.core.registered_names import RegisteredName
 from pretrain.cli.app import app
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
@@ -82,7 +83,8 @@ def _type(field: FieldInfo) -> str:
         for attribute, sign in BOUNDS
         if getattr(limit, attribute, None) is not None
     ]
-    return _cell(", ".join([_type_name(field.annotation), *limits]))
+    names = next((entry.names() for entry in field.metadata if isinstance(entry, RegisteredName)), None)
+    return _cell(", ".join([" \\| ".join(names) if names else _type_name(field.annotation), *limits]))
 
 
 def _default(field: FieldInfo) -> str:

@@ -26,14 +26,14 @@ def complete_family(incomplete: str) -> list[str]:
 def check_family(
     name: Annotated[str, typer.Argument(help="Name of the model family.", autocompletion=complete_family)],
     law: Annotated[
-        list[str] | None, typer.Option(help=f"Check only this law; repeat for more. {', '.join(map(str, LAWS))}.")
+        list[str] | None, typer.Option(help=f"Check only this law; repeat for more: {', '.join(map(str, LAWS))}")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a model family obeys the laws that engines, checkpoints and decoders rely on.
+    """Check the laws that every model family must obey.
 
-    Uses the family's small model, on the CPU. The laws of engines start two processes each, and all laws together take
-    about two minutes. Exit code 1: a law is broken.
+    Engines, checkpoints and decoders rely on them. Uses the family's small model, on the CPU. Laws of engines start two
+    processes each; all laws take a few minutes. Exit code 1: a law is broken.
     """
     chosen = [known for known in LAWS if not law or known.name in law]
     if unknown := {*(law or ())} - {known.name for known in chosen}:

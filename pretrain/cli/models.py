@@ -15,7 +15,8 @@ from pretrain.cli.arguments import OverridesArgument, RecipeArgument, check_fini
 from pretrain.config.catalogue import CatalogueEntry, read_recipes
 from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
-from pretrain.estimate.footprint import KEEP_ALL, USABLE, Line, Sharding, activation_line, on_meta, shardings
+from pretrain.estimate.activations import KEEP_ALL, ActivationLine, activation_line, on_meta
+from pretrain.estimate.states import USABLE, ShardedStates, shardings
 from pretrain.models import families
 from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
 
@@ -168,7 +169,12 @@ def _name(recipe: CatalogueEntry, folder: Path) -> str:
 
 
 def estimate_table(
-    title: str, found: Sequence[Sharding], plain: Line, checkpointed: Line, rows: int, usable: float
+    title: str,
+    found: Sequence[ShardedStates],
+    plain: ActivationLine,
+    checkpointed: ActivationLine,
+    rows: int,
+    usable: float,
 ) -> Table:
     """Return a table of the memory of each sharding, with and without activation checkpointing."""
     numbers = ["rows", "in all", "weights", "gradients", "optimizer", "activations"]
@@ -191,7 +197,9 @@ def estimate_table(
     return table
 
 
-def verdict(found: Sequence[Sharding], plain: Line, checkpointed: Line, rows: int, usable: float) -> str:
+def verdict(
+    found: Sequence[ShardedStates], plain: ActivationLine, checkpointed: ActivationLine, rows: int, usable: float
+) -> str:
     """Return a sentence that tells whether a micro-batch fits."""
     fitting = {
         how: [sharding.name for sharding in found if sharding.bytes + line.at(rows) <= usable]

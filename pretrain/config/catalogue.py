@@ -11,7 +11,8 @@ from byteloom.core.configs import recipe_files
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.engines import compute_dtype, gpu_precision
-from pretrain.estimate.footprint import measure_kept, on_meta, shardings
+from pretrain.estimate.activations import measure_kept, on_meta
+from pretrain.estimate.states import shardings
 
 TRAINING_PASSES = 3
 """Cost of training in forward passes: the backward pass has two products (gradients of inputs and weights) for one."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from byteloom.core.registered_names import RegisteredName
 from byteloom.core.validation import nearest
 from pretrain.config.errors import ConfigError
 from pretrain.config.fields import FieldPath, all_fields, entries_of, nodes_at, registered_in
@@ -57,7 +58,9 @@ def _explain_field(name: str, field: FieldInfo) -> str:
         if hasattr(limit, attribute)
     ]
     meaning = " ".join((field.description or "").split())
-    return f"{name}: {', '.join([_type_name(field.annotation), default, *bounds])}\n    {meaning}"
+    names = next((entry.names() for entry in field.metadata if isinstance(entry, RegisteredName)), None)
+    kind = " | ".join(names) if names else _type_name(field.annotation)
+    return f"{name}: {', '.join([kind, default, *bounds])}\n    {meaning}"
 
 
 def _type_name(annotation: Any) -> str:

@@ -12,10 +12,10 @@ from launchers.local import LaunchConfig
 from launchers.supervision.supervisor import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
-from pretrain.engines import EngineConfig
+from pretrain.engines import EngineConfig, optimizer_mismatch
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import ModelConfig, carries_memory, default_family, families
-from pretrain.optim.optimizers import OptimizerConfig, optimizer_warnings, schedule_mismatch
+from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
 from pretrain.training.config import ProfileConfig, TrainConfig
@@ -47,7 +47,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     def _fields_go_together(self) -> Self:
         checked = (
             self._memory_without_rows(),
-            self._muon_without_matrices(),
+            optimizer_mismatch(self.engine, self.optimizer),
             schedule_mismatch(self.optimizer.schedule, self.train.steps),
             self._too_many_sequences(),
         )
@@ -71,15 +71,6 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
                 ("data.lanes", "train.global_batch", "model.memory_length"),
             )
         return None
-
-    def _muon_without_matrices(self) -> Mismatch | None:
-        if self.optimizer.name != "muon" or self.engine.name == "ddp":
-            return None
-        return Mismatch(
-            f"optimizer.name muon works on whole matrices, which engine.name {self.engine.name} cuts up; set the "
-            "engine to ddp, or the optimizer to adamw",
-            ("optimizer.name", "engine.name"),
-        )
 
     def _too_many_sequences(self) -> Mismatch | None:
         sequences = self.train.steps * self.train.global_batch

@@ -27,7 +27,7 @@ from pretrain.conformance.subject import SEED, Law, Subject, require
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
 from pretrain.models import build_model
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 
 ROWS, MICRO_BATCH, STEPS, SAVED = 7, 2, 6, 3
 """Rows of a global batch (four micro-batches, the last of one row), its steps, and those before the checkpoint."""

@@ -1,16 +1,10 @@
-"""Engines, behind one protocol (engine.py)."""
+"""Engines, behind one protocol (engine.py). Importing this package registers Byteloom's own engines."""
 
 from pretrain.distributed.world import ALONE, World
+from pretrain.engines import builtin  # noqa: F401 its engines register themselves
 from pretrain.engines.base import choose_device
-from pretrain.engines.engine import (
-    CheckpointingConfig,
-    Engine,
-    EngineConfig,
-    EngineError,
-    NonFiniteError,
-    StepResult,
-    check_ranks,
-)
+from pretrain.engines.config import CheckpointingConfig, EngineConfig, check_ranks, optimizer_mismatch
+from pretrain.engines.engine import Engine, EngineError, NonFiniteError, StepResult
 from pretrain.engines.phases import RankStep, peak_memory_bytes
 from pretrain.engines.precision import (
     choose_precision,
@@ -20,16 +14,20 @@ from pretrain.engines.precision import (
     remark_on_precision,
     scoring_precision,
 )
+from pretrain.engines.registry import ENGINES, EngineEntry, StateSharding, register_engine
 from pretrain.models.base import ByteModel
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 
 __all__ = [
+    "ENGINES",
     "CheckpointingConfig",
     "Engine",
     "EngineConfig",
+    "EngineEntry",
     "EngineError",
     "NonFiniteError",
     "RankStep",
+    "StateSharding",
     "StepResult",
     "build_engine",
     "check_ranks",
@@ -38,7 +36,9 @@ __all__ = [
     "compute_dtype",
     "gpu_precision",
     "has_native_bf16",
+    "optimizer_mismatch",
     "peak_memory_bytes",
+    "register_engine",
     "remark_on_precision",
     "scoring_precision",
 ]
@@ -57,14 +57,10 @@ def build_engine(
     """Return the engine of a config, with the model in it; arguments as of `BaseEngine`.
 
     Raises:
-        EngineError: it cannot be had here.
+        EngineError: the engine does not run here, or not with this optimizer.
     """
     check_ranks(config, world.size)
-    sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
-    if config.name.startswith("zero"):
-        from pretrain.engines.deepspeed import DeepSpeedEngine  # noqa: PLC0415 a library that few need
-
-        return DeepSpeedEngine(config, model, optimizer, seed, world, **sizes)
-    from pretrain.engines.pytorch import PyTorchEngine  # noqa: PLC0415 only training needs FSDP2
-
-    return PyTorchEngine(config, model, optimizer, seed, world, **sizes)
+    if mismatch := optimizer_mismatch(config, optimizer):
+        raise EngineError(mismatch.text)
+    builder = config.entry.load()
+    return builder(config, model, optimizer, seed, world, global_batch=global_batch, micro_batch=micro_batch)

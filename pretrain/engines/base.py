@@ -24,7 +24,8 @@ from data_pipeline.stream.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
 from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_name, split_name
 from pretrain.distributed.world import World
-from pretrain.engines.engine import EngineConfig, EngineError, NonFiniteError, StepResult
+from pretrain.engines.config import EngineConfig
+from pretrain.engines.engine import EngineError, NonFiniteError, StepResult
 from pretrain.engines.host_memory import keep_freed_memory
 from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
 from pretrain.engines.precision import compute_dtype

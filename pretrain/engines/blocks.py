@@ -5,7 +5,8 @@ from torch import nn
 
 from byteloom.core.packages import needed_by
 from byteloom.core.torch_compat import set_activation_memory_budget
-from pretrain.engines.engine import CheckpointingConfig, EngineConfig, EngineError
+from pretrain.engines.config import CheckpointingConfig, EngineConfig
+from pretrain.engines.engine import EngineError
 from pretrain.models.base import ByteModel
 
 FLOAT8_CAPABILITY = (8, 9)

@@ -33,12 +33,14 @@ from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
-from pretrain.engines.engine import EngineConfig, EngineError
+from pretrain.engines.config import EngineConfig
+from pretrain.engines.engine import EngineError
 from pretrain.models.base import ByteModel, Memory
-from pretrain.optim.optimizers import OptimizerConfig, adam_of, decaying
+from pretrain.optim import OptimizerConfig
+from pretrain.optim.adamw import MOMENTS, adam_of
+from pretrain.optim.groups import decaying
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_KINDS = {MODEL: None} | {moment: moment for moment in _MOMENTS}
+_KINDS = {MODEL: None} | {moment: moment for moment in MOMENTS}
 """What fragments are named, and what DeepSpeed calls it."""
 
 
@@ -94,7 +96,7 @@ class DeepSpeedEngine(BaseEngine):
         """This rank's share of each group of parameters, flat, and padded to the length of the others'."""
         self._state = self._zero.optimizer.state
         for flat in self._masters:
-            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in _MOMENTS}
+            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
             self._state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()

@@ -24,9 +24,9 @@ from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
-from pretrain.engines.engine import EngineConfig
+from pretrain.engines.config import EngineConfig
 from pretrain.models.base import ByteModel, Memory
-from pretrain.optim.optimizers import OptimizerConfig, build_optimizers
+from pretrain.optim import OptimizerConfig, build_optimizers
 
 
 class PyTorchEngine(BaseEngine):
@@ -58,6 +58,7 @@ class PyTorchEngine(BaseEngine):
             self._module = self._sharded(config)
             materialize(model, torch.device("cpu") if config.offload else self.device)
         self._optimizers = build_optimizers(optimizer, model)
+        self._optimizer_steps = 0
         self._clip_norm = optimizer.clip_norm
         self.forget()
 
@@ -100,9 +101,10 @@ class PyTorchEngine(BaseEngine):
         return own + self._memory_fragments()
 
     def counters(self) -> dict[str, int]:
-        return {"optimizer_steps": int(next(state["step"] for state in self._states().values() if "step" in state))}
+        return {"optimizer_steps": self._optimizer_steps}
 
     def restore(self, counters: dict[str, int]) -> None:
+        self._optimizer_steps = counters["optimizer_steps"]
         for state in self._states().values():
             if "step" in state:
                 state["step"].fill_(counters["optimizer_steps"])
@@ -147,6 +149,7 @@ class PyTorchEngine(BaseEngine):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
+            self._optimizer_steps += 1
             self._drop_gradient()
         return norm.item()
 

@@ -12,7 +12,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import ModelConfig
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim.config import OptimizerConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.training.run_folder import RunConfig
 from pretrain.training.weights import InitializeConfig

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from data_pipeline.stream.loader import Batch
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import NonFiniteError
-from pretrain.optim.optimizers import learning_rate_at
+from pretrain.optim import learning_rate_at
 from pretrain.terminal.progress import size
 from pretrain.training.callbacks import CallbackList
 from pretrain.training.config import TrainingRecipe

@@ -14,7 +14,7 @@ from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
 from pretrain.models import ByteModel, build_model, families, small_config
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
 T, ROWS, MICRO_BATCH = 32, 7, 2

@@ -114,13 +114,19 @@ def test_more_keys_are_laid_over_those_of_the_recipe():
 @pytest.mark.parametrize(
     ("engine", "told"),
     [
-        ({"name": "zero2", "shards": 2}, "engine.shards (2) is for hsdp, not for zero2"),
+        ({"name": "zero2", "shards": 2}, "engine.shards=2 is for hsdp, not for zero2"),
         ({"name": "zero3", "reshard_after_forward": False}, "engine.reshard_after_forward=false is for fsdp and hsdp"),
         ({"name": "zero3", "compile": True}, "engine.compile is not for zero3"),
         ({"name": "ddp", "offload": True}, "engine.offload is not for ddp"),
-        ({"name": "fsdp", "deepspeed": {"dump_state": True}}, "engine.deepspeed is for zero1, zero2 and zero3"),
-        ({"name": "zero1", "deepspeed": {"gradient_clipping": 2}}, "gradient_clipping, which optimizer.clip_norm says"),
-        ({"name": "zero1", "deepspeed": {"zero_optimization": {"stage": 3}}}, "stage, which engine.name says"),
+        (
+            {"name": "fsdp", "deepspeed": {"dump_state": True}},
+            'engine.deepspeed={"dump_state": true} is for zero1, zero2 and zero3',
+        ),
+        (
+            {"name": "zero1", "deepspeed": {"gradient_clipping": 2}},
+            "gradient_clipping, which follows from optimizer.clip_norm",
+        ),
+        ({"name": "zero1", "deepspeed": {"zero_optimization": {"stage": 3}}}, "stage, which follows from engine.name"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(engine: dict[str, Any], told: str):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import CheckpointStore, locate
 from pretrain.config.checks.findings import Check
-from pretrain.estimate.footprint import MASTER, MOMENTS
+from pretrain.estimate.states import MASTER, MOMENTS
 from pretrain.models import ByteModel
 from pretrain.terminal.progress import size
 

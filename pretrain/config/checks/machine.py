@@ -23,14 +23,11 @@ from pretrain.engines import (
     remark_on_precision,
 )
 from pretrain.engines.blocks import check_float8
-from pretrain.estimate.footprint import USABLE, States, measure_activations, on_meta, shardings
+from pretrain.estimate.activations import measure_activations, on_meta
+from pretrain.estimate.states import USABLE, states_on_rank
 from pretrain.models import ByteModel
 from pretrain.terminal.progress import size
 
-SHARDINGS = {"ddp": "ddp", "zero1": "zero-1", "zero2": "zero-2"} | dict.fromkeys(
-    ("zero3", "fsdp", "hsdp"), "zero-3, fsdp2"
-)
-"""Names in footprint.py of what engines do. Within its shards, hsdp is fsdp."""
 COMPILERS = ("c++", "g++", "clang++")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -94,7 +91,7 @@ def check_memory(check: Check, model: ByteModel, device: torch.device, dtype: to
         checkpointing = CheckpointingConfig()
     with check.refusals("engine.activation_checkpointing"):
         activations = measure_activations(config.model, rows, dtype, checkpointing).peak
-        states = _states_of(check, model, dtype)
+        states = states_on_rank(config.engine, model, dtype, ranks)
         offloaded = sum(states) - states.weights if config.engine.offload else 0
         own = sum(states) - offloaded + activations
         copied = checkpoint_bytes(model, config.train.global_batch)
@@ -106,13 +103,6 @@ def check_memory(check: Check, model: ByteModel, device: torch.device, dtype: to
             each = f" in each of {ranks} processes" if ranks > 1 else ""
             whole = ranks * (own + offloaded) + copied
             _compare(check, field, f"{parts}{each}, {size(copied)} of a checkpoint's copy", whole, _host_memory())
-
-
-def _states_of(check: Check, model: ByteModel, dtype: torch.dtype) -> States:
-    engine, ranks = check.config.engine, check.config.launch.processes
-    gpus = engine.shards or ranks if engine.name == "hsdp" else ranks
-    states = {sharding.name: sharding.states for sharding in shardings(model, dtype, gpus)}
-    return states["one process" if gpus == 1 else SHARDINGS[engine.name]]
 
 
 def _compare(check: Check, field: str, text: str, needed: int, there: int) -> None:
@@ -132,13 +122,15 @@ def _host_memory() -> int:
 def check_packages(check: Check) -> None:
     """Report packages that only some recipes need and that are missing."""
     config = check.config
-    needed = {
-        "deepspeed": ("engine.name", config.engine.name.startswith("zero")),
-        "torchao": ("engine.precision", config.engine.precision == "fp8"),
-        "mlflow": ("tracking.enabled", config.tracking.enabled),
-    }
-    for package, (field, is_needed) in needed.items():
-        if is_needed and importlib.util.find_spec(package) is None:
+    needed = []
+    if config.engine.entry.package:
+        needed.append(("engine.name", config.engine.entry.package))
+    if config.engine.precision == "fp8":
+        needed.append(("engine.precision", "torchao"))
+    if config.tracking.enabled:
+        needed.append(("tracking.enabled", "mlflow"))
+    for field, package in needed:
+        if importlib.util.find_spec(package) is None:
             check.add("error", field, str(missing(field, package, ImportError("it is not installed"))))
     if config.engine.compile and not any(map(shutil.which, COMPILERS)):
         check.add("error", "engine.compile", f"no C++ compiler is on the PATH: {', '.join(COMPILERS)}")

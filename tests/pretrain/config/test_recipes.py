@@ -12,7 +12,7 @@ from pretrain.cli.app import app
 from pretrain.config.catalogue import TRAINING_PASSES, CatalogueEntry, read_recipes
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
-from pretrain.estimate.footprint import on_meta
+from pretrain.estimate.activations import on_meta
 from pretrain.models import build_model, families
 from tests.test_project import ROOT
 

@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pretrain.engines.blocks import multiply_in_float8
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models import build_model, model_config
 from pretrain.models.blocks.unit import keeps
-from pretrain.optim.optimizers import OptimizerConfig, OptimizerName
+from pretrain.optim import OPTIMIZERS, OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
 T = 32
@@ -203,7 +202,7 @@ def test_float8_is_refused_where_it_cannot_be_had():
             multiply_in_float8(engine().model)
 
 
-@pytest.mark.parametrize("name", typing.get_args(OptimizerName))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_each_optimizer_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_path: Path):
     whole, first, second = (engine(dropout=0.3, name=name) for _ in range(3))
     expected = train(whole, 4, steps=4)

@@ -18,7 +18,7 @@ from pretrain.config.loading import load
 from pretrain.engines import EngineConfig, NonFiniteError
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.models.families.transformer_xl import TransformerXL, TransformerXLConfig
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 from tests.test_project import ROOT
 

@@ -15,7 +15,7 @@ from pretrain.engines import EngineConfig, build_engine
 from pretrain.kernels import amx_attention
 from pretrain.models import build_model, model_config
 from pretrain.models.blocks.attention import CausalMask, attention
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
 pytestmark = pytest.mark.skipif(

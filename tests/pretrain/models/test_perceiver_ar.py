@@ -29,7 +29,7 @@ from pretrain.models.blocks.multi_head import Attention, CrossAttention
 from pretrain.models.blocks.positions import Rotary, frequencies, rotate
 from pretrain.models.blocks.transformer import TransformerBlock
 from pretrain.models.families.perceiver_ar import START, PerceiverAR, PerceiverARConfig, image_axes, late
-from pretrain.optim.optimizers import OptimizerConfig
+from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 from tests.test_project import ROOT
 

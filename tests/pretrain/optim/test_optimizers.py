@@ -1,7 +1,6 @@
 """Learning rates, and what decays."""
 
 import math
-import typing
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import nn
 
 from pretrain.models import ByteModel, build_model, model_config
 from pretrain.models.blocks.unit import Unit
-from pretrain.optim.optimizers import (
+from pretrain.optim import (
+    OPTIMIZERS,
     OptimizerConfig,
-    OptimizerName,
     ScheduleConfig,
     build_optimizers,
     learning_rate_at,
@@ -124,7 +123,7 @@ TABLES = {
     "transformer_xl": {"embedding.weight"},
 }
 families = pytest.mark.parametrize("family", FAMILIES)
-names = pytest.mark.parametrize("name", typing.get_args(OptimizerName))
+names = pytest.mark.parametrize("name", OPTIMIZERS.names())
 
 
 def model_of(family: str) -> ByteModel:

@@ -31,7 +31,8 @@ from pretrain.cli.inspection import corpus_table, row_table
 from pretrain.cli.models import catalogue, estimate_table
 from pretrain.cli.runs import status_table
 from pretrain.config.catalogue import CatalogueEntry
-from pretrain.estimate.footprint import Line, Sharding, States
+from pretrain.estimate.activations import ActivationLine
+from pretrain.estimate.states import ShardedStates, States
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.report import EvaluationReport
 from pretrain.evaluation.scores import UNITS_PER_NAT, Evaluation, Score
@@ -45,10 +46,10 @@ WIDTHS = (60, 80, 120, None)
 def estimate() -> Table:
     gib = 2**30
     ways = [
-        Sharding("ddp", States(0, 3 * gib, 3 * gib, 7 * gib)),
-        Sharding("zero-3, fsdp2", States(gib // 3, gib // 7, gib // 1000, gib // 100)),
+        ShardedStates("ddp", States(0, 3 * gib, 3 * gib, 7 * gib)),
+        ShardedStates("zero-3, fsdp2", States(gib // 3, gib // 7, gib // 1000, gib // 100)),
     ]
-    plain, checkpointed = Line(((1, 11 * gib), (2, 22 * gib))), Line(((1, gib), (2, 2 * gib)))
+    plain, checkpointed = ActivationLine(((1, 11 * gib), (2, 22 * gib))), ActivationLine(((1, gib), (2, 2 * gib)))
     return estimate_table("configs/megabyte/text.yaml on 8 GPUs of 16 GiB each", ways, plain, checkpointed, 1, 14 * gib)
 
 

@@ -14,18 +14,17 @@ from pretrain.cli.app import app
 from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig
 from pretrain.engines.blocks import recompute
-from pretrain.engines.engine import CheckpointingMode
-from pretrain.estimate.footprint import (
+from pretrain.engines.config import CheckpointingMode
+from pretrain.estimate.activations import (
     MANY_ROWS,
-    States,
     activation_line,
     activations_of,
-    mean_price,
+    mean_loss,
     measure_activations,
     measure_kept,
     on_meta,
-    shardings,
 )
+from pretrain.estimate.states import States, shardings
 from pretrain.models import ByteModel, ModelConfig, build_model
 from tests.test_project import ROOT
 
@@ -65,7 +64,7 @@ def test_what_is_kept_is_what_autograd_saves_on_a_cpu(name: str, overrides: tupl
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = mean_price(model, ids)
+        loss = mean_loss(model, ids)
     assert measure_activations(config, ROWS, torch.float32).kept == sum(saved.values()) + loss.nbytes
     assert measure_kept(config, ROWS, torch.float32) == sum(saved.values()) + loss.nbytes
 
@@ -87,7 +86,7 @@ def test_the_peak_is_what_the_cpus_allocator_sees_to_a_twentieth(name: str, over
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        mean_price(model, ids).backward()
+        mean_loss(model, ids).backward()
     changes = [
         event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
     ]  # in the order of time

@@ -1,23 +1,8 @@
-"""What a training step holds in a GPU's memory, told without a GPU.
+"""Activations of a training step on a GPU, measured without a GPU.
 
-Activations are measured: the model's own forward and backward pass run on the meta device, where tensors have shapes
-and no data, and every tensor that lives is counted. So no formula of a model can be wrong here. Attention is as a GPU's
-fused kernels have it: they keep queries, keys, values, output and one fp32 number a query and head, but no scores.
-
-States are counted by parameter. Bytes of each, on each of N GPUs, in bf16:
-
-                     weights   gradients   masters   moments
-    ddp                 2          4          4         8
-    zero-1              2          4         4/N       8/N
-    zero-2              2         4/N        4/N       8/N
-    zero-3, FSDP2      2/N        4/N        4/N       8/N     and what is gathered at a time
-    hsdp            as zero-3, N the GPUs of one node
-
-In fp32 the weights of ZeRO have 4 bytes; one process and DDP compute with the masters themselves.
-
-Left out: the CUDA context, workspaces of kernels, buffers of communication, what the allocator cannot use, and that
-CUDA has no fused kernel for 65,536 patches or more in a micro-batch (`attention.LARGEST_FUSED_BATCH`). `USABLE` is for
-them.
+The model's own forward and backward pass run on the meta device, where tensors have shapes and no data, and every
+tensor that lives is counted. No formula of a model is needed, so none can be wrong. Attention is counted as a GPU's
+fused kernels compute it: they keep queries, keys, values, output and one fp32 number per query and head, but no scores.
 """
 
 import weakref
@@ -25,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,28 +24,12 @@ from pretrain.models import ByteModel, ModelConfig, build_model
 from pretrain.models.blocks.nats import CHUNK
 from pretrain.models.blocks.unit import Unit
 
-USABLE = 0.9
-"""Share of a GPU's memory that may be filled; the rest is for what is left out."""
-NODE = 8
-"""GPUs of a node, within which HSDP shards."""
 MANY_ROWS = 64
 """Activations are measured up to so many rows, or what fills two chunks of the loss. Lines between are right to some
 hundredths."""
 MOST_ROWS = 1 << 40
 """More than any memory holds: where the search for the largest micro-batch ends."""
 KEEP_ALL = CheckpointingConfig()
-GRADIENT, MASTER, MOMENTS = 4, 4, 8
-"""Bytes a parameter, in any precision."""
-
-
-class States(NamedTuple):
-    """Bytes on each GPU that do not depend on the micro-batch."""
-
-    weights: int
-    """Copies in the precision of the passes, and those that are gathered for a time."""
-    gradients: int
-    masters: int
-    moments: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +43,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Line:
+class ActivationLine:
     """Peak bytes of activations as a function of the rows of a micro-batch: straight between measurements, and on."""
 
     measured: tuple[tuple[int, int], ...]
@@ -90,63 +59,13 @@ class Line:
         return bisect_right(range(1, MOST_ROWS), size, key=self.at)
 
 
-@dataclass(frozen=True)
-class Sharding:
-    name: str
-    states: States
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.states)
-
-
-def shardings(model: ByteModel, dtype: torch.dtype, gpus: int) -> list[Sharding]:
-    """The states on each of some GPUs under every sharding there is for them.
-
-    Args:
-        dtype: of the passes; the model's own does not matter.
-    """
-    parameters, width = model.parameter_count(), dtype.itemsize
-    copy = 0 if dtype == torch.float32 else width
-    gathered = width * _gathered_parameters(model)
-
-    def states(weights: float, gradients: float, optimizer: float, more: int = 0) -> States:
-        return States(
-            round(parameters * weights) + more,
-            round(parameters * GRADIENT * gradients),
-            round(parameters * MASTER * optimizer),
-            round(parameters * MOMENTS * optimizer),
-        )
-
-    if gpus == 1:
-        return [Sharding("one process", states(copy, 1, 1))]
-    share = 1 / gpus
-    found = [
-        Sharding("ddp", states(copy, 1, 1)),
-        Sharding("zero-1", states(width, 1, share)),
-        Sharding("zero-2", states(width, share, share)),
-        Sharding("zero-3, fsdp2", states(width * share, share, share, gathered)),
-    ]
-    if gpus > NODE and gpus % NODE == 0:
-        within = 1 / NODE
-        found.append(Sharding(f"hsdp, {gpus // NODE} x {NODE}", states(width * within, within, within, gathered)))
-    return found
-
-
-def _gathered_parameters(model: ByteModel) -> int:
-    """What a full shard holds whole at a time: all outside the blocks, the block at work and the one fetched next.
-
-    And the gradient of the block at work, before each rank takes its share.
-    """
-    blocks = sorted((sum(p.numel() for p in block.parameters()) for block in model.units()), reverse=True)
-    return model.parameter_count() - sum(blocks) + sum(blocks[:2]) + sum(blocks[:1])
-
-
-def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig) -> Line:
+def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig) -> ActivationLine:
     """Measured for 1 row, for as many as fill the chunk in which the loss is computed, and for many."""
     chunk = -(-CHUNK // config.sequence_length)
     rows = sorted({1, chunk, max(MANY_ROWS, 2 * chunk)})
-    return Line(tuple((count, measure_activations(config, count, dtype, checkpointing).peak) for count in rows))
+    return ActivationLine(
+        tuple((count, measure_activations(config, count, dtype, checkpointing).peak) for count in rows)
+    )
 
 
 def measure_activations(
@@ -173,7 +92,7 @@ def activations_of(model: ByteModel, ids: Tensor) -> Activations:
         for block in model.units():
             block.forward = partial(_with_fused_attention, block.forward)  # in backward too, where it runs again
     with _LiveTensors() as live:
-        loss = mean_price(model, ids)
+        loss = mean_loss(model, ids)
         kept = live.bytes
         loss.backward()
     return Activations(kept, live.peak)
@@ -187,13 +106,13 @@ def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
         alike = _Alike(live)
         for block in model.units():
             block.forward = partial(alike.run, block, block.forward)
-        loss = mean_price(model, ids)
+        loss = mean_loss(model, ids)
         kept = live.bytes
     del loss  # held until now, with all that it needs
     return kept
 
 
-def mean_price(model: ByteModel, ids: Tensor) -> Tensor:
+def mean_loss(model: ByteModel, ids: Tensor) -> Tensor:
     """Of a training pass, with memory where the model carries one."""
     memory = model.empty_memory(len(ids))
     nats: Tensor = model(ids, memory)[0] if memory else model(ids)

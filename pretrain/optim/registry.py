@@ -1,0 +1,72 @@
+"""Registry of optimizers.
+
+An optimizer is one file, which registers itself:
+
+    register_optimizer(OptimizerEntry(name="lion", build=build_lion, moments=("exp_avg",), works_on_shards=True, ...))
+
+Byteloom's own optimizers are registered by pretrain/optim. Those of other packages are found by the entry point group
+`byteloom.optimizers`; the name of an entry point is the name of its optimizer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+from torch.optim import Optimizer
+
+from byteloom.core.registry import Registry
+from byteloom.core.validation import Fault
+from pretrain.models.base import ByteModel
+
+if TYPE_CHECKING:
+    from pretrain.optim.config import OptimizerConfig
+
+
+def _no_warnings(_: "OptimizerConfig") -> Sequence[Fault]:
+    return ()
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An optimizer, as its file declares it. Whatever it does not declare is refused."""
+
+    name: str
+    """Value of `optimizer.name` in a recipe; unique."""
+    build: Callable[["OptimizerConfig", ByteModel], list[Optimizer]]
+    """Builds optimizers that together update every parameter. `with_moments` makes their state, so that a checkpoint
+    can be read into it before the first step."""
+    moments: tuple[str, ...]
+    """Names of the tensors that it keeps for each parameter. Checkpoints store them under these names."""
+    fields: frozenset[str] = frozenset()
+    """Fields of OptimizerConfig that it uses, besides those of every optimizer (`COMMON_FIELDS`)."""
+    options: type[BaseModel] | None = None
+    """Config node of `optimizer.options`; None if it has no options of its own."""
+    works_on_shards: bool = False
+    """Whether its update of an element needs no other element of the parameter, so that engines may shard it."""
+    default_decay: float = 0.1
+    """Value of `optimizer.weight_decay` null."""
+    warnings: Callable[["OptimizerConfig"], Sequence[Fault]] = _no_warnings
+    """Returns values that are valid but most often a mistake."""
+
+
+OPTIMIZERS: Registry[OptimizerEntry] = Registry("optimizer", "byteloom.optimizers")
+
+
+def register_optimizer(entry: OptimizerEntry) -> OptimizerEntry:
+    """Add an optimizer, and return it.
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    OPTIMIZERS.register(entry.name, entry)
+    return entry
+
+
+def build_optimizers(config: "OptimizerConfig", model: ByteModel) -> list[Optimizer]:
+    """Return optimizers that together update every parameter, with moments in place (zeros).
+
+    A checkpoint can be read into them before the first step. `Optimizer.state` of a parameter has its moments by their
+    names in checkpoints. Most have the number of steps done as `step` too, an fp32 scalar.
+    """
+    return OPTIMIZERS.get(config.name).build(config, model)

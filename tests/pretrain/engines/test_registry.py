@@ -1,0 +1,170 @@
+"""Registries of engines and optimizers: what is not declared is refused by name."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel, ValidationError
+from torch.optim import SGD, Optimizer
+
+from pretrain.config.errors import ConfigError
+from pretrain.config.explanation import explain
+from pretrain.config.loading import load
+from pretrain.config.schema import Config
+from pretrain.engines import ENGINES, EngineConfig, EngineEntry, StateSharding, optimizer_mismatch, register_engine
+from pretrain.engines.builtin import REPLICATED
+from pretrain.engines.pytorch import PyTorchEngine
+from pretrain.estimate.activations import on_meta
+from pretrain.estimate.states import shardings
+from pretrain.models import ByteModel, build_model, model_config
+from pretrain.optim import OPTIMIZERS, OptimizerConfig, OptimizerEntry, build_optimizers, register_optimizer
+from pretrain.optim.groups import with_moments
+from tests.test_project import ROOT
+
+DEBUG = ROOT / "configs" / "debug.yaml"
+TINY = {"family": "transformer", "sequence_length": 16, "width": 16, "layers": 1, "heads": 2}
+
+
+class SgdOptions(BaseModel, frozen=True, extra="forbid"):
+    """Options of the optimizer of these tests."""
+
+    nesterov: bool = False
+    dampening: float = 0.0
+
+
+def build_sgd(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
+    """Return SGD with momentum over all parameters."""
+    sgd = SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum, **config.options)
+    return [with_moments(sgd, "momentum_buffer")]
+
+
+@pytest.fixture
+def sgd() -> Iterator[str]:
+    """Register an optimizer that works on shards."""
+    register_optimizer(
+        OptimizerEntry(
+            "sgd", build_sgd, ("momentum_buffer",), frozenset({"momentum"}), SgdOptions, works_on_shards=True
+        )
+    )
+    yield "sgd"
+    OPTIMIZERS.remove("sgd")
+
+
+@pytest.fixture
+def tp() -> Iterator[str]:
+    """Register an engine that declares little."""
+    sharding = StateSharding("tp", weights=True, copies_weights=True)
+    register_engine(EngineEntry("tp", lambda: PyTorchEngine, sharding, precisions=frozenset({"fp32"})))
+    yield "tp"
+    ENGINES.remove("tp")
+
+
+def refusal(*overrides: str) -> str:
+    """Return why a recipe is refused."""
+    with pytest.raises(ConfigError) as error:
+        load(DEBUG, overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "engine.name=zero4",
+            "engine.name is \"zero4\"; it must be 'ddp', 'fsdp', 'hsdp', 'zero1', 'zero2' or 'zero3'",
+        ),
+        ("engine.name=fdsp", "(did you mean fsdp?)"),
+        ("optimizer.name=adawm", "it must be 'adamw', 'adam' or 'muon' (did you mean adamw?)"),
+        ("optimizer.name=3", "optimizer.name is 3; it must be 'adamw'"),
+        ("optimizer.momentum=0.5", "optimizer.momentum is 0.5, and optimizer.name adamw does not use it"),
+        ("optimizer.options={beta3: 1}", "optimizer.options has beta3, and optimizer.name adamw has no options"),
+        ("engine.options={degree: 2}", "engine.options has degree, and engine.name ddp has no options"),
+    ],
+)
+def test_what_is_not_declared_is_refused_when_the_recipe_is_read(override: str, text: str):
+    assert text in refusal(override)
+
+
+def test_an_optimizer_of_another_package_is_one_entry(sgd: str):
+    config = load(DEBUG, (f"optimizer.name={sgd}", "optimizer.weight_decay=null", "optimizer.options={nesterov: true}"))
+    assert config.optimizer.options == {"nesterov": True, "dampening": 0.0}
+    assert load_tree(config).optimizer == config.optimizer
+    assert explain("optimizer.name").startswith("optimizer.name: adamw | adam | muon | sgd, default")
+    assert "sgd" in Config.model_json_schema()["$defs"]["OptimizerConfig"]["properties"]["name"]["enum"]
+
+
+def load_tree(config: Config) -> Config:
+    """Return a config after a round trip through JSON."""
+    return Config.model_validate_json(json.dumps(config.as_tree()), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["optimizer.options={nestrov: true}"], "optimizer.options.nestrov is not a field of SgdOptions (did you mean"),
+        (["optimizer.options={nesterov: 3}"], "optimizer.options.nesterov is 3; it must be true or false"),
+        (["optimizer.beta1=0.5"], "optimizer.beta1 is 0.5, and optimizer.name sgd does not use it"),
+        (["engine.name=zero1"], "optimizer.name sgd is for engine.name ddp, fsdp and hsdp, not for zero1"),
+    ],
+)
+def test_an_optimizer_of_another_package_is_refused_what_it_does_not_declare(sgd: str, overrides: list[str], text: str):
+    assert text in refusal(f"optimizer.name={sgd}", "optimizer.weight_decay=null", *overrides)
+
+
+def test_an_optimizer_of_another_package_trains_and_is_kept_in_fragments(sgd: str):
+    torch.manual_seed(0)
+    config = OptimizerConfig(name=sgd, options={"nesterov": True})
+    engine = PyTorchEngine(
+        EngineConfig(device="cpu", precision="fp32"), build_model(model_config(TINY)), config, seed=0
+    )
+    assert {fragment.name.partition("/")[0] for fragment in engine.fragments()} == {"model", "momentum_buffer"}
+    assert engine.counters() == {"optimizer_steps": 0}
+    engine.restore({"optimizer_steps": 3})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_moments_are_those_that_an_optimizer_declares(name: str):
+    model = build_model(model_config(TINY))
+    states = [state for it in build_optimizers(OptimizerConfig(name=name), model) for state in it.state.values()]
+    assert {kind for state in states for kind in state} - {"step"} == set(OPTIMIZERS.get(name).moments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"offload": True}, "engine.offload=true is for fsdp, hsdp, zero1, zero2 and zero3, not for tp"),
+        (
+            {"precision": "bf16"},
+            "precision bf16 is for ddp, fsdp, hsdp, zero1, zero2 and zero3, not for tp; set it to fp32",
+        ),
+        ({"activation_checkpointing": "full"}, "mode full is for ddp, fsdp, hsdp, zero1, zero2 and zero3, not for tp"),
+    ],
+)
+def test_an_engine_of_another_package_is_refused_what_it_does_not_declare(tp: str, fields: dict[str, Any], text: str):
+    with pytest.raises(ValidationError, match=text):
+        EngineConfig(name=tp, **fields)
+
+
+def test_an_engine_of_another_package_is_refused_optimizers_of_whole_matrices(tp: str):
+    mismatch = optimizer_mismatch(EngineConfig(name=tp), OptimizerConfig(name="muon"))
+    assert mismatch is not None
+    assert "muon works on whole matrices, which engine.name tp shards; set the engine to ddp" in mismatch.text
+
+
+def test_an_engine_of_another_package_has_a_row_of_the_estimate(tp: str):
+    model = on_meta(model_config(TINY))
+    rows = {row.name: row.states for row in shardings(model, torch.bfloat16, 2)}
+    assert list(rows) == ["ddp", "zero-1", "zero-2", "tp", "zero-3, fsdp2"]
+    assert rows["tp"].masters == rows[REPLICATED.label].masters
+
+
+def test_recipes_of_byteloom_name_only_registered_engines_and_optimizers():
+    for path in Path(ROOT / "configs").rglob("*.yaml"):
+        text = path.read_text()
+        if "\noptimizer:" in text:
+            config = load(path)
+            assert config.engine.name in ENGINES.names()
+            assert config.optimizer.name in OPTIMIZERS.names()
