@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.cli.arguments import MODELS_PANEL
 from pretrain.conformance import LAWS, BrokenLawError, Law, Subject
 from pretrain.models import FamilyError, families
 from pretrain.terminal.console import display, say
@@ -21,18 +22,21 @@ def complete_family(incomplete: str) -> list[str]:
     return [name for name in families() if name.startswith(incomplete)]
 
 
-@app.command("check-family")
+@app.command("check-family", rich_help_panel=MODELS_PANEL)
 def check_family(
-    name: Annotated[str, typer.Argument(help="Name of the model family.", autocompletion=complete_family)],
+    name: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Name of the model family.", autocompletion=complete_family)
+    ],
     law: Annotated[
         list[str] | None, typer.Option(help=f"Check only this law; repeat for more. {', '.join(map(str, LAWS))}.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a model family obeys the laws that engines, checkpoints and decoders rely on.
+    """Check that a model family works with everything else.
 
-    Uses the family's small model, on the CPU. The laws of engines start two processes each, and all laws together take
-    about two minutes. Exit code 1: a law is broken.
+    Engines, checkpoints and decoders rely on these laws of a family.
+    Uses the family's small model on the CPU, and takes about two minutes.
+    The exit code is 1 if a law is broken.
     """
     chosen = [known for known in LAWS if not law or known.name in law]
     if unknown := {*(law or ())} - {known.name for known in chosen}:
