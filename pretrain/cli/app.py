@@ -35,6 +35,7 @@ for group in (corpora, inspection, train, submit, sweep, runs, tracking, evaluat
 app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel=RUNS_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS_PANEL)
 app.add_typer(config.app, name="config", rich_help_panel=MODELS_PANEL)
+app.add_typer(conformance.app)
 
 
 def _show_versions(wanted: bool) -> None:

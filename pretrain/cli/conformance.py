@@ -24,16 +24,19 @@ def complete_family(incomplete: str) -> list[str]:
 
 @app.command("check-family", rich_help_panel=MODELS_PANEL)
 def check_family(
-    name: Annotated[str, typer.Argument(help="Name of the model family.", autocompletion=complete_family)],
+    name: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Name of the model family.", autocompletion=complete_family)
+    ],
     law: Annotated[
-        list[str] | None, typer.Option(help=f"Check only this law; repeat for more: {', '.join(map(str, LAWS))}")
+        list[str] | None, typer.Option(help=f"Check only this law; repeat for more. {', '.join(map(str, LAWS))}.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the laws that every model family must obey.
+    """Check that a model family works with everything else.
 
-    Engines, checkpoints and decoders rely on them. Uses the family's small model, on the CPU. Laws of engines start two
-    processes each; all laws take a few minutes. Exit code 1: a law is broken.
+    Engines, checkpoints and decoders rely on these laws of a family.
+    Uses the family's small model on the CPU, and takes about two minutes.
+    The exit code is 1 if a law is broken.
     """
     chosen = [known for known in LAWS if not law or known.name in law]
     if unknown := {*(law or ())} - {known.name for known in chosen}:
