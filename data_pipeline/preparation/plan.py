@@ -31,6 +31,7 @@ from byteloom.core.state_files import StateFileError, read_json, read_lines
 from data_pipeline.errors import CorpusError
 from data_pipeline.readers import ReadOptions, is_container
 from data_pipeline.sources.listing import Selection, list_files
+from data_pipeline.sources.roots import expand, is_pipe
 from data_pipeline.sources.source_file import Skipped, SourceFile
 
 T = TypeVar("T")
@@ -173,6 +174,11 @@ class Plan:
     def units(self) -> NDArray[np.void]:
         return read_array(self.folder, "units.npy")
 
+    @cached_property
+    def _commands(self) -> frozenset[str]:
+        """Commands that the user wrote as sources; no other may run."""
+        return frozenset(each for source in self.identity["sources"] for each in expand(source) if is_pipe(each))
+
     def files_of(self, unit: int) -> Iterator[tuple[SourceFile, bool]]:
         """The files of a unit, and whether each is a container."""
         source, left = int(self.units[unit]["source"]), int(self.units[unit]["files"])
@@ -182,6 +188,8 @@ class Plan:
                 try:
                     rows = json.loads(lines.readline())
                     files = [(SourceFile(source, url, key, size), contains) for url, key, size, contains in rows]
+                    if any(is_pipe(file.url) and file.url not in self._commands for file, _ in files):
+                        raise ValueError("it has a command that is not a source")
                 except (ValueError, TypeError) as error:
                     raise StateFileError.damaged(lines.name, str(error), begin_again(self.folder)) from error
                 left -= len(files)
@@ -197,7 +205,11 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, pro
     Raises:
         CorpusError: a source is missing, a file is unreadable (unless `skip_bad`), or there is nothing to read.
     """
-    names = {Path(source.rstrip("/")).absolute().name: number for number, source in enumerate(sources)}
+    names = {
+        Path(each.rstrip("/")).absolute().name: number
+        for number, source in enumerate(sources)
+        for each in expand(source)
+    }
     files_of, bytes_of = [0 for _ in sources], [0 for _ in sources]
     left_out = [Counter[str]() for _ in sources]
     units = list[tuple[int, int, int, int]]()

@@ -1,15 +1,15 @@
-"""Sound as 16-bit little-endian PCM, channels interleaved, nothing before or after the samples.
+"""Reader of sound: 16-bit little-endian PCM, channels interleaved, nothing before or after the samples.
 
     WAV, FLAC, Ogg, MP3, … ─▶ float32 blocks ─▶ channels mixed ─▶ resampled ─▶ rounded to 16 bits ─▶ bytes
 
-16-bit samples at their own rate, with their own channels, come out bit for bit as they are: a float32 holds each
-exactly. Others are rounded to the nearest of the 65,536 values, halves to even, without dither, and what lies beyond
-the largest or smallest becomes that.
+16-bit samples at their own rate, with their own channels, do not change by a bit: a float32 holds each exactly. Others
+are rounded to the nearest of the 65,536 values, halves to even, without dither, and clipped to the largest and the
+smallest value.
 """
 
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,29 +18,36 @@ from byteloom.core.packages import needed_by
 from data_pipeline.documents import READ_BYTES
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.registry import Reader, register_reader
 from data_pipeline.readers.remarks import Remarks
 from data_pipeline.readers.streams import on_disk
 
-with needed_by("sound", "soundfile"):
+if TYPE_CHECKING:
     import soundfile
-with needed_by("sound", "soxr"):
-    import soxr
 
 MIN_UNKNOWN_LENGTH = 0x7FFF_F000
-"""Programs that write WAV to a pipe say that so many bytes or more follow, for they cannot know."""
+"""Programs that write WAV to a pipe do not know its length, and state this number of bytes or more."""
 
 
 STATED = re.compile(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)")
-"""How libsndfile's log tells of a WAV, AIFF, AU, W64 or RF64 that is shorter than it says: stated, found."""
+"""Line of libsndfile's log about a WAV, AIFF, AU, W64 or RF64 that is shorter than it states: stated, found."""
 
 
 def read_audio(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[bytes]:
-    """The samples of a sound of any format that libsndfile reads, whatever it is called, in pieces.
+    """Yield the samples of a sound in pieces. The format is any that libsndfile reads, whatever the file is called.
+
+    Args:
+        stream: the file.
+        name: its name for errors.
+        options: rate and channels.
 
     Raises:
-        BadDocumentError: it is no sound, damaged, or shorter than it says. Ogg and MP3 do not say how long they are, so
-            of those one that is cut short is as long as it is.
+        BadDocumentError: this is no sound; or it is damaged, or shorter than it states. Ogg and MP3 state no length, so
+            an incomplete one is not noticed.
     """
+    with needed_by("sound", "soundfile"):
+        import soundfile  # noqa: PLC0415 - few corpora have sound
+
     remarks = Remarks(name)
     with on_disk(stream) as descriptor:
         try:
@@ -57,8 +64,22 @@ def read_audio(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[by
     remarks.log()
 
 
-def _refuse_cut(sound: soundfile.SoundFile) -> None:
-    """libsndfile reads what there is of a file that is cut short, and only its log tells."""
+AUDIO_READER = register_reader(
+    Reader(
+        "audio",
+        "Samples of sound.",
+        read_file=read_audio,
+        options=frozenset({"members", "audio_rate", "audio_channels"}),
+        suffixes=frozenset(
+            {".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
+        ),
+        modality="audio",
+    )
+)
+
+
+def _refuse_cut(sound: "soundfile.SoundFile") -> None:
+    """Raise a ValueError for a file that is cut short. libsndfile reads the rest, and only its log mentions it."""
     for stated, found in STATED.findall(sound.extra_info):
         if int(found) < int(stated) < MIN_UNKNOWN_LENGTH:
             raise ValueError(
@@ -66,11 +87,14 @@ def _refuse_cut(sound: soundfile.SoundFile) -> None:
             )
 
 
-def _blocks(sound: soundfile.SoundFile, options: ReadOptions, remarks: Remarks) -> Iterator[NDArray[np.float32]]:
-    """Samples (frames, channels) between -1 and 1, of the rate and channels that the options want."""
+def _blocks(sound: "soundfile.SoundFile", options: ReadOptions, remarks: Remarks) -> Iterator[NDArray[np.float32]]:
+    """Yield samples (frames, channels) between -1 and 1, with the rate and channels of the options."""
+    with needed_by("sound", "soxr"):
+        import soxr  # noqa: PLC0415 - few corpora have sound
+
     channels = options.audio_channels or sound.channels
     rate = options.audio_rate or sound.samplerate
-    # Neither a block nor what it becomes at a higher rate is much larger than a piece.
+    # A block is about as large as a piece, before and after resampling to a higher rate.
     frames = max(1, int(READ_BYTES / (4 * sound.channels) * min(1.0, sound.samplerate / rate)))
     resampler = soxr.ResampleStream(sound.samplerate, rate, channels) if rate != sound.samplerate else None
     read = 0
@@ -85,7 +109,7 @@ def _blocks(sound: soundfile.SoundFile, options: ReadOptions, remarks: Remarks) 
         if channels < sound.channels:
             block = block.mean(axis=1, keepdims=True)
         yield resampler.resample_chunk(block) if resampler else block
-    if read < sound.frames and sound.format != "MP3":  # whose number of frames may be an estimate
+    if read < sound.frames and sound.format != "MP3":  # an MP3's number of frames may be an estimate
         raise ValueError(f"it is cut short: its header states {sound.frames:,} samples, and it has {read:,}")
     if resampler:
         yield resampler.resample_chunk(np.empty((0, channels), np.float32), last=True)

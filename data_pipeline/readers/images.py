@@ -1,15 +1,15 @@
-"""Images as the bytes of their pixels: red, green, blue, 8 bits each, nothing before or after them.
+"""Reader of images: the bytes of their pixels, red, green and blue with 8 bits each, nothing before or after them.
 
     any format ─▶ upright RGB, on white ─▶ centre square, scaled ─▶ raster or patch scan ─▶ bytes
                                                                     unscan  ◀─ bytes
 
 The patch scan is that of MEGABYTE (Yu et al. 2023, arXiv:2305.07185, on images): a patch of P bytes is a square tile of
-P/3 pixels, so that what is near in the image is near in the sequence.
+P/3 pixels. Pixels that are near in the image are then near in the sequence.
 """
 
 from collections.abc import Iterator
 from math import isqrt
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +17,30 @@ from numpy.typing import NDArray
 from byteloom.core.packages import needed_by
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.registry import Reader, register_reader
 from data_pipeline.readers.remarks import Remarks
 from data_pipeline.readers.streams import pieces_of, seekable
 
-with needed_by("an image", "pillow"):
-    from PIL import Image, ImageOps
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 1 << 26
-"""Pixels of an image, at most: 192 MiB of RGB. A small file can say that it holds any number."""
-FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+"""Largest number of pixels of an image: 192 MiB of RGB. The header of a small file can state any number."""
 
 
 def read_image(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[bytes]:
-    """The pixels of an image of any format that Pillow reads, whatever it is called, in pieces.
+    """Yield the pixels of an image in pieces. The format is any that Pillow reads, whatever the file is called.
 
-    Of an animation or of several pages the first is taken. Colour profiles are not applied.
+    An animation gives its first frame, and a file of several pages its first page. Colour profiles are not applied.
+
+    Args:
+        stream: the file.
+        name: its name for errors.
+        options: size, filter and scan.
 
     Raises:
-        BadDocumentError: it is no image, damaged, cut short, too large, or its sides do not divide into tiles.
+        BadDocumentError: this is no image; or it is damaged, incomplete or too large, or its sides do not divide into
+            tiles.
     """
     with seekable(stream) as file:
         pixels = _decoded(file, name, options)
@@ -48,8 +54,20 @@ def read_image(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[by
     yield from pieces_of(scanned)
 
 
+IMAGE_READER = register_reader(
+    Reader(
+        "images",
+        "Pixels of images.",
+        read_file=read_image,
+        options=frozenset({"members", "image_size", "image_filter", "image_scan", "patch_size"}),
+        suffixes=frozenset({".bmp", ".gif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}),
+        modality="image",
+    )
+)
+
+
 def raster_scan(pixels: NDArray[np.uint8]) -> bytes:
-    """Rows from the top, pixels from the left, red before green before blue.
+    """Return pixels row by row from the top, from the left, red before green before blue.
 
     Args:
         pixels: (height, width, 3)
@@ -58,10 +76,12 @@ def raster_scan(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def patch_scan(pixels: NDArray[np.uint8], patch_size: int) -> bytes:
-    """Square tiles of `patch_size` bytes, each a raster scan, in the order of a raster scan of the tiles.
+    """Return square tiles of `patch_size` bytes, each a raster scan, in the order of a raster scan of the tiles.
 
     Args:
         pixels: (height, width, 3)
+        patch_size: bytes of a tile.
+
     Raises:
         ValueError: height or width is not a multiple of a tile's side.
     """
@@ -77,7 +97,7 @@ def patch_scan(pixels: NDArray[np.uint8], patch_size: int) -> bytes:
 
 
 def unscan(scanned: bytes, height: int, width: int, patch_size: int | None = None) -> NDArray[np.uint8]:
-    """The pixels (height, width, 3) of a patch scan, or without patch size of a raster scan."""
+    """Return the pixels (height, width, 3) of a patch scan, or of a raster scan if there is no patch size."""
     values = np.frombuffer(scanned, np.uint8)
     if patch_size is None:
         return values.reshape(height, width, 3)
@@ -86,10 +106,10 @@ def unscan(scanned: bytes, height: int, width: int, patch_size: int | None = Non
 
 
 def tile_side(patch_size: int) -> int:
-    """Pixels of the side of a tile of that many bytes: sqrt(P / 3).
+    """Return the side of a tile in pixels: sqrt(P / 3).
 
     Raises:
-        ValueError: that is not a whole number.
+        ValueError: this is not a whole number.
     """
     side = isqrt(patch_size // 3)
     if side < 1 or 3 * side * side != patch_size:
@@ -98,7 +118,10 @@ def tile_side(patch_size: int) -> int:
 
 
 def _decoded(file: BinaryIO, name: str, options: ReadOptions) -> NDArray[np.uint8]:
-    """The pixels (height, width, 3) of an image as the options want it."""
+    """Return the pixels (height, width, 3) of an image, scaled by the options."""
+    with needed_by("an image", "pillow"):
+        from PIL import Image, ImageOps  # noqa: PLC0415 - few corpora have images
+
     remarks = Remarks(name)
     try:
         with remarks.collected(), Image.open(file) as image:
@@ -110,7 +133,7 @@ def _decoded(file: BinaryIO, name: str, options: ReadOptions) -> NDArray[np.uint
             rgb = _to_rgb(upright)
     except BadDocumentError:
         raise
-    except Exception as error:  # decoders of damaged bytes raise whatever they stumble over
+    except Exception as error:  # damaged bytes make decoders raise errors of many kinds
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         detail = f"; {remarks}" if remarks else ""
         raise BadDocumentError(f"{name} cannot be decoded as an image: {reason}{detail}") from error
@@ -118,8 +141,10 @@ def _decoded(file: BinaryIO, name: str, options: ReadOptions) -> NDArray[np.uint
     return np.asarray(rgb if options.image_size is None else _centre_square(rgb, options.image_size, options))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey keeps its high byte, palettes become colours, what is transparent shows white."""
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    """Return 8-bit RGB: 16-bit grey keeps its high byte, palettes become colours, transparent pixels show white."""
+    from PIL import Image  # noqa: PLC0415 - few corpora have images
+
     if image.mode.startswith("I"):
         grey = np.asarray(image).clip(0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -131,8 +156,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre_square(image: Image.Image, size: int, options: ReadOptions) -> Image.Image:
-    """The middle square of the image scaled, up or down, so that its shorter side has `size` pixels."""
+def _centre_square(image: "Image.Image", size: int, options: ReadOptions) -> "Image.Image":
+    """Return the middle square of an image, scaled up or down to `size` pixels a side."""
+    from PIL.Image import Resampling  # noqa: PLC0415 - few corpora have images
+
+    filters = {"lanczos": Resampling.LANCZOS, "box": Resampling.BOX}
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), FILTERS[options.image_filter], box=(left, top, left + side, top + side))
+    return image.resize((size, size), filters[options.image_filter], box=(left, top, left + side, top + side))

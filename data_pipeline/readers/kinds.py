@@ -1,22 +1,17 @@
-"""What a file is taken for: by the reader that was asked for, or by its suffix."""
+"""Reader and modality of a file, by the reader that was requested or by the file's suffix."""
 
 from functools import lru_cache
-from typing import Literal
 
-from data_pipeline.readers.options import ReadOptions
-
-Container = Literal["lines", "jsonl", "parquet", "tar"]
-Whole = Literal["bytes", "compressed", "image", "audio"]
+from data_pipeline.errors import CorpusError
+from data_pipeline.readers.options import AUTO, ReadOptions
+from data_pipeline.readers.registry import Reader, own_reader_of, own_readers, reader_named
+from data_pipeline.sources.roots import is_pipe
+from data_pipeline.sources.source_file import SourceFile
 
 COMPRESSIONS = frozenset({".gz", ".zst"})
-CONTAINERS: dict[str, Container] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "tar"}
+BY_SUFFIX = frozenset({AUTO, "webdataset"})
+"""Readers that decode each document, or each member, by its suffix."""
 # fmt: off
-IMAGES = frozenset({
-    ".bmp", ".gif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-})
-AUDIO = frozenset({
-    ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav",
-})
 CODE = frozenset({
     ".asm", ".bash", ".c", ".cc", ".clj", ".cmake", ".cpp", ".cs", ".css", ".cu", ".cuh", ".cxx", ".dart", ".el",
     ".erl", ".ex", ".exs", ".f", ".f90", ".for", ".fs", ".go", ".gradle", ".h", ".hh", ".hpp", ".hs", ".html", ".hxx",
@@ -31,58 +26,55 @@ BINARY = frozenset({
     ".tar", ".tgz", ".ttf", ".wasm", ".webm", ".whl", ".woff", ".woff2", ".xls", ".xlsx", ".xz", ".zip", ".zst",
 })
 # fmt: on
-NO_TEXT = BINARY | IMAGES | AUDIO
 
 
-def container_of(key: str, options: ReadOptions) -> Container | None:
-    """What kind of container a file is; None if it is one document."""
-    match options.reader:
-        case "lines" | "jsonl" | "parquet" | "tar":
-            return options.reader
-        case "auto":
-            suffix, is_compressed = _suffixes(key)
-            found = CONTAINERS.get(suffix)
-            return None if found == "parquet" and is_compressed else found  # which compresses its columns itself
-        case "images" | "audio":
-            return "tar" if _suffixes(key)[0] == ".tar" else None
-        case "files":
-            return None
+def container_of(file: SourceFile, options: ReadOptions) -> Reader | None:
+    """Return the reader of a file that holds many documents; None if the file is one document.
+
+    Raises:
+        CorpusError: the file is a command, and the reader is not that of WebDataset.
+    """
+    if is_pipe(file.url):
+        if options.reader not in BY_SUFFIX:
+            raise CorpusError(f"{file.url} runs a program, which only --reader webdataset reads")
+        return own_readers()["webdataset"]
+    suffix, is_compressed = _suffixes(file.key)
+    if options.reader == AUTO:
+        found = own_reader_of(suffix)
+        return found if found and found.read_container and (found.compressed or not is_compressed) else None
+    reader = reader_named(options.reader)
+    if reader.read_container:
+        return reader
+    return own_reader_of(suffix) if reader.in_tars and suffix == ".tar" else None
 
 
-def whole_of(key: str, options: ReadOptions) -> Whole:
-    """How the bytes of a document that is a file, or a member of a tar, are had."""
-    match options.reader:
-        case "images":
-            return "image"
-        case "audio":
-            return "audio"
-        case "auto":
-            suffix, is_compressed = _suffixes(key)
-            if is_compressed:
-                return "compressed"
-            if suffix in IMAGES:
-                return "image"
-            if suffix in AUDIO:
-                return "audio"
-    return "bytes"
+def reader_of(key: str, options: ReadOptions) -> tuple[Reader, bool]:
+    """Return the reader of a document that is a file or a member of a tar, and whether to decompress it first."""
+    if options.reader in BY_SUFFIX:
+        suffix, is_compressed = _suffixes(key)
+        found = None if is_compressed else own_reader_of(suffix)
+        return (found if found and found.read_file else own_readers()["files"]), is_compressed
+    reader = reader_named(options.reader)
+    return (reader if reader.read_file else own_readers()["files"]), False
 
 
 def modality_of(key: str, options: ReadOptions) -> str:
-    """The modality of a document that is a file, or a member of a tar: text, unless its suffix says otherwise."""
+    """Return the modality of a document that is a file or a member of a tar: text, unless its suffix says otherwise."""
     if options.modality:
         return options.modality
-    whole = whole_of(key, options)
-    if whole in ("image", "audio"):
-        return whole
-    suffix = _suffixes(key)[0] if whole == "compressed" else _split(key)[1]
-    if suffix in NO_TEXT:
-        return "binary"
-    return "code" if suffix in CODE else "text"
+    reader, is_compressed = reader_of(key, options)
+    if reader.modality:
+        return reader.modality
+    suffix = _suffixes(key)[0] if is_compressed else _split(key)[1]
+    if suffix in CODE:
+        return "code"
+    media = own_reader_of(suffix)
+    return "binary" if suffix in BINARY or (media and media.modality) else "text"
 
 
 @lru_cache(maxsize=4)  # asked several times of each file in turn
 def _suffixes(key: str) -> tuple[str, bool]:
-    """The suffix within that of a compression, and whether there is one of a compression."""
+    """Return the suffix before that of a compression, and whether there is one of a compression."""
     stem, suffix = _split(key)
     if suffix == ".tgz":
         return ".tar", True
@@ -92,7 +84,7 @@ def _suffixes(key: str) -> tuple[str, bool]:
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The last name of a key in small letters, as `splitext` cuts it; asked so often that it is worth its own lines."""
+    """Split the last name of a key, in small letters, as `splitext` does but faster."""
     name = key[key.rfind("/") + 1 :].lower()
     dot = name.rfind(".")
     if dot <= 0 or not name[:dot].strip("."):

@@ -1,24 +1,31 @@
-"""Files of lines: each line is a document, or a JSON object with a field that is one (https://jsonlines.org)."""
+"""Readers of lines: each line is a document, or a JSON object with a field that is one (https://jsonlines.org)."""
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 from data_pipeline.documents import READ_BYTES, Document
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.registry import Reader, register_reader
 from data_pipeline.readers.text import document_in_memory, utf8
 from data_pipeline.sources.opening import open_file
 from data_pipeline.sources.source_file import LeftOutError, Skipped, SourceFile
 
 MAX_LINE_BYTES = 256 << 20
-"""A line is held in memory; one that is longer is left out."""
+"""Size limit of a line, which is held in memory. Longer lines are left out."""
 
 
 def documents_in_lines(file: SourceFile, options: ReadOptions, is_json: bool) -> Iterator[Document | Skipped]:
-    """A document, or why there is none, for each line; blank lines count too.
+    """Yield a document, or the reason why there is none, for each line, blank lines included.
 
-    Lines end with LF or CR LF, which is not part of a document. Bytes of plain lines are kept as they are.
+    Lines end with LF or CR LF, which is not part of a document. Bytes of plain lines do not change.
+
+    Args:
+        file: the file.
+        options: which field of a JSON object is the document.
+        is_json: whether the lines are JSON objects.
 
     Raises:
         BadDocumentError: the file cannot be read, or not further.
@@ -39,8 +46,22 @@ def documents_in_lines(file: SourceFile, options: ReadOptions, is_json: bool) ->
                 yield Skipped(key, error.reason, f"line {number + 1:,} of {file.url}: {error}")
 
 
+LINES_READER = register_reader(
+    Reader("lines", "Lines of text, one document each.", read_container=partial(documents_in_lines, is_json=False))
+)
+JSON_LINES_READER = register_reader(
+    Reader(
+        "jsonl",
+        "JSON objects, one on each line.",
+        read_container=partial(documents_in_lines, is_json=True),
+        options=frozenset({"field"}),
+        suffixes=frozenset({".jsonl", ".ndjson"}),
+    )
+)
+
+
 def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Lines without their ends; None for one that is too long."""
+    """Yield lines without their ends; None for a line that is too long."""
     while line := stream.readline(MAX_LINE_BYTES + 2):
         rest = line
         while rest and not rest.endswith(b"\n"):
@@ -50,7 +71,11 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _field_of(line: bytes, path: list[str]) -> bytes:
-    """The text at a path of names in a line of JSON; nothing in a blank line. Raises LeftOutError."""
+    """Return the text at a path of names in a line of JSON; a blank line has none.
+
+    Raises:
+        LeftOutError: the line is not JSON, or there is no text at the path.
+    """
     if not line.strip():
         return b""
     try:

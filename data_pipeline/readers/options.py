@@ -1,45 +1,52 @@
-"""What may be said about how files become documents."""
+"""Options of readers: how files become documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isqrt
-from typing import Literal, get_args
+from typing import Literal
 
 from data_pipeline.documents import MODALITIES
 from data_pipeline.errors import CorpusError
+from data_pipeline.readers.registry import reader_named
 
-Reader = Literal["auto", "files", "lines", "jsonl", "parquet", "tar", "images", "audio"]
+AUTO = "auto"
+"""Value of `--reader` that chooses a reader by each file's suffix."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files become documents. Raises CorpusError for values that mean nothing."""
+    """How files become documents.
 
-    reader: Reader = "auto"
-    """What every file is taken for; "auto" decides by each file's suffix, "files" takes its bytes as they are."""
+    Raises:
+        CorpusError: a value makes no sense, or the reader does not use the option.
+    """
+
+    reader: str = AUTO
+    """Reader of every file, by its name in the registry; "auto" decides by each file's suffix."""
     field: str = "text"
     """The field of a JSON line or the column of a Parquet file that is the document; dots lead into nested ones."""
     members: tuple[str, ...] | None = None
-    """Suffixes of the members of a tar that are documents, such as ("jpg", "txt"); None takes every member."""
+    """Suffixes of the members of a tar that are documents, or of a WebDataset sample that make up its document, such as
+    ("jpg", "txt"). None takes every member."""
     image_size: int | None = None
     """Pixels of a side: the centre square of an image is scaled to it. None keeps images as they are."""
     image_filter: Literal["lanczos", "box"] = "lanczos"
-    """How images are scaled. The downsampled ImageNet of 2017 and later (Chrabaszcz et al.) is "box"."""
+    """Filter that scales images. The downsampled ImageNet of 2017 and later (Chrabaszcz et al.) uses "box"."""
     image_scan: Literal["raster", "patch"] = "raster"
     """Order of an image's bytes: row by row, or tile by tile as MEGABYTE reads images."""
     patch_size: int = 192
     """Bytes of a tile of the patch scan, three times a square number: a tile is sqrt(patch_size / 3) pixels wide."""
     audio_rate: int | None = None
-    """Samples a second that sound is resampled to. None keeps each file's own."""
+    """Samples per second to which sound is resampled. None keeps each file's own rate."""
     audio_channels: Literal[1] | None = None
     """1 mixes the channels of sound into one. None keeps them, interleaved."""
     skip_binary: bool = False
-    """Leave out files read as their own bytes that are no UTF-8 text: see `readers.text.is_binary`."""
+    """Leave out files read as their own bytes that are not UTF-8 text: see `readers.text.is_binary`."""
     modality: str | None = None
     """One of MODALITIES for every document. None decides by reader and suffix."""
 
     def __post_init__(self) -> None:
-        if self.reader not in get_args(Reader):
-            raise CorpusError(f"unknown reader {self.reader!r}; choose one of {', '.join(get_args(Reader))}")
+        if self.reader != AUTO:
+            self._refuse_unused(reader_named(self.reader).options | {"reader", "modality"})
         if self.modality is not None and self.modality not in MODALITIES:
             raise CorpusError(f"unknown modality {self.modality!r}; choose one of {', '.join(MODALITIES)}")
         if self.image_scan == "patch" and (
@@ -53,3 +60,8 @@ class ReadOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CorpusError(f"{name} is {value}; it must be at least 1")
+
+    def _refuse_unused(self, used: frozenset[str]) -> None:
+        for field in fields(self):
+            if field.name not in used and getattr(self, field.name) != field.default:
+                raise CorpusError(f"--reader {self.reader} does not use the option {field.name}; leave it out")

@@ -1,4 +1,4 @@
-"""Tars, such as WebDataset's shards: each member is a document, decoded as a file of its name would be."""
+"""Reader of tars: each member is a document, decoded as a file of its name would be."""
 
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.kinds import modality_of
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.registry import Reader, register_reader
 from data_pipeline.readers.streams import copy_of
 from data_pipeline.readers.whole import read_whole
 from data_pipeline.sources.opening import open_file
@@ -18,44 +19,76 @@ from data_pipeline.sources.source_file import Skipped, SourceFile
 
 
 def documents_in_tar(file: SourceFile, options: ReadOptions) -> Iterator[Document | Skipped]:
-    """A document, or why there is none, for each member that the options take.
+    """Yield a document, or the reason why there is none, for each member that the options select.
 
-    A member can be read until the next document is asked for. Its bytes are copied when it is first read: to memory,
-    or if they are many to the folder for temporary files.
+    A member can be read until the next document is requested. Its bytes are copied when it is first read: to memory, or
+    to the folder for temporary files if they are many.
+
+    Args:
+        file: the tar.
+        options: which members are selected, and how they are read.
 
     Raises:
-        BadDocumentError: the tar cannot be read, or not further; or more follows its end.
+        BadDocumentError: the tar cannot be read, or not further; or bytes follow its end.
     """
-    with (
-        open_file(file.url) as stored,
-        decompressed(stored, file.key, file.url) as stream,
-        _blaming(file.url),
-        tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar,
-    ):
-        while header := tar.next():
-            tar.members.clear()  # type: ignore[attr-defined]  # which would grow with every member
-            name = header.name.removeprefix("./").lstrip("/")
-            if header.isdir() or not _is_taken(name, options):
+    with open_file(file.url) as stored, decompressed(stored, file.key, file.url) as stream:
+        for tar, header, name in members_of(stream, file.url):
+            if not _is_selected(name, options):
                 continue
             key = f"{file.key}/{name}"
-            if not header.isfile():
-                yield Skipped(key, "link", f"{file.url}/{name}: a link or device in a tar")
-            elif header.issparse():  # terabytes of zeros, if it says so
-                yield Skipped(key, "sparse", f"{file.url}/{name}: a sparse file in a tar, most of which is not stored")
+            if (left_out := why_left_out(key, header, f"{file.url}/{name}")) is not None:
+                yield left_out
             elif not header.size:
                 yield Skipped(key, "empty", f"{file.url}/{name}: without a byte")
             else:
                 with closing(_Member(tar, header, f"{file.url}/{name}")) as member:
                     yield Document(key, modality_of(key, options), partial(member.read, key, options))
-        _refuse_more(tar, file.url)
 
 
-def _is_taken(name: str, options: ReadOptions) -> bool:
+TAR_READER = register_reader(
+    Reader(
+        "tar",
+        "Members of tars.",
+        read_container=documents_in_tar,
+        options=frozenset({"members", "skip_binary"}),
+        suffixes=frozenset({".tar"}),
+    )
+)
+
+
+def members_of(stream: BinaryIO, name: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str]]:
+    """Yield the members of a tar that are no folders: the tar, whose position is at the member, header and name.
+
+    Args:
+        stream: the tar, read from its start.
+        name: its name for errors.
+
+    Raises:
+        BadDocumentError: the tar cannot be read, or not further; or bytes follow its end.
+    """
+    with tar_errors(name), tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:
+        while header := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # it would grow with every member
+            if not header.isdir():
+                yield tar, header, header.name.removeprefix("./").lstrip("/")
+        _refuse_more(tar, name)
+
+
+def why_left_out(key: str, header: tarfile.TarInfo, name: str) -> Skipped | None:
+    """Return the entry for a member that is not a plain file; None for a plain file."""
+    if not header.isfile():
+        return Skipped(key, "link", f"{name}: a link or device in a tar")
+    if header.issparse():  # its header may state terabytes of zeros
+        return Skipped(key, "sparse", f"{name}: a sparse file in a tar, most of which is not stored")
+    return None
+
+
+def _is_selected(name: str, options: ReadOptions) -> bool:
     return options.members is None or name.lower().endswith(tuple(f".{suffix.lower()}" for suffix in options.members))
 
 
 class _Member:
-    """A member of a tar that is read from its beginning to its end, while the tar is at it."""
+    """A member of a tar. It is read from its start to its end while the tar is at it."""
 
     def __init__(self, tar: tarfile.TarFile, header: tarfile.TarInfo, name: str) -> None:
         self._tar, self._header, self._name = tar, header, name
@@ -63,11 +96,11 @@ class _Member:
         self._is_past = False
 
     def read(self, key: str, options: ReadOptions) -> Iterator[bytes]:
-        """The document, in pieces; each call begins anew."""
+        """Yield the document in pieces, from its start at each call."""
         if self._is_past:
             raise RuntimeError(f"{self._name} must be read before the next member")
         if self._copy is None:
-            with _blaming(self._name):
+            with tar_errors(self._name):
                 content = self._tar.extractfile(self._header)
                 assert content is not None, "a member that is a file has content"
                 self._copy = copy_of(content)
@@ -75,13 +108,14 @@ class _Member:
         yield from read_whole(self._copy, key, self._name, None, options)
 
     def close(self) -> None:
+        """Delete the copy."""
         self._is_past = True
         if self._copy is not None:
             self._copy.close()
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose damage is an error; tarfile takes a damaged or missing one for the end of the tar."""
+    """A header whose damage is an error; tarfile takes a damaged or missing header for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Header":
@@ -96,14 +130,15 @@ class _Header(tarfile.TarInfo):
 
 
 def _refuse_more(tar: tarfile.TarFile, name: str) -> None:
-    """Reads what is after the end: zeros, unless tars were put one behind the other, of which only one was read."""
+    """Read the bytes after the end mark. They are zeros, unless several tars were concatenated."""
     while rest := tar.fileobj.read(READ_BYTES):
         if rest.strip(b"\0"):
             raise BadDocumentError(f"{name} has more bytes after its end; if it is several tars in one file, split it")
 
 
 @contextmanager
-def _blaming(name: str) -> Iterator[None]:
+def tar_errors(name: str) -> Iterator[None]:
+    """Raise a BadDocumentError with this name for a damaged tar."""
     try:
         yield
     except tarfile.TarError as error:

@@ -1,4 +1,4 @@
-"""Text, code and any other bytes: a document is what the file holds, byte for byte."""
+"""Reader of text, code and any other bytes: a document is the content of a file, byte for byte."""
 
 import codecs
 from collections.abc import Iterator
@@ -6,17 +6,22 @@ from typing import BinaryIO
 
 from data_pipeline.documents import READ_BYTES, Document
 from data_pipeline.readers.options import ReadOptions
+from data_pipeline.readers.registry import Reader, register_reader
 from data_pipeline.readers.streams import pieces_of
 from data_pipeline.sources.source_file import LeftOutError
 
 
 def read_bytes(stream: BinaryIO, name: str, options: ReadOptions, size: int | None = None) -> Iterator[bytes]:
-    """The bytes of a stream, in pieces.
+    """Yield the bytes of a stream, in pieces.
 
     Args:
-        size: of the stream, if that is known: then a small one is not given a large buffer.
+        stream: the file.
+        name: its name for errors.
+        options: whether to leave out binary files.
+        size: size of the stream, if it is known; a small file then needs no large buffer.
+
     Raises:
-        LeftOutError: for "binary", if that is asked for and the first piece is not text.
+        LeftOutError: with the reason "binary", if the options ask for it and the first piece is not text.
     """
     first = READ_BYTES if size is None else min(size + 1, READ_BYTES)
     piece = stream.read(first)
@@ -27,11 +32,25 @@ def read_bytes(stream: BinaryIO, name: str, options: ReadOptions, size: int | No
         piece = stream.read(READ_BYTES)
 
 
+FILES_READER = register_reader(
+    Reader(
+        "files",
+        "Bytes of each file, unchanged.",
+        read_file=read_bytes,
+        options=frozenset({"skip_binary"}),
+        in_tars=False,
+    )
+)
+
+
 def is_binary(piece: bytes, is_all: bool) -> bool:
-    """Whether a file's first piece holds a NUL, as git judges, or is not UTF-8. Text of older encodings is binary.
+    """Return whether a file is binary, by its first piece: it has a NUL, which is git's rule, or is not UTF-8.
+
+    Text in older encodings counts as binary.
 
     Args:
-        is_all: whether the file ends with it; a character may be cut in two at the end of another piece.
+        piece: the first piece.
+        is_all: whether the file ends with it; otherwise its last character may be incomplete.
     """
     if 0 in piece:
         return True
@@ -43,7 +62,7 @@ def is_binary(piece: bytes, is_all: bool) -> bool:
 
 
 def utf8(text: str) -> bytes:
-    """Text as UTF-8. A lone surrogate, which is no character, becomes U+FFFD as Unicode recommends."""
+    """Return text as UTF-8. A lone surrogate, which is no character, becomes U+FFFD as Unicode recommends."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -51,5 +70,5 @@ def utf8(text: str) -> bytes:
 
 
 def document_in_memory(key: str, modality: str, content: bytes) -> Document:
-    """A document of bytes that are in memory already."""
+    """Return a document whose bytes are in memory."""
     return Document(key, modality, lambda: pieces_of(content))

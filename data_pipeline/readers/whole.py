@@ -1,4 +1,4 @@
-"""One file, or one member of a tar, that is one document."""
+"""Reading of a document that is one file, or one member of a tar."""
 
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -6,36 +6,33 @@ from typing import BinaryIO
 from byteloom.core.text import count
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.readers.compression import decompressed
-from data_pipeline.readers.kinds import whole_of
+from data_pipeline.readers.kinds import reader_of
 from data_pipeline.readers.options import ReadOptions
 from data_pipeline.readers.text import read_bytes
 from data_pipeline.sources.source_file import LeftOutError
 
 
 def read_whole(stream: BinaryIO, key: str, name: str, size: int | None, options: ReadOptions) -> Iterator[bytes]:
-    """The bytes of the document that a stream holds, in pieces.
+    """Yield the bytes of the document in a stream, in pieces.
 
     Args:
-        key: its suffix says what the stream is.
-        name: what errors call it.
-        size: bytes that the stream should have, if that is known.
+        stream: the file or member.
+        key: its key, whose suffix decides how it is read.
+        name: its name for errors.
+        size: size of the stream, if it is known.
+        options: how files become documents.
+
     Raises:
-        BadDocumentError: it is damaged, has another size, or makes a document without a byte.
+        BadDocumentError: the document is damaged, has another size, or is empty.
     """
+    reader, is_compressed = reader_of(key, options)
     expected = None
-    match whole_of(key, options):
-        case "image":
-            from data_pipeline.readers.images import read_image  # noqa: PLC0415 - Pillow, for those who have images
-
-            pieces = read_image(stream, name, options)
-        case "audio":
-            from data_pipeline.readers.audio import read_audio  # noqa: PLC0415 - its libraries, for those who have sound
-
-            pieces = read_audio(stream, name, options)
-        case "compressed":
-            pieces = read_bytes(decompressed(stream, key, name), name, options)
-        case "bytes":
-            pieces, expected = read_bytes(stream, name, options, size), size
+    if reader.name == "files":
+        expected = None if is_compressed else size
+        pieces = read_bytes(decompressed(stream, key, name) if is_compressed else stream, name, options, expected)
+    else:
+        assert reader.read_file is not None, "reader_of returns readers of single documents"
+        pieces = reader.read_file(stream, name, options)
     read = 0
     for piece in pieces:
         read += len(piece)

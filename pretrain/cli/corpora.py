@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from byteloom.core.text import count
+from byteloom.core.urls import is_url
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.repair import repair as repair_corpus
 from data_pipeline.corpus.verify import verify
@@ -17,8 +18,10 @@ from data_pipeline.documents import MODALITIES
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.prepare import PrepareOptions, PrepareReport, Task, prepare
 from data_pipeline.readers import ReadOptions
-from data_pipeline.readers.options import Reader
+from data_pipeline.readers.options import AUTO
+from data_pipeline.readers.registry import reader_names
 from data_pipeline.sources.listing import Selection
+from data_pipeline.sources.roots import expand, is_pipe
 from launchers.slurm.array import submit_commands
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.slurm.scheduler import cancel
@@ -70,8 +73,12 @@ def prepare_command(
         bool, _option(FILES, "Skip and report documents that cannot be read.", "--skip-bad")
     ] = PrepareOptions.skip_bad,
     reader: Annotated[
-        Reader,
-        _option(READING, "auto chooses by suffix; files reads bytes unchanged."),
+        str,
+        _option(
+            READING,
+            f"Reader of files: {', '.join([AUTO, *reader_names()])}. auto chooses by suffix; files reads bytes unchanged.",
+            autocompletion=lambda: [AUTO, *reader_names()],
+        ),
     ] = ReadOptions.reader,
     text_field: Annotated[
         str, _option(READING, "JSON field or Parquet column of the document.", "--field")
@@ -214,8 +221,9 @@ def _submit(
     if out.exists():
         raise CorpusError(f"{out} exists already; choose another --out, or remove that folder first")
     for source in sources:
-        if "://" not in source and not Path(source).exists():
-            raise CorpusError(f"no such file or folder: {source}")
+        for place in expand(source):
+            if not is_url(place) and not is_pipe(place) and not Path(place).exists():
+                raise CorpusError(f"no such file or folder: {place}")
     names = {option.name or "" for option in context.command.params}
     given = _given(context, names - SUBMISSION_OPTIONS)
     same = [*BYTELOOM_COMMAND, "prepare", f"--workers={cluster.cpus_per_process}", *given]

@@ -126,7 +126,8 @@ def test_modality_is_what_it_is_said_to_be():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"reader": "image"}, "unknown reader 'image'; choose one of auto, files, lines"),
+        ({"reader": "image"}, r"image is not the name of a reader \(did you mean images\?\)"),
+        ({"reader": "lines", "image_size": 8}, "--reader lines does not use the option image_size"),
         ({"modality": "video"}, "unknown modality 'video'"),
         ({"image_scan": "patch", "patch_size": 100}, "--patch-size is 100"),
         ({"image_size": 0}, "image_size is 0"),
