@@ -36,10 +36,11 @@ from launchers.slurm.executors import import_submitit
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster, refusal
 from launchers.slurm.scheduler import SchedulerError
 from launchers.supervision.machine import Machine, is_running
+from launchers.supervision.plan import LaunchPlan
 from launchers.supervision.record import LaunchRecord, last_submission, submissions_of
-from launchers.supervision.supervisor import Plan, Supervisor
+from launchers.supervision.supervisor import Supervisor
 
-PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
+JOB_PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
 LONGEST_LOCAL_MINUTES = 60 * 24 * 365
 OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
@@ -53,7 +54,7 @@ class Submission:
         source: JSON text that records what the recipe was made of.
     """
 
-    def __init__(self, run: Path, recipe: str, plan: Plan, cluster: ClusterConfig, source: str = "") -> None:
+    def __init__(self, run: Path, recipe: str, plan: LaunchPlan, cluster: ClusterConfig, source: str = "") -> None:
         self.run, self.recipe, self.plan, self.cluster, self.source = run, recipe, plan, cluster, source
         self.folder = run / "jobs" / f"{max(submissions_of(run), default=0) + 1:03d}"
 
@@ -153,7 +154,7 @@ class Submission:
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(self.cluster.model_dump()), encoding="utf-8")
         self.plan.save(self.folder / "plan.json")
         source = Path(__file__).parents[1]
-        for package in PACKAGES:
+        for package in JOB_PACKAGES:
             shutil.copytree(
                 source / package, self.folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__")
             )
@@ -253,7 +254,7 @@ def supervise(folder: str, scheduler: str) -> str:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, lambda *_: None)  # submitit's would requeue; Slurm tells the ranks, whose end is awaited
     path = Path(folder)
-    event = Supervisor(path, Machine() if scheduler == "local" else Allocation(path)).look_after()
+    event = Supervisor(path, Machine() if scheduler == "local" else Allocation(path)).supervise()
     if event == "gave_up":
         sys.exit(1)
     return event

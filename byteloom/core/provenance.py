@@ -17,7 +17,7 @@ from byteloom.core.git import Repository, ask_git
 from byteloom.core.packages import installed_version
 from byteloom.core.text import printable
 
-PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
+RECORDED_PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
 
 
 def environment() -> dict[str, str]:
@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
     import torch  # noqa: PLC0415 takes seconds, and status needs none of it
 
     return {
-        **{f"version.{name}": installed_version(name) or "none" for name in PACKAGES},
+        **{f"version.{name}": installed_version(name) or "none" for name in RECORDED_PACKAGES},
         "version.python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": str(torch.get_num_threads()),

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers.local import STOPPED, free_port
+from launchers.processes import STOPPED, free_port, rank_command
 from launchers.slurm import scheduler
 from launchers.slurm.presets import load_cluster
-from launchers.slurm.scheduler import Phase, SchedulerError
+from launchers.slurm.scheduler import JobPhase, SchedulerError
 from launchers.supervision.heartbeat import FOLDER, read_beat
-from launchers.supervision.supervisor import TIME_LIMIT, Ending, Plan, heartbeats_of, last_error, output_of
+from launchers.supervision.plan import LaunchPlan, heartbeats_of, last_error, output_of
+from launchers.supervision.site import Ending
+from launchers.supervision.supervisor import TIME_LIMIT
 
 PATIENCE_SECONDS = 5.0
 """Between two questions to a Slurm that does not answer."""
@@ -39,7 +41,7 @@ class Allocation:
         self._signal_seconds = load_cluster(f"{folder}/cluster.yaml", {}).signal_seconds
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 
-    def unfit(self) -> str:
+    def why_unusable(self) -> str:
         if missing := [name for name in ("scontrol", "scancel", "squeue") if shutil.which(name) is None]:
             return (
                 f"{self.nodes[0]} has no {missing[0]} in PATH, which the supervisor needs; add its folder to "
@@ -64,14 +66,14 @@ class Allocation:
             )
         return ""
 
-    def start(self, plan: Plan, folder: Path, name: str) -> "Step":
-        return Step(self, plan, folder, name)
+    def start(self, plan: LaunchPlan, folder: Path, name: str) -> "SrunRanks":
+        return SrunRanks(self, plan, folder, name)
 
-    def owned(self) -> bool:
+    def is_owned(self) -> bool:
         while True:
             try:
                 told = scheduler.job(self.job)
-                return told.phase is Phase.RUNNING and told.restarts == self._restart
+                return told.phase is JobPhase.RUNNING and told.restarts == self._restart
             except SchedulerError:
                 time.sleep(PATIENCE_SECONDS)
 
@@ -100,7 +102,7 @@ class Allocation:
         try:
             scheduler.requeue(self.job)
         except SchedulerError as error:
-            if self.owned():
+            if self.is_owned():
                 return str(error)  # else it has worked, and the one that was to say so was ended with this job
         # Slurm is ending this process now, and gives it some seconds.
         deadline = time.monotonic() + EXCLUSION_SECONDS
@@ -113,10 +115,10 @@ class Allocation:
         return ""
 
 
-class Step:
+class SrunRanks:
     """One start of all ranks."""
 
-    def __init__(self, allocation: Allocation, plan: Plan, folder: Path, name: str) -> None:
+    def __init__(self, allocation: Allocation, plan: LaunchPlan, folder: Path, name: str) -> None:
         self._job, self._name = allocation.job, name
         self._outputs = folder
         nodes = len(allocation.nodes)
@@ -179,7 +181,7 @@ class Step:
             subprocess.run(["scancel", f"--signal={name}", step], stderr=subprocess.DEVNULL, check=False)
 
 
-def srun_command(plan: Plan, folder: Path, nodes: int, name: str) -> list[str]:
+def srun_command(plan: LaunchPlan, folder: Path, nodes: int, name: str) -> list[str]:
     """Starts one task a rank on all nodes of the job; all are ended when one has failed."""
     ranks = nodes * plan.processes_per_node
     # Every rank sees its node's GPUs and takes the one of its local rank, so that they can copy to each other.
@@ -196,7 +198,7 @@ def srun_command(plan: Plan, folder: Path, nodes: int, name: str) -> list[str]:
         "--unbuffered",
         f"--output={str(folder).replace('%', '%%')}/ranks/rank-%5t.log",
         "--open-mode=append",
-        *(sys.executable, "-P", "-m", "launchers.rank", plan.entry, f"{folder}/config.yaml"),
+        *rank_command("launchers.rank", plan.entry, f"{folder}/config.yaml"),
     ]
 
 

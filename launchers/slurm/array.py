@@ -64,14 +64,14 @@ def submit_commands(
         additional_parameters={"requeue": True, **cluster.sbatch},
     )
     try:
-        return executor.map_array(become, [list(command) for command in commands])[0].job_id.partition("_")[0]
+        return executor.map_array(exec_command, [list(command) for command in commands])[0].job_id.partition("_")[0]
     except submitit.core.utils.FailedJobError as error:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise refusal(str(error)) from error
 
 
-def become(command: Sequence[str]) -> None:
+def exec_command(command: Sequence[str]) -> None:
     """What a task runs: this process becomes the command, which Slurm's signals then reach as they are."""
     print(shlex.join(command), flush=True)
     os.execvp(command[0], list(command))

@@ -15,7 +15,7 @@ class SchedulerError(Exception):
     """Slurm is not there, does not answer, or refuses."""
 
 
-class Phase(StrEnum):
+class JobPhase(StrEnum):
     """Where a job is, in the words that people are shown."""
 
     QUEUED = "queued"
@@ -40,7 +40,13 @@ class Phase(StrEnum):
     @property
     def is_alive(self) -> bool:
         """Whether it runs, or will."""
-        return self not in (Phase.FINISHED, Phase.FAILED, Phase.CANCELLED, Phase.FORGOTTEN, Phase.UNKNOWN)
+        return self not in (
+            JobPhase.FINISHED,
+            JobPhase.FAILED,
+            JobPhase.CANCELLED,
+            JobPhase.FORGOTTEN,
+            JobPhase.UNKNOWN,
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Job:
 
     id: str
     """As people type it: 12, and 12_3 in an array."""
-    phase: Phase
+    phase: JobPhase
     state: str = ""
     """Slurm's own word."""
     reason: str = ""
@@ -128,7 +134,7 @@ def _of_controller(line: str) -> list[Job]:
     return [Job(each, phase, fields["JobState"], reason, restarts, nodes) for each in ids]
 
 
-def _phase(state: str, reason: str, restarts: int, returns: bool) -> Phase:
+def _phase(state: str, reason: str, restarts: int, returns: bool) -> JobPhase:
     """The phase of a job that slurmctld knows.
 
     Args:
@@ -136,30 +142,30 @@ def _phase(state: str, reason: str, restarts: int, returns: bool) -> Phase:
     """
     if state == "PENDING":
         if "Held" in reason or "held" in reason:
-            return Phase.HELD
-        return Phase.REQUEUED if restarts else Phase.QUEUED
+            return JobPhase.HELD
+        return JobPhase.REQUEUED if restarts else JobPhase.QUEUED
     if state in ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL") and returns:
-        return Phase.RETURNING
-    return _PHASES.get(state, Phase.FAILED)
+        return JobPhase.RETURNING
+    return _PHASES.get(state, JobPhase.FAILED)
 
 
 _PHASES = {
-    "RUNNING": Phase.RUNNING,
-    "CONFIGURING": Phase.RUNNING,
-    "RESIZING": Phase.RUNNING,
-    "SIGNALING": Phase.RUNNING,
-    "SUSPENDED": Phase.RUNNING,
-    "STOPPED": Phase.RUNNING,
-    "COMPLETING": Phase.ENDING,
-    "STAGE_OUT": Phase.ENDING,
-    "REQUEUED": Phase.REQUEUED,
-    "REQUEUE_FED": Phase.REQUEUED,
-    "REQUEUE_HOLD": Phase.HELD,
-    "SPECIAL_EXIT": Phase.HELD,
-    "RESV_DEL_HOLD": Phase.HELD,
-    "COMPLETED": Phase.FINISHED,
-    "CANCELLED": Phase.CANCELLED,
-    "REVOKED": Phase.CANCELLED,
+    "RUNNING": JobPhase.RUNNING,
+    "CONFIGURING": JobPhase.RUNNING,
+    "RESIZING": JobPhase.RUNNING,
+    "SIGNALING": JobPhase.RUNNING,
+    "SUSPENDED": JobPhase.RUNNING,
+    "STOPPED": JobPhase.RUNNING,
+    "COMPLETING": JobPhase.ENDING,
+    "STAGE_OUT": JobPhase.ENDING,
+    "REQUEUED": JobPhase.REQUEUED,
+    "REQUEUE_FED": JobPhase.REQUEUED,
+    "REQUEUE_HOLD": JobPhase.HELD,
+    "SPECIAL_EXIT": JobPhase.HELD,
+    "RESV_DEL_HOLD": JobPhase.HELD,
+    "COMPLETED": JobPhase.FINISHED,
+    "CANCELLED": JobPhase.CANCELLED,
+    "REVOKED": JobPhase.CANCELLED,
 }
 """Phases of Slurm's states, but for those that depend; every other state is a way to fail."""
 
@@ -171,16 +177,16 @@ def _of_accounting(job_id: str) -> list[Job]:
     if asked.returncode and "disabled" not in asked.stderr:
         raise SchedulerError(f"Slurm's accounting does not answer: {_last_line(asked.stderr)}")
     if asked.returncode:
-        return [Job(job_id, Phase.FORGOTTEN, reason="Slurm has forgotten it, and keeps no accounting")]
+        return [Job(job_id, JobPhase.FORGOTTEN, reason="Slurm has forgotten it, and keeps no accounting")]
     rows = [line.split("|") for line in asked.stdout.splitlines()]
-    return [_accounted(*row) for row in rows] or [Job(job_id, Phase.FORGOTTEN, reason="Slurm does not know it")]
+    return [_accounted(*row) for row in rows] or [Job(job_id, JobPhase.FORGOTTEN, reason="Slurm does not know it")]
 
 
 def _accounted(job_id: str, words: str, nodes: str) -> Job:
     state = words.partition(" ")[0]  # "CANCELLED by 1000"
     phase = _phase(state, "", 0, returns=False)
     if phase.is_alive:  # slurmctld was killed before it had saved what it knew
-        return Job(job_id, Phase.FORGOTTEN, state, "Slurm has lost it")
+        return Job(job_id, JobPhase.FORGOTTEN, state, "Slurm has lost it")
     return Job(job_id, phase, state, nodes="" if nodes == "None assigned" else nodes)
 
 

@@ -21,7 +21,7 @@ from byteloom.core.state_files import StateFileError, read_json
 
 FOLDER = "BYTELOOM_HEARTBEATS"
 """The environment variable that names the folder."""
-SECONDS = 1.0
+BEAT_SECONDS = 1.0
 """Beats of one phase are so far apart, at least."""
 
 Phase = Literal["start", "step", "evaluation", "checkpoint", "end"]
@@ -67,7 +67,7 @@ class Heartbeat:
     def beat(self, phase: Phase, step: int = 0) -> None:
         """Called by the loop as often as it likes; writes now and then, and whenever the phase is another."""
         now = time.monotonic()
-        if phase != self._last[0] or now - self._last[1] >= SECONDS:
+        if phase != self._last[0] or now - self._last[1] >= BEAT_SECONDS:
             self._last = (phase, now)
             self._write(Beat(phase, step, self._node, time.time()))
 

@@ -76,7 +76,7 @@ def prepare_command(
         str,
         _option(
             READING,
-            f"Reader of files: {', '.join([AUTO, *reader_names()])}. auto chooses by suffix; files reads bytes unchanged.",
+            f"Reader of files: {', '.join([AUTO, *reader_names()])}. auto chooses by suffix; files changes no byte.",
             autocompletion=lambda: [AUTO, *reader_names()],
         ),
     ] = ReadOptions.reader,

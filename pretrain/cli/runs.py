@@ -14,7 +14,7 @@ import typer
 
 from byteloom.core.text import count
 from launchers.slurm import scheduler
-from launchers.slurm.scheduler import Phase
+from launchers.slurm.scheduler import JobPhase
 from launchers.supervision.record import last_submission
 from pretrain.cli.arguments import RUNS_PANEL, parse_path
 from pretrain.terminal.console import say
@@ -26,7 +26,7 @@ from pretrain.training.run_status import RunStatus, check_run, find_runs, status
 LOG_POLL_SECONDS = 0.2
 STATE_SECONDS = 2.0
 """Seconds between two checks whether a followed run has ended."""
-IN_THE_QUEUE = {phase for phase in Phase if phase.is_alive}
+IN_THE_QUEUE = {phase for phase in JobPhase if phase.is_alive}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -90,7 +90,7 @@ def cancel_command(run: RunPath) -> None:
         scheduler.cancel(status.job)
         say(f"{run}: job {status.job} is cancelled")
     else:
-        elsewhere = status.state == Phase.RUNNING
+        elsewhere = status.state == JobPhase.RUNNING
         why = (
             f"run this command on {status.nodes or 'the machine that trains it'}"
             if elsewhere
@@ -156,6 +156,6 @@ def _pieces(run: Path, log: Path, follow: bool) -> Iterator[bytes]:
             return
         if time.monotonic() - looked > STATE_SECONDS:  # then read once more
             looked = time.monotonic()
-            is_over = status_of(run).state not in (*IN_THE_QUEUE, Phase.UNKNOWN)
+            is_over = status_of(run).state not in (*IN_THE_QUEUE, JobPhase.UNKNOWN)
         if not is_over:
             time.sleep(LOG_POLL_SECONDS)

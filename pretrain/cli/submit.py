@@ -10,8 +10,8 @@ from byteloom.core.provenance import source_text, trace
 from byteloom.core.text import count
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.submission import Submission
+from launchers.supervision.plan import LaunchPlan
 from launchers.supervision.record import last_submission
-from launchers.supervision.supervisor import Plan
 from pretrain.checkpoint import locate
 from pretrain.cli.arguments import TRAINING_PANEL, OverridesArgument, complete_recipe, parse_location
 from pretrain.cli.train import TRAIN_ENTRY
@@ -120,10 +120,10 @@ def submission_of(run: Path, config: Config, cluster: ClusterConfig, source: Map
     return Submission(run, recipe, plan_of(run, config, cluster), cluster, source_text(recipe, source))
 
 
-def plan_of(run: Path, config: Config, cluster: ClusterConfig) -> Plan:
+def plan_of(run: Path, config: Config, cluster: ClusterConfig) -> LaunchPlan:
     """Return the plan that the supervisor of a run follows."""
     home = locate(RunFolder(run).checkpoints_in(config.checkpoint.home))
-    return Plan(
+    return LaunchPlan(
         entry=TRAIN_ENTRY,
         run=str(run),
         checkpoints=str(home.resolve() if isinstance(home, Path) else home),

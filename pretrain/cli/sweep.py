@@ -25,7 +25,7 @@ import typer
 from byteloom.core.files import replace_file
 from byteloom.core.provenance import save_resolved, trace
 from byteloom.core.state_files import read_json
-from launchers.local import STOPPED
+from launchers.processes import STOPPED
 from launchers.slurm.presets import load_cluster
 from launchers.submission import submit_array
 from pretrain.cli.arguments import BYTELOOM_COMMAND, TRAINING_PANEL, RecipeArgument, parse_location

@@ -9,7 +9,7 @@ from data_pipeline.stream.loader import LoaderConfig
 from data_pipeline.stream.mixture import MOST_SEQUENCES
 from data_pipeline.stream.reading import DataConfig
 from launchers.local import LaunchConfig
-from launchers.supervision.supervisor import SuperviseConfig
+from launchers.supervision.plan import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch

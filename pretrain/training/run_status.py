@@ -23,7 +23,7 @@ from byteloom.core.provenance import read_source
 from byteloom.core.state_files import StateFileError, read_yaml
 from byteloom.core.step_folders import step_of
 from launchers.slurm import scheduler
-from launchers.slurm.scheduler import Job, Phase, SchedulerError
+from launchers.slurm.scheduler import Job, JobPhase, SchedulerError
 from launchers.supervision.machine import is_elsewhere, is_running
 from launchers.supervision.record import Launch, LaunchRecord, last_submission
 from pretrain.checkpoint import CheckpointError, Location, locate
@@ -131,7 +131,7 @@ def status_of(path: Path) -> RunStatus:
     starts = problems.read(lambda: starts_noted_at(folder.generation), 0)
     newest = problems.read(lambda: _newest_checkpoint(folder), None)
     state = _state(job, launches, holder is not None, is_done=step == steps, is_damaged=problems.has_damage)
-    bytes_per_second, step_seconds = _speed(trained) if state == Phase.RUNNING else (None, None)
+    bytes_per_second, step_seconds = _speed(trained) if state == JobPhase.RUNNING else (None, None)
     endings = [launch for launch in launches if launch.event in ENDINGS]
     process, nodes = _place(job, is_local, holder)
     started = [launch for launch in launches if launch.event == "started"]
@@ -237,25 +237,25 @@ def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
     try:
         return scheduler.job(last.job)
     except SchedulerError as error:
-        return Job(last.job, Phase.UNKNOWN, reason=str(error))
+        return Job(last.job, JobPhase.UNKNOWN, reason=str(error))
 
 
 def _in_the_background(last: Launch) -> Job:
     """The job of a run in the background of a machine, which is a process there."""
     if is_running(last):
-        return Job(last.job, Phase.RUNNING, nodes=platform.node())
+        return Job(last.job, JobPhase.RUNNING, nodes=platform.node())
     if not last.ends_background and is_elsewhere(last):
         nodes = ",".join(last.nodes)
         return Job(
-            last.job, Phase.UNKNOWN, reason=f"process {last.job} of {nodes} cannot be seen from here", nodes=nodes
+            last.job, JobPhase.UNKNOWN, reason=f"process {last.job} of {nodes} cannot be seen from here", nodes=nodes
         )
-    return Job(last.job, Phase.FORGOTTEN)
+    return Job(last.job, JobPhase.FORGOTTEN)
 
 
 def _place(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> tuple[int | None, str]:
     """The process of this machine that ends the run, if there is one, and where the run is trained."""
     if job is not None and (job.phase.is_alive or holder is None):
-        return int(job.id) if is_local and job.phase is Phase.RUNNING else None, job.nodes
+        return int(job.id) if is_local and job.phase is JobPhase.RUNNING else None, job.nodes
     if holder is None:
         return None, ""
     host, process = holder
@@ -266,14 +266,14 @@ def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, *, is_don
     if job is not None and job.phase.is_alive:
         return job.phase
     if is_held:
-        return Phase.RUNNING
+        return JobPhase.RUNNING
     if is_damaged:
         return DAMAGED
     if is_done:
-        return Phase.FINISHED
-    if job is not None and job.phase in (Phase.FAILED, Phase.CANCELLED, Phase.UNKNOWN):
+        return JobPhase.FINISHED
+    if job is not None and job.phase in (JobPhase.FAILED, JobPhase.CANCELLED, JobPhase.UNKNOWN):
         return job.phase
-    return Phase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
+    return JobPhase.FAILED if launches and launches[-1].event in ("failed", "gave_up") else "stopped"
 
 
 def _recent(journal: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:

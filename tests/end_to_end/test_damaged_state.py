@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from launchers.supervision.heartbeat import read_beat
+from launchers.supervision.plan import LaunchPlan
 from launchers.supervision.record import LaunchRecord, last_submission
-from launchers.supervision.supervisor import Plan
 from pretrain.cli.app import app
 from pretrain.cli.checkpoints import _bits_per_byte
 from pretrain.cli.faults import FAULTS
@@ -305,10 +305,10 @@ def test_damaged_beats_and_plans_of_a_submission(tmp_path: Path):
     (tmp_path / "rank-00000.json").write_bytes(b"\0\0")
     assert read_beat(tmp_path, 0) is None
     with pytest.raises(Exception, match=r"plan\.json is missing; submit the run again"):
-        Plan.load(tmp_path / "plan.json")
+        LaunchPlan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(Exception, match=r"plan\.json is damaged: entry is missing in it; submit the run again"):
-        Plan.load(tmp_path / "plan.json")
+        LaunchPlan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

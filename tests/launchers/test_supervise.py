@@ -13,8 +13,8 @@ from launchers.slurm.allocation import expand
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.submission import Submission
 from launchers.supervision.heartbeat import Heartbeat, read_beat
+from launchers.supervision.plan import LaunchPlan, SuperviseConfig
 from launchers.supervision.record import Launch, LaunchRecord
-from launchers.supervision.supervisor import Plan, SuperviseConfig
 from tests.slurm.cluster import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def _ranks_find_the_entry(monkeypatch: pytest.MonkeyPatch):
 
 
 def submission(run: Path, starts: Sequence[dict[str, Any]]) -> Submission:
-    plan = Plan(
+    plan = LaunchPlan(
         entry="tests.launchers.entry:start",
         run=str(run),
         checkpoints=str(run / "checkpoints"),

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import prepare
 from launchers.slurm import scheduler
-from launchers.slurm.scheduler import Phase
+from launchers.slurm.scheduler import JobPhase
 from pretrain.training.run_status import status_of
 from tests.commands import BYTELOOM
 from tests.conftest import STDLIB, prepare_options
@@ -36,17 +36,17 @@ def test_a_preparation_array_with_killed_tasks_ends_in_the_manifest_of_one_proce
     killed, most = set[str](), 0
     while scheduler.job(merge).phase.is_alive:
         time.sleep(0.1)
-        running = [job.id for job in scheduler.jobs(array) if job.phase is Phase.RUNNING]
+        running = [job.id for job in scheduler.jobs(array) if job.phase is JobPhase.RUNNING]
         most = max(most, len(running))
         if len(killed) < 2 and list(tmp_path.glob("out.partial/shards/*.json")):
             for task in [task for task in running if task not in killed][: 2 - len(killed)]:
                 for process in cluster.processes(task)[:1]:
                     os.kill(process, signal.SIGKILL)
                     killed.add(task)
-    assert scheduler.job(merge).phase is Phase.FINISHED
+    assert scheduler.job(merge).phase is JobPhase.FINISHED
     assert len(killed) == most == 2
     assert {job.id for job in scheduler.jobs(array) if job.restarts} == killed
-    assert {job.phase for job in scheduler.jobs(array)} == {Phase.FINISHED}
+    assert {job.phase for job in scheduler.jobs(array)} == {JobPhase.FINISHED}
     for part in ("train", "validation"):
         with Corpus(out / part) as corpus, Corpus(tmp_path / "alone" / part) as expected:
             assert corpus.manifest == expected.manifest

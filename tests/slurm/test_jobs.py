@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launchers.slurm import scheduler
-from launchers.slurm.scheduler import Phase, SchedulerError
+from launchers.slurm.scheduler import JobPhase, SchedulerError
 from tests.slurm.cluster import Cluster, running_cluster, wait_until
 
 
@@ -19,9 +19,9 @@ def submit(cluster: Cluster, script: str, *options: str) -> str:
     return cluster.run("sbatch", "--parsable", output, *options, f"--wrap={script}")
 
 
-def until(job: str, *phases: Phase, seconds: float = 60) -> list[Phase]:
+def until(job: str, *phases: JobPhase, seconds: float = 60) -> list[JobPhase]:
     """Waits for one of the phases; returns what was seen on the way, each once."""
-    seen: list[Phase] = []
+    seen: list[JobPhase] = []
 
     def look() -> bool:
         phase = scheduler.job(job).phase
@@ -37,15 +37,15 @@ def test_a_job_is_queued_running_and_over(cluster: Cluster):
     good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
     waiting = submit(cluster, "true", "--begin=now+1hour")
     held = submit(cluster, "true", "--hold")
-    until(endless, Phase.RUNNING)
+    until(endless, JobPhase.RUNNING)
     assert scheduler.job(endless).nodes in cluster.nodes
-    assert until(good, Phase.FINISHED)[-1:] == [Phase.FINISHED]
-    until(bad, Phase.FAILED)
-    assert (scheduler.job(waiting).phase, scheduler.job(waiting).reason) == (Phase.QUEUED, "BeginTime")
-    assert scheduler.job(held).phase is Phase.HELD
+    assert until(good, JobPhase.FINISHED)[-1:] == [JobPhase.FINISHED]
+    until(bad, JobPhase.FAILED)
+    assert (scheduler.job(waiting).phase, scheduler.job(waiting).reason) == (JobPhase.QUEUED, "BeginTime")
+    assert scheduler.job(held).phase is JobPhase.HELD
     for job in (endless, waiting, held):
         scheduler.cancel(job)
-        until(job, Phase.CANCELLED)
+        until(job, JobPhase.CANCELLED)
     with pytest.raises(SchedulerError, match=f"job {endless} is cancelled"):
         scheduler.cancel(endless)
 
@@ -53,23 +53,23 @@ def test_a_job_is_queued_running_and_over(cluster: Cluster):
 def test_every_element_of_an_array_has_its_own_state(cluster: Cluster):
     array = submit(cluster, "test $SLURM_ARRAY_TASK_ID = 1 && exit 1; sleep $SLURM_ARRAY_TASK_ID", "--array=0-3%2")
     assert [job.id for job in scheduler.jobs(array)] == [f"{array}_{number}" for number in range(4)]
-    until(f"{array}_1", Phase.FAILED)
-    until(f"{array}_0", Phase.FINISHED)
-    until(f"{array}_2", Phase.RUNNING)
+    until(f"{array}_1", JobPhase.FAILED)
+    until(f"{array}_0", JobPhase.FINISHED)
+    until(f"{array}_2", JobPhase.RUNNING)
     scheduler.cancel(f"{array}_2")
-    until(f"{array}_3", Phase.FINISHED)
-    until(f"{array}_2", Phase.CANCELLED)
+    until(f"{array}_3", JobPhase.FINISHED)
+    until(f"{array}_2", JobPhase.CANCELLED)
 
 
 def test_a_job_that_is_requeued_is_never_said_to_be_over(cluster: Cluster):
     job = submit(cluster, "sleep 600")
-    until(job, Phase.RUNNING)
+    until(job, JobPhase.RUNNING)
     scheduler.requeue(job)
     scheduler.requeue(job)  # it waits already, or is about to
-    seen = until(job, Phase.REQUEUED)
+    seen = until(job, JobPhase.REQUEUED)
     scheduler.exclude(job, [scheduler.job(job).nodes or "n1", "n2"])
-    seen += until(job, Phase.RUNNING)
-    assert set(seen) <= {Phase.RUNNING, Phase.ENDING, Phase.REQUEUED}
+    seen += until(job, JobPhase.RUNNING)
+    assert set(seen) <= {JobPhase.RUNNING, JobPhase.ENDING, JobPhase.REQUEUED}
     assert scheduler.job(job).restarts == 1
     assert scheduler.job(job).nodes != "n2"
     scheduler.cancel(job)
@@ -77,17 +77,17 @@ def test_a_job_that_is_requeued_is_never_said_to_be_over(cluster: Cluster):
 
 def test_a_job_that_lost_its_node_comes_back(cluster: Cluster):
     job = submit(cluster, "sleep 600", "--nodelist=n3")
-    until(job, Phase.RUNNING)
+    until(job, JobPhase.RUNNING)
     cluster.crash("n3")
-    seen = until(job, Phase.REQUEUED)
+    seen = until(job, JobPhase.REQUEUED)
     cluster.start_node("n3")
-    seen += until(job, Phase.RUNNING)
-    assert set(seen) <= {Phase.RUNNING, Phase.ENDING, Phase.RETURNING, Phase.REQUEUED}
+    seen += until(job, JobPhase.RUNNING)
+    assert set(seen) <= {JobPhase.RUNNING, JobPhase.ENDING, JobPhase.RETURNING, JobPhase.REQUEUED}
     scheduler.cancel(job)
 
 
 def test_what_cannot_be_known_is_said_in_a_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
-    assert scheduler.job("1").phase is Phase.FORGOTTEN
+    assert scheduler.job("1").phase is JobPhase.FORGOTTEN
     assert scheduler.job("1").reason == "Slurm has forgotten it, and keeps no accounting"
     with pytest.raises(SchedulerError, match="job 1 is forgotten: Slurm has forgotten it, and keeps no accounting"):
         scheduler.cancel("1")
@@ -107,14 +107,14 @@ def test_accounting_tells_of_jobs_that_slurm_has_forgotten(tmp_path: Path, monke
     with running_cluster(tmp_path / "cluster", nodes=1, accounting=True) as cluster:
         monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
-        until(good, Phase.FINISHED)
-        until(bad, Phase.FAILED)
+        until(good, JobPhase.FINISHED)
+        until(bad, JobPhase.FAILED)
         scheduler.cancel(endless)
-        until(endless, Phase.CANCELLED)
+        until(endless, JobPhase.CANCELLED)
         wait_until(lambda: "CANCELLED" in cluster.run("sacct", "-X", "-j", endless), "sacct knows of it", 30)
         cluster.restart_controller()
         assert [scheduler.job(job).phase for job in (good, bad, endless)] == [
-            Phase.FINISHED, Phase.FAILED, Phase.CANCELLED,
+            JobPhase.FINISHED, JobPhase.FAILED, JobPhase.CANCELLED,
         ]  # fmt: skip
         assert scheduler.job("1").reason == "Slurm does not know it"
 

@@ -12,8 +12,8 @@ import yaml
 
 from launchers.slurm.presets import ClusterConfig, ClusterError
 from launchers.submission import Submission
+from launchers.supervision.plan import LaunchPlan, SuperviseConfig
 from launchers.supervision.record import Launch, LaunchRecord
-from launchers.supervision.supervisor import Plan, SuperviseConfig
 from tests.end_to_end.test_tracking import delivered, journal
 from tests.slurm.cluster import Cluster, running_cluster, wait_until
 from tests.slurm.submitted import SAME, SubmittedRun, assert_trained_as, byteloom, write_recipe
@@ -70,7 +70,7 @@ class Light:
     def __init__(self, cluster: Cluster, run: Path, starts: Sequence[dict[str, Any]], **asked: Any) -> None:
         self.run = run
         preset = ClusterConfig(partition="low", time="60", **asked)
-        plan = Plan(
+        plan = LaunchPlan(
             entry="tests.launchers.entry:start",
             run=str(run),
             checkpoints=str(run / "checkpoints"),
