@@ -53,7 +53,8 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as MkDocs and hosting sites make them."""
-    titles = re.findall(r"(?m)^#+ (.*)$", prose(page))
+    """Return the anchors of a page: of its headings, and of the names whose docstrings it shows."""
+    content = prose(page)
+    titles = re.findall(r"(?m)^#+ (.*)$", content)
     words = (re.sub(r"[^\w\s-]", "", title.replace("`", "")).strip().lower() for title in titles)
-    return {re.sub(r"[\s-]+", "-", word) for word in words}
+    return {re.sub(r"[\s-]+", "-", word) for word in words} | set(re.findall(r"(?m)^::: ([\w.]+)$", content))
