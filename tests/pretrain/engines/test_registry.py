@@ -77,7 +77,7 @@ def refusal(*overrides: str) -> str:
             "engine.name is \"zero4\"; it must be 'ddp', 'fsdp', 'hsdp', 'zero1', 'zero2' or 'zero3'",
         ),
         ("engine.name=fdsp", "(did you mean fsdp?)"),
-        ("optimizer.name=adawm", "it must be 'adamw', 'adam' or 'muon' (did you mean adamw?)"),
+        ("optimizer.name=adamwx", "it must be 'adamw', 'adam' or 'muon' (did you mean adamw?)"),
         ("optimizer.name=3", "optimizer.name is 3; it must be 'adamw'"),
         ("optimizer.momentum=0.5", "optimizer.momentum is 0.5, and optimizer.name adamw does not use it"),
         ("optimizer.options={beta3: 1}", "optimizer.options has beta3, and optimizer.name adamw has no options"),
