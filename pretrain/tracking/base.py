@@ -5,15 +5,12 @@ rank's process, so it may block and it may raise: training neither waits nor end
 A tracker of one file:
 
     class TensorBoardConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-        \"""Event files of TensorBoard.\"""
-
         flush_seconds: int = Field(default=30, ge=1)
-        \"""Seconds between two writes.\"""
 
     @register_tracker("tensorboard", TensorBoardConfig)
     class TensorBoard(Tracker):
         def __init__(self, config: TensorBoardConfig, run: RunDescription) -> None:
-            self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.begins_after + 1)
+            self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.begins_after + 1, flush_secs=…)
 
         def log(self, step: int, numbers: Mapping[str, float]) -> None:
             for name, value in numbers.items():

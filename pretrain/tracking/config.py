@@ -20,7 +20,7 @@ TrackingUri = Annotated[str, AfterValidator(_expand_home)]
 
 
 class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Where numbers go beside metrics.jsonl."""
+    """Trackers that receive the numbers of metrics.jsonl."""
 
     enabled: bool = True
     """Send them to MLflow. metrics.jsonl is written either way."""

@@ -1,4 +1,4 @@
-"""mlflow.json: what a run folder knows about MLflow's side of the run."""
+"""mlflow.json: what MLflow has received of a run."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from byteloom.core.state_files import read_json
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a run."""
+    """Start of a run."""
 
     number: int
     """1 for the first start of the run folder."""
@@ -21,39 +21,49 @@ class Start:
     after: int
     """Step of the checkpoint that it resumed from; -1 for a start without a checkpoint."""
     reason: str
+    """Why the run was started."""
     changes: tuple[str, ...] = ()
     """Parameters that differ from the start before, each as "name: old -> new"."""
 
     @property
     def moment(self) -> str:
+        """Time in UTC, for people."""
         return datetime.fromtimestamp(self.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
     @property
     def place(self) -> str:
+        """Step from which the start continues, in words."""
         return "from the beginning" if self.after < 0 else f"after step {self.after}"
 
 
 @dataclass
 class Delivery:
-    """What is known about MLflow's side, kept in mlflow.json."""
+    """Progress of the deliveries to MLflow, kept in mlflow.json."""
 
     uri: str
+    """MLflow tracking URI."""
     run_id: str | None = None
+    """MLflow id of the run; None before the first delivery."""
     delivered_step: int = -1
+    """Last step that MLflow has received."""
     sending_step: int = -1
-    """Last step of a delivery that was begun; beyond delivered_step only if its end is not known."""
+    """Last step of a delivery that was begun; beyond delivered_step only if its end is unknown."""
     status: str = "RUNNING"
-    """What the run's state in MLflow should be."""
+    """State that the run should have in MLflow."""
     experiment: str = "byteloom"
+    """MLflow experiment."""
     name: str = ""
+    """Name of the run."""
     identity: str = ""
+    """Identity of the run, by which its MLflow run is found again."""
     params: dict[str, str] = field(default_factory=dict)
     """Parameters of the last start."""
     tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the last start."""
     starts: list[dict[str, Any]] = field(default_factory=list)
     """Fields of every Start, oldest first."""
     note: str = ""
-    """Description of the run that Byteloom wrote last; a person's own text differs from it, and is kept."""
+    """Description of the run that Byteloom wrote last. A text that differs from it is a person's, and is kept."""
 
     @classmethod
     def load(cls, path: Path) -> "Delivery | None":
@@ -66,15 +76,18 @@ class Delivery:
         return read_json(path, cls, advice)
 
     def save(self, path: Path) -> None:
+        """Write mlflow.json."""
         replace_file(path, json.dumps(vars(self), indent=1))
 
     def add(self, start: Start) -> None:
+        """Add a start of the run."""
         self.starts.append(asdict(start))
 
     def all_starts(self) -> list[Start]:
+        """Return all starts, oldest first."""
         return [Start(**{**start, "changes": tuple(start["changes"])}) for start in self.starts]
 
     def forget_run(self) -> None:
-        """Have everything delivered to another MLflow run, which the next delivery finds or creates."""
+        """Make the next delivery find or create another MLflow run, and send everything to it."""
         self.run_id, self.note = None, ""
         self.delivered_step = self.sending_step = -1

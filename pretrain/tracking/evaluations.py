@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 def store_evaluation(state: Path, files: Path, place: str) -> None:
     """Store the files of an evaluation as artifacts of its run. A failure is a warning.
 
-    The run may be training meanwhile: neither its state in MLflow nor mlflow.json is touched.
+    The run may be training meanwhile, so its state in MLflow and mlflow.json stay as they are.
 
     Args:
         state: the run's mlflow.json.

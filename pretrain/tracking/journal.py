@@ -20,44 +20,51 @@ class Journal:
     """Writer of metrics.jsonl."""
 
     def __init__(self, path: Path, last_step: int | None) -> None:
-        """Open the journal to continue after `last_step`; drop what an interrupted attempt wrote beyond it.
+        """Open the journal to continue after a step; drop the lines of later steps.
 
         Args:
-            last_step: of the checkpoint the run resumes from; None starts an empty journal.
+            path: of metrics.jsonl.
+            last_step: step of the checkpoint that the run resumes from; None starts an empty journal.
         """
         self.path = path
         kept = [] if last_step is None else _kept_lines(path, last_step)
         self.last_step: int = kept[-1].record["step"] if kept else -1
-        """The last step that it had when it was opened; -1 if it had none."""
+        """Last step in the journal when it was opened; -1 if it was empty."""
         replace_file(path, "".join(line.text for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the line of a step."""
         self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Put what was appended on disk."""
+        """Put all lines on disk."""
         sync(self.path)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 class JournalLine(NamedTuple):
-    """A whole line of the journal."""
+    """Whole line of the journal."""
 
     record: dict[str, Any]
+    """Step, time and metrics."""
     text: str
+    """The line, with its end."""
     end: int
     """Offset in the file just after the line."""
 
 
 class JournalRecord(BaseModel, frozen=True, extra="allow"):
-    """The numbers of one line of a journal; those besides these two are its metrics."""
+    """Numbers of one line of a journal; all but these two are metrics."""
 
     step: int
+    """Optimizer steps done."""
     time: float
+    """Seconds since 1970."""
     __pydantic_extra__: dict[str, float] = Field(init=False)
 
 
@@ -67,10 +74,12 @@ def read_journal(path: Path, report: Callable[[str], None] = log.warning, offset
 
 
 def lines(path: Path, offset: int = 0, report: Callable[[str], None] = log.warning) -> Iterator[JournalLine]:
-    """Yield the whole lines from an offset on; a last line without its end is still being written, or never was.
+    """Yield the whole lines from an offset on; skip a last line that has no end, since it is being written.
 
     Args:
-        report: called with what is wrong with each damaged line, which is left out.
+        path: of metrics.jsonl.
+        offset: bytes to skip.
+        report: called with the fault of each damaged line, which is skipped.
 
     Raises:
         StateFileError: the file cannot be read.
@@ -85,9 +94,9 @@ def lines(path: Path, offset: int = 0, report: Callable[[str], None] = log.warni
 def _kept_lines(path: Path, last_step: int) -> list[JournalLine]:
     """Return the journal's lines up to a step.
 
-    A checkpoint is written after the numbers up to its step are on disk, so a loss of power damages only what comes
-    later and is computed again. A journal with other damage is copied before damaged lines are left out: training reads
-    no numbers from it, but a person may want them.
+    A checkpoint is written after the numbers up to its step are on disk. A loss of power therefore damages only later
+    lines, which are computed again. A journal with other damage is copied before the damaged lines are dropped, because
+    a person may want them; training reads no numbers from it.
     """
     faults: list[str] = []
     kept = [line for line in lines(path, report=faults.append) if line.record["step"] <= last_step]
@@ -96,5 +105,5 @@ def _kept_lines(path: Path, last_step: int) -> list[JournalLine]:
         shutil.copyfile(path, copy)
         for fault in faults:
             log.warning("%s", fault)
-        log.warning("the journal goes on without them; %s has it as it was", copy)
+        log.warning("the journal continues without them; %s is a copy with them", copy)
     return kept

@@ -1,4 +1,4 @@
-"""The MLflow run that the runs of a sweep are shown under."""
+"""MLflow run that groups the runs of a sweep."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,17 @@ from pretrain.tracking.store import MlflowStore
 
 
 class ParentRun:
-    """An MLflow run that others are shown under, and which has ended when all of them have.
+    """MLflow run that groups others, and ends when all of them have ended.
 
     Its methods raise whatever MLflow raises.
 
     Args:
+        config: names the store and the experiment.
         store_folder: folder of runs, where the embedded store is.
-        runs: how many they are.
-        identity: by which it is found again.
-        tags: what a person would want to know of it.
+        name: of the MLflow run.
+        identity: by which the MLflow run is found again.
+        runs: number of runs in the group.
+        tags: of the MLflow run.
     """
 
     def __init__(
@@ -30,5 +32,5 @@ class ParentRun:
         self._store.set_tags(self.id, {**tags, RUNS_TAG: str(runs)})
 
     def set_status(self, status: str) -> None:
-        """In MLflow's words: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
+        """Set the state, in MLflow's words: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
         self._store.client.update_run(self.id, status=status)

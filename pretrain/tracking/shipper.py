@@ -18,19 +18,20 @@ METRICS_PER_CALL = 1000
 LOG_BYTES = 200_000
 """How much of the end of train.log is an artifact."""
 RUNS_TAG = "byteloom.runs"
-"""How many runs are shown under the run that has this tag."""
+"""Tag of a run that groups others; its value is their number."""
 STARTS = "starts"
 """Metric that counts the starts, at the step from which each continues."""
 STARTS_DESCRIBED = 20
-"""Starts in the run's description, the newest ones; each has a tag."""
+"""Newest starts that the run's description lists; each start has a tag too."""
 
 
 class MlflowShipper:
-    """Brings an MLflow run up to date with a run folder.
+    """Deliveries from a run folder to its MLflow run.
 
-    Everything it needs is in the run folder, so another process can continue the work, also after the run has ended.
+    Everything that a delivery needs is in the run folder, so another process can continue it, also after the run.
 
     Args:
+        journal: metrics.jsonl.
         state: mlflow.json.
         recipe: config.yaml, an artifact from the first delivery on.
         train_log: train.log; its end is an artifact when the start ends.
@@ -49,14 +50,14 @@ class MlflowShipper:
         self._saving = threading.Lock()
         self._recipe_was_sent = False
         self._offset = 0
-        """Where in the journal undelivered lines begin, as far as this process knows."""
+        """Offset in the journal before which every line is delivered, as far as this process knows."""
         self._reported = set[str]()
-        """What was wrong with the journal's lines."""
+        """Faults of the journal's lines that were logged."""
 
     def deliver(self) -> int:
         """Send what MLflow has not received; return the number of steps sent.
 
-        Raises whatever MLflow raises when it cannot be reached; what was sent before counts.
+        Raises whatever MLflow raises when it cannot be reached. Steps that were sent before that count as delivered.
         """
         store, run_id = self._connected()
         steps, batch = 0, list[Value]()
@@ -89,11 +90,12 @@ class MlflowShipper:
         self._send_files(store, run_id, with_log=True)
 
     def set_status(self, status: str) -> None:
+        """Store the state that the run should have in MLflow."""
         self.delivery.status = status
         self._save()
 
     def undelivered(self) -> int:
-        """Steps that MLflow has not received."""
+        """Return the number of steps that MLflow has not received."""
         return sum(1 for _ in self._undelivered_lines())
 
     def _save(self) -> None:
@@ -119,7 +121,7 @@ class MlflowShipper:
         self._offset = last.end
 
     def _send_files(self, store: MlflowStore, run_id: str, *, with_log: bool) -> None:
-        """Store the run's files as artifacts. Numbers are worth more: a failure is a warning."""
+        """Store the run's files as artifacts. A failure is a warning, since numbers matter more."""
         try:
             if self._recipe.exists():
                 store.client.log_artifact(run_id, str(self._recipe))
@@ -155,9 +157,11 @@ class MlflowShipper:
             self._save()
         store.client.update_run(run_id, status="RUNNING")
         changed = _changed(params, run.data.params, run.data.tags)
-        untold = [start for start in starts if f"start.{start.number}" not in run.data.tags]
-        store.log_values(run_id, [Value(STARTS, start.number, start.time, max(start.after, 0)) for start in untold])
-        store.set_tags(run_id, self.delivery.tags | _tags_of(untold) | {f"now.{key}": params[key] for key in changed})
+        unreported = [start for start in starts if f"start.{start.number}" not in run.data.tags]
+        store.log_values(run_id, [Value(STARTS, start.number, start.time, max(start.after, 0)) for start in unreported])
+        store.set_tags(
+            run_id, self.delivery.tags | _tags_of(unreported) | {f"now.{key}": params[key] for key in changed}
+        )
         self._describe(store, run, starts, [key for key in changed if params[key] != run.data.params.get(key)])
         self._mark_as_training(store, run)
         if page := store.page_of(run):
@@ -176,7 +180,7 @@ class MlflowShipper:
             self._save()
 
     def _mark_as_training(self, store: MlflowStore, run: Any) -> None:
-        """A server without models, such as one before MLflow 3, keeps everything else."""
+        """List the run under model training, where the server has models; MLflow has them since version 3."""
         try:
             store.mark_as_training(run, self.delivery.name)
         except Exception as error:
@@ -185,7 +189,7 @@ class MlflowShipper:
             log.debug("the MLflow server has no models: %s", fault_of(error))
 
     def _update_parent(self, store: MlflowStore, run_id: str) -> None:
-        """Set the state of the run that this one is shown under: it has ended when all of its runs have."""
+        """Set the state of the run that groups this one; it ends when all of its runs have ended."""
         if PARENT_TAG not in self.delivery.tags:
             return
         client = store.client
@@ -201,7 +205,7 @@ class MlflowShipper:
         client.update_run(parent.info.run_id, status=worst if ended else "RUNNING")
 
     def _last_step_known_to(self, store: MlflowStore, run_id: str) -> int:
-        """Asked when a process was killed between sending steps and noting that they had arrived."""
+        """Return the last step that MLflow has, for a delivery whose end is unknown."""
         steps = (
             metric.step
             for name in ("train/bits_per_byte", "validation/bits_per_byte")
@@ -211,7 +215,7 @@ class MlflowShipper:
 
 
 def _values(record: Mapping[str, Any]) -> list[Value]:
-    """The finite numbers of a line of the journal."""
+    """Return the finite numbers of a line of the journal."""
     return [
         Value(name, value, record["time"], record["step"])
         for name, value in record.items()
@@ -219,12 +223,12 @@ def _values(record: Mapping[str, Any]) -> list[Value]:
     ]
 
 
-def _changed(params: Mapping[str, str], told: Mapping[str, str], tags: Mapping[str, str]) -> list[str]:
-    """The parameters of which MLflow's value is, or was, not the present one. MLflow never changes a parameter."""
+def _changed(params: Mapping[str, str], known: Mapping[str, str], tags: Mapping[str, str]) -> list[str]:
+    """Return the parameters whose value in MLflow is or was out of date, since MLflow never changes a parameter."""
     return [
         key
         for key, value in params.items()
-        if value[:PARAM_LENGTH] != told.get(key, value[:PARAM_LENGTH]) or f"now.{key}" in tags
+        if value[:PARAM_LENGTH] != known.get(key, value[:PARAM_LENGTH]) or f"now.{key}" in tags
     ]
 
 
@@ -240,9 +244,10 @@ def _tags_of(starts: Sequence[Start]) -> dict[str, str]:
 def _description(starts: Sequence[Start], changed: Mapping[str, tuple[str, str]]) -> str:
     """Return Markdown about the starts, and about the parameters whose value in MLflow is out of date.
 
-    The page shows the first lines alone until a person asks for more.
+    MLflow's page shows only the first lines until a person expands it.
 
     Args:
+        starts: of the run, oldest first.
         changed: (first value, present value) of each.
     """
     newest = starts[-1]
@@ -258,7 +263,7 @@ def _description(starts: Sequence[Start], changed: Mapping[str, tuple[str, str]]
 
 
 def _end_of(path: Path) -> str:
-    """The whole lines at the end of a log."""
+    """Return the whole lines at the end of a log."""
     with path.open("rb") as file:
         skipped = max(0, file.seek(0, os.SEEK_END) - LOG_BYTES)
         file.seek(skipped)

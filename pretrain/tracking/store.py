@@ -1,4 +1,4 @@
-"""One MLflow store or server: the only place that imports MLflow, and that reads its errors."""
+"""Client of an MLflow store or server; no other module imports MLflow or reads its errors."""
 
 import logging
 import os
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 RUN_TAG, PARENT_TAG, NOTE_TAG = "byteloom.run", "mlflow.parentRunId", "mlflow.note.content"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""What makes an experiment one of model training, where MLflow's page asks the experiment for it."""
+"""Tag of experiments of model training, by which MLflow's page chooses its views."""
 VALUES_PER_CALL = 100
-"""Parameters or tags that MLflow takes in one call."""
+"""Parameters or tags that MLflow accepts in one call."""
 PARAM_LENGTH, TAG_LENGTH = 6000, 8000
 """Characters of a value that MLflow keeps."""
 ARTIFACTS = "mlflow-artifacts"
@@ -34,13 +34,16 @@ class TrackingError(Exception):
 
 
 class Value(NamedTuple):
-    """A metric's value."""
+    """Value of a metric at a step."""
 
     name: str
+    """Name of the metric."""
     value: float
+    """The value, finite."""
     time: float
     """Seconds since 1970."""
     step: int
+    """Optimizer steps done."""
 
 
 class MlflowStore:
@@ -48,6 +51,7 @@ class MlflowStore:
 
     Args:
         uri: MLflow tracking URI.
+
     Raises:
         MissingPackageError: MLflow is not installed.
     """
@@ -67,10 +71,10 @@ class MlflowStore:
             self.client = MlflowClient(uri)
 
     def find_or_create_experiment(self, name: str) -> str:
-        """Return the id of an experiment, which is one of model training.
+        """Return the id of an experiment of model training.
 
         Raises:
-            TrackingError: it was deleted, or the server is none of MLflow's.
+            TrackingError: the experiment was deleted, or the server is not MLflow.
         """
         with _sqlite_ready(self.uri):
             known = self.client.get_experiment_by_name(name)
@@ -87,6 +91,9 @@ class MlflowStore:
         """Return the id of the run that has an identity.
 
         Args:
+            experiment_id: of the experiment that is searched.
+            identity: by which the run is found.
+            name: of a new run.
             started: seconds since 1970; now, if None.
         """
         known = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=1)
@@ -125,8 +132,8 @@ class MlflowStore:
     def mark_as_training(self, run: Any, name: str) -> None:
         """Make MLflow's page list a run under model training.
 
-        MLflow 3.17 lists a run that has no model as an output among the evaluations of GenAI applications, and other
-        versions ask the experiment for its kind.
+        MLflow 3.17 lists a run without an output model among the evaluations of GenAI applications. Other versions
+        read the kind of the experiment.
         """
         self._mark_as_training(self.client.get_experiment(run.info.experiment_id))
         if _models_of(run):
@@ -137,16 +144,17 @@ class MlflowStore:
         self.client.log_outputs(run.info.run_id, [self._entities.LoggedModelOutput(model.model_id, step=0)])
 
     def share_models(self, run_id: str, parent: Any) -> None:
-        """Make a run's models outputs of its parent too, which MLflow's page then lists under model training."""
+        """Make a run's models outputs of its parent too, so that MLflow's page lists the parent under training."""
         if not _models_of(parent) and (models := _models_of(self.run(run_id))):
             self.client.log_outputs(parent.info.run_id, models)
 
     def mark_models_ready(self, run_id: str) -> None:
+        """Set the state of a run's models to READY."""
         for output in _models_of(self.run(run_id)):
             self.client.finalize_logged_model(output.model_id, "READY")
 
     def log_values(self, run_id: str, values: Sequence[Value]) -> None:
-        """Add metrics; those that MLflow knows already change nothing."""
+        """Add metrics; those that MLflow has already change nothing."""
         metrics = [self._entities.Metric(name, value, int(time * 1000), step) for name, value, time, step in values]
         try:
             self.client.log_batch(run_id, metrics=metrics)
@@ -161,6 +169,7 @@ class MlflowStore:
             self.client.log_batch(run_id, params=entries[first : first + VALUES_PER_CALL])
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
         entries = [self._entities.RunTag(key, value[:TAG_LENGTH]) for key, value in tags.items()]
         for first in range(0, len(entries), VALUES_PER_CALL):
             self.client.log_batch(run_id, tags=entries[first : first + VALUES_PER_CALL])
@@ -187,7 +196,7 @@ def shown(uri: str) -> str:
 
 
 def _models_of(run: Any) -> list[Any]:
-    """Return the models that are outputs of a run; a server before MLflow 3 knows none."""
+    """Return the models that are outputs of a run; a server before MLflow 3 has none."""
     return [] if run.outputs is None else list(run.outputs.model_outputs or ())
 
 

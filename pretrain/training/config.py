@@ -45,34 +45,60 @@ class ProfileConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
 
 
 class TrainingRecipe(Protocol):
-    """What training needs of the config tree."""
+    """Config tree, as training reads it."""
 
     @property
-    def run(self) -> RunConfig: ...
+    def run(self) -> RunConfig:
+        """Section `run`: name and root of the run."""
+
     @property
-    def data(self) -> DataConfig: ...
+    def data(self) -> DataConfig:
+        """Section `data`: corpora and their order."""
+
     @property
-    def loader(self) -> LoaderConfig: ...
+    def loader(self) -> LoaderConfig:
+        """Section `loader`: reading ahead."""
+
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> ModelConfig:
+        """Section `model`: model of any family."""
+
     @property
-    def initialize(self) -> InitializeConfig: ...
+    def initialize(self) -> InitializeConfig:
+        """Section `initialize`: initial weights."""
+
     @property
-    def train(self) -> TrainConfig: ...
+    def train(self) -> TrainConfig:
+        """Section `train`: steps and batches."""
+
     @property
-    def optimizer(self) -> OptimizerConfig: ...
+    def optimizer(self) -> OptimizerConfig:
+        """Section `optimizer`: optimizer and schedule."""
+
     @property
-    def engine(self) -> EngineConfig: ...
+    def engine(self) -> EngineConfig:
+        """Section `engine`: engine, device and precision."""
+
     @property
-    def validation(self) -> ValidationConfig: ...
+    def validation(self) -> ValidationConfig:
+        """Section `validation`: validation corpus."""
+
     @property
-    def checkpoint(self) -> CheckpointConfig: ...
+    def checkpoint(self) -> CheckpointConfig:
+        """Section `checkpoint`: checkpoints."""
+
     @property
-    def tracking(self) -> TrackingConfig: ...
+    def tracking(self) -> TrackingConfig:
+        """Section `tracking`: MLflow and other trackers."""
+
     @property
-    def profile(self) -> ProfileConfig: ...
+    def profile(self) -> ProfileConfig:
+        """Section `profile`: steps to record with the profiler."""
+
     @property
-    def callbacks(self) -> Mapping[str, BaseModel]: ...
+    def callbacks(self) -> Mapping[str, BaseModel]:
+        """Section `callbacks`: config nodes of callbacks by name."""
+
     def as_tree(self) -> dict[str, Any]:
         """Return the whole tree as JSON values."""
 
@@ -80,4 +106,4 @@ class TrainingRecipe(Protocol):
         """Return the whole tree as a recipe."""
 
     def warnings(self) -> list[Fault]:
-        """Return what is allowed and yet is most often a slip."""
+        """Return values that are valid but most often a mistake."""

@@ -1,8 +1,8 @@
-"""How a run fares: what its folder says, and what the scheduler says of its job, both asked anew.
+"""Status of a run, read from its folder and asked of the scheduler each time.
 
 config.yaml, metrics.jsonl, checkpoints/, generation, launches.jsonl ─┐
-who holds the folder ─────────────────────────────────────────────────┼─▶ RunStatus
-the scheduler, about the job that was submitted last ─────────────────┘
+holder of the folder's lock ──────────────────────────────────────────┼─▶ RunStatus
+the scheduler's answer about the newest job ──────────────────────────┘
 """
 
 import os
@@ -35,69 +35,73 @@ from pretrain.training.run_folder import RunFolder, RunFolderError, read_recipe
 T = TypeVar("T")
 
 RECENT_STEPS = 20
-"""Speed is the mean over so many."""
+"""Steps over which the mean speed is computed."""
 TAIL_BYTES = 64 << 10
-"""Of the journal: more than so many steps."""
+"""Bytes at the end of the journal that are read; they hold more than RECENT_STEPS steps."""
 ANSWER_SECONDS = 10.0
-"""How long the server of a home of checkpoints may take to answer."""
+"""Seconds that the server of a home of checkpoints may take to answer."""
 NUMBERS_OF_A_STEP = {"step_seconds", "bytes_per_second", "train/bits_per_byte"}
+"""Metrics that each line of a step has."""
 DAMAGED = "damaged"
-"""State of a run that nobody trains and of which a file cannot be used."""
+"""State of a run that no process trains and that has a damaged file."""
 VALIDATION = "validation/bits_per_byte"
+"""Metric of validations."""
 ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
-"""Events of the record that say why ranks do not run, or run again."""
+"""Events of the record that explain why ranks do not run, or run again."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run, now. What is not known is None."""
+    """Status of one run at one moment. Unknown values are None."""
 
     run: str
-    """Its folder."""
+    """Path of the run folder."""
     recipe: str | None
-    """The recipe of its last start: the name of one that comes with Byteloom, or the path of a file."""
+    """Recipe of the last start: the name of one that comes with Byteloom, or the path of a file."""
     state: str
-    """That of its job, while it has one; else running, stopped, finished, failed or damaged."""
+    """State of the job while there is one; else running, stopped, finished, failed or damaged."""
     reason: str
-    """The scheduler's, for that state."""
+    """Reason that the scheduler gives for the state."""
     job: str | None
-    """The scheduler's id of its newest job; None for a run that no scheduler knows."""
+    """Id of the newest job; None for a run without a scheduler."""
     process: int | None
-    """Id of the process of this machine that trains the run, or that supervises it in the background. SIGTERM stops
-    the run in good order."""
+    """Id of the process of this machine that trains the run, or that supervises it in the background. SIGTERM makes
+    the run save and stop."""
     nodes: str
-    """Where it runs."""
+    """Nodes on which the run is trained."""
     step: int
-    """The last one whose numbers are written. A run that is started again begins at its last checkpoint."""
+    """Last step whose numbers are written. A new start resumes from the last checkpoint."""
     steps: int | None
+    """Steps of the whole run."""
     bits_per_byte: float | None
-    """Of that step."""
+    """Training loss of the last step."""
     validation_bits_per_byte: float | None
-    """The newest."""
+    """Newest validation loss."""
     bytes_per_second: float | None
+    """Mean speed over the last steps; None while no process trains the run."""
     seconds_left: float | None
-    """Both None while no step is being done."""
+    """Expected time to the last step; None while no process trains the run."""
     checkpoint_step: int | None
-    """Of the newest checkpoint."""
+    """Step of the newest checkpoint."""
     checkpoint_seconds: float | None
-    """Since it was written."""
+    """Seconds since the newest checkpoint was written."""
     starts: int
-    """Starts that a person asked for, by `train` or `submit`."""
+    """Starts that a person requested, by `train` or `submit`."""
     restarts: int
-    """Starts of the supervisor or the scheduler, within a job."""
+    """Starts by the supervisor or the scheduler, within a job."""
     why: str
-    """What the newest restart or ending was for."""
+    """Reason of the newest restart or ending."""
     history: list[dict[str, Any]]
     """Lines of launches.jsonl."""
     problems: list[str]
-    """What is damaged or cannot be read, a line each."""
+    """Files that are damaged or cannot be read, a line each."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The runs at paths, each a run or a folder of runs.
+    """Return the runs at paths, each of which is a run or a folder of runs.
 
     Raises:
-        RunFolderError: there is no run.
+        RunFolderError: a path has no run.
     """
     found = []
     for path in paths:
@@ -109,10 +113,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def status_of(path: Path) -> RunStatus:
-    """How one run fares.
+    """Return the status of a run.
 
     Raises:
-        RunFolderError: it is no run.
+        RunFolderError: the folder is not a run.
     """
     check_run(path)
     folder, problems = RunFolder(path), _Problems()
@@ -161,13 +165,13 @@ def status_of(path: Path) -> RunStatus:
 
 
 def statuses_of(paths: Sequence[Path]) -> list[RunStatus]:
-    """Return the status of each run. They are asked at the same time, because each may wait for a server."""
+    """Return the status of each run; read them at the same time, because each may wait for a server."""
     with ThreadPoolExecutor(max(1, len(paths))) as pool:
         return list(pool.map(status_of, paths))
 
 
 def check_run(path: Path) -> None:
-    """Raises RunFolderError if a path is no run's."""
+    """Raise RunFolderError if a folder is not a run."""
     if not _is_run(path):
         raise RunFolderError(f"{path} is not a run: it has no run.json and no launches.jsonl")
 
@@ -183,15 +187,15 @@ def _can_be_seen_as_run(path: Path) -> bool:
 
 
 class _Problems:
-    """What is wrong with a run, found while its status is read."""
+    """Problems of a run that are found while its status is read."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.has_damage = False
-        """Whether a file of the run folder cannot be used."""
+        """Whether a file of the run folder is damaged."""
 
     def read(self, read: Callable[[], T], otherwise: T) -> T:
-        """Return what a function reads, or another value where it cannot."""
+        """Return what a function reads; note the problem and return another value where it fails."""
         try:
             return read()
         except (StateFileError, CheckpointError, OSError) as error:
@@ -228,7 +232,7 @@ def _newest_checkpoint(folder: RunFolder) -> Location | None:
 
 
 def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
-    """The job that was submitted last, as the scheduler knows it; None for a run that was never submitted."""
+    """Return the newest job with the scheduler's state; None for a run that was never submitted."""
     if not launches:
         return None
     last = launches[-1]
@@ -241,7 +245,7 @@ def _job(launches: Sequence[Launch], is_local: bool) -> Job | None:
 
 
 def _in_the_background(last: Launch) -> Job:
-    """The job of a run in the background of a machine, which is a process there."""
+    """Return the job of a run in the background of a machine, which is a process there."""
     if is_running(last):
         return Job(last.job, JobPhase.RUNNING, nodes=platform.node())
     if not last.ends_background and is_elsewhere(last):
@@ -253,7 +257,7 @@ def _in_the_background(last: Launch) -> Job:
 
 
 def _place(job: Job | None, is_local: bool, holder: tuple[str, int] | None) -> tuple[int | None, str]:
-    """The process of this machine that ends the run, if there is one, and where the run is trained."""
+    """Return the process of this machine that SIGTERM may stop, if there is one, and the nodes of the run."""
     if job is not None and (job.phase.is_alive or holder is None):
         return int(job.id) if is_local and job.phase is JobPhase.RUNNING else None, job.nodes
     if holder is None:
@@ -277,10 +281,11 @@ def _state(job: Job | None, launches: Sequence[Launch], is_held: bool, *, is_don
 
 
 def _recent(journal: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The last lines of metrics.jsonl that are whole.
+    """Return the last whole lines of metrics.jsonl.
 
     Args:
-        report: called with what is wrong with a line.
+        journal: path of metrics.jsonl.
+        report: called with the fault of a damaged line.
     """
     begin = 0
     with suppress(FileNotFoundError), journal.open("rb") as file:
@@ -291,7 +296,7 @@ def _recent(journal: Path, report: Callable[[str], None]) -> list[dict[str, Any]
 
 
 def _age(checkpoint: Location | None) -> float | None:
-    """Seconds since a checkpoint was written; None where that is not known."""
+    """Return the seconds since a checkpoint was written; None if unknown."""
     if isinstance(checkpoint, Path):
         with suppress(FileNotFoundError):  # deleted in the meantime, for a newer one
             return time.time() - checkpoint.stat().st_mtime
@@ -299,7 +304,7 @@ def _age(checkpoint: Location | None) -> float | None:
 
 
 def _last_validation(journal: Path) -> float | None:
-    """Return the newest validation loss in metrics.jsonl; None if there is none. It may be far from the end."""
+    """Return the newest validation loss in metrics.jsonl, which may be far from the end; None if there is none."""
     if not journal.is_file() or not journal.stat().st_size:
         return None
     with journal.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
@@ -312,7 +317,7 @@ def _last_validation(journal: Path) -> float | None:
 
 
 def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:
-    """Bytes a second, and seconds a step, if there is one."""
+    """Return bytes per second and seconds per step; None without steps."""
     seconds = sum(step["step_seconds"] for step in steps)
     if seconds <= 0:
         return None, None
@@ -320,7 +325,7 @@ def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | Non
 
 
 class _StoredCluster(BaseModel):
-    """The field of a submission's cluster.yaml that says who runs the job."""
+    """Field of a submission's cluster.yaml that names the scheduler."""
 
     scheduler: str
 

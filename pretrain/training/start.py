@@ -295,11 +295,7 @@ def _recorder(
     checkpoint: Metadata | None,
     fence: Fence,
 ) -> Recorder:
-    """Return the journal and the trackers of this start.
-
-    Args:
-        facts: parameters for trackers that follow from the recipe.
-    """
+    """Return the journal and the trackers of this start; `facts` are parameters that follow from the recipe."""
     step = reading.record.step
     corpora = [stream.corpus.content_sha256 for stream in reading.mixture.streams.values()]
     description = RunDescription(

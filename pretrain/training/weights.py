@@ -169,9 +169,9 @@ def trained_precision(checkpoint: Metadata) -> str:
 
 
 def model_changes(then: Mapping[str, Any], now: ModelConfig) -> list[str]:
-    """What differs between a model's section of an earlier recipe and a config, a line each.
+    """Return the differences between an earlier recipe's section `model` and a config, a line each.
 
-    Fields that leave the meaning of weights as it is do not count.
+    Fields that do not change the meaning of weights are ignored.
     """
     before, after = (
         config.model_dump(mode="json", exclude=set(family(config.family).free_fields))

@@ -109,7 +109,7 @@ def test_training_keeps_every_whole_line_of_a_damaged_journal(run: Path, corpus_
     path = run / "metrics.jsonl"
     assert f"warning: {path} is damaged in line 3: 7 bytes before its value belong to no line" in said
     assert f"warning: {path} is damaged in line 5: it is not JSON" in said
-    assert f"{path}.damaged has it as it was" in said
+    assert f"{path}.damaged is a copy with them" in said
     assert path.read_bytes().startswith(b"".join(lines))
     assert [record["step"] for record in read_journal(path, pytest.fail)] == [*range(STEPS + 1), STEPS + 1, STEPS + 2]
     assert Path(f"{path}.damaged").read_bytes() == damaged

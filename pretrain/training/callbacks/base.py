@@ -19,13 +19,11 @@ Every rank calls every event at the same step, so a callback may use collectives
 `on_end`. Only the first rank writes numbers.
 
 A callback reads a run. It changes no parameter, no gradient and nothing of the data, so losses are the same with and
-without it. What it raises ends the run. A callback of one file:
+without it. An exception that it raises ends the run. To end a run early, it calls `run.stop.request(signal.SIGTERM)` on
+any rank; the ranks agree on it before the next step. A callback of one file:
 
     class WeightNormConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-        \"""Norm of all weights.\"""
-
         every: int = Field(default=100, ge=1)
-        \"""Steps between two measurements.\"""
 
     @register_callback("weight_norm", WeightNormConfig)
     class WeightNorm(Callback):
@@ -69,6 +67,7 @@ class Callback:
         """Act after an optimizer step, before validation; `run.step` counts the step.
 
         Args:
+            run: after the step.
             numbers: of the step, by their names in metrics.jsonl.
         """
 
@@ -97,6 +96,7 @@ class Callback:
         Called on whatever end, for each callback whose `on_start` was called. Other ranks may be gone.
 
         Args:
+            run: at its end.
             status: FINISHED, KILLED (stopped by a request) or FAILED.
         """
 

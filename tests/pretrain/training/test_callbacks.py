@@ -194,3 +194,41 @@ def test_names_are_unique(registered: None):
         register_callback("weight_norm", WeightNormConfig)(WeightNorm)
     with pytest.raises(RegistryError, match="every run has a callback named validation"):
         register_callback("validation", WeightNormConfig)(WeightNorm)
+
+
+ENTRY_POINT_MODULE = """
+from pydantic import BaseModel
+
+from pretrain.training.callbacks import Callback, register_callback
+
+
+class QuietConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    volume: int = 0
+
+
+@register_callback("quiet", QuietConfig)
+class Quiet(Callback):
+    def __init__(self, config: QuietConfig) -> None:
+        pass
+"""
+
+
+def test_a_callback_of_an_installed_package_is_found_by_its_entry_point(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    site = tmp_path / "site"
+    (site / "quiet-1.dist-info").mkdir(parents=True)
+    (site / "quiet_callback.py").write_text(ENTRY_POINT_MODULE)
+    (site / "quiet-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: quiet\nVersion: 1\n")
+    (site / "quiet-1.dist-info/entry_points.txt").write_text(
+        "[byteloom.callbacks]\nquiet = quiet_callback\nbroken = there_is_no_such_module\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    assert load(recipe, ["callbacks.quiet.volume=3"]).as_tree()["callbacks"] == {"quiet": {"volume": 3}}
+    with pytest.raises(
+        ConfigError, match=r"the entry point broken = there_is_no_such_module of quiet .* cannot be imp"
+    ):
+        load(recipe, ["callbacks.broken={}"])
+    assert "callbacks.quiet.volume: int, default 0" in explain("callbacks")
+    assert "the entry point broken = there_is_no_such_module of quiet" in caplog.text
+    CALLBACKS.remove("quiet")
