@@ -10,7 +10,7 @@ from byteloom.core.locations import Location, Url, locate
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.data import described, read, read_metadata, verify
+    from pretrain.checkpoint.data import metadata_of_files, read, read_metadata, verify
     from pretrain.checkpoint.format import Metadata, StoredTensor
     from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
 
@@ -23,15 +23,15 @@ __all__ = [
     "Metadata",
     "StoredTensor",
     "Url",
-    "described",
     "locate",
+    "metadata_of_files",
     "read",
     "read_metadata",
     "verify",
 ]
 
 _WITH_TORCH = {
-    **dict.fromkeys(("described", "read", "read_metadata", "verify"), "data"),
+    **dict.fromkeys(("metadata_of_files", "read", "read_metadata", "verify"), "data"),
     **dict.fromkeys(("Metadata", "StoredTensor"), "format"),
     **dict.fromkeys(("CheckpointConfig", "CheckpointStore"), "store"),
 }

@@ -1,11 +1,10 @@
-"""The bytes of a checkpoint, written and read in a single pass each, hashed on the way.
+"""Data of a checkpoint: each byte is written or read once, and hashed on the way.
 
     save    staged ranges ─┬▶ file, in pieces
-                           └▶ digests of blocks, in a thread beside
-    load    runs of blocks ─▶ scratch ─▶ digests as they were? ─▶ the reader's own buffer ─▶ live tensors
+                           └▶ digests of blocks, in another thread
+    load    windows of blocks ─▶ scratch ─▶ digests equal? ─▶ the reader's buffer ─▶ live tensors
 
-Live tensors change after the last block has been found whole, and where ranks load together, after all of them have
-said so.
+Live tensors change only after all blocks were verified. If ranks load together, all of them must have verified theirs.
 """
 
 import contextlib
@@ -44,27 +43,27 @@ from pretrain.checkpoint.home import Home, open_home
 from pretrain.distributed.fragments import Fragment
 
 WINDOW_BYTES = 16 * BLOCK_BYTES
-"""What is written at once, and read at most."""
+"""Bytes of one write, and of the largest read."""
 COPY_ELEMENTS = 4 << 20
-"""What one thread copies at a time."""
+"""Elements that a thread copies at a time."""
 
 
 def write_file(home: Home, path: str, content: memoryview) -> tuple[str, ...]:
-    """Writes a file, which is then durable; returns the digests of its blocks."""
-    with home.create(path) as file, ThreadPoolExecutor(1) as beside:
-        digests = beside.submit(digests_of, content)
+    """Write a file, which is durable when this returns; return the digests of its blocks."""
+    with home.create(path) as file, ThreadPoolExecutor(1) as hasher:
+        digests = hasher.submit(digests_of, content)
         for begin in range(0, len(content), WINDOW_BYTES):
             file.write(content[begin : begin + WINDOW_BYTES])
         return digests.result()
 
 
 def bytes_of(values: Tensor) -> memoryview:
-    """Of a flat fp32 tensor in the host's memory: itself, little-endian."""
+    """Return the bytes of a flat fp32 tensor in host memory, as little-endian values."""
     return values.numpy().astype(ELEMENT, copy=False).view(np.uint8).data
 
 
 def read_metadata(path: str | Location) -> Metadata:
-    """The metadata of the checkpoint at a path or URL, checked against its digests; its data is not looked at.
+    """Return the metadata of the checkpoint at a path or URL, checked against its digests. The data is not read.
 
     Raises:
         InvalidCheckpointError: it is missing or damaged.
@@ -75,21 +74,30 @@ def read_metadata(path: str | Location) -> Metadata:
 
 
 def metadata_in(home: Home, name: str) -> Metadata:
-    """As `read_metadata`, of a checkpoint by its home and name."""
+    """Return the metadata of a checkpoint, by its home and name. Raise as `read_metadata` does."""
     place = home.location / name
-    with _told(place / MARKER):
-        told = decode_metadata(home.read(f"{name}/{MARKER}"), place / MARKER)
-    layout = file_from(told["layout"])
-    with _told(place / layout.name):
+    with _checkpoint_errors(place / MARKER):
+        stored = decode_metadata(home.read(f"{name}/{MARKER}"), place / MARKER)
+    layout = file_from(stored["layout"])
+    with _checkpoint_errors(place / layout.name):
         content = home.read(f"{name}/{layout.name}")
     if digests_of(memoryview(content)) != layout.digests:
         raise InvalidCheckpointError(f"{place / layout.name} is damaged")
-    files = tuple(file_from(file) for file in told["files"])
-    return Metadata(home, name, told["written"], files, decode_layout(content), told["state"])
+    files = tuple(file_from(file) for file in stored["files"])
+    return Metadata(home, name, stored["written"], files, decode_layout(content), stored["state"])
 
 
-def described(folder: Path, files: Sequence[str], tensors: dict[str, StoredTensor], state: dict[str, Any]) -> Metadata:
-    """A folder that is no checkpoint, as one: its files as they are now, and where in them tensors lie."""
+def metadata_of_files(
+    folder: Path, files: Sequence[str], tensors: dict[str, StoredTensor], state: dict[str, Any]
+) -> Metadata:
+    """Return metadata for a folder that is not a checkpoint, so that its tensors can be read as those of one.
+
+    Args:
+        folder: the folder.
+        files: names of its files, whose digests are computed now.
+        tensors: the ranges of files that make up each tensor.
+        state: state of the run.
+    """
     home = FolderHome(folder.parent)
     stored = []
     for file in files:
@@ -99,10 +107,14 @@ def described(folder: Path, files: Sequence[str], tensors: dict[str, StoredTenso
 
 
 def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progress = ignore) -> Metadata:
-    """Checks every byte of a checkpoint against its digests, or those of one of so many parts; returns its metadata.
+    """Check a checkpoint, or one part of it, against its digests; return its metadata.
 
     Args:
+        path: path or URL of the checkpoint.
+        part: number of the part to verify, from 0.
+        parts: number of parts.
         progress: called with bytes verified and bytes in all, of this part.
+
     Raises:
         InvalidCheckpointError: it is damaged or incomplete.
         CheckpointError: it cannot be read.
@@ -113,7 +125,7 @@ def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progre
 
 
 def verify_data(metadata: Metadata, part: int = 0, parts: int = 1, progress: Progress = ignore) -> None:
-    """As `verify`, where the metadata has been read."""
+    """Check data as `verify` does, for metadata that has been read."""
     windows = [
         BlockWindow(file, begin // BLOCK_BYTES, blocks_of(min(begin + WINDOW_BYTES, stored.bytes)), [])
         for file, stored in enumerate(metadata.files)
@@ -124,13 +136,18 @@ def verify_data(metadata: Metadata, part: int = 0, parts: int = 1, progress: Pro
 
 
 def read(metadata: Metadata, fragments: Sequence[Fragment], progress: Progress = ignore) -> None:
-    """Fills live fragments, whatever ranges the checkpoint was written in, once all they need is found whole.
+    """Fill live fragments from a checkpoint, after all that they need was verified.
+
+    The fragments may be other ranges than those in which the checkpoint was written.
 
     Args:
+        metadata: of the checkpoint.
+        fragments: what to fill.
         progress: called with bytes read and bytes in all.
+
     Raises:
-        InvalidCheckpointError: something they need is damaged; nothing was changed.
-        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read; nothing was changed.
+        InvalidCheckpointError: a part that they need is damaged; no fragment was changed.
+        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read; no fragment was changed.
     """
     values = host_buffer(sum(len(fragment.data) for fragment in fragments))
     read_verified(metadata, fragments, values, progress)
@@ -140,20 +157,20 @@ def read(metadata: Metadata, fragments: Sequence[Fragment], progress: Progress =
 def read_verified(
     metadata: Metadata, fragments: Sequence[Fragment], values: Tensor, progress: Progress = ignore
 ) -> None:
-    """Reads what fragments need into a buffer, one after another, and compares digests. Raises as `read`."""
-    pieces = plan_reads(metadata, fragments)
-    _check_sizes(metadata, {piece.file for piece in pieces})
-    _read_windows(metadata, windows_of(pieces), values.numpy().view(np.uint8), progress)
+    """Read the values of fragments into a buffer, one after another, and verify them. Raise as `read` does."""
+    ranges = plan_reads(metadata, fragments)
+    _check_sizes(metadata, {each.file for each in ranges})
+    _read_windows(metadata, windows_of(ranges), values.numpy().view(np.uint8), progress)
 
 
 def fill(fragments: Sequence[Fragment], values: Tensor) -> None:
-    """Copies what `read_verified` read to where it belongs."""
+    """Copy the values that `read_verified` read into the fragments."""
     own = torch.from_numpy(values.numpy().view(ELEMENT).astype(np.float32, copy=False))
     copy([fragment.data for fragment in fragments], own.split([len(fragment.data) for fragment in fragments]))
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies flat tensors to others; those in the host's memory in a few threads, others beside what a GPU computes."""
+    """Copy flat tensors to others: in a few threads in host memory, on a stream of its own on a GPU."""
     here: list[tuple[Tensor, Tensor]] = []
     streams: dict[torch.device, torch.cuda.Stream] = {}
     for target, source in zip(targets, sources, strict=True):
@@ -174,31 +191,32 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def host_buffer(length: int) -> Tensor:
-    """So many fp32 values in pages as large as the machine has, which come in less than half the time."""
+    """Return a buffer of fp32 values in huge pages, which the kernel allocates in less than half the time."""
     if not length:
         return torch.empty(0)
     pages = mmap.mmap(-1, 4 * length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+    with contextlib.suppress(AttributeError, OSError):  # the kernel has no huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.float32)
 
 
 class BlockWindow(NamedTuple):
-    """Blocks of a file that are read at once, and the pieces of them that are wanted."""
+    """Blocks of a file that are read at once, and the ranges of them that are needed."""
 
     file: int
+    """Number of the file."""
     begin: int
-    """Its first block."""
+    """Number of the first block."""
     end: int
-    """The block after its last one."""
-    pieces: list[ReadRange]
+    """Number of the block after the last one."""
+    ranges: list[ReadRange]
 
 
-def windows_of(pieces: Sequence[ReadRange]) -> list[BlockWindow]:
-    """What to read, each window of a file once."""
+def windows_of(ranges: Sequence[ReadRange]) -> list[BlockWindow]:
+    """Return the windows that contain some ranges, each window of a file once."""
     wanted: dict[tuple[int, int], list[ReadRange]] = {}
-    for piece in pieces:
-        file, offset, length, target = piece
+    for each in ranges:
+        file, offset, length, target = each
         while length:
             number = offset // WINDOW_BYTES
             taken = min(length, (number + 1) * WINDOW_BYTES - offset)
@@ -216,37 +234,38 @@ def windows_of(pieces: Sequence[ReadRange]) -> list[BlockWindow]:
 
 
 def _read_windows(metadata: Metadata, windows: Sequence[BlockWindow], target: np.ndarray, progress: Progress) -> None:
-    """Reads windows in some threads, compares digests, and copies the pieces that are wanted.
+    """Read windows in several threads, verify them, and copy the ranges that are needed.
 
     Raises:
-        InvalidCheckpointError, CheckpointError: as `read`.
+        InvalidCheckpointError: a window is damaged.
+        CheckpointError: a file cannot be read.
     """
     own = threading.local()
     done = Tally(sum(_length_of(metadata, window) for window in windows), progress)
 
     def read_one(window: BlockWindow) -> None:
-        file, begin, end, pieces = window
+        file, begin, end, ranges = window
         stored = metadata.files[file]
         offset = begin * BLOCK_BYTES
         length = _length_of(metadata, window)
-        whole = len(pieces) == 1 and pieces[0].offset == offset and pieces[0].length == length
+        whole = len(ranges) == 1 and ranges[0].offset == offset and ranges[0].length == length
         if whole:
-            buffer = target[pieces[0].target : pieces[0].target + length]
+            buffer = target[ranges[0].target : ranges[0].target + length]
         else:
             if not hasattr(own, "scratch"):
                 own.scratch = np.empty(WINDOW_BYTES, np.uint8)
             buffer = own.scratch[:length]
         path = metadata.folder / stored.name
-        with _told(path):
+        with _checkpoint_errors(path):
             count = metadata.home.read_into(f"{metadata.name}/{stored.name}", offset, buffer.data)
         if count != length:
             raise InvalidCheckpointError(f"{path} is shorter than the file that was written")
         if digests_of(buffer.data) != stored.digests[begin:end]:
             raise InvalidCheckpointError(f"{path} is damaged between bytes {offset:,} and {offset + length:,}")
         if not whole:
-            for piece in pieces:
-                place = piece.offset - offset
-                target[piece.target : piece.target + piece.length] = buffer[place : place + piece.length]
+            for each in ranges:
+                place = each.offset - offset
+                target[each.target : each.target + each.length] = buffer[place : place + each.length]
         done.add(length)
 
     with ThreadPoolExecutor(metadata.home.readers) as pool:
@@ -259,7 +278,7 @@ def _read_windows(metadata: Metadata, windows: Sequence[BlockWindow], target: np
 
 
 def _length_of(metadata: Metadata, window: BlockWindow) -> int:
-    """Return the bytes of a window."""
+    """Return the length of a window in bytes."""
     end = min(window.end * BLOCK_BYTES, metadata.files[window.file].bytes)
     return end - window.begin * BLOCK_BYTES
 
@@ -267,7 +286,7 @@ def _length_of(metadata: Metadata, window: BlockWindow) -> int:
 def _check_sizes(metadata: Metadata, files: Iterable[int]) -> None:
     for stored in (metadata.files[file] for file in files):
         path = metadata.folder / stored.name
-        with _told(path):
+        with _checkpoint_errors(path):
             size = metadata.home.size(f"{metadata.name}/{stored.name}")
         if size != stored.bytes:
             longer = "longer" if size > stored.bytes else "shorter"
@@ -275,21 +294,21 @@ def _check_sizes(metadata: Metadata, files: Iterable[int]) -> None:
 
 
 def digests_of(content: memoryview) -> tuple[str, ...]:
-    """Of its blocks."""
+    """Return the digests of the blocks of a file's content."""
     return tuple(digest_of(content[begin : begin + BLOCK_BYTES]) for begin in range(0, len(content), BLOCK_BYTES))
 
 
 def blocks_of(length: int) -> int:
-    """Blocks of so many bytes."""
+    """Return the number of blocks of a file of this length."""
     return -(-length // BLOCK_BYTES)
 
 
 @contextmanager
-def _told(path: Location) -> Iterator[None]:
-    """What a file system says, as what it means for a checkpoint."""
+def _checkpoint_errors(path: Location) -> Iterator[None]:
+    """Raise what a file system's error means for a checkpoint."""
     try:
         yield
     except FileNotFoundError as error:
         raise InvalidCheckpointError(f"{path} is missing") from error
-    except OSError as error:  # a file system that is away for a while has damaged nothing
+    except OSError as error:  # a file system that does not answer has damaged nothing
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

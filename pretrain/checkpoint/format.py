@@ -1,11 +1,19 @@
 """The content of a checkpoint: flat ranges of fp32 tensors by name (docs/specifications/checkpoints.md).
 
     rank-00000.bin     the ranges one rank owned, back to back, little-endian fp32
-    layout.json        of every tensor its shape, and the ranges of files that make it up
+    layout.json        the shape of every tensor, and the ranges of files that make it up
     metadata.json      the files and the digests of their blocks; the run's state; a digest of itself
 
-No engine, no world size and no pickle is in it: whoever reads asks for the ranges it needs. Here nothing is read or
-written; data.py does that, and home.py knows where.
+This module encodes and decodes; data.py reads and writes the files, in a home that home.py describes.
+
+Why not torch.distributed.checkpoint (DCP) or safetensors:
+- ZeRO owns flat ranges of tensors. A safetensors file holds whole tensors. DCP plans N-dimensional boxes, of which a
+  flat range takes up to 2N - 1; flat ranges need only a sort.
+- Every block has a digest, which is compared before a live tensor changes. Neither format has digests, and DCP loads
+  into live tensors as it reads.
+- It contains no pickle, so a checkpoint from elsewhere runs no code. DCP's metadata is a pickle.
+- It does not depend on the version of torch.
+Exports for other programs are safetensors.
 """
 
 import json
@@ -27,60 +35,66 @@ from pretrain.distributed.fragments import MODEL, Fragment, fragment_name, split
 FORMAT = "byteloom-checkpoint/2"
 ELEMENT = np.dtype("<f4")
 BLOCK_BYTES = 1 << 20
-"""What has a digest of its own: a reader of a small range reads little more than that."""
+"""Length of the blocks that have a digest each. It is about the least that a reader of a small range reads."""
 LAYOUT = "layout.json"
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
+    """A tensor in the files of a checkpoint."""
+
     shape: tuple[int, ...]
     ranges: np.ndarray
-    """(n, 3) int64: number of the file, offset in bytes, length in elements; in the order of the flattened tensor,
-    which they make up."""
+    """(n, 3) int64: number of the file, offset in bytes, length in elements. The ranges, in this order, make up the
+    flattened tensor."""
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """(n,) where each range ends in the flattened tensor."""
+        """(n,) int64: end of each range in the flattened tensor, in elements."""
         return np.cumsum(self.ranges[:, 2])
 
 
 class StoredFile(NamedTuple):
+    """A file of a checkpoint."""
+
     name: str
     bytes: int
     digests: tuple[str, ...]
-    """Of its blocks: BLAKE3, in hexadecimal."""
+    """BLAKE3 digests of its blocks, in hexadecimal."""
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
+    """Metadata of a checkpoint in its home."""
+
     home: Home
     name: str
     written: str
-    """When, in ISO format."""
+    """Time of writing, in ISO format."""
     files: tuple[StoredFile, ...]
     tensors: dict[str, StoredTensor]
     state: dict[str, Any]
-    """What the run needs beside tensors to go on; JSON."""
+    """What a run needs besides tensors to resume; JSON."""
 
     @property
     def folder(self) -> Location:
-        """Where it lies."""
+        """Path or URL of the checkpoint."""
         return self.home.location / self.name
 
 
 class Owned(TypedDict):
-    """What is in a rank's file, in that order, in columns: JSON that is soon read where there are many ranks."""
+    """Ranges in a rank's file, in their order, as columns: JSON that is fast to parse for many ranks."""
 
     tensors: list[str]
-    """Shape and name, as in "7x5 model/a"."""
+    """Shape and name of each range's tensor, such as "7x5 model/a"."""
     starts: list[int]
-    """Of each range in the flattened tensor."""
+    """Start of each range in the flattened tensor, in elements."""
     lengths: list[int]
-    """In elements."""
+    """Length of each range, in elements."""
 
 
 def owned_ranges(fragments: Sequence[Fragment]) -> Owned:
-    """A rank's part of the layout."""
+    """Return the ranges that a rank owns, for the layout."""
     return Owned(
         tensors=[f"{'x'.join(map(str, fragment.shape))} {fragment.name}" for fragment in fragments],
         starts=[fragment.start for fragment in fragments],
@@ -89,10 +103,10 @@ def owned_ranges(fragments: Sequence[Fragment]) -> Owned:
 
 
 def encode_layout(of_ranks: Sequence[Owned]) -> bytes:
-    """layout.json of what ranks own.
+    """Return layout.json for the ranges that all ranks own.
 
     Raises:
-        CheckpointError: they do not make up every tensor, each element once.
+        CheckpointError: an element of a tensor is owned by no rank, or by two.
     """
     numbers: dict[str, int] = {}
     columns = []
@@ -117,7 +131,7 @@ def encode_layout(of_ranks: Sequence[Owned]) -> bytes:
 
 
 def _check_once(name: str, length: int, starts: np.ndarray, ends: np.ndarray) -> None:
-    """Raises CheckpointError if ranges, sorted, do not make up a tensor of so many elements."""
+    """Raise CheckpointError unless sorted ranges make up a tensor of this length, in elements."""
     expected = np.concatenate(([0], ends))
     found = np.concatenate((starts, [length]))
     if wrong := np.flatnonzero(expected != found).tolist():
@@ -127,6 +141,7 @@ def _check_once(name: str, length: int, starts: np.ndarray, ends: np.ndarray) ->
 
 
 def decode_layout(content: bytes) -> dict[str, StoredTensor]:
+    """Return the tensors that layout.json describes, by name."""
     return {
         name: StoredTensor(
             tuple(stored["shape"]),
@@ -137,7 +152,7 @@ def decode_layout(content: bytes) -> dict[str, StoredTensor]:
 
 
 def encode_metadata(files: Sequence[StoredFile], layout: StoredFile, state: dict[str, Any]) -> bytes:
-    """metadata.json."""
+    """Return metadata.json, with a digest of itself."""
     metadata = {
         "format": FORMAT,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,7 +165,7 @@ def encode_metadata(files: Sequence[StoredFile], layout: StoredFile, state: dict
 
 
 def decode_metadata(content: bytes, path: Location) -> dict[str, Any]:
-    """metadata.json, checked against its own digest.
+    """Return the content of metadata.json, checked against its own digest.
 
     Raises:
         InvalidCheckpointError: it is damaged.
@@ -162,22 +177,23 @@ def decode_metadata(content: bytes, path: Location) -> dict[str, Any]:
         raise InvalidCheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(metadata, dict):
         raise InvalidCheckpointError(f"{path} is damaged: it is not a JSON object")
-    told = metadata.pop("blake3", None)
+    digest = metadata.pop("blake3", None)
     if "sha256" in metadata:  # format 1, which had no blake3
         raise CheckpointError(f"{path} has format {metadata.get('format')!r}; this version reads {FORMAT!r}")
-    if told != digest_of(_canonical(metadata)):
+    if digest != digest_of(_canonical(metadata)):
         raise InvalidCheckpointError(f"{path} is damaged: its digest is not the one it was written with")
     if metadata["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {metadata['format']!r}; this version reads {FORMAT!r}")
     return metadata
 
 
-def file_from(told: dict[str, Any]) -> StoredFile:
-    return StoredFile(told["name"], told["bytes"], tuple(told["digests"]))
+def file_from(entry: dict[str, Any]) -> StoredFile:
+    """Return the file that an entry of metadata.json describes."""
+    return StoredFile(entry["name"], entry["bytes"], tuple(entry["digests"]))
 
 
 def digest_of(content: Any) -> str:
-    """Of bytes or a buffer of them."""
+    """Return the BLAKE3 digest of bytes or a buffer, in hexadecimal."""
     return blake3.blake3(content).hexdigest()
 
 
@@ -186,7 +202,7 @@ def _canonical(metadata: dict[str, Any]) -> bytes:
 
 
 class ReadRange(NamedTuple):
-    """Bytes to be read from a file, and where in the reader's buffer they go."""
+    """A range of a file to read, and its place in the reader's buffer. All numbers but the file's are in bytes."""
 
     file: int
     offset: int
@@ -195,7 +211,9 @@ class ReadRange(NamedTuple):
 
 
 def plan_reads(metadata: Metadata, fragments: Sequence[Fragment]) -> list[ReadRange]:
-    """Where to find the values of fragments, which lie one after another in a buffer; by file and offset.
+    """Return the ranges that hold the values of fragments, sorted by file and offset.
+
+    The fragments are one after another in the reader's buffer.
 
     Raises:
         CheckpointError: the checkpoint is of another model or optimizer.

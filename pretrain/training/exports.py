@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from byteloom.core.files import atomic_folder
 from byteloom.core.state_files import StateFileError, read_json
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, described, read
+from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, metadata_of_files, read
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import model_config
 
@@ -97,7 +97,7 @@ def read_export(folder: Path) -> Metadata:
             raise InvalidCheckpointError(f"{folder / name}: {_parameter(min(twice))} is in an earlier file too")
         tensors |= own
     state = {"config": card.recipe.model_dump()} | ({"precision": card.precision} if card.precision else {})
-    return described(folder, list(card.files), tensors, state)
+    return metadata_of_files(folder, list(card.files), tensors, state)
 
 
 class _Data(BaseModel, extra="allow"):
