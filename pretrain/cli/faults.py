@@ -10,6 +10,7 @@ from pretrain.distributed.world import WorldError
 from pretrain.engines import EngineError
 from pretrain.evaluation.generation import SamplingError
 from pretrain.evaluation.scores import EvaluationError
+from pretrain.models import FamilyError
 from pretrain.training.loop import TrainingError
 from pretrain.training.run_folder import RunFolderError
 
@@ -20,6 +21,7 @@ FAULTS = (
     CheckpointError,
     EngineError,
     EvaluationError,
+    FamilyError,
     FencedError,
     RunFolderError,
     SamplingError,
