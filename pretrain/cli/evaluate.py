@@ -17,7 +17,6 @@ from pretrain.cli.weights import Device, DeviceOption, LatentsOption, ModelPath,
 from pretrain.evaluation.modes import Mode, evaluate_model, stride_of
 from pretrain.evaluation.report import EvaluationReport
 from pretrain.evaluation.words import count_words
-from pretrain.models.families.megabyte import Megabyte
 from pretrain.terminal.console import display
 from pretrain.terminal.tables import JsonOption, print_json
 from pretrain.tracking import store_evaluation
@@ -114,7 +113,7 @@ def eval_command(
         sequence_length=loaded.sequence_length,
         stride=stride,
         evaluation=result,
-        patch_size=loaded.patch_size if isinstance(loaded, Megabyte) else None,
+        patch_size=loaded.patch_size,
         words=sum(counted.values()) if words in (None, "count") else int(words),
         words_of_groups=counted,
     )

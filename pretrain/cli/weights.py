@@ -9,7 +9,7 @@ from pretrain.checkpoint import CheckpointError, Metadata, read
 from pretrain.cli.arguments import parse_location
 from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import choose_device, compute_dtype, scoring_precision
-from pretrain.models import ByteModel, PerceiverARConfig, build_model, model_config
+from pretrain.models import ByteModel, FamilyError, build_model, change_usage_fields, model_config
 from pretrain.terminal.console import display
 from pretrain.training.weights import find_checkpoint, trained_precision
 
@@ -47,7 +47,7 @@ PrecisionOption = Annotated[
 LatentsOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Number of latents of a Perceiver AR: more are more accurate and slower. Default: that of the run."
+        min=1, help="Latents, for models that have them. More are more accurate and slower. Default: as in the run."
     ),
 ]
 
@@ -59,14 +59,13 @@ def load_model(
     with display.phase("verifying the checkpoint") as phase:
         checkpoint = find_checkpoint(path, progress=phase.update)
     config = checkpoint.state["config"]
-    family = model_config(config["model"])
+    model_section = model_config(config["model"])
     if latents is not None:
-        if not isinstance(family, PerceiverARConfig):
-            raise CheckpointError(f"--latents {latents}: {path} is a {family.family} model, which has no latents")
-        if latents > family.sequence_length:
-            raise CheckpointError(f"--latents {latents} is more than the sequence length, {family.sequence_length}")
-        family = family.model_copy(update={"latents": latents})
-    model = build_model(family).eval()
+        try:
+            model_section = change_usage_fields(model_section, {"latents": latents})
+        except FamilyError as error:
+            raise CheckpointError(f"--latents {latents}: {error}") from error
+    model = build_model(model_section).eval()
     parameters = [whole(fragment_name(MODEL, name), parameter) for name, parameter in model.named_parameters()]
     with display.phase("loading the weights") as phase:
         read(checkpoint, parameters, phase.update)

@@ -15,7 +15,6 @@ from pretrain.evaluation.scores import Evaluation, GroupOf
 from pretrain.evaluation.windows import ScoredWindow, batched, document_windows, padded
 from pretrain.models import ByteModel
 from pretrain.models.base import Memory
-from pretrain.models.families.transformer_xl import TransformerXL
 
 Progress = Callable[[int], None]
 """Callback with the number of bytes scored since the last call."""
@@ -60,7 +59,7 @@ def evaluate(
 
 
 def evaluate_with_memory(
-    model: TransformerXL,
+    model: ByteModel,
     corpus: Corpus,
     rows: int,
     group_of: GroupOf = lambda key: "all",
@@ -68,7 +67,7 @@ def evaluate_with_memory(
 ) -> Evaluation:
     """Score every byte of a corpus once: segments of a document in order, with the memory of earlier segments.
 
-    `rows` documents are held in memory and scored side by side. A row ends with its document.
+    `rows` documents are held in memory and scored side by side. A row ends with its document. The model carries memory.
     """
     evaluation = Evaluation()
     device, length = next(model.parameters()).device, model.sequence_length
@@ -84,7 +83,7 @@ def evaluate_with_memory(
             ids = torch.from_numpy(padded(segments)).to(device)
             with torch.no_grad():
                 memory = {name: tensor[: len(segments)] for name, tensor in memory.items()}
-                nats, memory = model.forward_segment(ids, memory)
+                nats, memory = model(ids, memory)
             progress(evaluation.add(segments, nats.cpu(), group_of))
     return evaluation
 

@@ -15,8 +15,6 @@ from data_pipeline.stream.rows import Ids
 from pretrain.evaluation.evaluate import Progress, evaluate, evaluate_with_memory, scorer
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
 from pretrain.models import ByteModel
-from pretrain.models.families.megabyte import Megabyte
-from pretrain.models.families.transformer_xl import TransformerXL
 
 
 class Mode(StrEnum):
@@ -27,11 +25,11 @@ class Mode(StrEnum):
     sliding = "sliding"
     """Like windows, but move by at most T/2 (Press et al. 2020): at least T/2 bytes of context, twice the cost."""
     strided = "strided"
-    """Like windows, with MEGABYTE's strided inference (section 2.3.3; see `strided`), at twice the cost."""
+    """Like windows, with strided inference over patches (see `strided`), at twice the cost."""
     sliding_strided = "sliding-strided"
     """Combine sliding and strided, at four times the cost."""
     memory = "memory"
-    """Predict from the window and the memory of earlier windows (Transformer-XL), in one pass over every byte."""
+    """Predict from the window and the memory of earlier windows, in one pass over every byte."""
 
     @property
     def slides(self) -> bool:
@@ -40,7 +38,7 @@ class Mode(StrEnum):
 
     @property
     def is_strided(self) -> bool:
-        """Whether MEGABYTE's strided inference is used."""
+        """Whether strided inference is used."""
         return self in (Mode.strided, Mode.sliding_strided)
 
 
@@ -67,21 +65,30 @@ def evaluate_model(
     Raises:
         EvaluationError: the model does not support the mode or the stride.
     """
+    check_mode(model, mode)
     length, most = model.sequence_length, stride_of(model)
     if stride is not None and stride > most:
         raise EvaluationError(f"--stride is {stride}; this model scores at most {count(most, 'byte')} of a window")
     if mode is Mode.memory:
-        if not isinstance(model, TransformerXL) or not model.memory_length:
-            raise EvaluationError(f"mode {mode} is for a Transformer-XL with model.memory_length; this has none")
         if stride not in (None, length):
             raise EvaluationError(f"--stride is {stride}; mode {mode} takes no stride: windows follow each other")
         return evaluate_with_memory(model, corpus, rows, group_of, progress)
     nats_of = scorer(model)
     if mode.is_strided:
-        if not isinstance(model, Megabyte):
-            raise EvaluationError(f"mode {mode} is for MEGABYTE; this model has no patches")
+        assert model.patch_size is not None
         nats_of = strided(nats_of, model.patch_size)
     return evaluate(nats_of, corpus, length, rows, group_of, progress, stride or stride_of(model, mode))
+
+
+def check_mode(model: ByteModel, mode: Mode) -> None:
+    """Raise EvaluationError if a model does not support a mode."""
+    if mode not in model.evaluation_modes:
+        supported = ", ".join(each for each in Mode if each in model.evaluation_modes)
+        raise EvaluationError(f"this model does not support mode {mode}; it supports {supported}")
+    if mode is Mode.memory and not model.empty_memory(1):
+        raise EvaluationError(f"mode {mode} needs a model that carries memory; this one carries none")
+    if mode.is_strided and model.patch_size is None:
+        raise EvaluationError(f"mode {mode} needs a model with patches; this one has none")
 
 
 def stride_of(model: ByteModel, mode: Mode = Mode.windows) -> int:
@@ -95,7 +102,7 @@ def stride_of(model: ByteModel, mode: Mode = Mode.windows) -> int:
 
 
 def strided(nats_of: Callable[[Ids], Tensor], patch_size: int) -> Callable[[Ids], Tensor]:
-    """Return a scorer with MEGABYTE's strided inference (section 2.3.3).
+    """Return a scorer with strided inference (MEGABYTE, arXiv:2305.07185, section 2.3.3).
 
     A second pass reads the window without its first P/2 bytes. Each pass keeps the first halves of its patches, where
     predictions are best. The paper does not define the border: here the first patch of the window also keeps the

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pretrain.models import registry
 from pretrain.models.base import ByteModel, Decoder
 from pretrain.models.blocks.attention import describe_attention
-from pretrain.models.families.perceiver_ar import PerceiverARConfig
 from pretrain.models.registry import (
     Family,
     FamilyError,
@@ -43,7 +42,6 @@ __all__ = [
     "Family",
     "FamilyError",
     "ModelConfig",
-    "PerceiverARConfig",
     "build_model",
     "carries_memory",
     "change_usage_fields",

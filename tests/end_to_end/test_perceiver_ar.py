@@ -53,7 +53,7 @@ def test_it_trains_goes_on_exactly_scores_every_byte_and_writes(byteloom: Run, r
 
     for options, said in {
         ("eval", "--stride", "33"): "--stride is 33; this model scores at most 32 bytes of a window",
-        ("generate", "--latents", "129"): "--latents 129 is more than the sequence length, 128",
+        ("generate", "--latents", "129"): "--latents 129: latents (129) are more than sequence_length (128)",
     }.items():
         assert str(CliRunner().invoke(app, [options[0], str(whole), *options[1:]]).exception) == said
 

@@ -118,10 +118,12 @@ def test_a8_modes_and_strides_that_a_model_does_not_have_are_refused(mixed: Corp
     with pytest.raises(EvaluationError, match=r"even model\.patch_size, and this model's is 5"):
         strided(lambda ids: torch.ones(ids.shape), patch_size=5)
     plain = Transformer(TransformerConfig(width=16, layers=1, heads=1, sequence_length=32))
-    with pytest.raises(EvaluationError, match="is for MEGABYTE"):
+    with pytest.raises(EvaluationError, match=r"does not support mode sliding-strided; it supports windows, sliding$"):
         evaluate_model(plain, mixed, Mode.sliding_strided, rows=3)
-    with pytest.raises(EvaluationError, match="is for a Transformer-XL"):
+    with pytest.raises(EvaluationError, match="does not support mode memory"):
         evaluate_model(plain, mixed, Mode.memory, rows=3)
+    with pytest.raises(EvaluationError, match="needs a model that carries memory"):
+        evaluate_model(tiny_xl(memory_length=0), mixed, Mode.memory, rows=3)
     with pytest.raises(EvaluationError, match="--stride is 33; this model scores at most 32 bytes of a window"):
         evaluate_model(plain, mixed, Mode.windows, rows=3, stride=33)
     with pytest.raises(EvaluationError, match="takes no stride"):
