@@ -19,6 +19,7 @@ from torch import Tensor
 
 from byteloom.core.seeds import seed_of
 from byteloom.core.text import count
+from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
@@ -58,14 +59,9 @@ class BaseEngine(ABC):
         self.model = model
         self._seed = seed
         self._world = world
-        self._micro_batch = micro_batch
-        indices = range(-(-global_batch // micro_batch))
-        self._passes = len(indices[:: world.size])
-        self._rows_of = {
-            index: range(index * micro_batch, min((index + 1) * micro_batch, global_batch))
-            for index in indices[world.rank :: world.size]
-        }
-        """By this rank's micro-batches: their rows of the global batch."""
+        self._passes = len(deal(global_batch, micro_batch, 0, world.size))
+        self._rows_of = deal(global_batch, micro_batch, world.rank, world.size)
+        """Rows of the global batch, by this rank's micro-batches."""
         self._global_batch = global_batch
         self._memory: dict[int, Memory] = {}
         self._clock = Clock(self.device)
