@@ -27,9 +27,9 @@ from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_nam
 from pretrain.distributed.world import World
 from pretrain.engines.config import EngineConfig
 from pretrain.engines.engine import EngineError, NonFiniteError, StepResult
-from pretrain.engines.host_memory import keep_freed_memory
 from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
 from pretrain.engines.precision import compute_dtype
+from pretrain.engines.process_state import keep_freed_memory, seed_generators
 from pretrain.models.base import ByteModel, Memory
 
 
@@ -142,7 +142,7 @@ class BaseEngine(ABC):
         times = self._pass_times = PassTimes(self._clock)
         for number, (micro_batch, scored) in enumerate(zip(micro_batches, scored_targets, strict=True), 1):
             self._prepare(last=number == self._passes)
-            torch.manual_seed(self._seed_of(micro_batch, step))
+            seed_generators(self._seed_of(micro_batch, step))
             ids = _widened(micro_batch.rows, self.device)
             targets = torch.from_numpy(scored).to(self.device)
             row_nats, carried[micro_batch.index] = self._forward(ids, self._memory.get(micro_batch.index, {}))
@@ -212,7 +212,7 @@ class BaseEngine(ABC):
 
     def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
         """The targets of a micro-batch that the model will score: (rows, T)."""
-        torch.manual_seed(self._seed_of(micro_batch, step))
+        seed_generators(self._seed_of(micro_batch, step))
         rows, length = micro_batch.targets.shape
         return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
 

@@ -19,8 +19,6 @@ import copy
 import importlib
 import io
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any
@@ -35,6 +33,7 @@ from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.config import EngineConfig
 from pretrain.engines.engine import EngineError
+from pretrain.engines.process_state import set_up_deepspeed, set_up_deepspeed_environment
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig
 from pretrain.optim.adamw import MOMENTS, adam_of
@@ -198,22 +197,20 @@ class DeepSpeedEngine(BaseEngine):
 
 
 def _import_deepspeed(engine: str, device_type: str, local_rank: int) -> Any:
-    """Return DeepSpeed, set to compute on a device and to use the process group that there is.
+    """Return DeepSpeed, set up for a device and for the process group that exists.
 
     Args:
         engine: `engine.name`.
+        device_type: cpu or cuda.
+        local_rank: number of this rank on its machine.
 
     Raises:
         MissingPackageError: DeepSpeed is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device_type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    set_up_deepspeed_environment(device_type, local_rank)
     with needed_by(f"engine.name {engine}", "deepspeed"):
         deepspeed = importlib.import_module("deepspeed")
-    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # called by DeepSpeed
-    # An all-reduce for inference on CPUs, which would be compiled here for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    set_up_deepspeed(deepspeed)
     return deepspeed
 
 

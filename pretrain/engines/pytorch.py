@@ -7,7 +7,6 @@ as it gathers, and adds up over ranks and passes in fp32.
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.config import EngineConfig
+from pretrain.engines.process_state import ignore_view_warnings
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig, build_optimizers
 
@@ -86,7 +86,7 @@ class PyTorchEngine(BaseEngine):
                     scatter: Any = _Blocking(reduce_scatter_single, self._waited)
                     module.set_custom_all_gather(gather)
                     module.set_custom_reduce_scatter(scatter)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
+        ignore_view_warnings()
         return self.model
 
     def _waited(self, seconds: float) -> None:
