@@ -1,8 +1,8 @@
 """Rendezvous: how the ranks of a run find each other.
 
 A launcher gives each rank its place in the environment variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT). Under a bare `srun`, the place follows from Slurm's own variables. Rank 0 listens at the address, and the
-others connect to it.
+MASTER_ADDR, MASTER_PORT). Under a bare `srun`, the place follows from Slurm's own variables. Rank 0 listens at the
+address, and the others connect to it.
 """
 
 import os

@@ -20,8 +20,8 @@ import torch
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt."""
 LARGEST_KEPT = 32 << 20
-"""Size of the largest tensor whose memory is kept, in bytes. Larger ones return to the kernel, because a fragmented heap
-may be twice as large as its contents."""
+"""Size of the largest tensor whose memory is kept, in bytes. Larger ones return to the kernel, because a fragmented
+heap may be twice as large as its contents."""
 
 
 def keep_freed_memory() -> None:
