@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.engines.host_memory import keep_freed_memory
+from pretrain.engines.process_state import keep_freed_memory
 from pretrain.models.blocks.attention import CausalMask, attention, causal_attention, describe_attention
 from report import Metric, interleaved, native_precisions, options, report
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.rows import DIGEST_MODULUS, Ids, Rows
 
 WINDOW = 32 << 20
@@ -108,11 +109,10 @@ class Loader:
         self._stream = stream
         self._config = config
         self._global_batch = global_batch
-        self._micro_batch = micro_batch
         self._first_sequence = first_sequence
         self._digest = digest
         self._give_up = give_up
-        self._my_micro_batches = range(rank, -(-global_batch // micro_batch), world_size)
+        self._my_micro_batches = deal(global_batch, micro_batch, rank, world_size)
         self._largest_window = max(1, WINDOW // stream.sequence_length // micro_batch)
         self._every_position = np.ones((micro_batch, stream.sequence_length), np.bool_)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="loader")
@@ -161,8 +161,8 @@ class Loader:
         return MicroBatch(index, rows, targets, rows.digest(sequences.tolist()) if self._digest else 0)
 
     def _sequences(self, g: int, index: int) -> NDArray[np.int64]:
-        first = index * self._micro_batch
-        return np.arange(g + first, g + min(first + self._micro_batch, self._global_batch), dtype=np.int64)
+        rows = self._my_micro_batches[index]
+        return np.arange(g + rows.start, g + rows.stop, dtype=np.int64)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launchers.processes import STOPPED, free_port, rank_command
 from launchers.slurm import scheduler
+from launchers.slurm.hosts import expand_hosts
 from launchers.slurm.presets import load_cluster
 from launchers.slurm.scheduler import JobPhase, SchedulerError
 from launchers.supervision.heartbeat import FOLDER, read_beat
@@ -37,7 +38,7 @@ class Allocation:
         """Of the submission."""
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         self.job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]  # one id names all tasks otherwise
-        self.nodes: Sequence[str] = expand(environment["SLURM_JOB_NODELIST"])
+        self.nodes: Sequence[str] = expand_hosts(environment["SLURM_JOB_NODELIST"])
         self._signal_seconds = load_cluster(f"{folder}/cluster.yaml", {}).signal_seconds
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 
@@ -200,22 +201,6 @@ def srun_command(plan: LaunchPlan, folder: Path, nodes: int, name: str) -> list[
         "--open-mode=append",
         *rank_command("launchers.rank", plan.entry, f"{folder}/config.yaml"),
     ]
-
-
-def expand(nodes: str) -> list[str]:
-    """The hosts of a Slurm list, such as node[03-05,9],login1."""
-    found = []
-    for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", nodes):
-        head, bracket, rest = part.partition("[")
-        if not bracket:
-            found.append(part)
-            continue
-        inside, _, tail = rest.partition("]")
-        for item in inside.split(","):
-            first, _, last = item.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            found += [name for n in numbers for name in expand(f"{head}{n:0{len(first)}}{tail}")]
-    return found
 
 
 def _seconds(clock: str) -> float:

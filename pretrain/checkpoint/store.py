@@ -92,7 +92,7 @@ class CheckpointStore:
     ) -> None:
         self._home = open_home(home)
         self._keep, self._keep_every = keep, keep_every
-        self._world = world.beside()
+        self._world = world.with_own_group()
         self._fence = fence
         self._staged = torch.empty(0)
         self._stager = ThreadPoolExecutor(1, "stager")

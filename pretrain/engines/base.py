@@ -1,8 +1,8 @@
-"""What all engines do alike: the passes of a step over this rank's micro-batches.
+"""Base of the engines: the passes of a step over this rank's micro-batches.
 
     micro-batches   0  1  2  3  4        of the global batch
     rank 0 of 2     0     2     4
-    rank 1 of 2        1     3     –     takes part in the last pass with weight zero
+    rank 1 of 2        1     3     –     joins the last pass with weight zero
 
 Engines differ in how they hold parameters, in the backward pass and in the update.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from byteloom.core.seeds import seed_of
 from byteloom.core.text import count
+from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Ids, Rows
 from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
@@ -26,19 +27,22 @@ from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_nam
 from pretrain.distributed.world import World
 from pretrain.engines.config import EngineConfig
 from pretrain.engines.engine import EngineError, NonFiniteError, StepResult
-from pretrain.engines.host_memory import keep_freed_memory
 from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
 from pretrain.engines.precision import compute_dtype
+from pretrain.engines.process_state import keep_freed_memory, seed_generators
 from pretrain.models.base import ByteModel, Memory
 
 
 class BaseEngine(ABC):
-    """One rank's engine, but for what the docstring above leaves to each.
+    """Base class of the engines.
 
     Args:
-        model: on the meta device, or with values in it, the same on all ranks.
-        global_batch, micro_batch: sequences of each.
-        config: its precision is a chosen one, not auto.
+        config: of the engine. Its precision is not auto.
+        model: on the meta device, or with values that are the same on all ranks.
+        seed: of the run.
+        world: the ranks.
+        global_batch: rows of an optimizer step, over all ranks.
+        micro_batch: rows of a forward pass.
     """
 
     def __init__(
@@ -58,54 +62,52 @@ class BaseEngine(ABC):
         self.model = model
         self._seed = seed
         self._world = world
-        self._micro_batch = micro_batch
-        indices = range(-(-global_batch // micro_batch))
-        self._passes = len(indices[:: world.size])
-        self._rows_of = {
-            index: range(index * micro_batch, min((index + 1) * micro_batch, global_batch))
-            for index in indices[world.rank :: world.size]
-        }
-        """By this rank's micro-batches: their rows of the global batch."""
+        self._passes = len(deal(global_batch, micro_batch, 0, world.size))
+        self._rows_of = deal(global_batch, micro_batch, world.rank, world.size)
+        """Rows of the global batch, by this rank's micro-batches."""
         self._global_batch = global_batch
         self._memory: dict[int, Memory] = {}
         self._clock = Clock(self.device)
         self._pass_times = PassTimes(self._clock)
-        """Of the step that is under way."""
+        """Times of the current step."""
 
     @abstractmethod
     def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """The nats, and the next memory if the model carries one."""
+        """Return the nats, and the next memory if the model carries one."""
 
     @abstractmethod
     def _prepare(self, *, last: bool) -> None:
-        """Called before each pass of a step. After the last one, gradients are to be the mean over ranks."""
+        """Prepare a pass of a step. After the last pass, gradients must be the mean over ranks."""
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a loss to what is accumulated."""
+        """Add the gradient of a loss to the accumulated gradient."""
 
     @abstractmethod
     def _update(self, learning_rate: float) -> float:
-        """Clips the gradient, steps, and forgets the gradient; returns the global norm before clipping.
+        """Clip the gradient, step, and drop the gradient; return the global norm before clipping.
 
-        Where the norm is not finite, nothing is stepped.
+        If the norm is not finite, do not step.
         """
 
     @abstractmethod
     def _not_finite(self) -> list[str]:
-        """The parameters whose gradient on this rank is not finite."""
+        """Return the names of the parameters whose gradient on this rank is not finite."""
 
     @abstractmethod
     def _drop_gradient(self) -> None:
-        """Forgets what is accumulated."""
+        """Drop the accumulated gradient."""
 
     @abstractmethod
-    def fragments(self) -> list[Fragment]: ...
+    def fragments(self) -> list[Fragment]:
+        """Return what this rank holds (see `Engine`)."""
 
     @abstractmethod
-    def restore(self, counters: dict[str, int]) -> None: ...
+    def restore(self, counters: dict[str, int]) -> None:
+        """Set the counters (see `Engine`)."""
 
     def begin(self) -> None:
+        """Give every parameter its first values."""
         for fragment in self.fragments():
             kind, name = split_name(fragment.name)
             if kind == MODEL:
@@ -114,6 +116,11 @@ class BaseEngine(ABC):
         self.restore({"optimizer_steps": 0})
 
     def rehearse(self, rows: int) -> None:
+        """Run the passes of a made-up micro-batch, and drop its gradient.
+
+        Raises:
+            EngineError: there is too little memory.
+        """
         ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
         try:
             self._prepare(last=True)
@@ -135,18 +142,19 @@ class BaseEngine(ABC):
         learning_rate: float,
         before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
+        """Do one optimizer step (see `Engine`)."""
         scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
         own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
         counted = time.perf_counter()
         target_bytes = int(self._world.sum(own_bytes)[0])
         waited = time.perf_counter() - counted
-        scale = self._world.size / max(target_bytes, 1)  # engines take the mean over ranks of what is a sum
+        scale = self._world.size / max(target_bytes, 1)  # engines average over ranks, and the loss is a sum
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         carried: dict[int, Memory] = {}
         times = self._pass_times = PassTimes(self._clock)
         for number, (micro_batch, scored) in enumerate(zip(micro_batches, scored_targets, strict=True), 1):
             self._prepare(last=number == self._passes)
-            torch.manual_seed(self._seed_of(micro_batch, step))
+            seed_generators(self._seed_of(micro_batch, step))
             ids = _widened(micro_batch.rows, self.device)
             targets = torch.from_numpy(scored).to(self.device)
             row_nats, carried[micro_batch.index] = self._forward(ids, self._memory.get(micro_batch.index, {}))
@@ -166,7 +174,7 @@ class BaseEngine(ABC):
             communication=waited + times.waited + self._clock.seconds(times.computed, passed),
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
-        ranks = own.told_to_all(self._world)
+        ranks = own.gathered(self._world)
         all_nats = math.fsum(rank.nats for rank in ranks)
         if not np.isfinite(norm):
             fault = self._describe_non_finite(all_nats)
@@ -178,6 +186,7 @@ class BaseEngine(ABC):
         return StepResult(all_nats, target_bytes, norm, ranks)
 
     def nats(self, ids: Ids) -> Tensor:
+        """Return the nats of ids, without gradient, dropout and memory."""
         self.model.eval()
         with torch.no_grad():
             result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
@@ -185,13 +194,14 @@ class BaseEngine(ABC):
         return result.cpu()
 
     def forget(self) -> None:
+        """Empty the memory that the model carries."""
         self._memory = {index: self._empty_memory(len(rows)) for index, rows in self._rows_of.items()}
 
     def _empty_memory(self, rows: int) -> Memory:
         return {name: tensor.float() for name, tensor in self.model.empty_memory(rows).items()}
 
     def _memory_fragments(self) -> list[Fragment]:
-        """Of this rank's rows of the global batch, which no other rank holds."""
+        """Return the memory of this rank's rows of the global batch. No other rank holds it."""
         return [
             Fragment(
                 fragment_name(MEMORY, name),
@@ -204,7 +214,7 @@ class BaseEngine(ABC):
         ]
 
     def _idle_pass(self, *, last: bool) -> None:
-        """Takes part in a pass for which the other ranks have a micro-batch, and this one has none."""
+        """Join a pass for which other ranks have a micro-batch and this rank has none."""
         self._prepare(last=last)
         ids = torch.zeros(1, self.model.sequence_length, dtype=torch.long, device=self.device)
         nats, _ = self._forward(ids, self._empty_memory(1))
@@ -215,13 +225,13 @@ class BaseEngine(ABC):
         self._backward(loss)
 
     def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
-        """The targets of a micro-batch that the model will score: (rows, T)."""
-        torch.manual_seed(self._seed_of(micro_batch, step))
+        """Return the targets of a micro-batch that the model will score: (rows, T)."""
+        seed_generators(self._seed_of(micro_batch, step))
         rows, length = micro_batch.targets.shape
         return micro_batch.targets & self.model.draw_scored(rows, length).numpy()
 
     def _seed_of(self, micro_batch: MicroBatch, step: int) -> int:
-        """So that crops and dropout are the same on any number of ranks."""
+        """Return the seed of a micro-batch. Crops and dropout are the same on any number of ranks."""
         return seed_of("micro-batch", self._seed, step, micro_batch.index)
 
     def _describe_non_finite(self, nats: float) -> str:
@@ -235,7 +245,7 @@ class BaseEngine(ABC):
 
 
 def materialize(model: ByteModel, device: torch.device) -> None:
-    """Moves a model to a device, or gives it room there if it has no values yet."""
+    """Move a model to a device, or allocate it there if it has no values yet."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     else:
@@ -243,7 +253,7 @@ def materialize(model: ByteModel, device: torch.device) -> None:
 
 
 def _widened(rows: Rows, device: torch.device) -> Tensor:
-    """(rows, T) int16 ids on the device, where they come as bytes."""
+    """Return (rows, T) int16 ids on the device. They are sent as bytes."""
     ids = torch.from_numpy(rows.bytes).to(device).to(torch.int16, memory_format=torch.contiguous_format)
     ids.view(-1)[torch.from_numpy(rows.separators).to(device)] = SEPARATOR
     if rows.padding is not None:
@@ -252,10 +262,14 @@ def _widened(rows: Rows, device: torch.device) -> Tensor:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of EngineConfig's name for it; on CUDA, this rank's own.
+    """Return the device of a name; on CUDA, make this rank's own device the current one.
+
+    Args:
+        name: `EngineConfig.device`.
+        local_rank: number of this rank on its machine.
 
     Raises:
-        EngineError: it is not there.
+        EngineError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""How an engine has a model's blocks run: what backward computes again, compiled or not, in float8 or not."""
+"""Preparation of a model's blocks: activation checkpointing, compilation and float8."""
 
 import torch
 from torch import nn
@@ -10,18 +10,18 @@ from pretrain.engines.engine import EngineError
 from pretrain.models.base import ByteModel
 
 FLOAT8_CAPABILITY = (8, 9)
-"""Of CUDA: the first that multiplies in float8."""
+"""Lowest CUDA compute capability that multiplies in float8."""
 FLOAT8_MULTIPLE = 16
-"""Of the dimensions of matrices that it multiplies."""
+"""Divisor that float8 products require of matrix dimensions."""
 
 
 def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device) -> None:
-    """Has blocks run as a config says. For any engine, before it places, casts or cuts parameters.
+    """Set up blocks as a config says. Engines call it before they place, cast or shard parameters.
 
-    The order matters: what is recomputed is compiled, and what is gathered is neither.
+    The order matters: recomputed code is compiled, and gathers are neither recomputed nor compiled.
 
     Raises:
-        EngineError: it cannot be had of this model, or here.
+        EngineError: the model or the device does not support it.
     """
     if config.precision == "fp8":
         check_float8(device)
@@ -29,14 +29,14 @@ def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device)
     recompute(config.activation_checkpointing, model)
     if config.compile:
         checkpointing = config.activation_checkpointing
-        # Read when a block is compiled, in its first pass.
+        # torch reads it when it compiles a block, in the first pass.
         set_activation_memory_budget(checkpointing.budget if checkpointing.mode == "budget" else 1.0)
         for unit in model.units():
-            unit.compile(dynamic=False)  # shapes are few; torch 2.13 fails on some that it takes to be dynamic
+            unit.compile(dynamic=False)  # shapes are few, and torch 2.13 fails on some as dynamic shapes
 
 
 def recompute(config: CheckpointingConfig, model: ByteModel) -> None:
-    """Tells each block of a model what to keep for backward.
+    """Set what each block of a model keeps for the backward pass.
 
     Raises:
         EngineError: the model has no such stack.
@@ -56,7 +56,11 @@ def recompute(config: CheckpointingConfig, model: ByteModel) -> None:
 
 
 def check_float8(device: torch.device) -> None:
-    """Check that a device multiplies in float8. Raises EngineError."""
+    """Check that a device multiplies in float8.
+
+    Raises:
+        EngineError: it does not.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         raise EngineError(
@@ -66,7 +70,7 @@ def check_float8(device: torch.device) -> None:
 
 
 def multiply_in_float8(model: ByteModel) -> None:
-    """Puts torchao's linear maps in the place of those within blocks. Parameters and their names stay.
+    """Replace the linear maps within blocks by torchao's. Parameters and their names stay.
 
     Raises:
         MissingPackageError: torchao is not installed.
@@ -77,7 +81,7 @@ def multiply_in_float8(model: ByteModel) -> None:
     def fits(module: nn.Module, _: str) -> bool:
         return isinstance(module, nn.Linear) and not any(size % FLOAT8_MULTIPLE for size in module.weight.shape)
 
-    # Padded, as the gradient of a weight is a product over positions, of which there may be any number.
+    # Padded, because the gradient of a weight is a product over any number of positions.
     how = Float8LinearConfig(pad_inner_dim=True)
     for unit in model.units():
         convert_to_float8_training(unit, module_filter_fn=fits, config=how)

@@ -1,26 +1,25 @@
-"""The DeepSpeed engine: ZeRO-1, -2 and -3.
+"""DeepSpeed engine: ZeRO-1, -2 and -3.
 
-What each of W ranks holds of N parameters, in numbers:
+Each of W ranks holds so many numbers of N parameters:
 
               weights              gradients              masters, moments
     zero1        N                     N                     N/W, 2N/W
     zero2        N                    N/W                    N/W, 2N/W
     zero3   N/W, and a block          N/W                    N/W, 2N/W
 
-Weights are in the precision of the passes, and so is the gradient of one pass; all else is fp32. Under zero1 each rank
-adds up the gradients of its passes, and the ranks add theirs up once, after the last. Under zero2 and zero3 they do
-after each pass, some blocks at a time, and each rank adds up its share over passes. A sum over ranks is taken in fp32.
+Weights and the gradient of one pass have the precision of the passes; the other tensors are fp32. Under zero1, each
+rank sums the gradients of its passes, and the ranks sum theirs once, after the last pass. Under zero2 and zero3, the
+ranks sum gradients after each pass, some blocks at a time, and each rank sums its share over passes. Sums over ranks
+are fp32.
 
-DeepSpeed keeps masters and moments in flat ranges that disregard where parameters end. What is used of its inside is
-listed in tests/distributed/test_deepspeed.py, so that another version fails there first.
+DeepSpeed keeps masters and moments in flat ranges that ignore the boundaries of parameters.
+tests/distributed/test_deepspeed.py lists the internals that are used here, so another version fails there first.
 """
 
 import copy
 import importlib
 import io
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any
@@ -35,16 +34,19 @@ from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.config import EngineConfig
 from pretrain.engines.engine import EngineError
+from pretrain.engines.process_state import set_up_deepspeed, set_up_deepspeed_environment
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig
 from pretrain.optim.adamw import MOMENTS, adam_of
 from pretrain.optim.groups import decaying
 
 _KINDS = {MODEL: None} | {moment: moment for moment in MOMENTS}
-"""What fragments are named, and what DeepSpeed calls it."""
+"""Kinds of fragments, and DeepSpeed's name of each."""
 
 
 class DeepSpeedEngine(BaseEngine):
+    """Engine of zero1, zero2 and zero3."""
+
     def __init__(
         self,
         config: EngineConfig,
@@ -74,7 +76,7 @@ class DeepSpeedEngine(BaseEngine):
             _partition(deepspeed, model, self.device, settings)
         else:
             materialize(model, self.device)
-        with redirect_stdout(io.StringIO()):  # to which it tells how much memory is in use
+        with redirect_stdout(io.StringIO()):  # it prints the memory in use
             self._deepspeed, self._zero, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=adam_of(optimizer, dict(model.named_parameters()), decays),
@@ -82,10 +84,10 @@ class DeepSpeedEngine(BaseEngine):
                 dist_init_required=False,
             )
         if self._stage == 3:
-            for parameter in model.outside_units().values():  # used wherever the model's own forward pass needs it
+            for parameter in model.outside_units().values():  # the model's own forward pass uses it
                 deepspeed.zero.register_external_parameter(model, parameter)
         self._is_bf16_stage_1 = hasattr(self._zero, "fp32_groups_flat_partition")
-        """DeepSpeed has a class of its own for it, unless it offloads."""
+        """Whether DeepSpeed uses its own class for bf16 and stage 1, which it does unless it offloads."""
         self._masters: list[Tensor] = (
             self._zero.fp32_partitioned_groups_flat
             if self._stage == 3
@@ -93,7 +95,7 @@ class DeepSpeedEngine(BaseEngine):
             if self._is_bf16_stage_1
             else self._zero.single_partition_of_fp32_groups
         )
-        """This rank's share of each group of parameters, flat, and padded to the length of the others'."""
+        """This rank's share of each group of parameters: flat, padded to the same length on all ranks."""
         self._state = self._zero.optimizer.state
         for flat in self._masters:
             moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
@@ -104,6 +106,7 @@ class DeepSpeedEngine(BaseEngine):
         self.forget()
 
     def fragments(self) -> list[Fragment]:
+        """Return this rank's ranges of masters and moments, and the memory of its rows."""
         find = self._shares_of_stage_3 if self._stage == 3 else self._shares
         own = [
             Fragment(fragment_name(kind, name), shape, start, data.detach())
@@ -113,12 +116,15 @@ class DeepSpeedEngine(BaseEngine):
         return own + self._memory_fragments()
 
     def owned_fragments(self) -> list[Fragment]:
+        """Return all fragments of this rank."""
         return self.fragments()  # masters and moments are on one rank each
 
     def counters(self) -> dict[str, int]:
+        """Return the number of updates that the moments are made of."""
         return {"optimizer_steps": int(self._state[self._masters[0]]["step"])}
 
     def restore(self, counters: dict[str, int]) -> None:
+        """Set the number of updates, and cast the masters to the weights of the passes."""
         for flat in self._masters:
             self._state[flat]["step"].fill_(counters["optimizer_steps"])
         with torch.no_grad():
@@ -128,11 +134,11 @@ class DeepSpeedEngine(BaseEngine):
             self._zero._partition_all_parameters()
             for group in range(len(self._masters)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            if persistent := self._zero.persistent_parameters:  # some only if engine.deepspeed asks for them
+            if persistent := self._zero.persistent_parameters:  # empty unless engine.deepspeed sets a threshold
                 persistent[0].all_gather(persistent)
 
     def _shares(self, parameter: Tensor) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
-        """Of stages 1 and 2: kind, shape, start and values of what this rank holds of a parameter's fp32 state."""
+        """Yield kind, shape, start and values of this rank's ranges of a parameter's fp32 state, for stages 1 and 2."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
             for kind, key in _KINDS.items():
@@ -140,7 +146,7 @@ class DeepSpeedEngine(BaseEngine):
                 yield kind, tuple(parameter.shape), start, mapping.get_hp_fragment(key)
 
     def _shares_of_stage_3(self, parameter: Any) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
-        """As `_shares`. All ranks have equally long parts, of which the last ones may be padding."""
+        """Yield the same for stage 3. All ranks have parts of equal length; the last ones may be padding."""
         start = self._world.rank * parameter.ds_tensor.ds_numel
         length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
         if length > 0:
@@ -160,7 +166,7 @@ class DeepSpeedEngine(BaseEngine):
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def _update(self, learning_rate: float) -> float:
-        # DeepSpeed would not step either where it is not finite, but forget it, and with it where the fault is.
+        # DeepSpeed would not step either, but it would drop the gradient, which shows where the fault is.
         finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients()]).all().item()
         if self._world.sum(not finite)[0]:
             return math.inf
@@ -170,7 +176,7 @@ class DeepSpeedEngine(BaseEngine):
         return float(self._deepspeed.get_global_grad_norm())
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's share of the accumulated gradient, after the last pass."""
+        """Return this rank's share of the accumulated gradient, after the last pass."""
         if self._offloads:
             return [flat.grad for flat in self._masters if flat.grad is not None]
         if self._is_bf16_stage_1:
@@ -198,33 +204,31 @@ class DeepSpeedEngine(BaseEngine):
 
 
 def _import_deepspeed(engine: str, device_type: str, local_rank: int) -> Any:
-    """Return DeepSpeed, set to compute on a device and to use the process group that there is.
+    """Return DeepSpeed, set up for a device and for the process group that exists.
 
     Args:
         engine: `engine.name`.
+        device_type: cpu or cuda.
+        local_rank: number of this rank on its machine.
 
     Raises:
         MissingPackageError: DeepSpeed is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device_type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    set_up_deepspeed_environment(device_type, local_rank)
     with needed_by(f"engine.name {engine}", "deepspeed"):
         deepspeed = importlib.import_module("deepspeed")
-    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # called by DeepSpeed
-    # An all-reduce for inference on CPUs, which would be compiled here for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    set_up_deepspeed(deepspeed)
     return deepspeed
 
 
 def _settings(config: EngineConfig, model: ByteModel, micro_batch: int, clip_norm: float) -> dict[str, Any]:
-    """DeepSpeed's config for a recipe's."""
+    """Return DeepSpeed's config for a recipe."""
     block = max(sum(parameter.numel() for parameter in unit.parameters()) for unit in model.units())
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,  # passes are counted by BaseEngine, and sums of nats are not to be averaged
+        "gradient_accumulation_steps": 1,  # BaseEngine counts passes, and sums of nats are not averaged
         "gradient_clipping": clip_norm,
-        # Each gradient goes to its fp32 sum as it arrives; all of them in bf16 would live until the update.
+        # Add each gradient to its fp32 sum at once; otherwise all bf16 gradients live until the update.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -243,7 +247,7 @@ def _settings(config: EngineConfig, model: ByteModel, micro_batch: int, clip_nor
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """The one mapping with the other's entries in it; where both have mappings, these alike."""
+    """Return a mapping updated with the entries of another one; mappings within are merged."""
     both = {
         key: _laid_over(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
         for key, value in above.items()
@@ -252,13 +256,13 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _partition(deepspeed: Any, model: ByteModel, device: torch.device, settings: dict[str, Any]) -> None:
-    """Deals parameters out to ranks, a module at a time, so that no rank ever holds more of them.
+    """Shard parameters over ranks, one module at a time, so that no rank ever holds more than one module whole.
 
-    Each block is then gathered as a whole when it is used.
+    Each block is gathered as a whole when it is used.
     """
     for unit in model.units():
         deepspeed.utils.set_z3_leaf_module(unit, True)
-    for module in reversed(list(model.modules())):  # those within a module come before it
+    for module in reversed(list(model.modules())):  # inner modules first
         for name, parameter in module.named_parameters(recurse=False):
             values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.to(device)
             module.register_parameter(name, nn.Parameter(values.detach()))

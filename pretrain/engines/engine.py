@@ -1,4 +1,4 @@
-"""The contract of every engine: it owns device, precision, sharding, accumulation and the optimizer step."""
+"""Contract of the engines: an engine owns device, precision, sharding, accumulation and the optimizer step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,39 +14,41 @@ from pretrain.engines.phases import RankStep
 
 
 class EngineError(Exception):
-    """An engine cannot be had as asked."""
+    """An engine does not run here, or not as configured."""
 
 
 class NonFiniteError(Exception):
-    """A gradient is infinite or not a number. Parameters and optimizer are as they were before the step."""
+    """A gradient is infinite or not a number. The step has changed no parameter and no optimizer state."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, over the whole global batch."""
+    """Numbers of one optimizer step, over the whole global batch."""
 
     nats: float
+    """Negative log-likelihood of all target bytes."""
     target_bytes: int
+    """Number of bytes that count in the loss."""
     gradient_norm: float
-    """Before clipping."""
+    """Global norm of the gradient before clipping."""
     ranks: list[RankStep] = field(compare=False)
-    """What the step went to on each rank, by rank."""
+    """Times and memory of the step on each rank, by rank."""
 
 
 class Engine(Protocol):
-    """What each rank calls, all of them alike and in the same order."""
+    """One rank's engine. All ranks call the same methods in the same order."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of parameters and activations in forward and backward passes."""
+    """Type of parameters and activations in forward and backward passes."""
 
     def begin(self) -> None:
-        """Gives every parameter its first values: a function of seed and name, on any number of ranks."""
+        """Give every parameter its first values: a function of seed and name, the same on any number of ranks."""
 
     def rehearse(self, rows: int) -> None:
-        """Forward and backward of one micro-batch of `rows` made-up rows; changes nothing that training depends on.
+        """Run the passes of a made-up micro-batch of `rows` rows, without effect on training.
 
-        Finds in seconds what would otherwise fail at the first step.
+        It finds in seconds a fault that would otherwise appear at the first step.
 
         Raises:
             EngineError: there is too little memory.
@@ -60,31 +62,35 @@ class Engine(Protocol):
         learning_rate: float,
         before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """One optimizer step on this rank's micro-batches of the global batch.
+        """Do one optimizer step on this rank's micro-batches of the global batch.
 
-        The gradient is that of the batch's nats divided by its target bytes, both counted over all ranks. What the
-        model carries from each row goes to the same row of the next step.
+        The gradient is that of the batch's nats divided by its target bytes, both counted over all ranks. The memory
+        that the model carries from each row is the input of the same row in the next step.
 
         Args:
+            micro_batches: of this rank, in order.
+            step: number of the step; random numbers are seeded by it.
+            learning_rate: of the update.
             before_update: called after the passes. Before it, no fragment changes.
+
         Raises:
-            NonFiniteError: before any parameter is changed; on all ranks.
+            NonFiniteError: the gradient is not finite; on all ranks, before any parameter is changed.
         """
 
     def nats(self, ids: Ids) -> Tensor:
-        """Without gradient, dropout and memory: (rows, T) ids to (rows, T) fp32 nats on the CPU."""
+        """Return the (rows, T) fp32 nats of (rows, T) ids on the CPU, without gradient, dropout and memory."""
 
     def forget(self) -> None:
-        """Empties what the model carries: the next step's rows do not go on where the last step's ended."""
+        """Empty the memory that the model carries: the next rows do not continue the last ones."""
 
     def fragments(self) -> list[Fragment]:
-        """What this rank holds of every master and moment, and of the memory of its rows of the global batch."""
+        """Return what this rank holds: parts of masters and moments, and the memory of its rows of the global batch."""
 
     def owned_fragments(self) -> list[Fragment]:
-        """Of these, this rank's part: what all ranks own is everything, each element once."""
+        """Return the fragments that this rank owns. All ranks together own each element once."""
 
     def counters(self) -> dict[str, int]:
-        """The engine's few integers that a checkpoint keeps beside the fragments."""
+        """Return the engine's integers that a checkpoint stores with the fragments."""
 
     def restore(self, counters: dict[str, int]) -> None:
-        """Takes up counters, after a checkpoint has been read into the fragments."""
+        """Set the counters, after a checkpoint has been read into the fragments."""

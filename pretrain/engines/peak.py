@@ -1,4 +1,4 @@
-"""Floating-point peaks, for model FLOPs utilisation (MFU)."""
+"""Peak floating-point rates of devices, for model FLOPs utilisation (MFU)."""
 
 import json
 import logging
@@ -25,19 +25,19 @@ DENSE_BF16_PEAK = {
     "L40S": 362e12,
     "L4": 121e12,
 }
-"""FLOP/s of dense bf16 products by device name, from the makers' data sheets (SXM where there are several)."""
+"""FLOP/s of dense bf16 products by device name, from data sheets (SXM if there are several variants)."""
 PEAK_SECONDS = 0.2
 """Time budget of a measured peak."""
 PRODUCT_SECONDS = 0.02
-"""Time that one product of that measurement should take."""
+"""Intended time of one product of a measurement."""
 TRIAL_SIZE, LARGEST_SIZE = 128, 8192
-"""Sizes of square products: of the first trial, and at most."""
+"""Sizes of square products: the first one, and the largest."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the device's peak in FLOP/s, and its source: the data sheet, or else a measurement.
 
-    A measurement is kept in the user's cache folder, so that each kind of machine does it once per type.
+    A measurement is stored in the user's cache folder, so that each kind of machine is measured once per type.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -52,8 +52,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(known, indent=1))
-        except OSError as error:  # a home that cannot be written: it is measured again next time
-            log.debug("the measured peak could not be kept in %s: %s", path, error)
+        except OSError as error:  # the cache is not writable: measure again next time
+            log.debug("cannot store the measured peak in %s: %s", path, error)
     return known[key], "measured matrix product"
 
 
@@ -72,9 +72,9 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
-    """Return the shortest time of a square matrix product, of some after one that warms up; on a CPU by one thread.
+    """Return the shortest time of a square matrix product, after one to warm up; on a CPU by one thread.
 
-    One thread waits for no other, so that a busy machine changes little.
+    One thread waits for no other, so a busy machine changes the result little.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def _time_product(a: Tensor, b: Tensor) -> float:
 
 
 def _describe_machine(device: torch.device) -> str:
-    """Return what a measured peak depends on: the device, its threads, and what its libraries may use."""
+    """Return what a measured peak depends on: the device, its threads, and the instructions of its libraries."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     limits = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ]
@@ -106,7 +106,7 @@ def _describe_machine(device: torch.device) -> str:
 
 
 def _read_peaks(path: Path) -> dict[str, float]:
-    """Return what was measured before; nothing where the file is missing, damaged or foreign."""
+    """Return earlier measurements; none if the file is missing or damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""What a rank's step went to: seconds by phase, and memory.
+"""Time and memory of a rank's step: seconds by phase, and peak bytes.
 
     count ─▶ forward, backward of each micro-batch ─▶ the last sums over ranks ─▶ clip and step ─▶ exchange of numbers
       │                        │                                │                      │
     communication       forward_backward                  communication            optimizer
 
-On a CPU times are the host's. On CUDA they are marked on the stream, and read after the step's own synchronization.
+Times on a CPU are the host's. On CUDA they are marked on the stream, and read after the step's own synchronization.
 """
 
 import resource
@@ -22,24 +22,25 @@ from pretrain.distributed.world import World
 
 @dataclass(frozen=True)
 class RankStep:
-    """Of one rank in one step; its times are disjoint parts of the step, in seconds."""
+    """Numbers of one rank in one step. Times are disjoint parts of the step, in seconds."""
 
     nats: float
-    """Of its micro-batches."""
+    """Negative log-likelihood of its micro-batches."""
     forward_backward: float
-    """From the first forward pass until the last gradient is computed here. Communication that goes on meanwhile is no
-    part of it where the rank does not wait (DDP's sums of gradients), and cannot be told from it on CUDA (FSDP's
-    gathers), nor on a CPU in HSDP's sums over replicas."""
+    """Time from the first forward pass until this rank has computed its last gradient. Communication in the background
+    (DDP's sums of gradients) is not counted. FSDP's gathers on CUDA and HSDP's sums over replicas on a CPU cannot be
+    separated, and are included."""
     optimizer: float
-    """Clipping and the update; of a sharded model also the sum over ranks that the global norm takes."""
+    """Time of clipping and of the update. A sharded model includes the sum over ranks that the global norm needs."""
     communication: float
-    """Waiting for other ranks, slower ones included: for the count of target bytes, after the last gradient until all
-    sums over ranks are there, and on a CPU in FSDP's gathers and sums. The exchange that tells this is not in it."""
+    """Time of waiting for other ranks, slower ones included: for the count of target bytes, after the last gradient
+    until all sums over ranks are done, and on a CPU in FSDP's gathers and sums. The exchange of these numbers is not
+    included."""
     peak_memory_bytes: float
-    """As `peak_memory_bytes`."""
+    """Result of the function `peak_memory_bytes`."""
 
-    def told_to_all(self, world: World) -> list[Self]:
-        """These of each rank, by rank, on all of them."""
+    def gathered(self, world: World) -> list[Self]:
+        """Return the numbers of all ranks, by rank."""
         return [type(self)(*numbers) for numbers in world.gather_numbers(*astuple(self))]
 
 
@@ -47,12 +48,13 @@ Mark = float | torch.cuda.Event
 
 
 class Clock:
-    """Marks moments of a device's work, and tells the seconds between them when that work is done."""
+    """Clock of a device's work: marks moments, and measures the seconds between them when the work is done."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_stream = device.type == "cuda"
 
     def mark(self) -> Mark:
+        """Return a mark of the current moment of the device's work."""
         if not self._on_stream:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -60,6 +62,7 @@ class Clock:
         return event
 
     def seconds(self, begin: Mark, end: Mark) -> float:
+        """Return the seconds between two marks; wait for the second one."""
         if isinstance(begin, torch.cuda.Event):
             assert isinstance(end, torch.cuda.Event)
             end.synchronize()
@@ -69,10 +72,10 @@ class Clock:
 
 
 class PassTimes:
-    """Of one step's passes: when the last gradient was computed, and what the rank waited for on the way.
+    """Times of one step's passes: of the last gradient, and of waiting until then.
 
-    Sums of gradients over ranks end in callbacks of the autograd engine, which are called in the order in which they
-    were queued once all gradients are computed. Ours is queued as backward begins, and so comes before them.
+    Sums of gradients over ranks end in callbacks of the autograd engine. It calls them in the order in which they were
+    queued, once all gradients are computed. Ours is queued when backward begins, and therefore precedes them.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -80,15 +83,15 @@ class PassTimes:
         self.begin = clock.mark()
         self.computed = self.begin
         self.waited = 0.0
-        """In blocking collectives of the host, until the last gradient was computed; seconds."""
+        """Seconds in blocking collectives of the host until the last gradient was computed."""
         self._waited = 0.0
 
     def watch(self, loss: Tensor) -> None:
-        """Call before the backward pass of each loss."""
+        """Note when the last gradient of a loss is computed. Call it before the backward pass of the loss."""
         loss.register_hook(lambda _: call_after_backward(self._all_computed))
 
     def wait(self, seconds: float) -> None:
-        """Call after a collective in which the host was blocked."""
+        """Add the seconds of a collective that blocked the host."""
         self._waited += seconds
 
     def _all_computed(self) -> None:
@@ -97,7 +100,7 @@ class PassTimes:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on a CUDA device, or else resident."""
+    """Return the peak of this process's memory: on a CUDA device, or else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

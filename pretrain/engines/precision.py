@@ -1,4 +1,4 @@
-"""The precision of the passes, and what this machine makes of it.
+"""Precision of the passes: its choice, and its speed on this machine.
 
 engine.precision: auto ─▶ the precision that the run began with
                      └──▶ bf16 where this device multiplies it natively, else fp32
@@ -16,10 +16,11 @@ from pretrain.engines.peak import product_seconds
 log = logging.getLogger(__name__)
 
 NATIVE_SPEEDUP = 1.2
-"""Least speed of bf16 products over fp32's where a CPU has instructions for them. AVX512_BF16 has twice, AMX more."""
+"""Least ratio of bf16 to fp32 speed of a CPU that has bf16 instructions. AVX512_BF16 reaches 2, AMX more."""
 BUDGET_SECONDS = 0.05
+"""Time budget of a comparison."""
 SIZES = (64, 128, 256, 512)
-"""Of the square products that are compared, as far as the budget allows. Small ones are mostly overhead."""
+"""Sizes of the square products that are compared until the budget ends. Small ones are mostly overhead."""
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -28,11 +29,12 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def choose_precision(asked: str, device: torch.device, kept: str | None = None) -> str:
-    """Return the precision of a start of a run, and log what is not as the machine would have it.
+    """Return the precision of a start of a run, and log if another one suits the machine better.
 
     Args:
         asked: `engine.precision`.
-        kept: the precision of the run's earlier starts. `auto` stays with it on every machine.
+        device: of the passes.
+        kept: the precision of the run's earlier starts. `auto` keeps it on every machine.
     """
     if asked == "auto":
         best = "bf16" if has_native_bf16(device) else "fp32"
@@ -45,7 +47,7 @@ def choose_precision(asked: str, device: torch.device, kept: str | None = None) 
 
 
 def remark_on_precision(precision: str, device: torch.device) -> str | None:
-    """Return why a precision is a bad choice for a device; None where it is not."""
+    """Return why a precision is a bad choice for a device; None if it is a good one."""
     if precision != "bf16" or has_native_bf16(device):
         return None
     return (
@@ -55,7 +57,7 @@ def remark_on_precision(precision: str, device: torch.device) -> str | None:
 
 
 def scoring_precision(trained: str, device: torch.device) -> str:
-    """Return the precision to score and generate in: the run's own, or fp32 where the device emulates that one."""
+    """Return the precision to score and generate in: the run's own, or fp32 if the device emulates that one."""
     if trained == "fp32" or has_native_bf16(device):
         return "fp32" if trained == "fp32" else "bf16"
     if trained != "auto":
@@ -64,7 +66,7 @@ def scoring_precision(trained: str, device: torch.device) -> str:
 
 
 def gpu_precision(asked: str) -> str:
-    """Return what a precision of a recipe is on a GPU, for estimates that need none."""
+    """Return the precision that a recipe has on a GPU, for estimates without a GPU."""
     return "bf16" if asked == "auto" else asked
 
 
@@ -80,9 +82,9 @@ def has_native_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """Return how many times faster this CPU multiplies matrices in bf16 than in fp32; well under 0.1 s to measure.
+    """Return how many times faster this CPU multiplies matrices in bf16 than in fp32. Takes less than 0.1 s.
 
-    The CPU's flags alone do not say it: libraries can be told to leave instructions unused.
+    The CPU's flags alone do not decide it, because libraries can be configured to leave instructions unused.
     """
     cpu = torch.device("cpu")
     end = time.perf_counter() + BUDGET_SECONDS

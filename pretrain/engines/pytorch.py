@@ -1,13 +1,12 @@
-"""The PyTorch engine: one process, DDP, FSDP2 and HSDP.
+"""PyTorch engine: one process, DDP, FSDP2 and HSDP.
 
-fp32 masters are the model's own parameters. In one process and under DDP, each pass runs on copies cast to the
-precision; the cast is part of the graph, so gradients arrive at the masters in fp32 and accumulate there. FSDP2 casts
-as it gathers, and adds up over ranks and passes in fp32.
+The model's own parameters are the fp32 masters. In one process and under DDP, each pass runs on copies in the compute
+precision. The cast is part of the graph, so gradients reach the masters in fp32 and accumulate there. FSDP2 casts
+when it gathers, and sums over ranks and passes in fp32.
 """
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +24,14 @@ from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.config import EngineConfig
+from pretrain.engines.process_state import ignore_view_warnings
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig, build_optimizers
 
 
 class PyTorchEngine(BaseEngine):
+    """Engine of ddp, fsdp and hsdp."""
+
     def __init__(
         self,
         config: EngineConfig,
@@ -46,7 +48,7 @@ class PyTorchEngine(BaseEngine):
         prepare_blocks(config, model, self.device)
         shards = {"ddp": 1, "hsdp": config.shards}.get(config.name)
         self._shards = shards or world.size
-        """Ranks that hold one whole model between them."""
+        """Number of ranks that hold one whole model together."""
         if config.name == "ddp":
             materialize(model, self.device)
             for unit in model.units():
@@ -63,7 +65,7 @@ class PyTorchEngine(BaseEngine):
         self.forget()
 
     def _sharded(self, config: EngineConfig) -> nn.Module:
-        """The model, with each block gathered when it is used, and the rest of it together."""
+        """Return the model, sharded: each block is gathered when it is used, and the other parameters together."""
         self._world.ensure_group(self.device.type)
         sizes = {"replicate": self._world.size // self._shards, "shard": self._shards}
         if config.name == "fsdp":
@@ -86,24 +88,28 @@ class PyTorchEngine(BaseEngine):
                     scatter: Any = _Blocking(reduce_scatter_single, self._waited)
                     module.set_custom_all_gather(gather)
                     module.set_custom_reduce_scatter(scatter)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into nats
+        ignore_view_warnings()
         return self.model
 
     def _waited(self, seconds: float) -> None:
         self._pass_times.wait(seconds)
 
     def fragments(self) -> list[Fragment]:
+        """Return what this rank holds: all of each tensor, or its rows of it."""
         return self._parameter_fragments() + self._memory_fragments()
 
     def owned_fragments(self) -> list[Fragment]:
+        """Return this rank's share of each fragment; replicas divide what they all hold."""
         replica, replicas = self._world.rank // self._shards, self._world.size // self._shards
         own = [fragment.share(replica, replicas) for fragment in self._parameter_fragments()]
         return own + self._memory_fragments()
 
     def counters(self) -> dict[str, int]:
+        """Return the number of updates that the moments are made of."""
         return {"optimizer_steps": self._optimizer_steps}
 
     def restore(self, counters: dict[str, int]) -> None:
+        """Set the number of updates."""
         self._optimizer_steps = counters["optimizer_steps"]
         for state in self._states().values():
             if "step" in state:
@@ -121,7 +127,7 @@ class PyTorchEngine(BaseEngine):
         return fragments
 
     def _fragment(self, name: str, tensor: Tensor) -> Fragment:
-        """All of a tensor, or this rank's rows of it: FSDP2 deals them out as torch.chunk does."""
+        """Return all of a tensor, or this rank's rows of it; FSDP2 splits rows as torch.chunk does."""
         length, *rest = tensor.shape
         rows = -(-length // self._shards)
         start = min(self._world.rank % self._shards * rows, length) * math.prod(rest)
@@ -136,7 +142,7 @@ class PyTorchEngine(BaseEngine):
         if isinstance(self._module, FSDPModule):
             self._module.set_requires_gradient_sync(last)
         elif isinstance(self._module, DistributedDataParallel):
-            self._module.require_backward_grad_sync = last  # as no_sync does it, which is a context manager
+            self._module.require_backward_grad_sync = last  # what the context manager no_sync sets
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -165,7 +171,7 @@ class PyTorchEngine(BaseEngine):
 
 
 class _Blocking:
-    """A collective of FSDP2 that blocks the host, as all of gloo's do, and tells for how long."""
+    """Collective of FSDP2 that blocks the host, as all of gloo's do, and reports the seconds."""
 
     def __init__(self, collective: Callable[..., Any], waited: Callable[[float], None]) -> None:
         self._collective, self._waited = collective, waited
@@ -181,7 +187,7 @@ class _Blocking:
 
 
 class _Cast(nn.Module):
-    """A model that runs on copies of its parameters in another type. Units cast their own."""
+    """Model that runs on copies of its parameters in another type. Units cast their own."""
 
     def __init__(self, model: ByteModel, dtype: torch.dtype) -> None:
         super().__init__()

@@ -25,42 +25,44 @@ from pretrain.models.blocks.nats import CHUNK
 from pretrain.models.blocks.unit import Unit
 
 MANY_ROWS = 64
-"""Activations are measured up to so many rows, or what fills two chunks of the loss. Lines between are right to some
-hundredths."""
+"""Largest measured number of rows, unless two chunks of the loss have more. Between measurements the error is a few
+percent."""
 MOST_ROWS = 1 << 40
-"""More than any memory holds: where the search for the largest micro-batch ends."""
+"""Upper bound of the search for the largest micro-batch; no memory holds it."""
 KEEP_ALL = CheckpointingConfig()
+"""Config without activation checkpointing."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one forward and backward pass, beside parameters and their gradients."""
+    """Bytes of one forward and backward pass, without parameters and their gradients."""
 
     kept: int
-    """When the forward pass is done: what the backward pass needs."""
+    """Bytes that the backward pass needs, at the end of the forward pass."""
     peak: int
-    """At most, on the way there and back: with logits, passing gradients and what is computed again."""
+    """Largest number of bytes at any time, with logits, temporary gradients and recomputed activations."""
 
 
 @dataclass(frozen=True)
 class ActivationLine:
-    """Peak bytes of activations as a function of the rows of a micro-batch: straight between measurements, and on."""
+    """Peak bytes of activations as a function of the rows of a micro-batch: linear between and beyond measurements."""
 
     measured: tuple[tuple[int, int], ...]
-    """(rows, bytes), two or more, rising."""
+    """Pairs (rows, bytes), two or more, in ascending order."""
 
     def at(self, rows: int) -> int:
+        """Return the bytes of a micro-batch of `rows` rows."""
         ahead = min(max(bisect_left(self.measured, (rows,)), 1), len(self.measured) - 1)
         (few, low), (many, high) = self.measured[ahead - 1 : ahead + 1]
         return round(low + (high - low) * (rows - few) / (many - few))
 
     def rows_within(self, size: float) -> int:
-        """The most rows that need no more than `size` bytes; 0: not even one."""
+        """Return the largest number of rows that need at most `size` bytes; 0 if one row needs more."""
         return bisect_right(range(1, MOST_ROWS), size, key=self.at)
 
 
 def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig) -> ActivationLine:
-    """Measured for 1 row, for as many as fill the chunk in which the loss is computed, and for many."""
+    """Measure activations for 1 row, for the rows of one chunk of the loss, and for many rows."""
     chunk = -(-CHUNK // config.sequence_length)
     rows = sorted({1, chunk, max(MANY_ROWS, 2 * chunk)})
     return ActivationLine(
@@ -71,10 +73,13 @@ def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: Chec
 def measure_activations(
     config: ModelConfig, rows: int, dtype: torch.dtype, checkpointing: CheckpointingConfig = KEEP_ALL
 ) -> Activations:
-    """Of a micro-batch of full rows, with parameters and activations of a type; see `activations_of`.
+    """Measure the activations of a micro-batch of full rows on the meta device.
 
     Args:
-        checkpointing: not of mode budget, which only a compiler can tell.
+        config: of the model.
+        rows: of the micro-batch.
+        dtype: type of parameters and activations.
+        checkpointing: of any mode except budget, whose result only a compiler knows.
     """
     model = on_meta(config).to(dtype)
     recompute(checkpointing, model)
@@ -82,15 +87,15 @@ def measure_activations(
 
 
 def activations_of(model: ByteModel, ids: Tensor) -> Activations:
-    """Of a pass over (rows, T) ids, on the meta device or a real one. Use the model for nothing else afterwards.
+    """Measure the activations of a pass over (rows, T) ids, on the meta device or a real one.
 
-    Its blocks keep for backward what they are told to (`Unit.keeps`).
+    Blocks keep for backward what `Unit.keeps` says. The model cannot be used for anything else afterwards.
     """
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     if ids.is_meta:
         for block in model.units():
-            block.forward = partial(_with_fused_attention, block.forward)  # in backward too, where it runs again
+            block.forward = partial(_with_fused_attention, block.forward)  # also when backward runs it again
     with _LiveTensors() as live:
         loss = mean_loss(model, ids)
         kept = live.bytes
@@ -99,7 +104,7 @@ def activations_of(model: ByteModel, ids: Tensor) -> Activations:
 
 
 def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
-    """`Activations.kept` without checkpointing, in a fraction of the time: blocks that are alike keep alike."""
+    """Return `Activations.kept` without checkpointing, in a fraction of the time: equal blocks keep equally much."""
     model = on_meta(config).to(dtype)
     ids = torch.empty(rows, config.sequence_length, dtype=torch.int16, device="meta")
     with _FusedAttentionMode(), _LiveTensors() as live:
@@ -108,19 +113,19 @@ def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
             block.forward = partial(alike.run, block, block.forward)
         loss = mean_loss(model, ids)
         kept = live.bytes
-    del loss  # held until now, with all that it needs
+    del loss  # it has kept all activations alive until here
     return kept
 
 
 def mean_loss(model: ByteModel, ids: Tensor) -> Tensor:
-    """Of a training pass, with memory where the model carries one."""
+    """Return the mean loss of a training pass, with an empty memory if the model carries one."""
     memory = model.empty_memory(len(ids))
     nats: Tensor = model(ids, memory)[0] if memory else model(ids)
     return nats.mean()
 
 
 def on_meta(config: ModelConfig) -> ByteModel:
-    """A model of shapes without data: the largest costs nothing."""
+    """Return a model of shapes without data, which takes no memory."""
     with torch.device("meta"):
         return build_model(config)
 
@@ -135,7 +140,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
+    """Mode that counts the bytes of all live storages that operations made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,15 +170,15 @@ class _LiveTensors(TorchDispatchMode):
 
 
 class _Alike:
-    """Blocks of one kind. The first two run; for each after them stands a tensor of the bytes that the second kept.
+    """Runner of blocks: runs the first two of each kind, and replaces the others by a tensor of equally many bytes.
 
-    The first is no measure: what blocks share is counted with it.
+    The second block gives the number of bytes. The first one also includes what blocks share.
     """
 
     def __init__(self, live: _LiveTensors) -> None:
         self._live = live
         self._kept: dict[Any, list[int]] = {}
-        """What each that ran has kept, by kind."""
+        """Bytes that each block that ran has kept, by kind."""
 
     def run(self, block: Unit, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         kinds = tuple(type(module) for module in block.modules())
@@ -188,6 +193,8 @@ class _Alike:
 
 
 class _Keep(torch.autograd.Function):
+    """Stand-in for a block, which keeps a number of bytes for backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(torch.empty(size, dtype=torch.uint8, device=x.device))
@@ -199,7 +206,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _FusedAttentionMode(TorchFunctionMode):
-    """Puts `_FusedAttention` in the place of scaled_dot_product_attention."""
+    """Mode that replaces scaled_dot_product_attention by `_FusedAttention`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -208,12 +215,12 @@ class _FusedAttentionMode(TorchFunctionMode):
         q, k, v = args
         bias = kwargs.get("attn_mask")
         if bias is not None and bias.dtype == torch.bool:
-            bias = bias.to(q.dtype)  # as the kernels take it
+            bias = bias.to(q.dtype)  # the type that the kernels take
         return _FusedAttention.apply(q, k, v, bias, kwargs.get("dropout_p", 0.0))
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The shapes that go into and out of a fused kernel, and what it keeps."""
+    """Attention of shapes only: inputs, outputs and kept tensors of a fused kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:

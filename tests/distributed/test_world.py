@@ -8,7 +8,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.loader import Loader, LoaderConfig
 from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams, replay
 from data_pipeline.stream.record import merged
-from pretrain.distributed.world import ALONE, World, WorldError, first_host
+from pretrain.distributed.world import ALONE, World, WorldError
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.evaluation.scores import Score
 from tests.distributed.parity import T, build
@@ -99,11 +99,3 @@ def test_holes_are_merged_by_their_first_sequence():
         {"digest": "0", "holes": {"a": [(1, 20)], "b": [(2, 5)]}},
     ]
     assert merged(states)["holes"] == {"a": [(1, 20), (4, 9)], "b": [(2, 5)]}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("node3", "node3"), ("node[03-05,9],login1", "node03"), ("gpu-a[7]", "gpu-a7"), ("a1,b[2-3]", "a1")],
-)
-def test_the_first_of_slurms_hosts(nodes: str, first: str):
-    assert first_host(nodes) == first

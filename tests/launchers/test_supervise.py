@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.slurm.allocation import expand
+from launchers.slurm.hosts import expand_hosts
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.submission import Submission
 from launchers.supervision.heartbeat import Heartbeat, read_beat
@@ -127,7 +127,7 @@ def test_a_beat_is_written_when_the_phase_changes_and_nothing_where_nobody_looks
     ],
 )
 def test_slurms_lists_of_hosts_are_expanded(nodes: str, names: list[str]):
-    assert expand(nodes) == names
+    assert expand_hosts(nodes) == names
 
 
 def test_presets_load_and_what_is_wrong_in_one_is_told_in_a_line(tmp_path: Path):

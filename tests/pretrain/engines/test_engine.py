@@ -242,7 +242,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one():
     script = """
 import resource
 import torch
-from pretrain.engines.host_memory import keep_freed_memory
+from pretrain.engines.process_state import keep_freed_memory
 keep_freed_memory()
 faults = []
 for _ in range(12):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pretrain.distributed.world import Place, WorldError, first_host, place_of, slurm_port
+from pretrain.distributed.rendezvous import Place, WorldError, place_of, slurm_port
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -44,10 +44,13 @@ def test_under_srun_the_first_host_and_a_port_of_the_step_are_where_ranks_meet()
         ("gpu-a[1,3]-rack2", "gpu-a1-rack2"),
         ("rack[0-1]node[08-12]", "rack0node08"),
         ("a-b-7", "a-b-7"),
+        ("a1,b[2-3]", "a1"),
+        ("gpu-a[7]", "gpu-a7"),
     ],
 )
 def test_the_first_host_of_a_slurm_list(nodes: str, first: str):
-    assert first_host(nodes) == first
+    place = place_of(SRUN | {"SLURM_STEP_NODELIST": nodes})
+    assert place is not None and place.address == first
 
 
 def test_steps_that_follow_each_other_meet_at_ports_that_nothing_else_is_given():
