@@ -9,7 +9,6 @@
 Names are imported when they are first used, so `import byteloom` takes no time.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,27 +20,28 @@ if TYPE_CHECKING:
 
 __all__ = ["PrepareOptions", "__version__", "open_corpus", "prepare"]
 
-_SOURCES = {
-    "PrepareOptions": ("data_pipeline.preparation.prepare", "PrepareOptions"),
-    "open_corpus": ("data_pipeline.corpus.shards", "Corpus"),
-    "prepare": ("data_pipeline.preparation.prepare", "prepare"),
-}
-"""Public names: the module that defines each, and its name there."""
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
-    if name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415 - few ask for it
-
-        value: Any = version("byteloom")
-    elif name in _SOURCES:
-        module, attribute = _SOURCES[name]
-        value = getattr(importlib.import_module(module), attribute)
-    else:
+    if name not in __all__:
         raise AttributeError(f"module 'byteloom' has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = _imported(name)
     return value
+
+
+def _imported(name: str) -> Any:
+    # ruff: noqa: PLC0415 - imports take time, and each name is used by few
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("byteloom")
+    if name == "open_corpus":
+        from data_pipeline.corpus.corpus import Corpus
+
+        return Corpus
+    from data_pipeline.preparation import prepare
+
+    return getattr(prepare, name)
 
 
 def __dir__() -> list[str]:

@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (corpora, inspection, train, submit, sweep, runs, tracking, evaluate, generate, conformance):
+for group in (corpora, inspection, train, submit, sweep, runs, tracking, evaluate, generate):
     app.add_typer(group.app)
 app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel=RUNS_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS_PANEL)

@@ -1,4 +1,4 @@
-"""Bad input: one clear line, a non-zero exit, and nothing half-written. With the real command."""
+"""Bad input of the real command: one clear line, a non-zero exit code, and no partial output."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ def trained_once(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def trained(trained_once: Path, recipe: Path) -> Path:
-    """A finished run of the recipe, in a copy for this test."""
+    """Return a copy of a finished run."""
     return shutil.copytree(trained_once, recipe.parent / "runs/run")
 
 
@@ -72,7 +72,7 @@ def test_prepare_into_an_existing_folder(byteloom: Run, folder: Path):
     assert names(folder) == before
 
 
-def test_inspect_of_what_is_no_corpus(byteloom: Run, folder: Path):
+def test_inspect_of_a_folder_without_a_corpus(byteloom: Run, folder: Path):
     assert "it has no manifest.json" in refused(byteloom, "inspect", "files")
     assert "no such folder" in refused(byteloom, "inspect", "nowhere")
 
@@ -148,7 +148,9 @@ def test_a_changed_corpus_under_a_resumed_run(byteloom: Run, recipe: Path, train
     assert (trained / "config.yaml").read_text() == config
 
 
-def test_a_corpus_that_moved_but_is_the_same_goes_on(byteloom: Run, recipe: Path, trained: Path, corpus_folder: Path):
+def test_a_run_resumes_with_a_moved_corpus_of_the_same_content(
+    byteloom: Run, recipe: Path, trained: Path, corpus_folder: Path
+):
     moved = recipe.parent / "moved"
     moved.symlink_to(corpus_folder / "train")
     byteloom("train", recipe, "train.steps=14", f"data.shards={moved}")
@@ -164,7 +166,7 @@ def test_generate_with_impossible_options(byteloom: Run, trained: Path):
     assert "cannot read the prompt file nowhere" in refused(byteloom, "generate", trained, "--prompt-file", "nowhere")
 
 
-def test_track_of_what_is_no_run(byteloom: Run, folder: Path):
+def test_track_of_a_folder_without_a_run(byteloom: Run, folder: Path):
     assert "no mlflow.json" in refused(byteloom, "track", "files")
     assert "no mlflow.json" in refused(byteloom, "track", "nowhere")
     assert not (folder / "nowhere").exists()

@@ -1,4 +1,4 @@
-"""The commands, as a person runs them."""
+"""Commands, as a user runs them."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ from tests.conftest import Run, recipe_tree, train_once
 
 @pytest.fixture(scope="module")
 def trained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twelve steps, which these tests only read."""
+    """Return a run of twelve steps. Tests only read it."""
     return train_once(tmp_path_factory.mktemp("trained"), corpus_folder)
 
 
@@ -72,7 +72,7 @@ def test_the_run_folder_explains_the_run(trained: Path):
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (4, 8, 12)]
 
 
-def test_inspect_says_where_a_row_came_from(byteloom: Run, trained: Path, sources: list[Path]):
+def test_inspect_shows_the_origin_of_a_row(byteloom: Run, trained: Path, sources: list[Path]):
     shown = byteloom("inspect", trained, "--step", "7", "--row", "5").stdout
     assert "step 7, row 5: sequence 41 of the run" in shown
     key, first, last = re.search(r"^ *0-\d+ +(\S+) +([\d,]+)-([\d,]+)", shown, re.MULTILINE).groups()
@@ -87,7 +87,7 @@ def test_inspect_says_where_a_row_came_from(byteloom: Run, trained: Path, source
     assert stream[41][: last - first + 1].astype("uint8").tobytes() == content[first : last + 1]
 
 
-def test_replay_proves_what_a_run_read(byteloom: Run, trained: Path, tmp_path: Path):
+def test_replay_proves_the_data_that_a_run_read(byteloom: Run, trained: Path, tmp_path: Path):
     said = byteloom("inspect", "--replay", trained).stderr
     assert "the run read exactly what it should have read until step 12: 72 sequences of 128 bytes" in said
     checkpoint = shutil.copytree(trained / "checkpoints/step-00000008", tmp_path / "step-00000008")
@@ -98,7 +98,7 @@ def test_replay_proves_what_a_run_read(byteloom: Run, trained: Path, tmp_path: P
     assert "the corpora do not hold the bytes that the run read until step 8" in refused.stderr
 
 
-def test_a_run_is_inspected_though_its_recipe_would_be_refused_by_now(trained: Path, tmp_path: Path):
+def test_a_run_with_a_recipe_that_is_now_invalid_is_inspected(trained: Path, tmp_path: Path):
     checkpoint = shutil.copytree(trained / "checkpoints/step-00000008", tmp_path / "step-00000008")
     forge(checkpoint, "config", optimizer={"schedule": {"warmup_steps": 500}}, validation={"every": 0})
     shown = CliRunner().invoke(app, ["inspect", str(checkpoint), "--step=7"])
@@ -106,7 +106,7 @@ def test_a_run_is_inspected_though_its_recipe_would_be_refused_by_now(trained: P
 
 
 def forge(checkpoint: Path, section: str, **entries: object) -> None:
-    """Changes the state of a checkpoint, under a right digest."""
+    """Change the state of a checkpoint, and correct its digest."""
     path = checkpoint / "metadata.json"
     metadata = json.loads(path.read_text())
     metadata["state"][section].update(entries)
@@ -115,7 +115,7 @@ def forge(checkpoint: Path, section: str, **entries: object) -> None:
     path.write_text(json.dumps(metadata))
 
 
-def test_withdrawn_documents_are_not_read_any_more(byteloom: Run, corpus_folder: Path, recipe: Path, tmp_path: Path):
+def test_withdrawn_documents_are_no_longer_read(byteloom: Run, corpus_folder: Path, recipe: Path, tmp_path: Path):
     copy = shutil.copytree(corpus_folder, tmp_path / "copy")
     key = Corpus(copy / "train").read(0).slices[0].key
     assert "no document 'nobody'" in byteloom("withdraw", copy / "train", "nobody", check=False).stderr
@@ -199,7 +199,7 @@ SIZE = {"width": 32, "layers": 2, "heads": 2}
         ("transformer_xl", {**SIZE, "memory_length": 128}, "memory"),
     ],
 )
-def test_every_family_trains_goes_on_scores_and_writes(
+def test_every_family_trains_resumes_scores_and_generates(
     byteloom: Run, tmp_path: Path, corpus_folder: Path, family: str, fields: dict[str, object], mode: str
 ):
     tree = recipe_tree(corpus_folder)
@@ -244,7 +244,7 @@ def test_generate_writes_many_to_a_folder(byteloom: Run, trained: Path, tmp_path
     assert written["000-000.bin"] == generate(trained, "--prompt", "def ", "--bytes", "40", "--seed", "3")
 
 
-def test_a_reader_that_stops_early_is_no_error(trained: Path):
+def test_a_closed_output_pipe_is_not_an_error(trained: Path):
     pipe = f"{BYTELOOM} generate {trained} --bytes 2000 | head -c 5 | wc -c"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", pipe], capture_output=True, text=True, env=environment(), check=False
@@ -275,7 +275,7 @@ def test_help_of_every_command():
         assert f"Usage: byteloom {command}" in shown.output
 
 
-def test_pruning_deletes_the_oldest_of_a_run_and_refuses_what_is_no_run(trained: Path, tmp_path: Path):
+def test_pruning_deletes_the_oldest_checkpoints_and_refuses_a_folder_without_a_run(trained: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     steps = sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -1,4 +1,4 @@
-"""Shell completion of the command, as a shell asks for it."""
+"""Shell completion, as a shell requests it."""
 
 import subprocess
 
@@ -21,8 +21,8 @@ def test_bash_completes_commands_and_options(words: str, expected: list[str]):
     assert completed(COMP_WORDS=words, COMP_CWORD=str(words.count(" "))) == expected
 
 
-def test_the_script_for_a_shell_is_shown_where_no_shell_runs():
-    """`--show-completion` looks for the shell among the parents; a job or a container may have none."""
+def test_the_completion_script_is_shown_without_a_running_shell():
+    """`--show-completion` searches the parent processes for a shell; a job or a container may have none."""
     asked = {**environment(), "_BYTELOOM_COMPLETE": "source_bash"}
     shown = subprocess.run([BYTELOOM], capture_output=True, text=True, check=True, env=asked).stdout
     assert "_BYTELOOM_COMPLETE=complete_bash" in shown

@@ -1,4 +1,4 @@
-"""Commands: paths with a home folder, and numbers that are not finite."""
+"""Arguments of commands: paths with a home folder, and numbers that are not finite."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.conftest import prepare_corpus
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder, and an empty working folder beside it."""
+    """Return a home folder; the working folder is empty and next to it."""
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -54,7 +54,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_home_folder_is_expanded_in_every_path_of_a_command(home: Path, recipe: Path, command: str):
-    """Nothing is at ~/x, so each command names the place where it looked."""
+    """~/x does not exist, so each command names the path that it tried."""
     words = [str(recipe) if word == "RECIPE" else word for word in command.split()]
     done = CliRunner().invoke(app, words)
     text = f"{done.output} {done.exception}".replace("\n", "")
@@ -70,7 +70,7 @@ def test_a_corpus_is_prepared_from_and_into_the_home_folder(home: Path):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_folder_that_is_called_tilde_is_named_by_a_dot(home: Path, tmp_path: Path):
+def test_a_folder_named_tilde_is_written_with_a_leading_dot(home: Path, tmp_path: Path):
     prepare_corpus([Path(__file__)], tmp_path / "work/~")
     assert CliRunner().invoke(app, ["verify", "./~"]).exit_code == 0
     assert isinstance(CliRunner().invoke(app, ["verify", "~"]).exception, CorpusError)

@@ -1,4 +1,4 @@
-"""One typed tree: what is accepted, what is refused, and how it is said."""
+"""Config: valid values, invalid values, and the messages of their errors."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def test_the_tree_is_immutable(file: Path):
 
 
 @pytest.mark.parametrize("name", ["a", "3e-4", "007", "1.5", "null", "true", "on", "2026-01-01"])
-def test_what_is_shown_loads_to_the_same_config(file: Path, tmp_path: Path, name: str):
+def test_a_shown_config_loads_to_the_same_config(file: Path, tmp_path: Path, name: str):
     config = load(file, [f"run.name='{name}'", "optimizer.learning_rate=1e-8"])
     assert config.run.name == name
     again = tmp_path / "again.yaml"
@@ -133,13 +133,13 @@ def test_each_family_has_its_own_fields(file: Path):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused_in_a_line(file: Path, overrides: tuple[str, ...], said: str):
+def test_values_that_do_not_fit_together_are_refused_in_one_line(file: Path, overrides: tuple[str, ...], said: str):
     message = refusal(file, *overrides)
     assert said in message
     assert "\n" not in message
 
 
-def test_the_mode_of_checkpointing_stands_for_its_section(file: Path):
+def test_a_checkpointing_mode_alone_replaces_its_section(file: Path):
     short = load(file, ["engine.activation_checkpointing=full"])
     assert short == load(file, ["engine.activation_checkpointing.mode=full"])
     named = load(file, ["engine.activation_checkpointing={mode: full, every: 2, stacks: [global]}"])
@@ -162,13 +162,13 @@ def test_a_key_given_twice_is_refused(file: Path):
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "a: [", "a: 'b"])
-def test_a_file_that_is_no_recipe_is_refused(file: Path, text: str):
+def test_a_file_that_is_not_a_recipe_is_refused(file: Path, text: str):
     file.write_text(text)
     assert refusal(file).startswith(str(file))
 
 
 @pytest.mark.parametrize("content", [b"run: \xff", b"run: \x00", b"run: \x07"])
-def test_a_file_that_is_no_text_is_refused(file: Path, content: bytes):
+def test_a_file_that_is_not_text_is_refused(file: Path, content: bytes):
     file.write_bytes(content)
     assert refusal(file).startswith(str(file))
 
@@ -197,7 +197,7 @@ def test_plain_values_are_those_of_yaml_1_2(file: Path, text: str, value: object
     assert got[section][name] == value
 
 
-def test_explain_tells_meaning_type_default_and_bounds():
+def test_explain_shows_meaning_type_default_and_bounds():
     text = explain("optimizer.beta2")
     assert text.startswith("optimizer.beta2: float, default 0.98, at least 0, less than 1\n")
     assert "squared gradients" in text
@@ -207,7 +207,7 @@ def test_explain_tells_meaning_type_default_and_bounds():
         explain("model.patchsize")
 
 
-def test_explain_tells_of_every_family():
+def test_explain_covers_every_family():
     assert explain("model.latents").startswith("model.latents: int, default 1024, at least 1\n")
     assert "In MegabyteConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
     assert "In PerceiverARConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
@@ -215,7 +215,7 @@ def test_explain_tells_of_every_family():
     assert "model.latent_model.width: int, required, at least 1" in explain("model")
 
 
-def test_faults_of_another_family_are_told_by_its_own_fields(file: Path):
+def test_faults_of_each_family_name_its_own_fields(file: Path):
     file.write_text(
         file.read_text()
         .replace("  patch_size: 4\n", "  family: perceiver_ar\n  latens: 4\n")
@@ -268,14 +268,14 @@ def test_faults_of_another_family_are_told_by_its_own_fields(file: Path):
         ("train.steps=[" + "0, " * 5000 + "0]", "…; it must be a whole number, such as 8"),
     ],
 )
-def test_a_wrong_value_says_what_is_expected(file: Path, override: str, said: str):
+def test_the_error_of_a_wrong_value_names_what_is_expected(file: Path, override: str, said: str):
     message = refusal(file, override)
     assert said in message
     assert "\n" not in message and len(message) < 400
 
 
-def test_no_value_of_any_kind_gets_a_message_of_the_library(file: Path):
-    """Each field of each section is given each kind of value."""
+def test_no_wrong_value_shows_a_message_of_pydantic(file: Path):
+    """Give each field of each section a value of each kind."""
     tree = load(file).as_tree()
     values = ([1], {"a": 1}, "x", True, 3, 1.5, None, [[1]], [{"q": 1}], {"a": {}}, "", -1, 10**30, math.inf)
     for path, _ in all_fields(Config, ()):
@@ -307,7 +307,7 @@ def test_no_number_of_a_recipe_may_be_infinite(file: Path, number: float):
             with_overrides(changed, (), "tree")
 
 
-def test_a_time_that_no_timer_takes_is_refused(file: Path):
+def test_a_time_beyond_the_range_of_timers_is_refused(file: Path):
     assert "meeting_seconds is 1e+300; it must be at most 1e+09" in refusal(file, "launch.meeting_seconds=1e300")
 
 
@@ -329,20 +329,18 @@ def test_a_time_that_no_timer_takes_is_refused(file: Path):
         (["train.steps=100000000000", "run.name=b"], 0, "is 4e+11 sequences; a run can read 274,877,906,944 at most"),
     ],
 )
-def test_fields_that_do_not_go_together_name_where_one_of_them_came_from(
-    file: Path, overrides: list[str], origin: int, said: str
-):
+def test_a_mismatch_names_the_origin_of_one_of_its_fields(file: Path, overrides: list[str], origin: int, said: str):
     message = refusal(file, *overrides)
     assert message.startswith(f"override {overrides[origin]}: ")
     assert said in message
 
 
-def test_all_that_does_not_go_together_is_said_at_once(file: Path):
+def test_all_mismatches_are_reported_together(file: Path):
     lines = refusal(file, "optimizer.schedule.warmup_steps=20", "optimizer.name=muon", "engine.name=fsdp").splitlines()
     assert len(lines) == 2
 
 
-def test_slips_get_a_warning_and_are_accepted(file: Path):
+def test_likely_mistakes_get_a_warning_and_are_accepted(file: Path):
     assert load(file).warnings() == []
     (rate, decay) = load(file, ["optimizer.learning_rate=3e3"]).warnings()
     assert rate.field == "optimizer.learning_rate" and rate.text.endswith(
@@ -378,7 +376,7 @@ def test_schema_describes_the_fields():
     assert schema["additionalProperties"] is False
 
 
-def test_the_config_commands_print_what_programs_can_read(byteloom: Run, recipe: Path, corpus_folder: Path):
+def test_the_config_commands_print_machine_readable_output(byteloom: Run, recipe: Path, corpus_folder: Path):
     shown = yaml.safe_load(byteloom("config", "show", recipe, "train.steps=7").stdout)
     expected = recipe_tree(corpus_folder)["model"]
     assert shown["train"]["steps"] == 7

@@ -1,4 +1,4 @@
-"""`byteloom config check`: what it finds, and that it writes nothing."""
+"""`byteloom config check`: its findings, and that it writes nothing."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tests.conftest import recipe_tree
 
 @pytest.fixture(scope="module")
 def trained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a run that did four of twelve steps; tests read its folder alone."""
+    """Return the recipe of a run that has done four of twelve steps. Tests only read its folder."""
     folder = tmp_path_factory.mktemp("checked")
     tree = recipe_tree(corpus_folder)
     tree["run"] = {"name": "run", "root": str(folder / "runs")}
@@ -30,7 +30,7 @@ def trained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def found(recipe: Path, *overrides: str, level: str) -> list[Finding]:
-    """What a check finds of a level. Nothing is written meanwhile."""
+    """Return the findings of a level, and check that nothing is written."""
     files = {path: path.stat().st_mtime_ns for path in recipe.parent.rglob("*")}
     findings = check_recipe(recipe, overrides)
     assert files == {path: path.stat().st_mtime_ns for path in recipe.parent.rglob("*")}
@@ -63,7 +63,7 @@ def test_a_recipe_without_faults_is_described(recipe: Path):
         assert any(part in text for text in texts), (part, texts)
 
 
-def test_the_command_says_it_for_people_and_for_programs(recipe: Path):
+def test_the_command_prints_text_and_json(recipe: Path):
     text = CliRunner().invoke(app, ["config", "check", str(recipe), "optimizer.learning_rate=3e3"])
     assert text.exit_code == 0
     assert "\nwarning  optimizer.learning_rate is 3000, and " in text.stdout
@@ -82,7 +82,7 @@ def test_all_faults_of_a_recipe_are_found(recipe: Path):
     }
 
 
-def test_faults_of_places_and_devices_are_found_side_by_side(recipe: Path):
+def test_faults_of_folders_and_devices_are_found_together(recipe: Path):
     file = str(recipe)
     assert errors(
         recipe,
@@ -95,7 +95,7 @@ def test_faults_of_places_and_devices_are_found_side_by_side(recipe: Path):
     ).keys() >= {"data.shards", "validation.shards", "initialize.weights", "run.root", "checkpoint.home"}
 
 
-def test_a_bucket_that_cannot_be_read_is_an_error_and_nothing_is_said_of_what_it_holds(
+def test_an_unreadable_bucket_is_an_error_without_findings_about_its_contents(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -107,7 +107,7 @@ def test_a_bucket_that_cannot_be_read_is_an_error_and_nothing_is_said_of_what_it
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(recipe: Path):
-    """Root may write anywhere, but not into /proc, where no file system lets files be made."""
+    """/proc refuses new files, also those of root."""
     assert "checkpoint.keep" in errors(recipe, "run.root=/proc/runs")
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_this_recipe_cannot_resume_is_an_error(trained: Path, overrid
     assert text in errors(trained, *overrides)[field]
 
 
-def test_a_run_that_this_recipe_resumes_is_said_with_its_step_and_what_changed(trained: Path):
+def test_the_finding_of_a_resumable_run_shows_its_step_and_changes(trained: Path):
     texts = [finding.text for finding in found(trained, "initialize.weights=nowhere", level="ok")]
     assert any("run.name: resumes after step 4 of 12, from " in text for text in texts)
     assert "changed since step 4: train.steps: 4 -> 12" in texts
@@ -145,7 +145,7 @@ def test_a_damaged_record_of_a_run_is_an_error(trained: Path, tmp_path: Path):
     assert "run.json is damaged" in damaged[0].text
 
 
-def test_damaged_checkpoints_are_passed_over(trained: Path, tmp_path: Path):
+def test_damaged_checkpoints_are_skipped(trained: Path, tmp_path: Path):
     shutil.copytree(trained.parent / "runs", tmp_path / "runs")
     (tmp_path / "recipe.yaml").write_bytes(trained.read_bytes())
     (tmp_path / "runs/run/checkpoints/step-00000004/metadata.json").write_text("{")
@@ -153,7 +153,7 @@ def test_damaged_checkpoints_are_passed_over(trained: Path, tmp_path: Path):
     assert "step-00000004 is not valid" in text and "a start would set it aside" in text
 
 
-def test_weights_of_another_run_are_looked_at(trained: Path):
+def test_weights_of_another_run_are_checked(trained: Path):
     texts = [
         f.text for f in found(trained, "run.name=new", f"initialize.weights={trained.parent}/runs/run", level="ok")
     ]
@@ -162,7 +162,7 @@ def test_weights_of_another_run_are_looked_at(trained: Path):
     assert "belongs to another model" in refused["initialize.weights"]
 
 
-def test_what_does_not_fit_this_machine_is_found(recipe: Path, corpus_folder: Path):
+def test_a_run_too_large_for_this_machine_is_found(recipe: Path, corpus_folder: Path):
     assert "it cannot be built" in errors(recipe, "model.global_model.width=1000000000")["model"]
     large = ("model.global_model.width=65536", "model.local_model.width=16384")
     assert "which is too much" in errors(recipe, *large)["train.micro_batch"]
@@ -175,7 +175,7 @@ def test_what_does_not_fit_this_machine_is_found(recipe: Path, corpus_folder: Pa
     assert "are fewer than train.global_batch" in warnings(recipe, "train.global_batch=100000")["data.shards"]
 
 
-def test_each_source_of_a_mixture_is_looked_at(recipe: Path, corpus_folder: Path):
+def test_each_source_of_a_mixture_is_checked(recipe: Path, corpus_folder: Path):
     mixture = f"data={{mixture: {{a: {{shards: {corpus_folder}/train}}, b: {{shards: nowhere}}}}}}"
     assert errors(recipe, mixture).keys() == {"data.mixture.b.shards"}
 

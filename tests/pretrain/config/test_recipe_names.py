@@ -21,7 +21,7 @@ from tests.test_project import ROOT
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder as the working directory."""
+    """Make an empty folder the working directory."""
     folder = tmp_path / "else where"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -59,7 +59,7 @@ def test_a_file_wins_over_a_name(elsewhere: Path):
     assert load("debug").run.name == "debug"
 
 
-def test_a_path_is_a_path_whether_or_not_there_is_a_file(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_path_is_never_read_as_a_name(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(elsewhere))
     for path in ("nowhere.yaml", "../nowhere", f"{elsewhere}/nowhere", "~/nowhere"):
         assert refusal(path) == f"cannot read the recipe {path.replace('~', str(elsewhere))}: No such file or directory"
@@ -81,12 +81,12 @@ def test_an_unknown_name_gets_the_nearest_names(elsewhere: Path):
     assert refusal("mine") == f"no recipe is named mine (did you mean mine.yaml?){lists}"
 
 
-def test_the_path_in_a_checkout_is_told_its_name():
+def test_the_error_of_a_checkout_path_shows_the_recipe_name():
     for path, name in (("configs/debug.yaml", "debug"), ("megabyte/text.yaml", "megabyte/text")):
         assert refusal(path) == f"there is no file {path}; the recipe that comes with Byteloom is named {name}"
 
 
-def test_the_folder_of_a_run_is_told_its_recipe(elsewhere: Path):
+def test_the_error_of_a_run_folder_shows_its_recipe(elsewhere: Path):
     run = elsewhere / "runs/debug"
     run.mkdir(parents=True)
     assert refusal("runs/debug") == "runs/debug is a folder, not a recipe"
@@ -130,7 +130,7 @@ def test_a_copy_is_the_recipe_under_another_name_and_the_schema_accepts_it(name:
     assert list(validator.iter_errors(copy.as_tree())) == []
 
 
-def test_a_copy_says_nothing_that_is_only_true_of_the_original(elsewhere: Path):
+def test_a_copy_drops_comments_that_hold_only_for_the_original(elsewhere: Path):
     write_copy("megabyte/text", elsewhere / "mine.yaml")
     write_copy("mine.yaml", elsewhere / "copy.yaml")
     text = (elsewhere / "copy.yaml").read_text()
@@ -189,7 +189,7 @@ def test_the_schema_accepts_every_form_of_a_field_and_refuses_what_the_config_re
     assert not is_right("data", mixture={"a": {"weight": 3}})
 
     tree = load("debug").as_tree()
-    del tree["model"]["family"]  # MEGABYTE's is the default
+    del tree["model"]["family"]  # MEGABYTE is the default
     assert validator.is_valid(tree)
     tree = load("transformer/debug").as_tree()
     del tree["model"]["family"]

@@ -1,4 +1,4 @@
-"""The catalogue: what recipes build, told without building it."""
+"""The catalogue: sizes and costs of the models of recipes."""
 
 import json
 from pathlib import Path
@@ -134,7 +134,7 @@ def test_the_papers_models_have_the_papers_sizes(
     assert (recipe.printed_remark or "").startswith(remark or "")
 
 
-def test_a_printed_size_that_is_not_the_true_one_has_a_remark(recipes: dict[str, CatalogueEntry]):
+def test_a_printed_size_that_is_not_the_true_size_has_a_remark(recipes: dict[str, CatalogueEntry]):
     units = {"M": 1e6, "B": 1e9}
     for name, recipe in recipes.items():
         if recipe.printed is not None and recipe.printed_remark is None:

@@ -1,4 +1,4 @@
-"""What evaluation says beside bits per byte: all of it adds up to the same nats."""
+"""Sums of an evaluation: all of them have the same total of nats."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def added(scores: list[Score]) -> Score:
 
 @pytest.fixture
 def sound(tmp_path: Path) -> Corpus:
-    """Two recordings of 16-bit samples, one of an odd number of windows, and a text."""
+    """Return a corpus of two recordings of 16-bit samples, one with an odd number of windows, and a text."""
     folder = tmp_path / "sound"
     folder.mkdir()
     for name, samples in (("a", 333), ("b", 40)):
@@ -60,7 +60,7 @@ def sound(tmp_path: Path) -> Corpus:
 def test_every_way_to_split_the_nats_adds_up_to_the_same(
     request: pytest.FixtureRequest, corpus: str, build: Callable[[], ByteModel], mode: Mode, stride: int | None
 ):
-    """To the last bit: not approximately."""
+    """The totals are equal to the last bit."""
     read = request.getfixturevalue(corpus)
     result = evaluate_model(build(), read, mode, rows=3, group_of=lambda key: key, stride=stride)
     total = result.total
@@ -75,7 +75,7 @@ def test_every_way_to_split_the_nats_adds_up_to_the_same(
 
 
 def test_a_position_is_the_number_of_bytes_before_it_in_the_window(mixed: Corpus):
-    """With prices that are the position in the window."""
+    """The loss of each byte is its position in the window."""
     result = evaluate(lambda ids: torch.arange(ids.shape[1]).expand(ids.shape).float(), mixed, 32, rows=3, stride=8)
     scores = result.positions.scores()
     assert len(scores) == 32
@@ -93,7 +93,7 @@ def test_a_position_is_the_number_of_bytes_before_it_in_the_window(mixed: Corpus
 
 @pytest.mark.parametrize("stride", [32, 7])
 def test_the_high_byte_of_a_sample_is_the_second(sound: Corpus, stride: int):
-    """With prices that are the bytes themselves."""
+    """The loss of each byte is its value."""
     result = evaluate(lambda ids: torch.from_numpy(ids).float(), sound, 32, rows=3, stride=stride)
     recordings = [raw for key, raw in documents_of(sound).items() if key.endswith(".wav")]
     assert [len(raw) for raw in recordings] == [666, 80] or [len(raw) for raw in recordings] == [80, 666]
@@ -131,7 +131,7 @@ def test_e4_the_papers_perplexity_of_pg19_by_word(bits_per_byte: float, size: in
 
 
 @pytest.mark.parametrize("price", [math.nan, math.inf, -math.inf, 1e9])
-def test_what_is_no_price_is_refused(mixed: Corpus, price: float):
+def test_a_loss_that_is_not_finite_is_refused(mixed: Corpus, price: float):
     with pytest.raises(ValueError, match="nats for one byte"):
         in_units(np.array([1.0, price], np.float32))
     with pytest.raises(EvaluationError, match=r"loss in tree/.* is not a usable number"):

@@ -1,4 +1,4 @@
-"""How commands end: in a line that a person can act on, or in a line, a crash file and exit code 70."""
+"""Ends of commands: one line that a user can act on, or one line, a crash file and exit code 70."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(crash.SHOW, raising=False)
-    monkeypatch.setattr(crash, "_preferred", [])  # a run that another test trained in this process
+    monkeypatch.setattr(crash, "_preferred", [])  # another test may have trained a run in this process
 
 
 def ended(command: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
@@ -59,7 +59,7 @@ def test_an_unexpected_error_is_one_line_a_file_with_the_traceback_and_exit_code
         assert fact in text
 
 
-def test_the_traceback_is_shown_too_where_the_environment_asks_for_it(
+def test_an_environment_variable_also_shows_the_traceback(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(crash.SHOW, "1")
@@ -81,7 +81,7 @@ def in_a_folder_that_is_gone(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def test_the_crash_file_lies_in_the_run_folder_else_here_else_in_the_temporary_folder(
+def test_the_crash_file_is_in_the_run_folder_or_here_or_in_the_temporary_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "run"
@@ -112,7 +112,7 @@ def test_the_crash_file_lies_in_the_run_folder_else_here_else_in_the_temporary_f
         (StateFileError("a is damaged: it is empty; remove it"), "error: a is damaged: it is empty; remove it"),
     ],
 )
-def test_an_error_that_a_person_can_mend_is_a_line_and_exit_code_1(
+def test_an_error_that_a_user_can_correct_is_a_line_and_exit_code_1(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], error: Exception, line: str
 ):
     def command() -> None:
@@ -122,7 +122,7 @@ def test_an_error_that_a_person_can_mend_is_a_line_and_exit_code_1(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_that_ends_a_thread_is_a_line_and_a_file_and_ends_not_the_command(
+def test_an_error_that_ends_a_thread_is_a_line_and_a_file_and_does_not_end_the_command(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     def command() -> str:
@@ -137,7 +137,7 @@ def test_an_error_that_ends_a_thread_is_a_line_and_a_file_and_ends_not_the_comma
 
 
 def start(recipe: Path) -> int:
-    """A train entry whose second rank meets an error that nobody expected, while the others wait."""
+    """Run a train entry whose second rank raises an unexpected error while the others wait."""
     return run(lambda: fail_as_rank_1(recipe), ())
 
 
@@ -153,7 +153,7 @@ def fail_as_rank_1(recipe: Path) -> int:
     return 0
 
 
-def test_the_launcher_shows_what_a_rank_did_not_expect_and_ends_with_its_code(
+def test_the_launcher_shows_an_unexpected_error_of_a_rank_and_exits_with_its_code(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,4 +1,4 @@
-"""What a person sees of long work, by width and on a terminal or not."""
+"""Progress of long work, by width, with and without a terminal."""
 
 import io
 import time
@@ -30,7 +30,7 @@ def text_of(console: Console) -> str:
 
 
 def line_of(row: Row, width: int) -> str:
-    """The row as a terminal of that width shows it: one line of it."""
+    """Return the line that a terminal of a width shows for a row."""
     console = terminal(width)
     console.print(row.line(console.options), end="")
     assert "\n" not in text_of(console)
@@ -43,7 +43,7 @@ def trained(**metrics: float) -> TrainingProgress:
     return row
 
 
-def test_the_training_line_sheds_fields_by_width_and_never_the_step_nor_the_time_left():
+def test_the_training_line_drops_fields_by_width_but_keeps_the_step_and_the_time_left():
     assert [line_of(trained(), width) for width in WIDTHS] == [
         "1234/100000 1.2346 bits/byte 1h02m left",
         "1234/100000 1.2346 bits/byte 123 kB/s MFU 0.43 1h02m left",
@@ -56,13 +56,13 @@ def test_the_training_line_sheds_fields_by_width_and_never_the_step_nor_the_time
         assert "1234/100000" in line and "1h02m left" in line
 
 
-def test_a_run_whose_mfu_means_nothing_shows_none():
+def test_a_run_without_mfu_shows_none():
     row = TrainingProgress(Display(Console(quiet=True)), 10, 0)
     row.update(1, {name: value for name, value in METRICS.items() if name != "mfu"}, 5.0)
     assert line_of(row, 79) == "1/10 1.2346 bits/byte 123 kB/s wait 0.1% mem 1.2 GB 5s left"
 
 
-def test_a_phase_sheds_fields_by_width_and_never_its_name_nor_the_time():
+def test_a_phase_drops_fields_by_width_but_keeps_its_name_and_the_time():
     phase = WorkProgress("validating", 10_000.0)
     phase.advance(5_000.0)
     for width in WIDTHS:
@@ -88,8 +88,8 @@ def test_quick_work_shows_nothing():
     assert text_of(console) == ""
 
 
-def test_a_phase_is_shown_below_the_run_that_it_is_a_part_of(monkeypatch: pytest.MonkeyPatch):
-    """rich has one live area, so both are in it."""
+def test_a_phase_is_shown_below_its_run(monkeypatch: pytest.MonkeyPatch):
+    """rich supports one live area, so both are in it."""
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     console = terminal()
     display = Display(console)
@@ -113,7 +113,7 @@ def test_without_a_terminal_a_phase_is_a_plain_line(monkeypatch: pytest.MonkeyPa
     assert text_of(console) == "loading the checkpoint: 0s so far\n"
 
 
-def test_a_closed_display_leaves_the_terminal_as_a_shell_wants_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_closed_display_restores_the_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     console = terminal()
     display = Display(console)

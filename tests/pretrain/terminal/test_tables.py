@@ -1,6 +1,6 @@
-"""Tables at 60, 80 and 120 columns and through a pipe: no value is cut, and no line is longer than the terminal.
+"""Tables at 60, 80 and 120 columns and in a pipe: no value is truncated, and no line is too long.
 
-`python -m tests.pretrain.terminal.test_tables` writes the expected text again.
+`python -m tests.pretrain.terminal.test_tables` rewrites the expected text.
 """
 
 import fcntl
@@ -103,7 +103,7 @@ def checkpoints() -> Table:
 
 
 def checkpoint() -> Any:
-    """What the tables of a checkpoint read from its metadata."""
+    """Return the metadata that the tables of a checkpoint read."""
     shapes = {"model/global_model.blocks.13.feed_forward.up.weight": (8192, 2048), "exp_avg/head.weight": (258, 1024)}
     return SimpleNamespace(
         folder=Path("/scratch/runs/books/checkpoints/step-00090000"),
@@ -165,7 +165,7 @@ TABLES = {
 
 
 def shown(name: str) -> str:
-    """The tables of a name at each width."""
+    """Return the tables of a name at each width."""
     text = []
     for width in WIDTHS:
         text.append(f"==== {f'{width} columns' if width else 'a pipe'}")
@@ -202,7 +202,7 @@ def test_any_table_holds_every_value_whole_within_the_width(rows: list[tuple[str
 
 
 def check_law(table: Table, width: int | None) -> None:
-    """Numbers are whole; text is whole between the marks at which it may be folded; no line is too long."""
+    """Check that numbers and text between marks are not split, and that no line is too long."""
     lines = table.lines(width)
     text = "\n".join(lines)
     assert "…" not in text
@@ -229,7 +229,7 @@ def test_a_figure_has_three_digits_and_nine_characters_at_most():
     assert {number: figure(number) for number in expected} == expected
 
 
-def test_json_has_null_for_a_number_that_json_lacks(capsys: pytest.CaptureFixture[str]):
+def test_json_has_null_for_infinity_and_nan(capsys: pytest.CaptureFixture[str]):
     print_json({"perplexity": float("inf"), "bits": [float("nan"), 1.5]})
     assert json.loads(capsys.readouterr().out) == {"perplexity": None, "bits": [None, 1.5]}
 
@@ -265,7 +265,7 @@ def test_a_terminal_has_a_width_and_a_pipe_has_none():
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 1 << 16)
-    except OSError:  # Linux's answer once nobody has the other end
+    except OSError:  # Linux raises this once the other end is closed
         return b""
 
 
