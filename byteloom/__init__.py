@@ -23,7 +23,7 @@ __all__ = ["PrepareOptions", "__version__", "open_corpus", "prepare"]
 
 _SOURCES = {
     "PrepareOptions": ("data_pipeline.preparation.prepare", "PrepareOptions"),
-    "open_corpus": ("data_pipeline.corpus.shards", "Corpus"),
+    "open_corpus": ("data_pipeline.corpus.corpus", "Corpus"),
     "prepare": ("data_pipeline.preparation.prepare", "prepare"),
 }
 """Public names: the module that defines each, and its name there."""

@@ -40,7 +40,7 @@ from data_pipeline.preparation.plan import Plan
 from data_pipeline.preparation.scatter import Scatter
 
 REPORT_SECONDS = 0.1
-POLL_SECONDS = 0.2
+JOB_POLL_SECONDS = 0.2
 DEATHS = 3
 """Number of workers that may be killed before one of them has done a job. One more ends the work."""
 
@@ -235,16 +235,16 @@ class Pool:
                 do_what_is_left(stage, plan, self._begins[0], report)
             remaining = len(stage.sizes) - len(show())
             if remaining == left and not self._workers:
-                time.sleep(POLL_SECONDS)  # other processes are doing the jobs
+                time.sleep(JOB_POLL_SECONDS)  # other processes are doing the jobs
             if remaining < left:
                 self._deaths = 0
             left = remaining
 
     def _work(self, stage: WorkStage, under_way: dict[object, tuple[int, int]]) -> None:
-        """Let all workers work on the stage for POLL_SECONDS."""
+        """Let all workers work on the stage for JOB_POLL_SECONDS."""
         for worker in self._workers:
             worker.begin(stage.name)
-        until = time.monotonic() + POLL_SECONDS
+        until = time.monotonic() + JOB_POLL_SECONDS
         while (seconds := until - time.monotonic()) > 0:
             try:
                 worker, message = self._messages.get(timeout=seconds)

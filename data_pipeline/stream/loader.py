@@ -25,7 +25,7 @@ from data_pipeline.stream.rows import DIGEST_MODULUS, Ids, Rows
 
 WINDOW = 32 << 20
 """Largest number of ids of a window, unless one micro-batch has more."""
-PATIENCE = 0.5
+GIVE_UP_SECONDS = 0.5
 """Seconds between two checks whether a window is still needed."""
 
 
@@ -158,7 +158,7 @@ class Loader:
             while not window.done():
                 if self._give_up():
                     return
-                wait([window], timeout=PATIENCE)
+                wait([window], timeout=GIVE_UP_SECONDS)
             unread -= len(window.result())
             yield from window.result()
 
