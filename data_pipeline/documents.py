@@ -1,19 +1,21 @@
-"""Documents: what a corpus is made of."""
+"""Documents, of which a corpus consists."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 READ_BYTES = 1 << 20
-"""Documents are read in pieces of about this size, so one may be larger than memory."""
+"""Approximate size of the pieces in which documents are read. A document may be larger than memory."""
 
 MODALITIES = ("text", "code", "image", "audio", "binary")
-"""What a document's bytes are. A block says which of them it holds by a bit each, in this order."""
+"""Kinds of bytes. A block has one bit for each kind that it holds, in this order."""
 
 
 class Document(NamedTuple):
+    """Sequence of bytes that a model reads as one: a file, a line, a row, an image."""
+
     key: str
     """Unique name in the corpus, with '/' between parts."""
     modality: str
     """One of MODALITIES."""
     read: Callable[[], Iterator[bytes]]
-    """The bytes the model is to read, in pieces; each call begins anew. Raises BadDocumentError."""
+    """Function that yields the document in pieces, from its start at each call. It raises BadDocumentError."""

@@ -1,4 +1,4 @@
-"""What can be wrong with a corpus, said in one line to the person who named it."""
+"""Errors of corpora. Each has a message of one line for the user."""
 
 
 class CorpusError(Exception):
@@ -6,15 +6,15 @@ class CorpusError(Exception):
 
 
 class MissingFileError(CorpusError):
-    """A file of a corpus is not there."""
+    """A file of a corpus is missing."""
 
 
 class ForbiddenError(CorpusError):
-    """A file of a corpus may not be read. Some servers say so of files that are not there, too."""
+    """A file of a corpus may not be read. Some servers give this answer for missing files, too."""
 
 
 class CorruptBlockError(CorpusError):
-    """A block's bytes are not the bytes that were written, or its disk does not give them."""
+    """A block's bytes are not those that were written, or its disk fails to read them."""
 
 
 class ShardEndsError(CorruptBlockError):
@@ -22,4 +22,4 @@ class ShardEndsError(CorruptBlockError):
 
 
 class BadDocumentError(CorpusError):
-    """A document cannot be read or decoded. It can be left out; the corpus is none the worse for it."""
+    """A document cannot be read or decoded. It can be left out without harm to the corpus."""

@@ -1,18 +1,18 @@
-"""The ids a model reads: the 256 bytes, and two that are no byte."""
+"""Ids that a model reads: the 256 bytes, a separator and padding."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 SEPARATOR = 256
-"""Between two documents; predicted like a byte, never counted as one."""
+"""Id between two documents. It is predicted like a byte and never counted as one."""
 PADDING = 257
-"""Fills a row to its length; never a target."""
+"""Id that fills a row to its length. It is never a target."""
 VOCABULARY = 258
 
 
 def count_bytes(ids: NDArray[np.integer], targets: NDArray[np.bool_]) -> int:
-    """Target bytes: positions that count in the loss and hold one of the 256 bytes.
+    """Return the number of target bytes: positions that count in the loss and hold one of the 256 bytes.
 
-    The one denominator of every loss and of every bits_per_byte. A separator costs nats and is no byte.
+    Every loss and every bits_per_byte is divided by this number. A separator adds to the loss and is no byte.
     """
     return int(np.count_nonzero(targets & (ids < SEPARATOR)))

@@ -1,11 +1,11 @@
-"""Blocks: many documents in one zstd frame, with the table that says where each begins.
+"""Blocks: many documents in one zstd frame, with a table of where each begins.
 
     Document, Document, … ─▶ pack_documents ─▶ Block ─▶ encode ─▶ StoredBlock
                                                Block ◀─ decode ◀─ StoredBlock
 
-The content is the documents back to back, each followed by a byte 0: the place of its separator, so that a training
-row is a stretch of a content. Raw bytes are those of documents alone. A document that fits into one block is never cut;
-a longer one continues in the next block, and its slices say so.
+The content is the documents back to back, each followed by a byte 0. This byte holds the place of the separator, so a
+training row is a range of a content. Raw bytes are those of documents alone. A document that fits into one block is
+never cut. A longer one continues in the next block, and its slices tell where.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from data_pipeline.errors import BadDocumentError, CorruptBlockError
 
 ENDS = np.dtype("<u4")
 DOCUMENT_END = b"\0"
-"""Follows each document in a block's content."""
+"""Byte that follows each document in a block's content."""
 
 
 @dataclass(frozen=True)
 class DocumentSlice:
-    """The part of one document that lies in one block: all of it, for a document that fits."""
+    """Part of one document in one block: all of it, for a document that fits."""
 
     key: str
     modality: str
@@ -39,37 +39,42 @@ class DocumentSlice:
     """Offset in the block's content."""
     length: int
     document_offset: int
-    """Offset of this slice in its document; 0 where the document begins."""
+    """Offset of this slice in its document; 0 at the document's start."""
     ends: bool
-    """Whether the document ends with this slice, which DOCUMENT_END follows then."""
+    """Whether the document ends with this slice. DOCUMENT_END then follows it."""
     sha256: str
     """Digest of the slice's bytes."""
     document_sha256: str | None
-    """Digest of the whole document, told where one ends that began in another block."""
+    """Digest of the whole document, for the last slice of a document that began in another block."""
 
 
 @dataclass(frozen=True)
 class Block:
+    """Documents back to back."""
+
     content: bytes
+    """The documents, each followed by DOCUMENT_END."""
     slices: tuple[DocumentSlice, ...]
+    """The documents' parts, in order."""
 
     @property
     def raw_bytes(self) -> int:
+        """Bytes of documents."""
         return len(self.content) - len(self.ends)
 
     @property
     def documents(self) -> int:
-        """Documents that begin here."""
+        """Number of documents that begin here."""
         return sum(s.document_offset == 0 for s in self.slices)
 
     @property
     def modalities(self) -> int:
-        """A bit for each of MODALITIES that is here."""
+        """One bit for each of MODALITIES that occurs here."""
         return sum({1 << MODALITIES.index(s.modality) for s in self.slices})
 
     @cached_property
     def ends(self) -> NDArray[np.uint32]:
-        """Offset in the content of each DOCUMENT_END."""
+        """Offset of each DOCUMENT_END in the content."""
         return np.array([s.start + s.length for s in self.slices if s.ends], ENDS)
 
     @cached_property
@@ -80,12 +85,12 @@ class Block:
 
     @cached_property
     def digest(self) -> bytes:
-        """Identity of the content, whatever compresses it: sha256 of the table, which has those of the documents."""
+        """Identity of the content, however it is compressed: sha256 of the table, which has those of the documents."""
         return hashlib.sha256(self.table).digest()
 
 
 class StoredBlock(NamedTuple):
-    """A block as it lies in a shard, each part a member of the tar."""
+    """Block as it is stored in a shard. Each part is a member of the tar."""
 
     frame: bytes
     """The content: one zstd frame with content size and checksum."""
@@ -98,14 +103,15 @@ class StoredBlock(NamedTuple):
 def pack_documents(
     documents: Iterable[Document], block_bytes: int, leave_out: Callable[[Document, BadDocumentError], None]
 ) -> Iterator[Block]:
-    """Documents in the order given, packed into blocks of at most `block_bytes` raw bytes.
+    """Pack documents, in order, into blocks of at most `block_bytes` raw bytes.
 
-    Holds two blocks in memory, whatever the size of a document. One that is longer than a block is read twice, so that
-    a document that cannot be read to its end leaves nothing of itself behind.
+    Two blocks are in memory, whatever the size of a document. A document that is longer than a block is read twice, so
+    that nothing is stored of a document that cannot be read to its end.
 
     Args:
-        leave_out: told of each document that cannot be read; what it raises ends the packing. A document without a
-            byte is left out without a word.
+        documents: the documents. Empty ones are skipped.
+        block_bytes: largest size of a block, in raw bytes.
+        leave_out: called with each document that cannot be read, and the error. If it raises, packing ends.
     """
     content, slices = bytearray(), list[DocumentSlice]()
     for document in documents:
@@ -129,7 +135,7 @@ def pack_documents(
 
 
 def _probed(document: Document, block_bytes: int) -> tuple[list[bytes], bool]:
-    """The document's pieces if it fits into a block; else that it does not, and that it can be read to its end."""
+    """Read a document to its end; return its pieces and True if it fits into a block, or nothing and False."""
     pieces, size = list[bytes](), 0
     for piece in document.read():
         size += len(piece)
@@ -151,7 +157,7 @@ def _append(document: Document, pieces: Iterable[bytes], content: bytearray, sli
 
 
 def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
-    """A document longer than a block, cut into blocks; the last may have room for others."""
+    """Yield the blocks of a document that is longer than a block; the last may have room for others."""
     part, offset, whole = bytearray(), 0, hashlib.sha256()
 
     def block(sha256: str | None) -> Block:
@@ -175,12 +181,12 @@ def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
 
 
 def encode(block: Block, compressor: zstandard.ZstdCompressor) -> StoredBlock:
-    """A block as it is stored. The compressor must write checksum and content size."""
+    """Return a block as it is stored. The compressor must write checksum and content size."""
     return StoredBlock(compressor.compress(block.content), block.ends.tobytes(), compressor.compress(block.table))
 
 
 def seal(frame: bytes | memoryview, ends: bytes | memoryview) -> bytes:
-    """BLAKE3 of what a training run reads of a stored block: cryptographic, and little beside decompression."""
+    """Return BLAKE3 of the parts that a training run reads: cryptographic, and much faster than decompression."""
     return blake3.blake3(frame).update(ends).digest()
 
 
@@ -188,10 +194,10 @@ _own = threading.local()
 
 
 def decompress(frame: bytes | memoryview) -> bytes:
-    """The content of one zstd frame with content size.
+    """Return the content of one zstd frame with content size.
 
     Raises:
-        CorruptBlockError: it is damaged, or there is more than the frame.
+        CorruptBlockError: the frame is damaged, or bytes follow it.
     """
     if not hasattr(_own, "decompressor"):
         _own.decompressor = zstandard.ZstdDecompressor()
@@ -203,13 +209,14 @@ def decompress(frame: bytes | memoryview) -> bytes:
 
 
 def decode(stored: StoredBlock, digest: bytes | None = None) -> Block:
-    """The block that `encode` was given.
+    """Return the block that `encode` stored.
 
     Args:
-        digest: that it must have; None where nobody knows it.
+        stored: the stored block.
+        digest: digest that the block must have; None accepts any.
 
     Raises:
-        CorruptBlockError: it is damaged, or not the block of that digest.
+        CorruptBlockError: the block is damaged, or has another digest.
     """
     content, table = decompress(stored.frame), decompress(stored.table)
     try:

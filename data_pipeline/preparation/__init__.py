@@ -1,1 +1,1 @@
-"""The steps of a preparation, as `data_pipeline.preparation.prepare` draws them."""
+"""Preparation of corpora from sources. `data_pipeline.preparation.prepare` draws its steps."""

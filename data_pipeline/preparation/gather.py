@@ -1,11 +1,11 @@
-"""Gathering: the documents of one shard, from every run, become a tar.
+"""Gathering: write the documents of one shard, from every run, as a tar.
 
 runs ─▶ Spool ─▶ in order of hash, without copies ─▶ pack_documents ─▶ write_shard ─▶ corpus/train/shard-….tar
 
 shards/
-    000012.npz              the shard's ShardIndex, unless no document of it holds a byte
-    000012.skipped.jsonl    what was left out, if anything was
-    000012.json             counts; written last, so the shard is done when it is there
+    000012.npz              the shard's ShardIndex, unless all its documents are empty
+    000012.skipped.jsonl    documents that were left out, if there are any
+    000012.json             counts, written last: the shard is done when this file exists
 """
 
 import json
@@ -27,42 +27,52 @@ from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
 from data_pipeline.preparation.layout import Layout
 from data_pipeline.preparation.plan import Plan, begin_again, names_in, refuse_bad, skip_line
-from data_pipeline.preparation.spill import Record, Spool, keep_if_any
+from data_pipeline.preparation.spill import Spool, SpooledDocument, keep_if_any
 from data_pipeline.sources.source_file import Skipped, skipped
 
 
 class Gather:
-    """The stage: a job is a shard, and done when its counts are there."""
+    """Stage that writes shards. A job is a shard; it is done when its counts exist.
+
+    Args:
+        plan: the plan.
+        layout: the layout.
+        ahead: pack documents in one thread while another compresses and writes.
+    """
 
     name = "gather"
 
     def __init__(self, plan: Plan, layout: Layout, ahead: bool = False) -> None:
-        """With `ahead`, documents are packed in a thread beside the one that compresses and writes."""
         counts = zip(layout.shards, layout.bytes, strict=True)
         self.sizes = [size // shards for shards, size in counts for _ in range(shards)]
         self._plan, self._layout, self._ahead = plan, layout, ahead
         self._shards = plan.folder / "shards"
 
     def done(self) -> set[int]:
+        """Return the jobs that are done."""
         return {int(name[:-5]) for name in names_in(self._shards) if re.fullmatch(r"[0-9]+\.json", name)}
 
     def is_done(self, job: int) -> bool:
+        """Return whether a job is done."""
         return (self._shards / f"{job:06d}.json").exists()
 
     def do(self, job: int, folder: Path, progress: Callable[[int], None]) -> None:
+        """Do a job. See `WorkStage.do`."""
         gather_shard(self._plan, self._layout, job, folder, progress, self._ahead)
 
 
 def gather_shard(
     plan: Plan, layout: Layout, job: int, folder: Path, progress: Callable[[int], None], ahead: bool
 ) -> None:
-    """Writes a shard, its index and its counts, in this order.
+    """Write a shard, its index and its counts, in this order.
 
     Args:
-        job: the shard's number among those of all parts.
-        folder: to write into before renaming.
-        progress: told the raw bytes of each block.
-        ahead: see Gather.
+        plan: the plan.
+        layout: the layout.
+        job: number of the shard among those of all parts.
+        folder: empty folder for files that are not complete.
+        progress: called with the raw bytes of each block.
+        ahead: pack documents in one thread while another compresses and writes.
 
     Raises:
         CorpusError: a document cannot be read, unless `skip_bad`.
@@ -73,7 +83,7 @@ def gather_shard(
     with (folder / "skipped.jsonl").open("wb") as log:
         for run in layout.runs:
             spool.add_run(run, part, first, last)
-        tally = Tally(plan, log)
+        tally = DocumentCounter(plan, log)
         documents = tally.counted(spool.records())
         blocks = pack_documents(documents, plan.options.block_bytes, tally.leave_out)
 
@@ -101,9 +111,9 @@ def gather_shard(
 
 
 def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """The same blocks, each made while those before it are used. Holds three of them.
+    """Yield blocks that another thread makes ahead. Three blocks are in memory.
 
-    The last shards keep all cores of a machine busy so, when there are fewer of them than workers.
+    This keeps all cores of a machine busy when fewer shards are left than there are workers.
     """
     ready: queue.Queue[Block | BaseException | None] = queue.Queue(1)
 
@@ -123,23 +133,30 @@ def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 def part_folder(plan: Plan, part: int) -> Path:
-    """Where the corpus of a part is written."""
+    """Return the folder in which the corpus of a part is written."""
     return plan.folder / "corpus" / plan.options.parts[part]
 
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What a shard holds, and left out, of each source."""
+    """Counts of a shard for each source."""
 
     empty: bool
-    """Whether there is no document in it, and so no tar."""
+    """Whether it has no document, and hence no tar."""
     documents: list[int]
+    """Documents of each source."""
     bytes: list[int]
+    """Raw bytes of each source."""
     left_out: list[dict[str, int]]
+    """Documents of each source that were left out, by reason."""
 
 
 def read_shard(folder: Path, job: int) -> tuple[ShardCounts, ShardIndex | None]:
-    """The counts and the index of a shard that is done; no index if it is empty and has no tar.
+    """Return the counts and the index of a shard that is done; an empty shard has no index.
+
+    Args:
+        folder: OUT.partial
+        job: number of the shard among those of all parts.
 
     Raises:
         StateFileError: one of them is missing, cannot be read, or is damaged.
@@ -157,21 +174,21 @@ def read_shard(folder: Path, job: int) -> tuple[ShardCounts, ShardIndex | None]:
         raise StateFileError.damaged(path.with_suffix(".npz"), str(error), advice) from error
 
 
-class Tally:
-    """Counts the documents of a shard, while they are packed, and leaves out copies."""
+class DocumentCounter:
+    """Counter of the documents of a shard while they are packed. It leaves out copies."""
 
     def __init__(self, plan: Plan, log: BinaryIO) -> None:
         self._plan, self._log = plan, log
         sources = range(len(plan.sources))
         self._documents, self._bytes = [0 for _ in sources], [0 for _ in sources]
         self._left_out = [Counter[str]() for _ in sources]
-        self._source = 0  # of the document under way, and its bytes when read last
-        self._size = 0
+        self._source = 0  # source of the present document
+        self._size = 0  # its bytes, when it was read last
         self._is_bad = False
 
-    def counted(self, records: Iterator[Record]) -> Iterator[Document]:
-        """The documents to pack. Each must be packed or left out before the next is asked for."""
-        seen: dict[bytes, str] = {}  # content digest to key, of the documents with the present hash
+    def counted(self, records: Iterator[SpooledDocument]) -> Iterator[Document]:
+        """Yield the documents to pack. Each must be packed or left out before the next is requested."""
+        seen: dict[bytes, str] = {}  # content digest to key, for the documents with the present hash
         for record in records:
             document, self._source = record.document, record.source
             if record.digest is not None:
@@ -205,7 +222,7 @@ class Tally:
         return read
 
     def leave_out(self, document: Document, error: BadDocumentError) -> None:
-        """To be told by `pack_documents`."""
+        """Count a document that cannot be read. `pack_documents` calls this."""
         left_out = skipped(document.key, error)
         refuse_bad(left_out, self._plan.options, self._plan.folder)
         self._is_bad = True
@@ -216,5 +233,5 @@ class Tally:
         self._log.write(skip_line(self._source, left_out))
 
     def counts(self) -> dict[str, Any]:
-        """Of each source."""
+        """Return the counts of each source."""
         return {"documents": self._documents, "bytes": self._bytes, "left_out": self._left_out}

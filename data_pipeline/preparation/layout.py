@@ -1,8 +1,8 @@
-"""The layout: how many shards the scattered documents make, and which span of hashes each of them is.
+"""Layout: the number of shards, and the range of hashes of each.
 
     units/*/unit.json ─▶ make_layout ─▶ layout.json, runs.npy, cuts.npy
 
-It is made when all units are done, so it knows the bytes of every document that was read, and where the limits fall.
+It is made when all units are done. The bytes of every document that was read are known then, and the limits too.
 """
 
 import json
@@ -27,7 +27,7 @@ EVERYTHING = (1 << 63) - 1
 
 
 class EmptyCorpusError(CorpusError):
-    """There is nothing to write, and nothing that a restart could go on with."""
+    """There is nothing to write, and a restart could not change that."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +39,50 @@ class _StoredLayout:
 
 @dataclass(frozen=True)
 class Layout:
+    """Number of shards of each part, and the documents that the limits let through."""
+
     folder: Path
     """OUT.partial"""
     shards: list[int]
-    """How many of them each part has."""
+    """Number of shards of each part."""
     bytes: list[int]
-    """Raw bytes of each part, about."""
+    """Approximate raw bytes of each part."""
     left_out: list[dict[str, int]]
-    """For each source how many documents were left out for each reason, before the gathering."""
+    """Documents of each source that were left out before the gathering, by reason."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Return the layout of OUT.partial.
 
         Raises:
-            StateFileError: it is missing, cannot be read, or is damaged.
+            StateFileError: the layout is missing, cannot be read, or is damaged.
         """
         stored = read_progress(folder, "layout.json", _StoredLayout)
         return cls(folder, stored.shards, stored.bytes, stored.left_out)
 
     @cached_property
     def runs(self) -> NDArray[np.void]:
-        """(RUN) every run that the limits let through, in the order of the sources."""
+        """(RUN) runs that the limits let through, in the order of the sources."""
         return read_array(self.folder, "runs.npy")
 
     @cached_property
     def cuts(self) -> NDArray[np.int64]:
-        """For each unit how many documents of it the limits let through; EVERYTHING without end."""
+        """(units,) documents that the limits let through; EVERYTHING if there is no limit."""
         return read_array(self.folder, "cuts.npy")
 
     def shard(self, job: int) -> tuple[int, int]:
-        """The part of a shard and its number there, given its number among all."""
+        """Return the part of a shard and its number there, given its number among all."""
         part = int(job >= self.shards[0])
         return part, job - part * self.shards[0]
 
     def hashes(self, part: int, number: int) -> tuple[int, int]:
-        """The first and the last hash of a shard."""
+        """Return the first and the last hash of a shard."""
         shards = self.shards[part]
         return -(-HASHES * number // shards), -(-HASHES * (number + 1) // shards) - 1
 
 
 def make_layout(plan: Plan) -> None:
-    """Writes the layout of scattered units. Memory: RUN.itemsize bytes a run.
+    """Write the layout of scattered units. Memory: RUN.itemsize bytes a run.
 
     Raises:
         EmptyCorpusError: there is no document for a part.
@@ -124,7 +126,7 @@ def make_layout(plan: Plan) -> None:
 
 
 def _bounds(room: Room) -> tuple[int, int]:
-    """The greatest ordinal and end of a record that there is room for."""
+    """Return the greatest ordinal and end of a record for which there is room."""
     return (
         EVERYTHING if room.documents is None else room.documents - 1,
         EVERYTHING if room.bytes is None else room.bytes,
@@ -132,7 +134,7 @@ def _bounds(room: Room) -> tuple[int, int]:
 
 
 def _taken(folder: Path, unit: int, counts: dict[str, Any], room: Room) -> int:
-    """How many documents of the unit in which the limit is reached are within it."""
+    """Return how many documents of a unit are within the limit that is reached in it."""
     max_ordinal, max_end = _bounds(room)
     taken = 0
     for number, run in enumerate(counts["runs"]):
@@ -142,7 +144,7 @@ def _taken(folder: Path, unit: int, counts: dict[str, Any], room: Room) -> int:
 
 
 def _count_cut_unit(plan: Plan, unit: int, counts: dict[str, Any], cut: int, left_out: Counter[str]) -> None:
-    """Counts what is left out of a unit with or after the limit: documents before it, and files not begun before it."""
+    """Count what is left out of a unit with or after the limit: documents before it, and files not begun before it."""
     left_out["over the limit"] += int(plan.units[unit]["files"]) - sum(start < cut for start in counts["starts"])
     skipped = unit_folder(plan.folder, unit) / "skipped.jsonl"
     for line in read_skipped(skipped, plan.folder):

@@ -1,7 +1,7 @@
-"""Limits: the first documents of a source, found by many workers at once.
+"""Limits: the first documents of each source, although many workers read at once.
 
-Units are counted by themselves and may be done in any order; what the limits let through of a unit follows from the
-counts of the units before it. A unit that finds those done and the limit reached is not read at all.
+Each unit is counted alone, in any order. The counts of the units before it decide how many of its documents the limits
+let through. If these units are done and the limit is reached, the unit is not read.
 """
 
 from collections.abc import Mapping
@@ -13,22 +13,23 @@ from data_pipeline.preparation.plan import PrepareOptions
 
 @dataclass(frozen=True)
 class Room:
-    """What the limits still let through; None is without end."""
+    """Documents and bytes that the limits still let through; None is no limit."""
 
     documents: int | None
     bytes: int | None
 
     def after(self, documents: int, size: int) -> bool:
-        """Whether there is room after so many documents of so many bytes."""
+        """Return whether there is room after so many documents of so many bytes."""
         full = self.documents is not None and documents >= self.documents
         return not full and (self.bytes is None or size < self.bytes)
 
     def bytes_after(self, size: int) -> int | None:
+        """Return the bytes for which there is room after `size` bytes; None is no limit."""
         return None if self.bytes is None else self.bytes - size
 
 
 class SourceLimit:
-    """What is taken of one source, unit by unit in the order of the listing."""
+    """Limit of one source, counted unit by unit in the order of the listing."""
 
     def __init__(self, options: PrepareOptions) -> None:
         self._options = options
@@ -37,6 +38,7 @@ class SourceLimit:
 
     @property
     def room(self) -> Room:
+        """Room after the units so far."""
         options = self._options
         if self.reached:
             return Room(0, 0)
@@ -46,10 +48,10 @@ class SourceLimit:
         )
 
     def take(self, counts: Mapping[str, Any]) -> None:
-        """Goes on by a unit.
+        """Count the next unit.
 
         Args:
-            counts: its unit.json.
+            counts: content of its unit.json.
         """
         self._documents += counts["documents"]
         self._bytes += counts["bytes"]

@@ -1,16 +1,16 @@
-"""The plan of a preparation: what is to be done, written before it is begun and never changed after.
+"""Plan of a preparation: the work to do, written before it begins and never changed.
 
     OUT.partial/
         lock                        held by the process that plans, lays out or finishes
-        plan.json                   PrepareOptions, sources, totals; written last, so it is there or nothing is planned
+        plan.json                   PrepareOptions, sources, totals; written last, so the plan is complete or absent
         files.jsonl                 every file to read: url, key, size, whether it is a container; a line holds up to
                                     LINE_FILES files of one unit
         units.npy                   (UNIT) which of those lines belong to each unit of work
-        listed.jsonl                what the listing left out
+        listed.jsonl                files that the listing left out
         …                           see spill.py and prepare.py
 
-A unit is some neighbouring files of one source, about UNIT_BYTES of them. However many workers share the units, the
-corpus depends on nothing but the sources and the options.
+A unit is a group of neighbouring files of one source, of about UNIT_BYTES. The corpus depends only on the sources and
+the options, not on the number of workers that share the units.
 """
 
 import json
@@ -37,52 +37,58 @@ from data_pipeline.sources.source_file import Skipped, SourceFile
 T = TypeVar("T")
 
 UNIT_BYTES = 64 << 20
-"""File bytes of a unit, about; a larger file is a unit by itself."""
+"""Approximate file bytes of a unit; a larger file is a unit by itself."""
 UNIT_FILES = 100_000
-"""Files of a unit, at most: many may be small, or of unknown size."""
+"""Largest number of files of a unit, for files that are small or of unknown size."""
 LINE_FILES = 1_000
-"""Files of a line of files.jsonl, at most: one by one, they would take three times as long to write and to read."""
+"""Largest number of files of a line of files.jsonl. A line for each file would take three times as long."""
 MAX_BLOCK_BYTES = 1 << 30
 
 BAD_REASONS = ("unreadable", "damaged", "no field")
-"""Reasons to leave a document out that nobody asked for: they end the work unless PrepareOptions.skip_bad."""
+"""Reasons that end the work, unless PrepareOptions.skip_bad is set."""
 
 UNIT = np.dtype(
     [
-        ("offset", "<u8"),  # of its first line in files.jsonl
+        ("offset", "<u8"),  # offset of its first line in files.jsonl
         ("files", "<u4"),
         ("source", "<u4"),
-        ("bytes", "<u8"),  # file bytes that its scattering reads; 0 when nothing is opened before the gathering
+        ("bytes", "<u8"),  # file bytes that its scattering reads; 0 if no file is opened before the gathering
     ]
 )
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
+    """Options of a preparation.
+
+    Raises:
+        CorpusError: a value makes no sense.
+    """
+
     selection: Selection = field(default_factory=Selection)
-    """Which files of the sources are taken."""
+    """Which files of the sources are read."""
     reading: ReadOptions = field(default_factory=ReadOptions)
     """How files become documents."""
     holdout: float = 0.0
-    """Share of the documents, chosen by hash, that goes into OUT/validation; the rest goes into OUT/train.
-    With 0 the whole corpus is written to OUT itself."""
+    """Share of the documents, chosen by hash, that is written to OUT/validation; the rest is written to OUT/train. With
+    0 the whole corpus is written to OUT itself."""
     deduplicate: bool = False
-    """Keep only the first, in the order of the listing, of documents with the same bytes. The split into train and
-    validation then goes by content too, so that no copy is on both sides whatever is prepared with this seed."""
+    """Keep only the first, in the order of the listing, of documents with the same bytes. The content then decides the
+    split into train and validation, so that no copy is on both sides, in any corpus prepared with this seed."""
     max_documents: int | None = None
-    """Documents of each source, at most: the first in the order of the listing, before copies are removed."""
+    """Largest number of documents of each source: the first in the order of the listing, before copies are removed."""
     max_bytes: int | None = None
-    """Raw bytes of each source, at most: its documents up to the first that does not fit."""
+    """Largest number of raw bytes of each source: its documents up to the first that does not fit."""
     seed: int = 0
-    """Changes the order of documents and the choice of the held-out ones."""
+    """Seed of the order of documents and of the choice of the held-out ones."""
     block_bytes: int = 1 << 20
-    """Raw bytes of a block, at most."""
+    """Largest size of a block in raw bytes."""
     shard_bytes: int = 512 << 20
-    """Raw bytes of a shard, about."""
+    """Approximate size of a shard in raw bytes."""
     level: int = 3
     """zstd compression level."""
     skip_bad: bool = False
-    """Leave out documents that cannot be read, and report them, instead of stopping. May change on restart."""
+    """Leave out documents that cannot be read, and report them, instead of stopping. A restart may change it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
@@ -96,21 +102,22 @@ class PrepareOptions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Folders of OUT that become a corpus each."""
+        """Folders of OUT, each of which becomes a corpus."""
         return ("train", "validation") if self.holdout else ("",)
 
     @property
     def limited(self) -> bool:
+        """Whether a source has a limit."""
         return self.max_documents is not None or self.max_bytes is not None
 
     @property
     def reads_first(self) -> bool:
-        """Whether a file that is one document is read before it is packed: for its digest, or to count it."""
+        """Whether a file that is one document is read before it is packed, for its digest or its size."""
         return self.deduplicate or self.limited
 
 
 def identity(sources: Sequence[str], options: PrepareOptions) -> dict[str, Any]:
-    """What a corpus is a function of, besides the content of the sources; as JSON gives it back."""
+    """Return what a corpus depends on, besides the content of the sources, as JSON values."""
     flat = asdict(options)
     del flat["skip_bad"]
     relative = any("://" not in source and not Path(source).is_absolute() for source in sources)
@@ -120,7 +127,7 @@ def identity(sources: Sequence[str], options: PrepareOptions) -> dict[str, Any]:
 
 
 def difference(planned: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Return what differs between two identities, as 'shard_bytes: 512 -> 256, …'; empty when nothing does."""
+    """Return what differs between two identities, such as 'shard_bytes: 512 -> 256, …'; empty if they are equal."""
     now = flatten(asked)
     before = {name: value for name, value in flatten(planned).items() if name in now}
     parts = (change.partition(":") for change in changes(before, now))
@@ -142,19 +149,27 @@ class _StoredPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """Plan of a preparation, read from OUT.partial."""
+
     folder: Path
     """OUT.partial"""
     identity: dict[str, Any]
+    """What the corpus depends on; see `identity`."""
     options: PrepareOptions
+    """Options of the preparation."""
     sources: list[dict[str, Any]]
-    """name, files, file bytes and what the listing left_out of each source."""
+    """Of each source: name, files, file bytes, and the number of files left_out by reason."""
 
     @classmethod
     def load(cls, folder: Path, skip_bad: bool) -> Self:
         """Return the plan of OUT.partial.
 
+        Args:
+            folder: OUT.partial
+            skip_bad: see PrepareOptions; the plan does not store it.
+
         Raises:
-            StateFileError: it is missing, cannot be read, or is damaged.
+            StateFileError: the plan is missing, cannot be read, or is damaged.
         """
         stored = read_progress(folder, "plan.json", _StoredPlan)
         options: dict[str, Any] = dict(stored.identity.options, skip_bad=skip_bad)
@@ -172,6 +187,7 @@ class Plan:
 
     @cached_property
     def units(self) -> NDArray[np.void]:
+        """(UNIT) units of work."""
         return read_array(self.folder, "units.npy")
 
     @cached_property
@@ -180,7 +196,11 @@ class Plan:
         return frozenset(each for source in self.identity["sources"] for each in expand(source) if is_pipe(each))
 
     def files_of(self, unit: int) -> Iterator[tuple[SourceFile, bool]]:
-        """The files of a unit, and whether each is a container."""
+        """Yield the files of a unit, and whether each is a container.
+
+        Raises:
+            StateFileError: files.jsonl is damaged.
+        """
         source, left = int(self.units[unit]["source"]), int(self.units[unit]["files"])
         with (self.folder / "files.jsonl").open("rb") as lines:
             lines.seek(int(self.units[unit]["offset"]))
@@ -197,10 +217,13 @@ class Plan:
 
 
 def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]) -> None:
-    """Lists the sources and writes the plan. Memory: UNIT.itemsize bytes a unit.
+    """List the sources and write the plan. Memory: UNIT.itemsize bytes a unit.
 
     Args:
-        progress: told the bytes of all files listed so far, at the end of each unit.
+        folder: OUT.partial
+        sources: the sources, as the user wrote them.
+        options: options of the preparation.
+        progress: called at the end of each unit with the bytes of all files listed so far.
 
     Raises:
         CorpusError: a source is missing, a file is unreadable (unless `skip_bad`), or there is nothing to read.
@@ -214,7 +237,7 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, pro
     left_out = [Counter[str]() for _ in sources]
     units = list[tuple[int, int, int, int]]()
     rows = list[tuple[object, ...]]()  # files that are not written yet
-    offset, files, size, to_read = 0, 0, 0, 0  # of the unit under way
+    offset, files, size, to_read = 0, 0, 0, 0  # of the present unit
     last = 0
     with (folder / "files.jsonl").open("wb") as lines, (folder / "listed.jsonl").open("wb") as log:
 
@@ -260,14 +283,15 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, pro
 
 
 def read_progress(folder: Path, name: str, kind: type[T]) -> T:
-    """Return what a JSON file of a working folder holds.
+    """Return the content of a JSON file of a working folder.
 
     Args:
         folder: OUT.partial
-        name: of the file in it.
+        name: name of the file in it.
+        kind: type of the content.
 
     Raises:
-        StateFileError: it is missing, cannot be read, or is damaged.
+        StateFileError: the file is missing, cannot be read, or is damaged.
     """
     value = read_json(folder / name, kind, begin_again(folder))
     if value is None:
@@ -276,7 +300,7 @@ def read_progress(folder: Path, name: str, kind: type[T]) -> T:
 
 
 def read_array(folder: Path, name: str) -> Any:
-    """Return what an array file of a working folder holds. Arguments and errors are those of `read_progress`."""
+    """Return the content of an array file of a working folder. Arguments and errors are those of `read_progress`."""
     try:
         return np.load(folder / name, allow_pickle=False)
     except (EOFError, ValueError) as error:
@@ -284,9 +308,10 @@ def read_array(folder: Path, name: str) -> Any:
 
 
 def read_skipped(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield what a unit left out, by its skipped.jsonl; nothing where there is no such file.
+    """Yield the lines of a unit's skipped.jsonl; none if there is no such file.
 
     Args:
+        path: the file.
         folder: OUT.partial
 
     Raises:
@@ -304,7 +329,7 @@ def begin_again(folder: Path) -> str:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names in a working folder; none when it is gone, because another process has finished."""
+    """Return the names in a working folder; none if another process has finished and removed it."""
     try:
         return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
@@ -312,15 +337,21 @@ def names_in(folder: Path) -> list[str]:
 
 
 def skip_line(source: int, left_out: Skipped, **more: int) -> bytes:
-    """What was left out, as a line of skipped.jsonl."""
+    """Return the line of skipped.jsonl for a document that was left out."""
     return json.dumps({"source": source, **asdict(left_out), **more}).encode() + b"\n"
 
 
 def refuse_bad(left_out: Skipped, options: PrepareOptions, folder: Path, begun: bool = True) -> None:
-    """Ends the work where something cannot be read that nobody asked to leave out.
+    """End the work if a document cannot be read and `skip_bad` is not set.
 
     Args:
-        begun: whether there is work that a restart goes on from.
+        left_out: the document.
+        options: options of the preparation.
+        folder: OUT.partial
+        begun: whether there is work with which a restart continues.
+
+    Raises:
+        CorpusError: the work ends.
     """
     if left_out.reason not in BAD_REASONS or options.skip_bad:
         return
@@ -330,6 +361,6 @@ def refuse_bad(left_out: Skipped, options: PrepareOptions, folder: Path, begun: 
 
 
 def remove(folder: Path) -> None:
-    """Removes a working folder; the plan goes first, so that what is left of it is not taken for work to go on with."""
+    """Remove a working folder. The plan is removed first, so that a rest of the folder is not taken for work."""
     (folder / "plan.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

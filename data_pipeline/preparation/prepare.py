@@ -1,17 +1,17 @@
-"""Preparation: files of any kind become a corpus. Parallel, restartable at any moment, exactly once.
+"""Preparation of a corpus from files of any kind: parallel, restartable at any moment, each document exactly once.
 
     sources ─▶ plan ─▶ units ─▶ scatter ─▶ runs sorted by hash ─▶ layout ─▶ gather ─▶ shards ─▶ finish ─▶ OUT
                once             a job each                        once      a job each          once
 
-Everything is written in OUT.partial, from which the corpus is renamed to OUT at the end. What a step wrote is there
-whole or not at all, so whatever is killed, the same command goes on with the steps and jobs that are not done. Workers
-and tasks of a scheduler's array share the jobs through that folder and may change in number: the corpus is a function
-of the sources and the options alone.
+Everything is written in OUT.partial, from which the corpus is renamed to OUT at the end. The output of a step is
+complete or absent. After a kill, the same command continues with the steps and jobs that are not done. Workers and
+tasks of a scheduler's array share the jobs through that folder, and their number may change. The corpus depends only on
+the sources and the options.
 
-Memory of a process, whatever the size of the corpus and of a document: about 50 MB of libraries, and the larger of
-spill.BUFFER_BYTES (scattering), and 40 bytes a document of one shard and some six blocks (gathering); one folder's
-entries while it is listed. Media are as their readers say. Disk, besides OUT: the raw bytes of documents that come out
-of containers, and once more those of the shards being gathered.
+Memory of a process does not depend on the size of the corpus or of a document: about 50 MB of libraries, and the larger
+of spill.BUFFER_BYTES (scattering) and 40 bytes a document of one shard plus about six blocks (gathering). Listing needs
+the entries of one folder. Readers of media state their own memory. Disk space, besides OUT: the raw bytes of documents
+from containers, and once more those of the shards that are being gathered.
 """
 
 import json
@@ -48,17 +48,24 @@ from data_pipeline.preparation.work import Pool
 __all__ = ["PrepareOptions", "PrepareReport", "SourceReport", "Task", "prepare"]
 
 SMALL_BYTES = 32 << 20
-"""Sources of fewer bytes are prepared by one process: starting others takes longer. They start while others list."""
+"""Smaller sources are prepared by one process, because starting others takes longer. Workers start while larger sources
+are listed."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Which of the tasks of an array this is. It says where to begin; any of the tasks can do the work of all."""
+    """Number of a task in an array. It decides where the task begins; any task can do the work of all.
+
+    Raises:
+        CorpusError: there is no such number.
+    """
 
     number: int = 0
+    """Number of this task, counted from 0."""
     of: int = 1
+    """Number of tasks."""
     merges: bool = True
-    """Whether it makes OUT of the shards when all are written; False where a call that comes after the array does."""
+    """Whether this task makes OUT when all shards are written; False if a later call does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
@@ -69,17 +76,20 @@ class Task:
 
 @dataclass
 class SourceReport:
-    """What became of one source."""
+    """Counts of one source."""
 
     name: str
+    """The source, as the user wrote it."""
     files: int
+    """Number of files."""
     bytes: int
-    """Of the files, as listed."""
+    """Bytes of the files, as listed."""
     documents: int = 0
-    """In the corpus, and their raw bytes."""
+    """Documents in the corpus."""
     raw_bytes: int = 0
+    """Bytes of these documents."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many documents were left out, by reason (sources.REASONS); over the limit, how many files were not begun."""
+    """Documents that were left out, by reason (sources.REASONS). Over the limit, files that were not begun count."""
 
 
 @dataclass
@@ -93,29 +103,34 @@ class _StoredReport:
 
 @dataclass
 class PrepareReport:
-    """OUT/report.json."""
+    """Content of OUT/report.json."""
 
     identity: dict[str, Any]
     """Sources and options."""
     parts: list[str]
-    """Folders of OUT that are a corpus each; '' is OUT itself."""
+    """Folders of OUT, each of which is a corpus; '' is OUT itself."""
     sources: list[SourceReport]
+    """Counts of each source."""
     was_finished: bool = False
-    """Whether there was nothing to do any more."""
+    """Whether the corpus existed already."""
 
     @property
     def documents(self) -> int:
+        """Documents in the corpus."""
         return sum(source.documents for source in self.sources)
 
     @property
     def left_out(self) -> int:
+        """Documents that were left out."""
         return sum(source.left_out.total() for source in self.sources)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         totals = {"documents": self.documents, "raw_bytes": sum(source.raw_bytes for source in self.sources)}
         return {**self.identity, "parts": self.parts, **totals, "per_source": [vars(source) for source in self.sources]}
 
     def save(self, path: Path) -> None:
+        """Write the report."""
         replace_file(path, json.dumps(self.as_json(), indent=1))
 
     @classmethod
@@ -123,7 +138,7 @@ class PrepareReport:
         """Return the report of a corpus.
 
         Raises:
-            StateFileError: it is missing, cannot be read, or is damaged.
+            StateFileError: the report is missing, cannot be read, or is damaged.
         """
         stored = read_json(path, _StoredReport, "restore it, or prepare the corpus again")
         if stored is None:
@@ -140,21 +155,24 @@ def prepare(
     workers: int = 1,
     task: Task = Task(),
 ) -> PrepareReport | None:
-    """Writes the documents of the sources as a corpus at `out`, which appears when it is complete.
+    """Write the documents of the sources as a corpus at `out`, which appears when it is complete.
 
-    Begun work with the same sources and options is gone on with, be it of a process that was killed or of others that
-    are at it now.
+    If work with the same sources and options has begun, this continues it, also while other processes work on it.
 
     Args:
-        workers: processes to share the work among.
-        task: which task of an array of such calls this is.
+        sources: files, folders, URLs, or commands.
+        out: folder of the corpus.
+        options: options of the preparation.
+        progress: called with bytes done and in all.
+        workers: number of processes that share the work.
+        task: number of this call, if an array of calls shares the work.
 
     Returns:
-        What is at `out`; None if all shards are written, and the task does not merge them.
+        The report of the corpus; None if all shards are written and the task does not merge them.
 
     Raises:
-        CorpusError: a source is missing, a document cannot be read, there is no byte to write, `out` exists and is not
-            this corpus, or `out`.partial holds work of other sources or options.
+        CorpusError: a source is missing; a document cannot be read; there is no byte to write; `out` exists and is
+            another corpus; or `out`.partial holds work of other sources or options.
     """
     names = [str(source) for source in sources]
     asked = identity(names, options)
@@ -192,7 +210,7 @@ def prepare(
 
 @contextmanager
 def _held(folder: Path, out: Path) -> Iterator[bool]:
-    """Keeps OUT.partial for this process alone, making it if need be; says whether OUT is still to be made."""
+    """Hold the lock of OUT.partial, which is made if needed; yield whether OUT does not exist yet."""
     if out.exists():
         yield False
         return
@@ -213,7 +231,11 @@ def _held(folder: Path, out: Path) -> Iterator[bool]:
 
 
 def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
-    """The report of a corpus that is there, if it is the one asked for."""
+    """Return the report of an existing corpus.
+
+    Raises:
+        CorpusError: it was made from other sources or options.
+    """
     try:
         report = PrepareReport.load(out / "report.json")
     except StateFileError:
@@ -227,10 +249,13 @@ def _finished(out: Path, folder: Path, asked: dict[str, Any]) -> PrepareReport:
 
 
 def _planned(folder: Path, sources: Sequence[str], options: PrepareOptions, listed: Callable[[int], None]) -> Plan:
-    """The plan that is there, or a new one. Where none can be made, nothing stays on disk.
+    """Return the existing plan, or a new one. If none can be made, nothing stays on disk.
 
     Args:
-        listed: told the bytes of the files, while they are listed too.
+        folder: OUT.partial
+        sources: the sources.
+        options: options of the preparation.
+        listed: called with the bytes of the files, also while they are listed.
     """
     if (folder / "plan.json").exists():
         plan = Plan.load(folder, options.skip_bad)
@@ -264,7 +289,7 @@ def _laid_out(plan: Plan) -> Layout:
 
 
 def _finish(plan: Plan, layout: Layout, out: Path) -> PrepareReport:
-    """Makes shards a corpus, and OUT.partial OUT. Killed at any moment, it can be done again."""
+    """Write index and reports, and rename the corpus to OUT. After a kill, this can be done again."""
     if not (plan.folder / "layout.json").exists():
         raise CorpusError(f"{plan.folder} was removed while this command was working in it; start again")
     corpus = plan.folder / "corpus"
@@ -272,7 +297,7 @@ def _finish(plan: Plan, layout: Layout, out: Path) -> PrepareReport:
         _write_indexes(plan, layout)
         _write_skipped(plan, layout, corpus / "skipped.jsonl")
         _report(plan, layout).save(corpus / "report.json")
-    # The bulk goes before the rename, so that no kill leaves it beside a finished corpus.
+    # Large files are removed before the rename, so that no kill leaves them beside a finished corpus.
     for name in ("units", "work"):
         shutil.rmtree(plan.folder / name, ignore_errors=True)
     corpus.rename(out)
@@ -299,7 +324,7 @@ def _write_indexes(plan: Plan, layout: Layout) -> None:
 
 
 def _write_skipped(plan: Plan, layout: Layout, path: Path) -> None:
-    """Everything that was left out, by name; what lies beyond a limit is only counted."""
+    """Write the list of everything that was left out; documents beyond a limit are only counted."""
     with path.open("wb") as out:
         _append(plan.folder / "listed.jsonl", out)
         for unit, cut in enumerate(layout.cuts.tolist()):

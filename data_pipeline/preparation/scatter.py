@@ -1,4 +1,4 @@
-"""Scattering: the files of one unit become a folder of runs, in which each document lies by its hash (see spill.py)."""
+"""Scattering: write the documents of one unit to a folder of runs, sorted by hash (see spill.py)."""
 
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -18,13 +18,13 @@ EXPANSION = {
     **{".flac": 2, ".mp3": 11, ".ogg": 11, ".opus": 14},
     **{".gz": 4, ".zst": 4},
 }
-"""Raw bytes for each byte of a file that is decoded, about: all that is known of it before it is read."""
+"""Approximate raw bytes for each byte of a file that is decoded: an estimate before the file is read."""
 UNKNOWN_BYTES = 1 << 20
-"""Raw bytes of a file whose size no server tells, about."""
+"""Estimated raw bytes of a file whose size is not known."""
 
 
 class Scatter:
-    """The stage: a job is a unit, and done when its folder is there."""
+    """Stage that reads units. A job is a unit; it is done when its folder exists."""
 
     name = "scatter"
 
@@ -35,12 +35,15 @@ class Scatter:
         self._next: list[int] = np.searchsorted(plan.units["source"], range(len(plan.sources))).tolist()
 
     def done(self) -> set[int]:
+        """Return the jobs that are done."""
         return {int(name) for name in names_in(self._plan.folder / "units") if name.isdecimal()}
 
     def is_done(self, job: int) -> bool:
+        """Return whether a job is done."""
         return unit_folder(self._plan.folder, job).exists()
 
     def do(self, job: int, folder: Path, progress: Callable[[int], None]) -> None:
+        """Do a job. See `WorkStage.do`."""
         (folder / "unit").mkdir()
         scatter_unit(self._plan, job, folder / "unit", self._room(job), progress)
         target = unit_folder(self._plan.folder, job)
@@ -52,7 +55,7 @@ class Scatter:
         sync(target.parent)
 
     def _room(self, job: int) -> Room:
-        """What the limits leave for a unit, as far as is known: all units before it need not be done."""
+        """Return the room that the limits leave for a unit, by the counts of those units before it that are done."""
         source = int(self._plan.units[job]["source"])
         limit = self._limits[source]
         if self._plan.options.limited:
@@ -63,12 +66,14 @@ class Scatter:
 
 
 def scatter_unit(plan: Plan, unit: int, folder: Path, room: Room, progress: Callable[[int], None]) -> None:
-    """Writes the folder of a unit.
+    """Write the folder of a unit.
 
     Args:
-        folder: to write into; nothing in it counts before it is renamed.
-        room: how much of the unit the limits can let through; reading ends there.
-        progress: told the bytes of each file that has been read.
+        plan: the plan.
+        unit: number of the unit.
+        folder: empty folder, which the caller renames when it is complete.
+        room: room that the limits leave for the unit; reading ends there.
+        progress: called with the bytes of each file that has been read.
 
     Raises:
         CorpusError: a document cannot be read, unless `skip_bad`.
@@ -106,7 +111,7 @@ def scatter_unit(plan: Plan, unit: int, folder: Path, room: Room, progress: Call
 def _scatter_container(
     file: SourceFile, plan: Plan, writer: UnitWriter, room: Room, leave_out: Callable[[Skipped], None]
 ) -> bool:
-    """Takes the documents of a container; returns whether the limits let no further document through."""
+    """Write the documents of a container; return whether the limits let no further document through."""
     for found in documents_in(file, plan.options.reading):
         if isinstance(found, Skipped):
             leave_out(found)
@@ -122,7 +127,7 @@ def _scatter_container(
 
 
 def estimated_bytes(file: SourceFile, options: ReadOptions) -> int:
-    """Raw bytes of a file that is one document, about."""
+    """Return an estimate of the raw bytes of a file that is one document."""
     if file.size is None:
         return UNKNOWN_BYTES
     if size_of(file, options) is not None:

@@ -1,21 +1,22 @@
-"""Spill: documents on their way from the order of the sources to the order of the shards.
+"""Spill: temporary files that bring documents from the order of the sources to the order of the shards.
 
     documents of a unit ─▶ UnitWriter ─▶ runs, sorted by hash ─▶ Spool ─▶ documents of a shard, in order
 
-    units/000012/               there whole or not at all
+    units/000012/               complete or absent
         run-0000, run-0001 …    records sorted by (part, hash), then four columns of uint64:
                                 offsets in the run, one more than records; hashes; ordinals: documents of the
                                 unit before it; ends: raw bytes of the unit up to its end
-        large                   the bytes of documents too long to wait in memory, if there are any
-        skipped.jsonl           what was left out, if anything was
+        large                   bytes of documents that are too long for memory, if there are any
+        skipped.jsonl           documents that were left out, if there are any
         unit.json               counts, and where in each run the columns begin
 
-A document's hash says where it goes: shards are equal ranges of it and in order of it, so neighbours in a block are
-strangers, a shard's records are one span of each run, and shards need not be counted before the bytes are known.
+A document's hash decides its place: each shard is an equal range of hashes, in order. Neighbours in a block therefore
+come from different places, a shard's records are one range of each run, and the number of shards can be chosen after
+the bytes are known.
 
     record = HEADER, key, sha256 of the content (when deduplicating), payload
 
-The payload is the document itself, or where it is: a file of the sources, or a span of a unit's `large`.
+The payload is the document itself, or its place: a file of the sources, or a range of a unit's `large`.
 """
 
 import json
@@ -41,11 +42,11 @@ from data_pipeline.readers import document_of, size_of
 from data_pipeline.sources.source_file import Skipped, SourceFile
 
 BUFFER_BYTES = 64 << 20
-"""Memory for documents that wait to be sorted into a run, about."""
+"""Approximate memory for the documents that wait to be sorted into a run."""
 RECORD_OVERHEAD = 400
-"""What Python needs for each of them besides its bytes, about."""
+"""Approximate memory that Python needs for each document besides its bytes."""
 LARGE_BYTES = 4 << 20
-"""A longer document goes to `large` as it is read."""
+"""Longer documents are written to `large` while they are read."""
 COPY_BYTES = 4 << 20
 DIGEST_BYTES = 32
 
@@ -53,22 +54,22 @@ MODALITY = {name: number for number, name in enumerate(MODALITIES)}
 
 INLINE, IN_FILE, IN_LARGE = range(3)
 HEADER = struct.Struct("<BBIIQ")
-"""One of the three above; modality; source; bytes of the key; raw bytes of the document, 0 when not known."""
+"""Kind (one of the three above); modality; source; bytes of the key; raw bytes of the document, 0 if not known."""
 LISTED = struct.Struct("<q")
-"""Payload of IN_FILE, before the URL: bytes as listed, -1 when not known."""
+"""Payload of IN_FILE before the URL: bytes as listed, -1 if not known."""
 SPAN = struct.Struct("<IQ")
 """Payload of IN_LARGE: unit, and offset in its `large`."""
 
 PLACE = struct.Struct(">QQ")
-"""The first bytes of a digest: a document's hash, and what decides its part."""
+"""First bytes of a digest: a document's hash, and the number that decides its part."""
 
 RUN = np.dtype(
     [
         ("unit", "<u4"),
         ("number", "<u4"),
-        ("columns", "<u8"),  # their offset
-        ("documents", "<u8", (2,)),  # of each part
-        # Limits: a record is taken if its ordinal and its end are not beyond these.
+        ("columns", "<u8"),  # offset of the columns
+        ("documents", "<u8", (2,)),  # documents of each part
+        # Limits: a record is read if its ordinal and its end are not beyond these.
         ("max_ordinal", "<u8"),
         ("max_end", "<u8"),
     ]
@@ -76,16 +77,20 @@ RUN = np.dtype(
 
 
 class UnitWriter:
-    """Writes the folder of a unit. Memory: about BUFFER_BYTES.
+    """Writer of the folder of a unit. Memory: about BUFFER_BYTES.
 
     Args:
-        folder: to write into.
+        folder: empty folder.
+        unit: number of the unit.
+        source: number of its source.
+        options: options of the preparation.
     """
 
     def __init__(self, folder: Path, unit: int, source: int, options: PrepareOptions) -> None:
         self.documents = 0
-        """Documents taken so far, and their raw bytes as far as they are known."""
+        """Documents so far."""
         self.bytes = 0
+        """Raw bytes of these documents, partly estimates."""
         self._folder, self._unit, self._source, self._options = folder, unit, source, options
         self._seed = f"{options.seed}\0".encode()
         self._held_out_below = int(options.holdout * 2**64)
@@ -103,22 +108,27 @@ class UnitWriter:
         self._held = 0
 
     def add_unread(self, file: SourceFile, raw_bytes: int) -> None:
-        """Takes a file that is one document, to be read when it is packed.
+        """Add a file that is one document. It is read when it is packed.
 
         Args:
-            raw_bytes: what it holds, about.
+            file: the file.
+            raw_bytes: estimate of its raw bytes.
         """
         self._add(IN_FILE, 0, file.key, raw_bytes, None, [_where(file)])
 
     def add(self, document: Document, file: SourceFile | None = None, room: int | None = None) -> bool:
-        """Takes a document by reading it; one without a byte is left out.
+        """Read a document and add it; leave it out if it is empty.
 
         Args:
-            file: the file that it is, when it need not be kept here because it can be read from there again.
-            room: raw bytes that it may have at most; False is returned, and it is not taken, if it has more.
+            document: the document.
+            file: the file that it is, if it can be read from there again and its bytes need not be stored here.
+            room: largest number of raw bytes that it may have; None is no limit.
+
+        Returns:
+            False if the document has more bytes than there is room for, and was not added.
 
         Raises:
-            BadDocumentError: it cannot be read; nothing of it is kept.
+            BadDocumentError: the document cannot be read; nothing of it is stored.
         """
         pieces, size = list[bytes](), 0
         digest = sha256() if self._options.deduplicate else None
@@ -155,11 +165,12 @@ class UnitWriter:
         return True
 
     def leave_out(self, left_out: Skipped) -> None:
+        """Count a document that is left out, and write it to skipped.jsonl."""
         self._left_out[left_out.reason] += 1
         self._skipped.write(skip_line(self._source, left_out, **self._ordinal()))
 
     def _ordinal(self) -> dict[str, int]:
-        # Only limits need to know what was left out before them.
+        # Only limits need the number of documents before it.
         return {"ordinal": self.documents} if self._options.limited else {}
 
     def _add(self, kind: int, modality: int, key: str, size: int, digest: bytes | None, payload: list[bytes]) -> None:
@@ -197,7 +208,7 @@ class UnitWriter:
         self._clear()
 
     def close(self, **more: object) -> None:
-        """Puts the unit on disk, with `more` beside its counts."""
+        """Put the unit on disk, with `more` besides its counts."""
         if self._records:
             self._write_run()
         for file in (self._skipped, self._large):
@@ -218,7 +229,7 @@ class UnitWriter:
 
 
 def unit_folder(folder: Path, unit: int) -> Path:
-    """Where a unit lies in OUT.partial."""
+    """Return the folder of a unit in OUT.partial."""
     return folder / "units" / f"{unit:06d}"
 
 
@@ -239,13 +250,13 @@ class _StoredUnit(BaseModel):
 
 
 def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
-    """What unit.json says; None while the unit is not done."""
+    """Return the content of unit.json; None while the unit is not done."""
     stored = read_json(unit_folder(folder, unit) / "unit.json", _StoredUnit, begin_again(folder))
     return None if stored is None else stored.model_dump()
 
 
 def keep_if_any(path: Path) -> None:
-    """Puts a file on disk, or removes it if it is empty."""
+    """Put a file on disk, or remove it if it is empty."""
     if path.stat().st_size:
         sync(path)
     else:
@@ -260,24 +271,28 @@ def _run_name(number: int) -> str:
     return f"run-{number:04d}"
 
 
-class Record(NamedTuple):
-    """What is known of a document of a shard before it is packed."""
+class SpooledDocument(NamedTuple):
+    """Document of a shard before it is packed."""
 
     document: Document
+    """The document."""
     source: int
+    """Number of its source."""
     size: int | None
-    """Its raw bytes; None when it must be read to know."""
+    """Raw bytes; None if only reading it shows them."""
     digest: bytes | None
-    """Of its content, when deduplicating."""
+    """Digest of its content, if copies are removed."""
     follows_equal_hash: bool
+    """Whether the document before it has the same hash."""
 
 
 class RunFile:
-    """The columns of a run, mapped: a binary search touches a few pages of a long one.
+    """Columns of a run, mapped into memory: a binary search reads a few pages of a long one.
 
     Args:
-        folder: of its unit.
-        documents: records in it.
+        folder: folder of the unit.
+        number: number of the run.
+        documents: number of records.
         columns: offset of the columns.
     """
 
@@ -286,7 +301,7 @@ class RunFile:
         mapped = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
         values = np.frombuffer(mapped, np.uint64, offset=columns)
         self.offsets = values[: documents + 1]
-        """One more than there are records: the last is where they end."""
+        """Offset of each record, and the end of the last."""
         self.hashes, self.ordinals, self.ends = values[documents + 1 :].reshape(3, documents)
 
     def __enter__(self) -> Self:
@@ -297,13 +312,14 @@ class RunFile:
 
 
 class Spool:
-    """The records of one shard: copied from all runs into one file, then read in the order of their hashes.
+    """Records of one shard, copied from all runs into one file and then read in the order of their hashes.
 
     Memory: 40 bytes a record, and a piece of COPY_BYTES.
 
     Args:
-        path: of the file, which vanishes with the process.
+        path: path of the file, which is deleted at once and ends with the process.
         folder: OUT.partial
+        options: options of the preparation.
     """
 
     def __init__(self, path: Path, folder: Path, options: PrepareOptions) -> None:
@@ -315,10 +331,13 @@ class Spool:
         self._end = 0
 
     def add_run(self, run: np.void, part: int, first: int, last: int) -> None:
-        """Takes what a run holds of a part, from hash `first` to hash `last`.
+        """Copy the records of a run that belong to a part and have a hash from `first` to `last`.
 
         Args:
             run: a row of RUN.
+            part: number of the part.
+            first: smallest hash.
+            last: greatest hash.
         """
         folder = unit_folder(self._folder, int(run["unit"]))
         counts = run["documents"]
@@ -340,8 +359,8 @@ class Spool:
         for offset in range(begin, end, COPY_BYTES):
             self._end += self._file.write(os.pread(descriptor, min(COPY_BYTES, end - offset), offset))
 
-    def records(self) -> Iterator[Record]:
-        """Every record, in order of hash; those with one hash in the order of the sources."""
+    def records(self) -> Iterator[SpooledDocument]:
+        """Yield every record, in order of hash; records of equal hash in the order of the sources."""
         if not self._hashes:
             return
         hashes = np.concatenate(self._hashes)
@@ -360,7 +379,7 @@ class Spool:
             for offset, length, repeated in rows:
                 yield self._record(os.pread(self._file.fileno(), length, offset), repeated)
 
-    def _record(self, record: bytes, repeated: bool) -> Record:
+    def _record(self, record: bytes, repeated: bool) -> SpooledDocument:
         kind, modality, source, key_bytes, size = HEADER.unpack_from(record)
         end = HEADER.size + key_bytes
         key = record[HEADER.size : end].decode("utf-8", "surrogateescape")
@@ -373,7 +392,7 @@ class Spool:
             url = record[end + LISTED.size :].decode("utf-8", "surrogateescape")
             file = SourceFile(source, url, key, None if listed < 0 else listed)
             reading = self._options.reading
-            return Record(document_of(file, reading), source, size_of(file, reading), digest, repeated)
+            return SpooledDocument(document_of(file, reading), source, size_of(file, reading), digest, repeated)
         if kind == IN_LARGE:
             unit, offset = SPAN.unpack_from(record, end)
             path = unit_folder(self._folder, unit) / "large"
@@ -381,9 +400,10 @@ class Spool:
         else:
             content = record[end:]
             document = Document(key, MODALITIES[modality], lambda: iter((content,)))
-        return Record(document, source, size, digest, repeated)
+        return SpooledDocument(document, source, size, digest, repeated)
 
     def close(self) -> None:
+        """Close the file, which deletes it."""
         self._file.close()
 
 

@@ -1,14 +1,14 @@
-"""Work: the jobs of a stage, shared by processes that may come, go, be killed and change in number.
+"""Work: the jobs of a stage, shared by processes that may be killed and whose number may change.
 
-A job is claimed by locking its byte of the stage's lock file. The lock ends with the process, however it ends, and
-another takes the job up from its beginning; a job is done when its result is there, whole, by one rename. So claims
-only save time: were two processes to do one job, both would make the same result.
+A process claims a job by locking its byte of the stage's lock file. The lock ends with the process, however it ends,
+and another process then does the job from its start. A job is done when one rename has published its result. Claims
+only save time: two processes that did one job would make the same result.
 
     Pool ── name of a stage ──▶ stdin ┐
                                       │ python -m data_pipeline.preparation.work OUT.partial
     Pool ◀── bytes, idle, error ───── ┘ stdout
 
-A worker lives as long as its standard input is open, so none outlives the process that started it.
+A worker ends when its standard input is closed, so none outlives the process that started it.
 """
 
 import fcntl
@@ -40,39 +40,51 @@ from data_pipeline.preparation.plan import Plan
 from data_pipeline.preparation.scatter import Scatter
 
 REPORT_SECONDS = 0.1
-POLL_SECONDS = 0.2
+JOB_POLL_SECONDS = 0.2
 DEATHS = 3
-"""Workers that may be killed without a job done between, before that is taken for a fault."""
+"""Number of workers that may be killed before one of them has done a job. One more ends the work."""
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerError(Exception):
-    """A worker met an error that nobody expected; a note has the worker's traceback."""
+    """A worker failed with an unexpected error. A note has the worker's traceback."""
 
 
-class Stage(Protocol):
-    """Jobs that can be done in any order, by anyone who has OUT.partial."""
+class WorkStage(Protocol):
+    """Jobs that any process with access to OUT.partial can do, in any order."""
 
     name: str
+    """Name of the stage."""
     sizes: list[int]
-    """Bytes to work on of each job, about."""
+    """Approximate bytes of work of each job."""
 
     def done(self) -> set[int]:
-        """The jobs that are done."""
+        """Return the jobs that are done."""
 
-    def is_done(self, job: int) -> bool: ...
+    def is_done(self, job: int) -> bool:
+        """Return whether a job is done."""
 
     def do(self, job: int, folder: Path, progress: Callable[[int], None]) -> None:
-        """Does a job, writing into an empty folder of its own first. Tells bytes as they are worked on."""
+        """Do a job.
+
+        Args:
+            job: number of the job.
+            folder: an empty folder for files that are not complete.
+            progress: called with numbers of bytes, as they are done.
+        """
 
 
-def stage_named(name: str, plan: Plan) -> Stage:
+def stage_named(name: str, plan: Plan) -> WorkStage:
+    """Return the stage of a name, for a worker."""
     return Scatter(plan) if name == Scatter.name else Gather(plan, Layout.load(plan.folder), ahead=True)
 
 
 class Claims:
-    """Who does which job. One object of a process for a file, at most: closing another would end its locks."""
+    """Locks on the jobs of a stage.
+
+    A process may have only one object for a file: closing a second one would end the locks of the first.
+    """
 
     def __init__(self, path: Path) -> None:
         # Locks of single bytes of one file: core.locks, which uses flock, locks only whole files.
@@ -80,13 +92,13 @@ class Claims:
 
     @contextmanager
     def claim(self, job: int) -> Iterator[bool]:
-        """Whether the job is ours until the block ends."""
+        """Try to lock a job for the block; yield whether this process has it."""
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, job)
         except (BlockingIOError, PermissionError):
             yield False
             return
-        except OSError:  # a file system without locks: work may be done twice there, and does no harm
+        except OSError:  # a file system without locks: work may be done twice there, without harm
             yield True
             return
         try:
@@ -95,12 +107,13 @@ class Claims:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, job)
 
     def close(self) -> None:
+        """End all locks."""
         os.close(self._descriptor)
 
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """A folder of this process in `folder`. What killed processes left of theirs there is removed first."""
+    """Yield a new folder of this process in `folder`, after removing the folders of processes that were killed."""
     folder.mkdir(exist_ok=True)
     for other in folder.iterdir():
         _remove_if_dead(other)
@@ -110,7 +123,7 @@ def own_folder(folder: Path) -> Iterator[Path]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
             (own / "alive.new").rename(own / "alive")
-        except OSError:  # without locks nobody can tell who is dead: the folder stays until all is finished
+        except OSError:  # without locks nobody knows which process is dead: the folder stays until the end
             pass
         try:
             yield own
@@ -127,12 +140,14 @@ def _remove_if_dead(folder: Path) -> None:
         return
 
 
-def do_what_is_left(stage: Stage, plan: Plan, begin: float, told: Callable[[int, int], None]) -> None:
-    """Does the jobs that nobody has done or is doing.
+def do_what_is_left(stage: WorkStage, plan: Plan, begin: float, report: Callable[[int, int], None]) -> None:
+    """Do the jobs that no process has done or is doing.
 
     Args:
+        stage: the stage.
+        plan: the plan.
         begin: where in the list of jobs to begin, from 0 to 1.
-        told: called with a job and the bytes worked on so far.
+        report: called with a job and the bytes of it that are done.
     """
     claims = Claims(plan.folder / f"{stage.name}.claims")
     done, jobs = stage.done(), len(stage.sizes)
@@ -144,12 +159,12 @@ def do_what_is_left(stage: Stage, plan: Plan, begin: float, told: Callable[[int,
             with claims.claim(job) as is_ours:
                 if is_ours and not stage.is_done(job):
                     with tempfile.TemporaryDirectory(dir=own, prefix="job-", ignore_cleanup_errors=True) as folder:
-                        stage.do(job, Path(folder), _adding(job, told))
+                        stage.do(job, Path(folder), _adding(job, report))
     claims.close()
 
 
-def _adding(job: int, told: Callable[[int, int], None]) -> Callable[[int], None]:
-    """Adds up the bytes of a job, and tells of them now and then."""
+def _adding(job: int, report: Callable[[int, int], None]) -> Callable[[int], None]:
+    """Return a function that adds up the bytes of a job and calls `report` from time to time."""
     total, last = 0, 0.0
 
     def add(size: int) -> None:
@@ -157,17 +172,20 @@ def _adding(job: int, told: Callable[[int, int], None]) -> Callable[[int], None]
         total += size
         if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
-            told(job, total)
+            report(job, total)
 
     return add
 
 
 class Pool:
-    """Workers of this machine; until they are started, and with one of them, this process itself.
+    """Worker processes of this machine. Before they are started, and if there is only one, this process does the work.
 
     Args:
         folder: OUT.partial
-        begin: where in each list of jobs they begin to look, from 0 to 1, and `until` where another task does.
+        skip_bad: see PrepareOptions.
+        workers: number of workers.
+        begin: where in each list of jobs the first worker begins, from 0 to 1.
+        until: where in each list of jobs another task begins, from 0 to 1.
     """
 
     def __init__(self, folder: Path, skip_bad: bool, workers: int, begin: float = 0.0, until: float = 1.0) -> None:
@@ -178,23 +196,26 @@ class Pool:
         self._deaths = 0
 
     def start(self) -> None:
-        """Starts the workers, unless they are. They wait for `run`, before which there need be no plan."""
+        """Start the workers, unless they run already. They wait for `run`; until then a plan is not needed."""
         if not self._workers and len(self._begins) > 1:
             self._workers = [self._worker(place) for place in self._begins]
 
     def _worker(self, place: float) -> "_Worker":
         return _Worker(self._folder, self._skip_bad, place, self._messages)
 
-    def run(self, plan: Plan, stage: Stage, progress: Callable[[int], None]) -> None:
-        """Returns when every job of a stage is done, whoever did it, or when OUT.partial is gone.
+    def run(self, plan: Plan, stage: WorkStage, progress: Callable[[int], None]) -> None:
+        """Work until every job of a stage is done, by whatever process, or until OUT.partial is removed.
 
         Args:
-            progress: told the bytes worked on in this stage.
+            plan: the plan.
+            stage: the stage.
+            progress: called with the bytes of this stage that are done.
 
         Raises:
-            CorpusError: what a job raised; or workers are killed again and again.
+            CorpusError: a job failed, or several workers were killed.
+            WorkerError: a worker failed with an unexpected error.
         """
-        under_way: dict[object, tuple[int, int]] = {}  # of each worker, its job and the bytes of it
+        under_way: dict[object, tuple[int, int]] = {}  # for each worker, its job and the bytes that are done
 
         def show() -> set[int]:
             done = stage.done()
@@ -202,7 +223,7 @@ class Pool:
             progress(sum(stage.sizes[job] for job in done) + sum(min(stage.sizes[j], n) for j, n in parts.items()))
             return done
 
-        def told(job: int, size: int) -> None:
+        def report(job: int, size: int) -> None:
             under_way[self] = job, size
             show()
 
@@ -211,19 +232,19 @@ class Pool:
             if self._workers:
                 self._work(stage, under_way)
             else:
-                do_what_is_left(stage, plan, self._begins[0], told)
+                do_what_is_left(stage, plan, self._begins[0], report)
             remaining = len(stage.sizes) - len(show())
             if remaining == left and not self._workers:
-                time.sleep(POLL_SECONDS)  # others are doing them
+                time.sleep(JOB_POLL_SECONDS)  # other processes are doing the jobs
             if remaining < left:
                 self._deaths = 0
             left = remaining
 
-    def _work(self, stage: Stage, under_way: dict[object, tuple[int, int]]) -> None:
-        """Keeps all workers at the stage for POLL_SECONDS."""
+    def _work(self, stage: WorkStage, under_way: dict[object, tuple[int, int]]) -> None:
+        """Let all workers work on the stage for JOB_POLL_SECONDS."""
         for worker in self._workers:
             worker.begin(stage.name)
-        until = time.monotonic() + POLL_SECONDS
+        until = time.monotonic() + JOB_POLL_SECONDS
         while (seconds := until - time.monotonic()) > 0:
             try:
                 worker, message = self._messages.get(timeout=seconds)
@@ -265,25 +286,25 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Killed rather than asked: whatever they are doing can be lost at any moment.
+        # No orderly end is needed: workers may be killed at any moment.
         for worker in self._workers:
             worker.kill()
 
 
 class _Worker:
-    """A process that works, as its pool sees it."""
+    """A worker process, from the side of its pool."""
 
     def __init__(self, folder: Path, skip_bad: bool, place: float, messages: "queue.SimpleQueue[Any]") -> None:
         self.place = place
         self.is_idle = True
-        # Not multiprocessing, which would import the program's main module in each of them.
+        # multiprocessing would import the program's main module in each worker.
         package = Path(__file__).parents[2]
         path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
         arguments = [str(folder), str(place), str(int(skip_bad))]
-        # Ctrl-C reaches the whole group; workers, which inherit what is blocked, are ended by their pool.
+        # Ctrl-C reaches the whole process group. Workers inherit the blocked signal, and their pool ends them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process = subprocess.Popen(
-            # -P: a folder named data_pipeline where the command was given is none of ours.
+            # -P: do not import a folder named data_pipeline in the working folder.
             [sys.executable, "-P", "-m", "data_pipeline.preparation.work", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -300,39 +321,40 @@ class _Worker:
         messages.put((self, None))
 
     def begin(self, stage: str) -> None:
-        """Sets an idle worker to work."""
+        """Send an idle worker the name of a stage."""
         if self.is_idle:
             self.is_idle = False
             assert self._process.stdin is not None
             try:
                 self._process.stdin.write(f"{stage}\n".encode())
                 self._process.stdin.flush()
-            except BrokenPipeError:  # it is dead, and `_listen` will say so
+            except BrokenPipeError:  # the worker is dead, and `_listen` reports it
                 pass
 
     def ending(self) -> str:
-        """How a process that has closed its output came to its end."""
+        """Return how a process that has closed its output ended."""
         code = self._process.wait()
         return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
     def kill(self) -> None:
+        """Kill the process and wait for its end."""
         self._process.kill()
         self._process.wait()
 
 
-class _Teller(logging.Handler):
-    """Sends a worker's warnings to its pool, which shows them."""
+class _PoolHandler(logging.Handler):
+    """Handler that sends a worker's warnings to its pool, which logs them."""
 
-    def __init__(self, tell: Callable[..., None]) -> None:
+    def __init__(self, send: Callable[..., None]) -> None:
         super().__init__(logging.WARNING)
-        self._tell = tell
+        self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(warning=record.getMessage())
+        self._send(warning=record.getMessage())
 
 
 def main() -> None:
-    """A worker's life: see `_Worker`."""
+    """Work as a worker process. See `_Worker`."""
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -343,22 +365,22 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     folder, place, skip_bad = sys.argv[1:]
 
-    def tell(**message: object) -> None:
+    def send(**message: object) -> None:
         print(json.dumps(message), flush=True)
 
-    logging.getLogger("data_pipeline").addHandler(_Teller(tell))
+    logging.getLogger("data_pipeline").addHandler(_PoolHandler(send))
     try:
         plan = None
         while True:
             name = commands.get()
             plan = plan or Plan.load(Path(folder), bool(int(skip_bad)))  # there is none before the first command
             stage = stage_named(name, plan)
-            do_what_is_left(stage, plan, float(place), lambda job, size: tell(job=job, bytes=size))
-            tell(idle=True)
+            do_what_is_left(stage, plan, float(place), lambda job, size: send(job=job, bytes=size))
+            send(idle=True)
     except (CorpusError, MissingPackageError, StateFileError, OSError) as error:
-        tell(error=str(error))
+        send(error=str(error))
     except Exception as error:
-        tell(crash=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        send(crash=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Compressed files, read as what is in them: gzip and zstd, any number of members or frames one after the other.
+"""Decompression of gzip and zstd files, of any number of members or frames.
 
-The readers of both libraries are passed over for one reason: that of zstandard takes a file that is cut short for one
-that has ended.
+The stream reader of zstandard takes a file that is cut short for one that has ended. This one raises an error.
 """
 
 import io
@@ -15,7 +14,7 @@ from data_pipeline.errors import BadDocumentError
 from data_pipeline.sources.opening import STREAM_BYTES
 
 FEED_BYTES = 4096
-"""Compressed bytes taken at once. They hold at most 128 MiB, the most that zstd makes of 4 KiB."""
+"""Compressed bytes that are read at once. zstd makes at most 128 MiB of 4 KiB."""
 
 
 class _Decompressor(Protocol):
@@ -27,10 +26,14 @@ class _Decompressor(Protocol):
 
 
 def decompressed(stream: BinaryIO, key: str, name: str) -> BinaryIO:
-    """A stream of what is in a stream of compressed bytes; the stream itself if the key's suffix names no compression.
+    """Return a decompressed stream; the stream itself if the key's suffix names no compression.
+
+    Reading it raises BadDocumentError for bytes that are damaged or cut short.
 
     Args:
-        name: what errors call it. Reading raises BadDocumentError for bytes that are damaged or cut short.
+        stream: the compressed bytes.
+        key: key of the file, whose suffix names the compression.
+        name: name of the file for errors.
     """
     if key.lower().endswith((".gz", ".tgz")):
         return io.BufferedReader(_Decompressed(stream, name, lambda: zlib.decompressobj(wbits=31)), STREAM_BYTES)
@@ -43,7 +46,7 @@ def decompressed(stream: BinaryIO, key: str, name: str) -> BinaryIO:
 class _Decompressed(io.RawIOBase):
     def __init__(self, stream: BinaryIO, name: str, begin: Callable[[], _Decompressor]) -> None:
         self._stream, self._name, self._begin = stream, name, begin
-        self._frame: _Decompressor | None = None  # the one under way
+        self._frame: _Decompressor | None = None  # the frame that has begun
         self._compressed = b""
         self._content = memoryview(b"")
 
@@ -59,7 +62,7 @@ class _Decompressed(io.RawIOBase):
         return count
 
     def _take(self) -> bool:
-        """Decompresses a little more. False when there is no more."""
+        """Decompress a little more. Return False at the end."""
         data = self._compressed or self._stream.read(FEED_BYTES)
         self._compressed = b""
         if not data:

@@ -27,7 +27,7 @@ from data_pipeline.sources.source_file import Skipped, SourceFile
 if TYPE_CHECKING:
     from data_pipeline.readers.options import ReadOptions
 
-PACKAGE = "data_pipeline.readers"
+READERS_PACKAGE = "data_pipeline.readers"
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def reader_names() -> list[str]:
 @cache
 def own_readers() -> dict[str, Reader]:
     """Return Byteloom's own readers by name."""
-    package = importlib.import_module(PACKAGE)
+    package = importlib.import_module(READERS_PACKAGE)
     readers = dict[str, Reader]()
     for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        found = vars(importlib.import_module(f"{PACKAGE}.{module}")).values()
+        found = vars(importlib.import_module(f"{READERS_PACKAGE}.{module}")).values()
         readers |= {reader.name: reader for reader in found if isinstance(reader, Reader)}
     return readers
 

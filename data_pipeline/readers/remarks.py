@@ -1,4 +1,4 @@
-"""Warnings of the libraries that decode media, with the name of the file that they are about.
+"""Warnings of the libraries that decode media, logged with the name of the file.
 
 Pillow uses Python's warnings. libtiff and mpg123 write to the standard error of the process. None of them knows the
 name of the file.
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 MOST_FILES = 20
-"""Number of files that a process warns of; later warnings are logged for debugging."""
+"""Number of files about which a process logs a warning; later warnings have the level DEBUG."""
 STANDARD_ERROR = 2
 ESCAPE = b"\x1b"
 
@@ -34,7 +34,7 @@ class Remarks:
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Collect what libraries say inside the block."""
+        """Collect the warnings of libraries during the block."""
         try:
             with warnings.catch_warnings(record=True) as caught, _standard_error_in(self._lines):
                 warnings.simplefilter("always")
@@ -64,7 +64,7 @@ class Remarks:
 def _standard_error_in(lines: dict[str, None]) -> Iterator[None]:
     """Put the lines that libraries write to file descriptor 2 into a collection.
 
-    A progress bar of this process that is drawn meanwhile passes on to where it belongs; its text has escapes.
+    Text with terminal escapes is a progress bar of this process; it is written to standard error afterwards.
     """
     sys.stderr.flush()
     try:
@@ -93,7 +93,7 @@ def _standard_error_in(lines: dict[str, None]) -> Iterator[None]:
 
 @cache
 def _heard() -> int:
-    """Return the descriptor of a file of this process that takes standard error for a while."""
+    """Return the descriptor of a deleted file that collects standard error."""
     descriptor, path = tempfile.mkstemp()
     Path(path).unlink()
     return descriptor

@@ -1,4 +1,4 @@
-"""What readers of media need of a stream that can only be read from its beginning to its end."""
+"""Copies of streams that can only be read once, for libraries that need to seek or to open a file."""
 
 import io
 import os
@@ -11,17 +11,17 @@ from typing import IO, BinaryIO, cast
 from data_pipeline.documents import READ_BYTES
 
 IN_MEMORY_BYTES = 8 << 20
-"""Copies of streams that are larger are kept on disk, in the folder for temporary files."""
+"""Size limit of a copy in memory. Larger copies are kept in the folder for temporary files."""
 
 
 def pieces_of(content: bytes | memoryview) -> Iterator[bytes]:
-    """Bytes in memory, as a document's pieces."""
+    """Yield bytes in memory as the pieces of a document."""
     for start in range(0, len(content), READ_BYTES):
         yield bytes(content[start : start + READ_BYTES])
 
 
 def copy_of(stream: IO[bytes]) -> BinaryIO:
-    """All that a stream still holds, where it can be read in any order. To be closed."""
+    """Return a copy of the rest of a stream, which can be read in any order. The caller closes it."""
     copy = cast(BinaryIO, tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES))  # noqa: SIM115 - the caller closes it
     shutil.copyfileobj(stream, copy, READ_BYTES)
     copy.seek(0)
@@ -30,7 +30,7 @@ def copy_of(stream: IO[bytes]) -> BinaryIO:
 
 @contextmanager
 def seekable(stream: BinaryIO) -> Iterator[BinaryIO]:
-    """The stream if it can be read in any order, else a copy."""
+    """Yield the stream if it can be read in any order, else a copy."""
     if stream.seekable():
         yield stream
     else:
@@ -40,7 +40,7 @@ def seekable(stream: BinaryIO) -> Iterator[BinaryIO]:
 
 @contextmanager
 def on_disk(stream: BinaryIO) -> Iterator[int]:
-    """A descriptor of a file of this machine that holds what the stream does, at its beginning."""
+    """Yield the descriptor of a file of this machine with the content of the stream, at its start."""
     try:
         descriptor = stream.fileno()
         stream.flush()

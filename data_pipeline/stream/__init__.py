@@ -1,1 +1,1 @@
-"""Byte streams: from a sequence number to bytes, and from a stream to a rank's micro-batches."""
+"""Byte streams: from a sequence number to its bytes, and from a stream to a rank's micro-batches."""

@@ -1,12 +1,12 @@
-"""The stream: training sequence number g of a run, for any g, as a function of the corpus and a few numbers.
+"""Stream: training sequence number g of a run, for any g, as a function of the corpus and a few numbers.
 
     sequence numbers ─▶ Order ─▶ ranges of blocks ─▶ Corpus, verified and decompressed ─▶ Rows
 
-No rank, worker or batch size appears, so the data state of a run is one integer, and a run goes on exactly on any
-number of processes. With as many lanes as rows in a batch, row j of the next batch continues row j.
+No rank, worker or batch size appears. The data state of a run is one integer, and a run resumes exactly on any number
+of processes. With as many lanes as rows in a batch, row j of the next batch continues row j.
 
-Bytes that are not to be read are padding, and nothing after them moves: a damaged block is a hole, and so is a
-document that was withdrawn.
+Bytes that must not be read become padding, and the bytes after them keep their positions. A damaged block is such a
+hole, and so is a withdrawn document.
 """
 
 import hashlib
@@ -33,42 +33,51 @@ from data_pipeline.stream.rows import Ids, Memory, Rows, Window
 log = logging.getLogger(__name__)
 
 WHOLE_BLOCK = 1 << 33
-"""More than the content of a block."""
+"""A number greater than the size of any block's content."""
 
 
 class PackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How documents become rows."""
 
     packing: Literal["concatenate", "document"] = "concatenate"
-    """concatenate: documents one after another, cut into rows of the model's length. document: a row each, cut to that
-    length or padded, for images and other media of fixed size."""
+    """concatenate: documents one after another, cut into rows of the model's length. document: one row for each
+    document, cut to that length or padded, for images and other media of fixed size."""
     separate_documents: bool = True
     """Put id 256 after each document, so that the model learns where documents end. Off for media of fixed size."""
 
 
 class Mask(NamedTuple):
-    """A range of a block's content that sequences from `since` on do not read."""
+    """Range of a block's content that is not read from some sequence on."""
 
     start: int
+    """Offset of the first byte."""
     stop: int
+    """Offset after the last byte."""
     since: int
+    """First sequence that does not read it."""
 
 
 class _Content(NamedTuple):
     """A block as the stream reads it."""
 
     units: NDArray[np.uint8]
-    """The block's content; only the raw bytes of it where documents are concatenated without separators."""
+    """The block's content; only its raw bytes if documents are concatenated without separators."""
     ends: NDArray[np.int64]
     """Where documents end in the content."""
 
 
 class ByteStream:
-    """`stream[g]` is training sequence number g: (sequence_length,) ids. A pure function; safe from many threads.
+    """Training sequences of one corpus. `stream[g]` is sequence number g: (sequence_length,) ids.
+
+    This is a pure function. Many threads may read at once.
 
     Args:
-        lanes, seed: of the order.
-        bad_blocks: damaged blocks that become holes before one more is an error.
+        corpus: the corpus.
+        packing: how documents become rows.
+        sequence_length: ids of a sequence.
+        lanes: lanes of the order.
+        seed: seed of the order.
+        bad_blocks: number of damaged blocks that become holes; one more is an error.
 
     Raises:
         CorpusError: the corpus is shorter than one sequence.
@@ -105,7 +114,7 @@ class ByteStream:
         self._memory = Memory()
         self._remembered = set[int]()
         self.holes: dict[int, int] = {}
-        """Damaged blocks met so far, each with the first sequence that did not read it."""
+        """Damaged blocks found so far, each with the first sequence that did not read it."""
         self._withdrawn: dict[int, list[Mask]] = {}
 
     def _units_of(self, first: int, last: int) -> NDArray[np.int64]:
@@ -117,43 +126,45 @@ class ByteStream:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything the order and content of the stream depend on."""
+        """Digest of everything on which the order and content of the stream depend."""
         return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def sequences_per_epoch(self) -> int:
+        """Number of sequences of an epoch."""
         return self.order.sequences_per_epoch
 
     def remember_holes(self, holes: Mapping[int, int]) -> None:
-        """Holes of the run's past: blocks, and the first sequence that did not read each."""
+        """Add the holes of the run's past: blocks, and the first sequence that did not read each."""
         self._remembered = set(holes)
         self.holes.update(holes)
 
     def withdraw(self, entries: Iterable[tuple[Withdrawal, int]]) -> None:
-        """Masks documents, each from a sequence number on."""
+        """Mask documents, each from a sequence number on."""
         for entry, since in entries:
             self._withdrawn.setdefault(entry.block, []).append(Mask(entry.start, entry.stop, since))
 
     def __getitem__(self, sequence: int) -> Ids:
-        """Training sequence number `sequence`: (sequence_length,) int16 ids."""
+        """Return training sequence number `sequence`: (sequence_length,) int16 ids."""
         row: Ids = self.read(np.array([sequence], np.int64)).ids[0]
         return row
 
     def read(self, sequences: NDArray[np.int64]) -> Rows:
-        """Training sequences, as one group; see `read_groups`."""
+        """Return training sequences as one group. See `read_groups`."""
         return self.read_groups([sequences])[0]
 
     def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]:
-        """Groups of training sequences, which share memory. Those of all groups that follow each other in a lane are
-        read together, so ask for many at once.
+        """Return groups of training sequences, which share memory.
+
+        Sequences that follow each other in a lane are read together, also across groups, so request many at once.
 
         Raises:
-            CorpusError: a block cannot be read, or is damaged when more have been than the config allows.
+            CorpusError: a block cannot be read, or more blocks are damaged than the config allows.
         """
         sequences = np.concatenate(groups)
         window = Window(len(sequences), self.sequence_length, self._memory)
         rows = list[int]()
-        # In the order of their first rows, so that rows that follow each other are a stride apart.
+        # In the order of first rows: consecutive rows are then evenly spaced.
         for run in sorted(self.order.runs(sequences), key=lambda run: run.rows.start):
             self._read_run(run, sequences[run.rows], window, len(rows) * self.sequence_length)
             rows.extend(range(run.rows.start, run.rows.stop, run.rows.step))
@@ -162,7 +173,7 @@ class ByteStream:
         return window.in_groups(slots, [len(group) for group in groups])
 
     def _read_bytes(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
-        """Reads a run to a place of a window."""
+        """Read a run to a place of a window."""
         begin, length = place, self.sequence_length
         for piece in self.order.pieces(run.epoch, run.start, run.start + len(sequences) * length):
             content = self._content(piece, sequences.item((place - begin) // length))
@@ -179,15 +190,15 @@ class ByteStream:
                 if self.holes or self._withdrawn:
                     for mask in self.masks(piece.block):
                         self._apply(mask, content, piece, sequences, window, place, begin)
-                if stop == len(content.units):  # its lane is through with this block
+                if stop == len(content.units):  # the lane has read this block to its end
                     with self._lock:
                         self._contents.pop(piece.block, None)
             place += piece.length
 
     def masks(self, block: int) -> list[Mask]:
-        """What is not to be read of a block."""
+        """Return the ranges of a block that must not be read."""
         masks = self._withdrawn.get(block, [])
-        if block in self.holes:  # and yet it could be read, as sequences before the damage did
+        if block in self.holes:  # a block with a hole may still be readable, as for sequences before the damage
             return [*masks, Mask(0, WHOLE_BLOCK, self.holes[block])]
         return masks
 
@@ -201,13 +212,19 @@ class ByteStream:
         place: int,
         begin: int,
     ) -> None:
-        """Pads what a mask covers of a piece, which lies at a place of a window, in the rows that it is in force for.
+        """Pad the range of a piece that a mask covers, in the rows from which on it is masked.
 
         Args:
+            mask: the mask.
+            content: content of the block.
+            piece: the piece of the block.
+            sequences: sequence numbers of the rows.
+            window: the window.
+            place: place of the piece in the window.
             begin: place of the first of the sequences.
         """
         start, stop = mask.start, mask.stop
-        if not self._separate:  # from places of the content to raw bytes
+        if not self._separate:  # change offsets in the content to offsets in the raw bytes
             start -= int(content.ends.searchsorted(start))
             stop -= int(content.ends.searchsorted(stop))
         first = place + max(0, start - piece.start)
@@ -219,10 +236,10 @@ class ByteStream:
                 window.pad(max(first, row), min(last, row + length))
 
     def _content(self, piece: Piece, sequence: int) -> _Content | None:
-        """A block, read once by whichever thread comes first, and kept while its lane is in it; None for a hole.
+        """Return a block; None for a hole. The first thread reads it, and it is kept while its lane reads it.
 
         Raises:
-            CorruptBlockError: it is damaged, and more have been than the config allows.
+            CorruptBlockError: the block is damaged, and more blocks are damaged than the config allows.
         """
         if self.holes and self.holes.get(piece.block, sequence + 1) <= sequence:
             return None
@@ -255,7 +272,7 @@ class ByteStream:
         return _Content(np.delete(units, ends) if steps_over else units, ends)
 
     def _read_documents(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
-        """Reads a run to a place of a window: a row for each document."""
+        """Read a run to a place of a window: a row for each document."""
         pieces = self.order.pieces(run.epoch, run.start, run.start + len(sequences))
         documents = ((piece, ordinal) for piece in pieces for ordinal in range(piece.start, piece.start + piece.length))
         for (piece, ordinal), sequence in zip(documents, sequences.tolist(), strict=True):
@@ -263,7 +280,7 @@ class ByteStream:
             place += self.sequence_length
 
     def _read_document(self, piece: Piece, ordinal: int, sequence: int, window: Window, place: int) -> None:
-        """A document's first bytes, the separator if there is room, and padding."""
+        """Read a document's first bytes, the separator if there is room, and padding."""
         end_of_row = place + self.sequence_length
         block, start, ended = piece.block, -1, False
         while place < end_of_row and not ended:
@@ -291,10 +308,16 @@ class ByteStream:
         window.pad(place, end_of_row)
 
     def _start_of(self, block: int, ends: NDArray[np.int64], ordinal: int) -> int:
-        """Where the block's document number `ordinal` of those that begin in it begins in its content."""
+        """Return the offset of a document in a block's content.
+
+        Args:
+            block: number of the block.
+            ends: where documents end in the content.
+            ordinal: number of the document among those that begin in the block.
+        """
         lengths = self.corpus.lengths[block]
         last = int(lengths["raw_bytes"]) + len(ends) - 1
-        inner = int(ends.searchsorted(last))  # ends that another document follows
+        inner = int(ends.searchsorted(last))  # number of ends that are followed by another document
         first_begins_here = int(lengths["documents"]) > inner
         if first_begins_here:
             return int(ends[ordinal - 1]) + 1 if ordinal else 0

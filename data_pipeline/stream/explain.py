@@ -1,4 +1,4 @@
-"""Where the ids of a sequence come from: source, shard, block, document, bytes."""
+"""Origin of the ids of a sequence: source, shard, block, document and bytes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,32 +10,39 @@ from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.mixture import Mixture
 
 LOST = DocumentSlice("(a damaged block)", "binary", 0, 0, 0, False, "", None)
-"""Stands for the documents of a hole."""
+"""Slice in place of the documents of a hole."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A stretch of a row, from one place."""
+    """Range of a row that comes from one document."""
 
     start: int
-    """Of its first id in the row."""
+    """Offset of the first id in the row."""
     length: int
+    """Number of ids."""
     source: str
+    """Name of the source."""
     block: str
-    """As Corpus.name_of calls it: key, shard and corpus."""
+    """Name of the block by Corpus.name_of: key, shard and corpus."""
     key: str
-    """Of the document."""
+    """Key of the document."""
     modality: str
+    """Modality of the document."""
     document_start: int
-    """Of its first byte in the document."""
+    """Offset of the first byte in the document."""
     masked: bool
-    """Whether the run did not read it: a damaged block, or a withdrawn document."""
+    """Whether the run did not read it, because the block is damaged or the document was withdrawn."""
 
 
 def explain(mixture: Mixture, sequence: int) -> list[Origin]:
-    """Where a sequence's bytes come from, in the order of the row. Separators and padding come from nowhere.
+    """Return the origins of a sequence's bytes, in the order of the row. Separators and padding have none.
 
-    Reads the few blocks that the row lies in, however long the run.
+    This reads only the few blocks of the row.
+
+    Args:
+        mixture: the mixture of the run.
+        sequence: number of the sequence.
 
     Raises:
         CorpusError: a block cannot be read.
@@ -61,19 +68,19 @@ def explain(mixture: Mixture, sequence: int) -> list[Origin]:
 
 class _Stretch(NamedTuple):
     row: int
-    """Place of its first id in the row."""
+    """Offset of the first id in the row."""
     length: int
     block: int
     piece: DocumentSlice
-    """The part of a document that it lies in."""
+    """Part of the document in the block."""
     start: int
-    """Of its first byte in the block's content."""
+    """Offset of the first byte in the block's content."""
 
 
 def _of_bytes(stream: ByteStream, sequence: int) -> Iterator[_Stretch]:
     row = 0
     for piece in stream.order.locate(sequence):
-        gaps = 0  # document ends so far that are not in the stream
+        gaps = 0  # number of document ends so far that the stream leaves out
         parts = _slices(stream, piece.block)
         if parts is None:
             yield _Stretch(row, piece.length, piece.block, LOST, 0)
@@ -92,7 +99,7 @@ def _of_document(stream: ByteStream, sequence: int) -> Iterator[_Stretch]:
     skip = piece.start  # documents that begin before it in the block
     while row < stream.sequence_length:
         parts = _slices(stream, block)
-        if parts is None:  # and nothing after a hole is read
+        if parts is None:  # the stream reads nothing after a hole
             yield _Stretch(row, stream.sequence_length - row, block, LOST, 0)
             return
         part = [s for s in parts if s.document_offset == 0][skip] if row == 0 else parts[0]
@@ -105,7 +112,7 @@ def _of_document(stream: ByteStream, sequence: int) -> Iterator[_Stretch]:
 
 
 def _slices(stream: ByteStream, block: int) -> Sequence[DocumentSlice] | None:
-    """The parts of documents in a block; None of a hole."""
+    """Return the parts of documents in a block; None for a hole."""
     try:
         return stream.corpus.read(block).slices
     except CorruptBlockError:

@@ -5,9 +5,9 @@
     rank r of W       micro-batches r, r + W, r + 2W, …
     window            several micro-batches of a rank, read at once by one thread
 
-A lane is read in stretches, since a window asks for several of its sequences. Windows begin small, so the first batch
-comes soon, and grow. Threads, not processes: decompression and copying release the interpreter lock, and nothing is
-left behind when the run is killed.
+A window requests several sequences of a lane, so a lane is read in long ranges. Windows begin small, which makes the
+first batch ready soon, and grow. The loader uses threads, not processes: decompression and copying release the
+interpreter lock, and a killed run leaves nothing behind.
 """
 
 from collections import deque
@@ -25,39 +25,46 @@ from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.rows import DIGEST_MODULUS, Ids, Rows
 
 WINDOW = 32 << 20
-"""Ids of a window, unless one micro-batch has more."""
-PATIENCE = 0.5
-"""Seconds between two looks at whether what is waited for is still wanted."""
+"""Largest number of ids of a window, unless one micro-batch has more."""
+GIVE_UP_SECONDS = 0.5
+"""Seconds between two checks whether a window is still needed."""
 
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How one process reads ahead. Memory, beside the blocks that lanes are in: for each thread and two more, a window
-    of 32 MiB, as much again while a mixture's is read or where there is padding; and `prefetch` micro-batches."""
+    """How one process reads ahead.
+
+    Memory, besides the blocks that lanes read: for each thread, and for two more, a window of 32 MiB; the same again
+    while a mixture is read or if there is padding; and `prefetch` micro-batches.
+    """
 
     threads: int = Field(default=2, ge=1, le=1024)
     """Threads that read and decompress."""
     prefetch: int = Field(default=8, ge=1)
-    """Micro-batches read ahead of the training step, at least."""
+    """Smallest number of micro-batches that are read ahead of the training step."""
 
 
 class Stream(Protocol):
-    """What a loader reads from: a ByteStream or a Mixture."""
+    """Source of a loader's sequences: a ByteStream or a Mixture."""
 
     sequence_length: int
+    """Ids of a sequence."""
 
-    def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]: ...
+    def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]:
+        """Return groups of sequences, given their numbers."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
+    """Rows of one forward pass."""
+
     index: int
-    """Its number in the global batch, the same on any number of ranks."""
+    """Number in the global batch. It is the same on any number of ranks."""
     rows: Rows
-    """In the form that is moved to a device."""
+    """Rows in the form that is moved to a device."""
     targets: NDArray[np.bool_]
-    """(rows, T): which positions count in the loss. Not to be written to: micro-batches share it."""
+    """(rows, T): whether a position counts in the loss. Micro-batches share this array, so do not write to it."""
     digest: int = 0
-    """Rows.digest of its rows; 0 unless the loader was asked for it."""
+    """Rows.digest of the rows; 0 unless the loader computes digests."""
 
     @property
     def ids(self) -> Ids:
@@ -71,26 +78,32 @@ class Batch:
 
     micro_batches: list[MicroBatch]
     next_sequence: int
-    """The data state after this batch: the first sequence number of the next one."""
+    """Data state after this batch: the first sequence number of the next one."""
 
     @property
     def masked(self) -> int:
-        """Positions that are no targets: holes, and padding."""
+        """Number of positions that are no targets: holes and padding."""
         return sum(m.targets.size - int(np.count_nonzero(m.targets)) for m in self.micro_batches)
 
     @property
     def digest(self) -> int:
+        """Sum of the digests of the micro-batches."""
         return sum(m.digest for m in self.micro_batches) % DIGEST_MODULUS
 
 
 class Loader:
-    """Iterates over batches for ever, from sequence number `first_sequence` on.
+    """Endless iterable of batches, from sequence number `first_sequence` on.
 
     Args:
+        stream: source of the sequences.
+        config: how to read ahead.
         global_batch: sequences of one optimizer step, over all ranks.
         micro_batch: sequences of one forward pass.
-        digest: have each micro-batch carry the digest of its rows.
-        give_up: asked while a window is waited for; True ends the iteration.
+        first_sequence: number of the first sequence.
+        rank: this rank.
+        world_size: number of ranks.
+        digest: compute the digest of the rows of each micro-batch.
+        give_up: called while a window is read; True ends the iteration.
     """
 
     def __init__(
@@ -132,10 +145,10 @@ class Loader:
             g += self._global_batch
 
     def _read_ahead(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches for ever."""
+        """Yield this rank's micro-batches without end."""
         wanted = ((g, index) for g in self._batch_starts() for index in self._my_micro_batches)
         ahead: deque[Future[list[MicroBatch]]] = deque()
-        unread, size = 0, 1  # micro-batches read ahead; of the next window
+        unread, size = 0, 1  # micro-batches that are read ahead; micro-batches of the next window
         while True:
             while len(ahead) <= self._config.threads or unread <= self._config.prefetch:
                 ahead.append(self._pool.submit(self._read_window, list(islice(wanted, size))))
@@ -145,7 +158,7 @@ class Loader:
             while not window.done():
                 if self._give_up():
                     return
-                wait([window], timeout=PATIENCE)
+                wait([window], timeout=GIVE_UP_SECONDS)
             unread -= len(window.result())
             yield from window.result()
 
@@ -165,6 +178,7 @@ class Loader:
         return np.arange(g + rows.start, g + rows.stop, dtype=np.int64)
 
     def close(self) -> None:
+        """Stop reading ahead."""
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:

@@ -1,10 +1,10 @@
-"""Mixtures: several streams by weight, as a closed-form schedule with one counter a source.
+"""Mixtures: several streams by weight, by a closed-form schedule with one counter for each source.
 
     sequence number g ─▶ stage ─▶ slot n of the stage ─▶ (source, its own sequence number) ─▶ ByteStream
 
-Sources take slots in turn by an arithmetic that looks nothing up: of every n slots a source with share p has had
-n * p to within the number of sources. Weights may change from stage to stage; each source goes on where it was, so
-nothing is repeated or left out. A single corpus is a mixture of one.
+Arithmetic alone assigns slots to sources: of every n slots, a source with share p has n * p, to within the number of
+sources. Weights may change from stage to stage. Each source then continues at its own counter, so no sequence is
+repeated or left out. A single corpus is a mixture of one.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.rows import Ids, Rows, interleave
 
 SHARE_BITS = 24
-"""Shares are multiples of 2**-24: integers, so that the schedule is exact for MOST_SEQUENCES."""
+"""Shares are multiples of 2**-24, as integers. This makes the schedule exact for MOST_SEQUENCES."""
 MOST_SEQUENCES = 1 << 38
-"""Sequences of a run, at most."""
+"""Largest number of sequences of a run."""
 SCHEDULE_VERSION = 1
-"""Goes up if the schedule ever changes; part of the fingerprint."""
+"""Version of the schedule, which is part of the fingerprint. It increases if the schedule ever changes."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,17 @@ class Stage:
     """Weights that hold from a sequence number on."""
 
     first_sequence: int
+    """First sequence of the stage."""
     weights: Mapping[str, float]
-    """Of every source; 0 leaves it out."""
+    """Weight of every source; 0 leaves it out."""
 
 
 class Schedule:
-    """Which source each sequence of a run is from, and which of that source's own it is.
+    """Source of each sequence of a run, and its number among the source's own sequences.
 
     Args:
-        names: of the sources, in their order.
-        stages: the first begins at sequence 0; each later one begins later.
+        names: names of the sources, in their order.
+        stages: stages in order; the first begins at sequence 0.
     """
 
     def __init__(self, names: Sequence[str], stages: Sequence[Stage]) -> None:
@@ -55,7 +56,7 @@ class Schedule:
         """(stages, sources): sequences of each source before each stage."""
 
     def place(self, sequences: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each sequence number its source, as an index of `names`, and its number among the source's own."""
+        """Return for each sequence number its source, as an index of `names`, and its number among the source's own."""
         sources, numbers = np.empty_like(sequences), np.empty_like(sequences)
         stages = self._starts.searchsorted(sequences, side="right") - 1
         for stage in np.unique(stages):
@@ -65,27 +66,27 @@ class Schedule:
         return sources, numbers
 
     def counters(self, sequence: int) -> dict[str, int]:
-        """How many sequences of each source come before sequence number `sequence`."""
+        """Return how many sequences of each source come before sequence number `sequence`."""
         stage = int(self._starts.searchsorted(sequence, side="right")) - 1
         taken = self._counts[stage] + _taken(self._shares[stage], sequence - int(self._starts[stage]))
         return dict(zip(self.names, taken.tolist(), strict=True))
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """Of each source, its share of the slots that the sources before it leave, in 2**-SHARE_BITS."""
+    """Return each source's share of the slots that the sources before it leave, in units of 2**-SHARE_BITS."""
     left = [sum(weights[index:]) for index in range(len(weights))]
     return [round(weight / rest * (1 << SHARE_BITS)) if rest else 0 for weight, rest in zip(weights, left, strict=True)]
 
 
 def left_out(weights: Mapping[str, float]) -> list[str]:
-    """Sources whose weight is so small beside the others' that they would have no share."""
+    """Return the sources whose weight is so small, relative to the others, that they have no share."""
     names = sorted(weights)
     taken = _taken(_shares([weights[name] for name in names]), 1 << SHARE_BITS)
     return [name for name, count in zip(names, taken, strict=True) if weights[name] and not count]
 
 
 def _split(share: NDArray[np.int64] | int, slots: NDArray[np.int64] | int) -> NDArray[np.int64]:
-    """How many of the first `slots` slots that come by a source it takes: slots * share, to the nearest."""
+    """Return how many of the first `slots` slots that a source is offered it takes: slots * share, rounded."""
     return np.asarray(slots * share + (1 << (SHARE_BITS - 1))) >> SHARE_BITS
 
 
@@ -98,8 +99,8 @@ def _taken(shares: Sequence[int] | NDArray[np.int64], slots: int) -> NDArray[np.
 
 
 def _places(shares: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each slot's source, and the number of slots before it that the source took."""
-    slots = slots.copy()  # among those that no source before has taken
+    """Return each slot's source, and the number of slots before it that the source took."""
+    slots = slots.copy()  # numbers among the slots that no earlier source has taken
     sources, numbers = np.full_like(slots, -1), np.empty_like(slots)
     for source, share in enumerate(shares):
         before = _split(share, slots)
@@ -110,7 +111,7 @@ def _places(shares: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArra
 
 
 def fingerprint_of(streams: Mapping[str, ByteStream]) -> str:
-    """Digest of everything that the sources' bytes depend on; stages are part of a run's record."""
+    """Return the digest of everything on which the sources' bytes depend. Stages are part of a run's record."""
     if len(streams) == 1:
         return next(iter(streams.values())).fingerprint
     identity = {"schedule": SCHEDULE_VERSION, **{name: stream.fingerprint for name, stream in streams.items()}}
@@ -118,25 +119,25 @@ def fingerprint_of(streams: Mapping[str, ByteStream]) -> str:
 
 
 class Mixture:
-    """Several streams as one. Has the stream's own face: `read`, `[]`, `sequence_length`.
+    """Several streams as one, with the methods of a stream: `read`, `read_groups`, `[]`, `sequence_length`.
 
     Args:
-        streams: by name.
+        streams: streams by source.
         stages: see Schedule.
     """
 
     def __init__(self, streams: Mapping[str, ByteStream], stages: Sequence[Stage]) -> None:
-        self.streams = {name: streams[name] for name in sorted(streams)}  # the order of a recipe's lines is no matter
+        self.streams = {name: streams[name] for name in sorted(streams)}  # the order in a recipe has no effect
         self.schedule = Schedule(tuple(self.streams), stages)
         self.sequence_length = next(iter(streams.values())).sequence_length
 
     def place(self, sequence: int) -> tuple[str, int]:
-        """The source of a sequence, and its number among the source's own."""
+        """Return the source of a sequence, and its number among the source's own."""
         sources, numbers = self.schedule.place(np.array([sequence], np.int64))
         return self.schedule.names[sources[0]], int(numbers[0])
 
     def epochs(self, sequence: int) -> dict[str, float]:
-        """How often each source has been read through when sequence number `sequence` is next."""
+        """Return how many times each source has been read before sequence number `sequence`, as fractions."""
         counters = self.schedule.counters(sequence)
         return {name: counters[name] / stream.sequences_per_epoch for name, stream in self.streams.items()}
 
@@ -145,11 +146,11 @@ class Mixture:
         return row
 
     def read(self, sequences: NDArray[np.int64]) -> Rows:
-        """Training sequences, as one group; see `read_groups`."""
+        """Return training sequences as one group. See `read_groups`."""
         return self.read_groups([sequences])[0]
 
     def read_groups(self, groups: Sequence[NDArray[np.int64]]) -> list[Rows]:
-        """Groups of training sequences. See ByteStream.read_groups."""
+        """Return groups of training sequences. See ByteStream.read_groups."""
         placed = [self.schedule.place(group) for group in groups]
         streams = list(self.streams.values())
         if len(streams) == 1:

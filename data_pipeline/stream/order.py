@@ -1,14 +1,14 @@
-"""The order of an epoch: where sequence number g of a run lies in a corpus, for any g, by arithmetic.
+"""Order of an epoch: the place of sequence number g of a run in a corpus, for any g, by arithmetic.
 
     epoch, k = divmod(g, sequences_per_epoch)
     lane, position = k % lanes, k // lanes
     start = (lane * sequences_per_lane + position) * sequence_length     # in the epoch
     a binary search over prefix sums finds the extent, another the block in it
 
-An epoch is the corpus as a ring, its extents (a few adjacent blocks) permuted, opened at a place that differs from
-epoch to epoch, and cut into `lanes` equal segments that are read side by side. So what is left over, and where one
-sequence ends and the next begins, is another in each epoch. Lengths are counted in units: ids, where documents are
-concatenated, or documents, where each has a row.
+An epoch is the corpus as a ring of permuted extents (a few adjacent blocks each). The ring is opened at a place that
+differs from epoch to epoch, and cut into `lanes` equal segments that are read side by side. The rest that is left over,
+and the borders between sequences, therefore differ in each epoch. Lengths are counted in units: ids if documents are
+concatenated, or documents if each has a row.
 
 Memory is a few dozen bytes an extent: 150 MB for a corpus of ten million blocks of 1 MiB.
 """
@@ -25,55 +25,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXTENT_BYTES = 4 << 20
-"""Blocks whose first raw byte lies in the same stretch of this length are permuted together, and fetched together."""
+"""Raw bytes of an extent. Blocks whose first raw byte lies in the same range of this length are permuted together, and
+fetched together."""
 ORDER_VERSION = 2
-"""Goes up if the order of a run's bytes ever changes; part of the fingerprint."""
+"""Version of the order, which is part of the fingerprint. It increases if the order of a run's bytes ever changes."""
 BLOCKS_AT_ONCE = 1 << 17
-"""Few enough for their columns to stay in a processor's cache."""
+"""Blocks whose columns fit into a processor's cache."""
 OPENING = np.array([1 << 63], np.uint64)
-"""The thing whose random number says where an epoch's ring is opened: no extent has this number."""
+"""Sentinel key for the place where an epoch's ring is opened. No extent has this number."""
 EPOCHS_KEPT = 2
-"""Loaders look ahead over one border at most."""
+"""Permutations in memory. A loader reads ahead across one border of epochs at most."""
 
 
 class Piece(NamedTuple):
-    """A range of one block, in units."""
+    """Range of one block, in units."""
 
     block: int
+    """Number of the block."""
     start: int
+    """First unit."""
     length: int
+    """Number of units."""
     last_of_extent: int
-    """The last block of the extent: blocks up to it are read next."""
+    """Last block of the extent: blocks up to it are read next."""
 
 
 class Run(NamedTuple):
-    """Sequences that lie one after another in an epoch, evenly spaced among those asked for."""
+    """Sequences that follow each other in an epoch, evenly spaced among the requested ones."""
 
     epoch: int
+    """Number of the epoch."""
     start: int
-    """Of the first, in units of the epoch."""
+    """Start of the first sequence, in units of the epoch."""
     rows: slice
-    """Which of the sequences asked for they are."""
+    """Positions among the requested sequences."""
 
 
 @dataclass(frozen=True)
 class _Epoch:
     extents: NDArray[np.int32]
-    """In this epoch's order."""
+    """Extents in this epoch's order."""
     starts: NDArray[np.int64]
-    """Where each begins on the ring, in units; one longer."""
+    """(extents + 1,) start of each extent on the ring, in units, and the end of the last."""
     opened_at: int
-    """Where on the ring the epoch begins."""
+    """Place on the ring where the epoch begins."""
 
 
 class Order:
-    """Where each sequence of a run lies. A pure function of what it is made of; safe from many threads.
+    """Place of each sequence of a run. It is a pure function of its arguments. Many threads may use it at once.
 
     Args:
-        raw_bytes: (blocks,) of each block: they make the extents.
-        units_of: the units of blocks first … last - 1: (last - first,) integers.
+        raw_bytes: (blocks,) raw bytes of each block; they make the extents.
+        units_of: function that returns the units of blocks first … last - 1: (last - first,) integers.
         sequence_length: units of a sequence.
-        lanes: at most so many; fewer when there are fewer sequences.
+        lanes: largest number of lanes; there are fewer if there are fewer sequences.
+        seed: seed of the permutations.
     """
 
     def __init__(
@@ -99,14 +105,14 @@ class Order:
         self._blocks_of = lru_cache(maxsize=4 * self.lanes)(self._blocks_of_uncached)
 
     def locate(self, sequence: int) -> list[Piece]:
-        """Where a sequence lies."""
+        """Return the pieces of a sequence."""
         epoch, k = divmod(sequence, self.sequences_per_epoch)
         lane, position = k % self.lanes, k // self.lanes
         start = (lane * self.sequences_per_lane + position) * self.sequence_length
         return list(self.pieces(epoch, start, start + self.sequence_length))
 
     def runs(self, sequences: NDArray[np.int64]) -> Iterator[Run]:
-        """Sequences, gathered into runs."""
+        """Yield sequences, grouped into runs."""
         if not len(sequences):
             return
         epochs, k = np.divmod(sequences, self.sequences_per_epoch)
@@ -126,10 +132,10 @@ class Order:
             yield Run(epoch, start, slice(row, row + (count - 1) * step + 1, step))
 
     def pieces(self, epoch: int, start: int, stop: int) -> Iterator[Piece]:
-        """The blocks that units start … stop - 1 of an epoch lie in."""
+        """Yield the pieces of units start … stop - 1 of an epoch."""
         permuted = self._epochs.get(epoch) or self._permuted(epoch)
         start, stop = start + permuted.opened_at, stop + permuted.opened_at
-        if stop > self.units:  # past the ring's seam
+        if stop > self.units:  # beyond the end of the corpus the ring begins again
             if start < self.units:
                 yield from self._pieces(permuted, start, self.units)
             start, stop = max(0, start - self.units), stop - self.units
@@ -154,7 +160,7 @@ class Order:
             slot += 1
 
     def _blocks_of_uncached(self, extent: int) -> tuple[int, list[int]]:
-        """The first block of an extent, and where each of its blocks ends in it."""
+        """Return the first block of an extent, and where each of its blocks ends in it."""
         first, last = self._first_blocks.item(extent), self._first_blocks.item(extent + 1)
         return first, list(accumulate(self._units_of(first, last).tolist()))
 
@@ -174,21 +180,21 @@ class Order:
 
 
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of `count` things in an epoch: the argsort of SplitMix64 of their numbers.
+    """Return the order of `count` things in an epoch: the argsort of SplitMix64 of their numbers.
 
-    Pinned by a golden test: no library's random generator is asked, so no upgrade can reorder a run.
+    No library's random generator is used, so no upgrade can reorder a run. A golden test pins the result.
     """
     return np.argsort(_key(seed, epoch, np.arange(count, dtype=np.uint64)), kind="stable")
 
 
 def _key(seed: int, epoch: int, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The random number of each thing in an epoch."""
+    """Return the random number of each thing in an epoch."""
     base = _splitmix64(_splitmix64(np.array([seed], np.uint64)) + np.uint64(epoch))
     return _splitmix64(base + numbers)
 
 
 def _splitmix64(state: NDArray[Any]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on uint64, elementwise, modulo 2**64, in place."""
+    """Apply SplitMix64's output function (Steele, Lea and Flood 2014) to uint64 in place, elementwise, modulo 2**64."""
     state += np.uint64(0x9E3779B97F4A7C15)
     state ^= state >> np.uint64(30)
     state *= np.uint64(0xBF58476D1CE4E5B9)
@@ -201,9 +207,9 @@ def _splitmix64(state: NDArray[Any]) -> NDArray[np.uint64]:
 def _extents(
     raw_bytes: NDArray[np.uint32], units_of: Callable[[int, int], NDArray[np.int64]]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first block of each extent, and the units before it; both one longer than there are extents.
+    """Return the first block of each extent, and the units before it; both have one element more than extents.
 
-    Extents depend on raw bytes alone: where shards begin is a matter of preparation.
+    Extents depend on raw bytes alone. The borders of shards, which preparation chooses, have no effect.
     """
     first_blocks, units_before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     bytes_done, units_done, extent = 0, 0, -1

@@ -94,7 +94,7 @@ class Reading:
 
     @property
     def goes_on(self) -> bool:
-        """Whether each row of the next batch begins where the same row of the batch before ended."""
+        """Whether each row of the next batch continues the same row of the previous batch."""
         (stream, *others) = self.mixture.streams.values()
         in_step = stream.order.lanes == self.record.batches[-1][2] and not others
         return in_step and self.record.next_sequence % stream.sequences_per_epoch != 0

@@ -1,9 +1,9 @@
-"""Rows: training sequences in the form they travel in, from a block's content to the device.
+"""Rows: training sequences as bytes, from a block's content to the device.
 
-    contents of blocks ─▶ Window.put, one copy a stretch ─▶ Window.in_groups ─▶ Rows, one for each micro-batch
+    contents of blocks ─▶ Window.put, one copy a range ─▶ Window.in_groups ─▶ Rows, one for each micro-batch
 
-An id is a byte as a rule, so rows are bytes. What is no byte, separators and padding, is told beside them by its
-places; whoever computes with ids widens the bytes and puts it there, on the device if there is one.
+Most ids are bytes, so rows are stored as bytes. Separators and padding, which are no bytes, are stored as positions.
+The model's side widens the bytes to ids, on the device if there is one.
 """
 
 import struct
@@ -24,19 +24,19 @@ Places = NDArray[np.int64]
 
 DIGEST_MODULUS = 1 << 256
 REUSED_BYTES = 4 << 20
-"""Smaller arrays come from memory that the process has."""
+"""Size from which memory is used again. Smaller arrays come from NumPy's allocator."""
 _TAIL = struct.Struct("<IIQ")
 
 
 class Rows(NamedTuple):
-    """Some rows of T ids."""
+    """Rows of T ids."""
 
     bytes: Bytes
-    """(rows, T), each row contiguous; 0 where an id is no byte."""
+    """(rows, T), each row contiguous; 0 for an id that is no byte."""
     separators: Places
-    """Where SEPARATOR is, as places of the flattened rows, ascending."""
+    """Positions of SEPARATOR in the flattened rows, ascending."""
     padding: NDArray[np.bool_] | None
-    """(rows, T): where PADDING is; None where there is none."""
+    """(rows, T): whether an id is PADDING; None if there is no padding."""
 
     @property
     def ids(self) -> Ids:
@@ -48,10 +48,13 @@ class Rows(NamedTuple):
         return ids
 
     def digest(self, sequences: Iterable[int]) -> int:
-        """The sum of the rows' digests modulo 2**256: the same in any order, on any number of ranks.
+        """Return the sum of the rows' digests modulo 2**256. It is the same in any order, on any number of ranks.
 
-        The digest of a row is BLAKE3 of its bytes, the places in it of its separators, those of its padding, how many
-        there are of each (4 bytes each, little-endian), and the row's sequence number (8 bytes).
+        The digest of a row is BLAKE3 of: its bytes, the positions of its separators, those of its padding, the number
+        of each (4 bytes each, little-endian), and the row's sequence number (8 bytes).
+
+        Args:
+            sequences: sequence number of each row.
         """
         separators, separator_bounds = _by_row(self.separators, self.bytes.shape)
         padded = np.flatnonzero(self.padding) if self.padding is not None else np.empty(0, np.int64)
@@ -67,7 +70,7 @@ class Rows(NamedTuple):
 
 
 def _by_row(places: Places, shape: tuple[int, ...]) -> tuple[bytes, list[int]]:
-    """Places of flattened rows as places in their row, 4 bytes each; and where each row ends among them."""
+    """Return positions of flattened rows as positions in their row, 4 bytes each, and where each row ends in them."""
     rows, length = shape
     ends = places.searchsorted(np.arange(1, rows + 1) * length)
     return (places % length).astype("<u4").tobytes(), ends.tolist()
@@ -76,14 +79,14 @@ def _by_row(places: Places, shape: tuple[int, ...]) -> tuple[bytes, list[int]]:
 class Memory:
     """Arrays whose memory is used again when nothing refers to them any more.
 
-    Fresh memory is cleared by the system first, which costs as much as writing rows to it.
+    The system clears new memory first, which costs as much as writing rows to it.
     """
 
     def __init__(self) -> None:
-        self._free = list[NDArray[np.uint8]]()  # of one size; a list's append and pop need no lock
+        self._free = list[NDArray[np.uint8]]()  # arrays of one size; a list's append and pop need no lock
 
     def take(self, size: int) -> Bytes:
-        """An array of that size, with anything in it."""
+        """Return an array of a size, with undefined content."""
         if size < REUSED_BYTES:
             return np.empty(size, np.uint8)
         memory = np.empty(0, np.uint8)
@@ -91,16 +94,22 @@ class Memory:
             memory = self._free.pop()
         if len(memory) != size:
             memory = np.empty(size, np.uint8)
-        # Views keep the array that they are of, unless that is itself a view of an array: so it is one of a memoryview.
+        # A view of a view refers to the innermost array. A view of a memoryview stops this, so `array` lives as long as
+        # its views.
         array = np.frombuffer(memory.data, np.uint8)
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array
 
 
 class Window:
-    """Many rows while they are read, laid out in the order in which they are read: that of their slots.
+    """Memory of many rows while they are read, in the order of their slots, which is the order of reading.
 
-    Slots that follow each other in a lane are one stretch of memory.
+    Slots that follow each other in a lane are contiguous in memory.
+
+    Args:
+        rows: number of rows.
+        length: ids of a row.
+        memory: memory to take.
     """
 
     def __init__(self, rows: int, length: int, memory: Memory) -> None:
@@ -110,15 +119,15 @@ class Window:
         self._padding: NDArray[np.bool_] | None = None
 
     def put(self, place: int, content: Bytes) -> None:
-        """Writes what is read, from a place on."""
+        """Write content from a place on."""
         self._bytes[place : place + len(content)] = content
 
     def separate(self, places: Places) -> None:
-        """Tells where SEPARATOR is, unless it is padded."""
+        """Add the places of SEPARATOR. Padding takes precedence."""
         self._separators.append(places)
 
     def pad(self, start: int, stop: int) -> None:
-        """Makes padding of what lies from one place to another."""
+        """Turn the range from one place to another into padding."""
         if start < stop:
             if self._padding is None:
                 self._padding = np.zeros(len(self._bytes), np.bool_)
@@ -126,11 +135,11 @@ class Window:
             self._bytes[start:stop] = 0
 
     def in_groups(self, slots: NDArray[np.int64], sizes: Sequence[int]) -> list[Rows]:
-        """The rows, gathered into groups. Groups share memory with the window where their slots are evenly spaced.
+        """Return the rows in groups. A group whose slots are evenly spaced shares memory with the window.
 
         Args:
-            slots: of each row, group after group.
-            sizes: rows of each group.
+            slots: slot of each row, group after group.
+            sizes: number of rows of each group.
         """
         length = self._length
         separators = np.concatenate([np.empty(0, np.int64), *self._separators])
@@ -157,7 +166,7 @@ class Window:
 
 
 def _as_index(slots: list[int]) -> slice | list[int]:
-    """What takes these rows of an array: a slice, which copies nothing, where they are evenly spaced."""
+    """Return an index for these rows of an array: a slice, which copies nothing, if they are evenly spaced."""
     if not slots:
         return slice(0)
     step = slots[1] - slots[0] if len(slots) > 1 else 1
@@ -166,7 +175,11 @@ def _as_index(slots: list[int]) -> slice | list[int]:
 
 
 def interleave(parts: Sequence[tuple[NDArray[np.intp], Rows]]) -> Rows:
-    """Rows put together of others, each with the places of its rows among all."""
+    """Return the rows of several parts, interleaved.
+
+    Args:
+        parts: each part with the positions of its rows among all.
+    """
     length = parts[0][1].bytes.shape[1]
     count = sum(len(rows) for rows, _ in parts)
     joined = np.empty((count, length), np.uint8)

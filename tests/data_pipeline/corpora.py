@@ -13,7 +13,7 @@ from data_pipeline.documents import Document
 
 
 def documents() -> Iterator[Document]:
-    """Some thirty files of Python's library, and one document that runs through several blocks and two shards."""
+    """Yield some thirty files of Python's library, and one document that runs through several blocks and two shards."""
     files = sorted(Path(sysconfig.get_path("stdlib"), "email").glob("*.py"))
     for path in files[:20]:
         yield Document(f"email/{path.name}", "code", lambda path=path: iter([path.read_bytes()]))
@@ -23,7 +23,7 @@ def documents() -> Iterator[Document]:
 
 
 def write_shards(folder: Path, block_bytes: int = 6_000, blocks_per_shard: int = 11) -> list[ShardIndex]:
-    """Writes the shards of a corpus, and no index."""
+    """Write the shards of a corpus, and no index."""
     folder.mkdir(parents=True)
     blocks = pack_documents(documents(), block_bytes, lambda document, error: None)
     shards = []
@@ -49,7 +49,7 @@ def flip(path: Path, place: int, bit: int = 4) -> None:
 
 
 def damage_block(folder: Path, block: int) -> None:
-    """Flips a bit in the middle of a block's frame."""
+    """Flip a bit in the middle of a block's frame."""
     with Corpus(folder, check_shards=False) as corpus:
         record = corpus.index[block]
         name = corpus.manifest["shards"][int(record["shard"])]["name"]

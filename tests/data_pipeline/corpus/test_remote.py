@@ -379,7 +379,7 @@ def test_repair_from_a_bad_mirror(server: FaultyServer, local: Corpus, tmp_path:
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """The URL of an empty bucket on a local S3 server."""
+    """Yield the URL of an empty bucket on a local S3 server."""
     with s3_server("corpora"):
         yield "s3://corpora/mail"
 

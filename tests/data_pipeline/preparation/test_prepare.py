@@ -82,7 +82,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mixed(tree: Path, tmp_path: Path) -> tuple[list[Path], dict[str, bytes]]:
-    """A folder, JSON lines and a tar, with documents of several blocks in each; and what their documents are."""
+    """Return a folder, JSON lines and a tar with documents of several blocks in each, and these documents."""
     letters = random.Random(1).choices("abcdefgh \n", k=40_000)
     texts = ["".join(letters[start : start + 7 * start]) for start in range(1, 300)]
     members = {f"{n:03d}.txt": bytes([n]) * n * 37 for n in range(1, 120)}

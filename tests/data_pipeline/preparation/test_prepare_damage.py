@@ -29,7 +29,7 @@ def _many_units(monkeypatch: pytest.MonkeyPatch):
 
 
 def go(out: Path, stop: Callable[[Path], bool] = lambda partial: False, workers: int = 1) -> None:
-    """Prepares until `stop` says of OUT.partial that it is enough."""
+    """Prepare until `stop` is true of OUT.partial."""
 
     def progress(done: int, total: int) -> None:
         if stop(out.with_name("out.partial")):

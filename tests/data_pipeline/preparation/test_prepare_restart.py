@@ -86,7 +86,7 @@ def start(out: Path, sources: list[Path], workers: int = 1, task: int = 0, of: i
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Processes that a living one has started."""
+    """Return the child processes of a living process."""
     try:
         children = [path.read_text().split() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
     except OSError:

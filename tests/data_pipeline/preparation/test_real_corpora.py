@@ -24,7 +24,7 @@ SAMPLE = 150
 
 
 def expected_bytes(path: Path) -> bytes:
-    """What a model is to read of a file, by other means than Byteloom's."""
+    """Return the bytes that a model reads of a file, by other means than Byteloom's."""
     if path.suffix in (".jpg", ".png"):
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB")).tobytes()

@@ -43,7 +43,7 @@ def source(path: Path | str, size: int | None = None) -> SourceFile:
 
 
 def read(path: Path | str, **options: object) -> bytes:
-    """The document that a file is."""
+    """Return the document that a file is."""
     document = document_of(source(path), ReadOptions(**options))
     pieces = list(document.read())
     assert all(0 < len(piece) <= READ_BYTES for piece in pieces)
@@ -51,7 +51,7 @@ def read(path: Path | str, **options: object) -> bytes:
 
 
 def read_all(path: Path | str, **options: object) -> dict[str, bytes | str]:
-    """The documents of a container by key, and for what is skipped its reason."""
+    """Return the documents of a container by key; for what is skipped, its reason."""
     assert is_container(source(path), ReadOptions(**options))
     found: dict[str, bytes | str] = {}
     for one in documents_in(source(path), ReadOptions(**options)):
@@ -61,7 +61,7 @@ def read_all(path: Path | str, **options: object) -> dict[str, bytes | str]:
 
 
 def reason_of(path: Path, **options: object) -> tuple[str, str]:
-    """Why a file is no document, as it is counted and as it is told: in one line that names it."""
+    """Return why a file is no document: the reason, and a line that names the file."""
     with pytest.raises(BadDocumentError) as caught:
         read(path, **options)
     left_out = skipped("key", caught.value)
@@ -688,7 +688,7 @@ def test_every_cut_of_a_png_is_found(tmp_path: Path, real: Real):
 
 
 def image_with_damaged_exif(path: Path) -> Path:
-    """An image about which Pillow warns."""
+    """Write an image about which Pillow warns."""
     Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0")
     return path
 

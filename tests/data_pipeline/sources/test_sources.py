@@ -45,7 +45,7 @@ def write(folder: Path, *names: str, content: str = "x\n") -> Path:
 
 
 def files_under(folder: Path) -> dict[str, int]:
-    """Sizes of the files that have a byte, by key."""
+    """Return the sizes of the files that are not empty, by key."""
     paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
     found = {f"{folder.name}/{path.relative_to(folder).as_posix()}": path.stat().st_size for path in paths}
     return {key: size for key, size in found.items() if size}
@@ -136,7 +136,7 @@ def test_a_file_named_alone_is_selected_by_include_too(tmp_path: Path):
 
 
 class TestSourcesThatCannotBe:
-    """Each is told before a file is listed."""
+    """Each raises an error before a file is listed."""
 
     def refused(self, *sources: Path | str) -> str:
         with pytest.raises(CorpusError) as caught:
@@ -264,7 +264,7 @@ def test_a_bucket_is_listed_as_a_folder_is():
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a real S3 server's protocol."""
+    """Yield the URL of a bucket of a local S3 server."""
     moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer(port=0)
     server.start()
@@ -304,7 +304,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Starts a real web server for a folder; `cut` bytes of each answer are sent, then the connection ends."""
+    """Yield a function that starts a web server for a folder. It sends `cut` bytes of each answer, then disconnects."""
     servers = []
 
     def start(folder: Path, cut: int | None = None, length: bool = True) -> str:

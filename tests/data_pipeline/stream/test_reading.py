@@ -35,7 +35,7 @@ def folders(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def data_config(folders: dict[str, Path], **options: object) -> DataConfig:
-    """json and email by 1 to 2; after 30 steps by 3 to 1."""
+    """Mix json and email by 1 to 2; after 30 steps by 3 to 1."""
     mixture = {name: {"shards": str(path), "weight": 2 if name == "email" else 1} for name, path in folders.items()}
     stages = [{"step": 30, "weights": {"json": 3, "email": 1}}]
     return DataConfig.model_validate({"mixture": mixture, "stages": stages, "lanes": 5, **options})
@@ -75,7 +75,7 @@ def go(reading: Reading, steps: int, global_batch: int, world_size=1, micro_batc
 
 
 def digest_of(sequence: int, ids: np.ndarray) -> int:
-    """A row's digest, as docs/specifications/data.md has it."""
+    """Return a row's digest, as docs/specifications/data.md defines it."""
     row = np.where(ids < SEPARATOR, ids, 0).astype(np.uint8)
     places = [np.flatnonzero(ids == number).astype("<u4") for number in (SEPARATOR, PADDING)]
     counts = [len(own).to_bytes(4, "little") for own in places]
@@ -89,7 +89,7 @@ def through_json(reading: Reading) -> Record:
 
 @pytest.fixture(scope="module")
 def whole(folders: dict[str, Path]) -> tuple[list[np.ndarray], str]:
-    """An uninterrupted run of 60 steps of 6, in which the smaller corpus is read twice, and its digest."""
+    """Return an uninterrupted run of 60 steps of 6, which reads the smaller corpus twice, and its digest."""
     reading = reading_of(data_config(folders), 6)
     batches = go(reading, 60, 6)
     assert reading.epochs()["json"] > 2
@@ -100,8 +100,10 @@ def whole(folders: dict[str, Path]) -> tuple[list[np.ndarray], str]:
 @pytest.mark.parametrize("micro_batch", [1, 4, 6])
 @pytest.mark.parametrize("prefetch", [1, 7])
 def test_resume_is_exact_at_every_step(folders, whole, world_size: int, micro_batch: int, prefetch: int):
-    """Through two epochs and a change of the mixture: stop after each step, and go on from the record with loaders of
-    another shape."""
+    """Stop after each step, and resume from the record with loaders of another shape.
+
+    The steps cover two epochs and a change of the mixture.
+    """
     batches, digest = whole
     config = data_config(folders)
     reading = reading_of(config, 6)

@@ -234,8 +234,11 @@ class CountingCorpus:
 
 @pytest.mark.parametrize(("lanes", "ranks_a_lane"), [(1024, 1), (256, 4)])
 def test_1024_ranks_read_a_block_no_more_often_than_their_share_needs(lanes: int, ranks_a_lane: int):
-    """With a lane a rank, a block is read once, or by two ranks where two lanes meet in it. With fewer lanes, several
-    ranks take turns in a lane, and each that has a row in a block reads it, once."""
+    """Each rank reads a block at most once, and only if it has a row in the block.
+
+    With one lane for each rank, one rank reads a block, or two where two lanes meet. With fewer lanes, several ranks
+    take turns in a lane.
+    """
     world_size, length, batches = 1024, 64, 8
     corpus = CountingCorpus(batches * world_size * length // 1000)
     needed = 0
