@@ -4,14 +4,15 @@ BIN := $(VENV)/bin
 CORPUS := runs/corpora/stdlib
 OLDEST := .venv-oldest
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' requirements-oldest.txt)
-OLDEST_TESTS := data_pipeline/test_readers.py data_pipeline/test_remote.py data_pipeline/test_shards.py \
-	data_pipeline/test_sources.py distributed/test_deepspeed.py end_to_end/test_commands.py \
-	end_to_end/test_tracking.py launchers pretrain/test_checkpoint.py pretrain/test_checkpoint_remote.py \
-	pretrain/test_config.py pretrain/test_curves.py pretrain/test_engine.py pretrain/test_torch_compat.py
+OLDEST_TESTS := core/test_torch_compat.py data_pipeline/corpus/test_remote.py data_pipeline/corpus/test_shards.py \
+	data_pipeline/readers/test_readers.py data_pipeline/sources/test_sources.py distributed/test_deepspeed.py \
+	end_to_end/test_commands.py end_to_end/test_tracking.py launchers pretrain/checkpoint/test_checkpoint.py \
+	pretrain/checkpoint/test_checkpoint_remote.py pretrain/config/test_config.py pretrain/engines/test_engine.py \
+	pretrain/evaluation/test_curves.py
 STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo corpus test test-oldest faults slurm check docs bench lock clean
+.PHONY: help setup demo corpus test test-fast test-oldest faults slurm check docs bench lock clean
 
 help: ## list what make can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -48,6 +49,9 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: setup ## run the tests that start no process and no server, in a minute
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --fast -r fE
 
 test-oldest: ## run a quick part of the tests with the oldest supported versions, in .venv-oldest
 	@echo "Downloads the oldest supported versions into $(OLDEST), torch $(OLDEST_TORCH) among them: up to 4 GB."

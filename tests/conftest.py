@@ -1,6 +1,8 @@
 """Shared by all tests: real corpora made from Python's own library, recipes, and the real command."""
 
+import os
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -16,19 +18,46 @@ from data_pipeline.readers import ReadOptions
 from data_pipeline.sources.listing import Selection
 from tests import commands
 
+ROOT = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 LONG_FOLDERS = ("slurm", "end_to_end", "distributed", "launchers")
-"""Folders of tests with long files."""
+"""Folders of tests that start processes, with the files that take longest."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make test-fast`."""
+    help_text = "leave out tests that start a process or a server, or that are marked slow"
+    parser.addoption("--fast", action="store_true", help=help_text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --fast, skip a test at the moment when it starts a process or a server."""
+    if config.getoption("--fast"):
+        sys.addaudithook(_skip_if_it_starts_something)
+
+
+def _skip_if_it_starts_something(event: str, arguments: tuple[object, ...]) -> None:
+    is_in_test = "PYTEST_CURRENT_TEST" in os.environ
+    if is_in_test and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind"):
+        pytest.skip(f"--fast: {event}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --fast, leave out the folders of tests that start processes."""
+    return True if config.getoption("--fast") and collection_path in [ROOT / name for name in LONG_FOLDERS] else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put long files first, so that no worker begins one when the others have ended."""
-    tests = Path(__file__).parent
-    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in LONG_FOLDERS)
+    items.sort(key=lambda item: item.path.relative_to(ROOT).parts[0] not in LONG_FOLDERS)
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 def prepare_corpus(sources: Sequence[Path | str], out: Path, **options: object) -> Corpus:

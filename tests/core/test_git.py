@@ -88,7 +88,7 @@ def test_a_slow_git_gives_what_it_has_answered_by_the_deadline(
     fake_git(tmp_path / "bin", f'case "$*" in *status*) sleep 1000;; *) exec {GIT} "$@";; esac', monkeypatch)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     slow = Repository(repository / "recipe.yaml")
-    ask_git([slow], seconds=20.0)
+    ask_git([slow], seconds=5.0)
     assert slow.tags() == {"git.commit": git(repository, "rev-parse", "HEAD")}
 
 

@@ -235,7 +235,7 @@ def test_what_was_read_around_a_hole_and_a_withdrawn_document_is_proved_too(fold
     again = reading_of(config.model_copy(update={"shards": str(pristine)}), None, record)
     assert replay(again, 2, lambda done: None) == record.digest
     np.testing.assert_array_equal([again.mixture[g] for g in range(96)], intact)
-    for g in range(96, record.next_sequence):
+    for g in range(96, record.next_sequence, 3):
         row, named = again.mixture[g], np.zeros(LENGTH, bool)
         for origin in explain(again.mixture, g):
             stretch = slice(origin.start, origin.start + origin.length)
