@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from byteloom.core.configs import find_preset, recipe_names
 from byteloom.core.registered_names import RegisteredName
+from byteloom.core.registered_nodes import RegisteredNodes
 from pretrain.cli.app import app
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
@@ -51,14 +52,28 @@ def _sections(node: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
     """Yield a heading, a docstring and a table for each config node below a node."""
     for name, field in node.model_fields.items():
         inner = (*path, name)
+        heading = f"{'#' * min(len(inner) + 1, 4)} `{'.'.join(inner)}`"
         nodes = _nodes(field.annotation)
         for section in nodes:
             family = f" of the family `{section.model_fields['family'].default}`" if len(nodes) > 1 else ""
-            yield f"{'#' * min(len(inner) + 1, 4)} `{'.'.join(inner)}`{family}"
-            yield cleandoc(section.__doc__ or "")
-            if any(not _is_section(each) for each in section.model_fields.values()):
-                yield _table(section)
-            yield from _sections(section, inner)
+            yield heading + family
+            yield from _section(section, inner)
+        if not path and not nodes:
+            yield heading
+            yield field.description or ""
+        for each in field.metadata:
+            if isinstance(each, RegisteredNodes):
+                for entry, section in each.nodes().items():
+                    yield f"{'#' * min(len(inner) + 2, 4)} `{'.'.join((*inner, entry))}`"
+                    yield from _section(section, (*inner, entry))
+
+
+def _section(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
+    """Yield the text of a config node, without its heading."""
+    yield cleandoc(section.__doc__ or "")
+    if any(not _is_section(each) for each in section.model_fields.values()):
+        yield _table(section)
+    yield from _sections(section, path)
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -106,14 +121,22 @@ def _type_name(annotation: Any) -> str:
         return f"mapping of {_type_name(arguments[1])}"
     if origin in (tuple, list):
         return f"list of {_type_name(arguments[0])}"
-    names = {types.NoneType: "null", str: "text", int: "integer", float: "number", bool: "true \\| false", Any: "any"}
+    names = {
+        BaseModel: "section",
+        types.NoneType: "null",
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true \\| false",
+        Any: "any",
+    }
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _nodes(annotation: Any) -> list[type[BaseModel]]:
     """Return the config classes within an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
+        return [] if annotation is BaseModel else [annotation]
     found = [node for argument in typing.get_args(annotation) for node in _nodes(argument)]
     return list(dict.fromkeys(found))
 

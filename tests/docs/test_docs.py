@@ -97,12 +97,18 @@ def test_every_link_leads_to_a_page_and_a_heading(page: Path):
 
 
 def definition(module: ast.AST | None, name: str) -> ast.AST | None:
-    """Return what a dotted name defines in a module."""
+    """Return what a dotted name defines in a module: a class, a function or a variable."""
     for part in name.split("."):
-        module = next((node for node in ast.iter_child_nodes(module) if getattr(node, "name", "") == part), None)
+        module = next((node for node in ast.iter_child_nodes(module) if part in names_of(node)), None)
         if module is None:
             return None
     return module
+
+
+def names_of(node: ast.AST) -> set[str]:
+    """Return the names that a statement defines."""
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return {getattr(node, "name", "")} | {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def test_every_file_and_name_of_the_code_exists():
