@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from byteloom.core.configs import find_preset, recipe_names
 from byteloom.core.registered_names import RegisteredName
+from byteloom.core.registered_nodes import RegisteredNodes
 from pretrain.cli.app import app
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
@@ -51,6 +52,14 @@ def _sections(node: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
     """Yield a heading, a docstring and a table for each config node below a node."""
     for name, field in node.model_fields.items():
         inner = (*path, name)
+        if registered := next((entry for entry in field.metadata if isinstance(entry, RegisteredNodes)), None):
+            yield f"{'#' * min(len(inner) + 1, 4)} `{'.'.join(inner)}`"
+            yield field.description or ""
+            for entry, section in registered.nodes().items():
+                yield f"{'#' * min(len(inner) + 2, 4)} `{'.'.join((*inner, entry))}`"
+                yield cleandoc(section.__doc__ or "")
+                yield _table(section)
+            continue
         nodes = _nodes(field.annotation)
         for section in nodes:
             family = f" of the family `{section.model_fields['family'].default}`" if len(nodes) > 1 else ""
@@ -107,13 +116,14 @@ def _type_name(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_type_name(arguments[0])}"
     names = {types.NoneType: "null", str: "text", int: "integer", float: "number", bool: "true \\| false", Any: "any"}
+    names |= {BaseModel: "sections"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _nodes(annotation: Any) -> list[type[BaseModel]]:
     """Return the config classes within an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
+        return [] if annotation is BaseModel else [annotation]
     found = [node for argument in typing.get_args(annotation) for node in _nodes(argument)]
     return list(dict.fromkeys(found))
 
