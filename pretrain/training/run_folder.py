@@ -39,7 +39,7 @@ LOCK_SECONDS = 0.5
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Where a run lives."""
+    """Name and place of a run."""
 
     root: LocationText = "runs"
     """Folder of all runs; the embedded MLflow store lies here too. A leading ~ is the home folder, here and in every
