@@ -13,6 +13,7 @@ folders. Lustre needs the mount option flock; with localflock a lock holds withi
 has no locks, OSError is raised; filelock's fallback to files that outlive a killed process is off.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -61,6 +62,8 @@ def lock_file(path: Path, *, seconds: float | None = None) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # noqa: PLC0415 - it takes longer to import than most commands need
 
+    if not path.parent.exists():  # filelock would make the folder, which its owner may just have removed
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=SILENT_WAIT_SECONDS if seconds is None else seconds)

@@ -40,7 +40,7 @@ from byteloom.core.registry import Registry
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a start tells trackers about its run."""
+    """Description of a start and its run, for trackers."""
 
     name: str
     """Name of the run."""

@@ -18,12 +18,14 @@ from pretrain.tracking.store import PARENT_TAG, fault_of, shown
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 2.0
-LONGEST_PAUSE_SECONDS = 60.0
+DELIVERY_PAUSE_SECONDS = 2.0
+"""Time between two deliveries."""
+LONGEST_DELIVERY_PAUSE_SECONDS = 60.0
+"""Longest time between two attempts at a delivery that fails."""
 
 
 class MlflowTracker:
-    """Has a thread deliver the journal of a run to MLflow; never raises, and waits only for the final delivery.
+    """Deliveries of a run's journal to MLflow, on a thread; only the final delivery makes the caller wait.
 
     Args:
         shipper: of the run folder.
@@ -63,7 +65,7 @@ class MlflowTracker:
             )
 
     def _ship(self) -> None:
-        shipper, pause, faults = self._shipper, POLL_SECONDS, set[str]()
+        shipper, pause, faults = self._shipper, DELIVERY_PAUSE_SECONDS, set[str]()
         while True:
             ending = self._end.wait(pause)
             if not self._may_write():
@@ -75,7 +77,7 @@ class MlflowTracker:
                     shipper.deliver()
                 if faults:
                     log.info("MLflow at %s answers again", shown(shipper.delivery.uri))
-                pause, faults = POLL_SECONDS, set()
+                pause, faults = DELIVERY_PAUSE_SECONDS, set()
             except MissingPackageError as error:
                 log.warning("%s; training continues, and the numbers are in %s", error, shipper.journal)
                 return
@@ -88,7 +90,7 @@ class MlflowTracker:
                         fault,
                         shipper.journal,
                     )
-                pause, faults = min(2 * pause, LONGEST_PAUSE_SECONDS), faults | {fault}
+                pause, faults = min(2 * pause, LONGEST_DELIVERY_PAUSE_SECONDS), faults | {fault}
             if ending:
                 return
 

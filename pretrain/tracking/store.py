@@ -25,7 +25,7 @@ PARAM_LENGTH, TAG_LENGTH = 6000, 8000
 """Characters of a value that MLflow keeps."""
 ARTIFACTS = "mlflow-artifacts"
 """Folder of artifacts beside an sqlite store."""
-SECONDS = 10
+REQUEST_SECONDS = 10
 """Timeout of a request."""
 
 
@@ -58,7 +58,7 @@ class MlflowStore:
 
     def __init__(self, uri: str) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper retries after a pause of its own
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(SECONDS))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run contacts the server it was given
         with needed_by("tracking.enabled", "mlflow"):
             from mlflow import MlflowClient, entities  # noqa: PLC0415 (it takes seconds, and few commands use it)

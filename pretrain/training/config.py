@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from pydantic import BaseModel, Field
 
 from byteloom.core.validation import Fault
+from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import LoaderConfig
-from data_pipeline.stream.reading import DataConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.config import ValidationConfig

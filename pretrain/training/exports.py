@@ -27,7 +27,8 @@ from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, 
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import model_config
 
-FORMAT = "byteloom-export/1"
+EXPORT_FORMAT = "byteloom-export/1"
+"""Name and version of the format, in card.json."""
 CARD = "card.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
@@ -144,8 +145,8 @@ def _read_card(path: Path) -> _Card:
     advice = "take the export again from its run, by byteloom checkpoint export"
     try:
         stored = read_json(path, _Format, advice)
-        if stored is not None and stored.format != FORMAT:
-            raise InvalidCheckpointError(f"{path} has format {stored.format!r}; this version reads {FORMAT!r}")
+        if stored is not None and stored.format != EXPORT_FORMAT:
+            raise InvalidCheckpointError(f"{path} has format {stored.format!r}; this version reads {EXPORT_FORMAT!r}")
         card = read_json(path, _Card, advice)
     except StateFileError as error:
         raise InvalidCheckpointError(str(error)) from error
@@ -241,7 +242,7 @@ def _card(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, An
     state = checkpoint.state
     config = state["config"]
     return {
-        "format": FORMAT,
+        "format": EXPORT_FORMAT,
         "architecture": config["model"]["family"],
         "model": config["model"],
         "parameters": _parameters(checkpoint),

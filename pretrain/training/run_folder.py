@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 """Pattern of a run's name."""
-PATIENCE = 0.5
+LOCK_SECONDS = 0.5
 """Seconds that a start waits for the folder, because a process that checks the lock holds it for a moment."""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Where a run lives."""
+    """Name and place of a run."""
 
     root: LocationText = "runs"
     """Folder of all runs; the embedded MLflow store lies here too. A leading ~ is the home folder, here and in every
@@ -163,12 +163,12 @@ class RunFolder:
 
     def _take_lock(self, stack: ExitStack, take_over: bool) -> None:
         try:
-            stack.enter_context(lock_file(self.lock, seconds=PATIENCE))
+            stack.enter_context(lock_file(self.lock, seconds=LOCK_SECONDS))
         except LockHeldError:
             if not take_over:
                 raise
             self.lock.unlink()
-            stack.enter_context(lock_file(self.lock, seconds=PATIENCE))
+            stack.enter_context(lock_file(self.lock, seconds=LOCK_SECONDS))
 
     def _cannot_write(self, error: OSError) -> RunFolderError:
         return RunFolderError(f"cannot write to the run folder {self.path}: {error.strerror}")

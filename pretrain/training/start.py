@@ -21,7 +21,8 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.mixture import fingerprint_of
-from data_pipeline.stream.reading import Reading, Record, open_streams
+from data_pipeline.stream.reading import Reading, open_streams
+from data_pipeline.stream.record import Record
 from launchers.supervision.heartbeat import Heartbeat
 from launchers.supervision.record import reason_of_start
 from pretrain.checkpoint import CheckpointStore, Metadata, locate
@@ -32,7 +33,7 @@ from pretrain.engines import Engine, build_engine, check_ranks, choose_device, c
 from pretrain.engines.peak import peak_flops
 from pretrain.models import ByteModel, build_model, carries_memory, describe_attention
 from pretrain.terminal.console import display
-from pretrain.tracking import Journal, Recorder, RunDescription, open_recorder
+from pretrain.tracking import Journal, RunDescription, open_recorder
 from pretrain.training.checks import check_lanes, check_resumes, check_same_recipe, check_same_run
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.meter import Meter
@@ -92,10 +93,14 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
         peak = _rehearse(recipe, engine, precision, world)
         _log_facts(recipe, engine, reading, checkpoint, initial)
         meter = Meter(flops_a_step, None if peak is None else peak * world.size)
+        loader = _loader(recipe, reading, world, stop)
+        journal = _journal(folder, checkpoint) if world.is_first else None
+        unlogged = _unlogged(checkpoint, journal, world)
         recorder = None
-        if world.is_first:
+        if journal is not None:
             facts = {"parameters": parameters, "precision": precision}
-            recorder = _recorder(recipe, folder, identity, facts, reading, checkpoint, fence)
+            description = _description(recipe, folder, identity, facts, reading, checkpoint)
+            recorder = open_recorder(recipe.tracking, journal, description, lambda: fence.holds)
             stop.before_exit.append(lambda code: recorder.close("KILLED", is_hurried=lambda: True))
         yield TrainingRun(
             recipe=recipe,
@@ -111,12 +116,12 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
             engine=engine,
             store=store,
             reading=reading,
-            loader=_loader(recipe, reading, world, stop),
+            loader=loader,
             validation=validation,
             checkpoint=checkpoint,
             meter=meter,
             recorder=recorder,
-            unlogged=_unlogged(checkpoint, recorder, world),
+            unlogged=unlogged,
         )
 
 
@@ -277,28 +282,30 @@ def _rehearse(recipe: TrainingRecipe, engine: Engine, precision: str, world: Wor
     return None if peak is None else peak[0]
 
 
-def _unlogged(checkpoint: Metadata | None, recorder: Recorder | None, world: World) -> dict[str, float]:
+def _journal(folder: RunFolder, checkpoint: Metadata | None) -> Journal:
+    return Journal(folder.metrics, None if checkpoint is None else checkpoint.state["reading"]["step"])
+
+
+def _unlogged(checkpoint: Metadata | None, journal: Journal | None, world: World) -> dict[str, float]:
     """Return the numbers that came with the checkpoint, unless an earlier start has logged them."""
     if checkpoint is None or not checkpoint.state.get("unlogged"):
         return {}
     step = checkpoint.state["reading"]["step"]
-    is_logged = world.on_first(lambda: recorder is None or recorder.journal.last_step == step)
+    is_logged = world.on_first(lambda: journal is None or journal.last_step == step)
     return {} if is_logged else checkpoint.state["unlogged"]
 
 
-def _recorder(
+def _description(
     recipe: TrainingRecipe,
     folder: RunFolder,
     identity: Mapping[str, Any],
     facts: Mapping[str, Any],
     reading: Reading,
     checkpoint: Metadata | None,
-    fence: Fence,
-) -> Recorder:
-    """Return the journal and the trackers of this start; `facts` are parameters that follow from the recipe."""
-    step = reading.record.step
+) -> RunDescription:
+    """Return what trackers receive about this start; `facts` are parameters that follow from the recipe."""
     corpora = [stream.corpus.content_sha256 for stream in reading.mixture.streams.values()]
-    description = RunDescription(
+    return RunDescription(
         name=recipe.run.name,
         identity=identity["id"],
         params={**flatten(recipe.as_tree()), **facts},
@@ -309,13 +316,11 @@ def _recorder(
             **environment(),
             **read_source(folder.config),
         },
-        begins_after=-1 if checkpoint is None else step,
+        begins_after=-1 if checkpoint is None else reading.record.step,
         start=starts_noted_at(folder.generation),
         reason=reason_of_start(folder.path, os.environ),
         folder=folder.path,
     )
-    journal = Journal(folder.metrics, None if checkpoint is None else step)
-    return open_recorder(recipe.tracking, journal, description, lambda: fence.holds)
 
 
 def _log_first_line(recipe: TrainingRecipe, folder: RunFolder, world: World, parameters: int, precision: str) -> None:

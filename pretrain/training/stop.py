@@ -150,7 +150,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do next: take another step, or end."""
+    """Decision of all ranks: take another step, or end."""
 
     ends: bool
     signal: Signals | None = None

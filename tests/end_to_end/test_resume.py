@@ -1,4 +1,4 @@
-"""A run that is killed or interrupted and started again is the uninterrupted run, bit for bit.
+"""A run that is killed or interrupted and resumed equals the uninterrupted run, bit for bit.
 
 Real processes, real signals.
 """
@@ -36,7 +36,7 @@ class RunUnderTest:
         self.folder = cwd / "runs" / name
         self.threads = "1"
         self.launcher: list[str] = []
-        """Command line that starts the command, if it is not started itself."""
+        """Prefix of the command line; the test starts the command itself if it is None."""
 
     def start(self) -> subprocess.Popen[str]:
         env = {**environment(), "OMP_NUM_THREADS": self.threads}
@@ -52,7 +52,7 @@ class RunUnderTest:
         return said
 
     def start_and_signal(self, number: signal.Signals, at_step: int) -> tuple[int, str]:
-        """Sends a signal as soon as the journal has a step; returns the exit code and what was said."""
+        """Send a signal as soon as the journal has a step; return the exit code and the output."""
         process = self.start()
         while process.poll() is None and self.last_step() < at_step:
             time.sleep(0.001)
@@ -98,7 +98,7 @@ def reference(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
-def test_killed_at_random_steps_it_goes_on_bit_for_bit(recipe: Path, tmp_path: Path, reference: RunUnderTest):
+def test_a_run_killed_at_random_steps_resumes_bit_for_bit(recipe: Path, tmp_path: Path, reference: RunUnderTest):
     run = RunUnderTest(recipe, tmp_path, "killed")
     for low in (0, 17):
         code, _ = run.start_and_signal(signal.SIGKILL, random.randrange(low + 1, low + 15))
@@ -107,7 +107,7 @@ def test_killed_at_random_steps_it_goes_on_bit_for_bit(recipe: Path, tmp_path: P
     assert_same(run, reference)
 
 
-def test_in_bf16_with_two_threads_too(recipe: Path, tmp_path: Path):
+def test_a_killed_run_in_bf16_with_two_threads_resumes_bit_for_bit(recipe: Path, tmp_path: Path):
     whole, killed = (RunUnderTest(recipe, tmp_path, name, "engine.precision=bf16") for name in ("whole", "killed"))
     whole.threads = killed.threads = "2"
     whole.finish()
@@ -116,7 +116,7 @@ def test_in_bf16_with_two_threads_too(recipe: Path, tmp_path: Path):
     assert_same(killed, whole)
 
 
-def test_interrupted_it_saves_says_so_and_goes_on_bit_for_bit(recipe: Path, tmp_path: Path, reference: RunUnderTest):
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(recipe: Path, tmp_path: Path, reference: RunUnderTest):
     run = RunUnderTest(recipe, tmp_path, "interrupted")
     for number, step in ((signal.SIGINT, 9), (signal.SIGTERM, 22)):
         code, said = run.start_and_signal(number, step)
@@ -128,7 +128,7 @@ def test_interrupted_it_saves_says_so_and_goes_on_bit_for_bit(recipe: Path, tmp_
     assert_same(run, reference)
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(
     recipe: Path, tmp_path: Path, reference: RunUnderTest
 ):
     run = RunUnderTest(recipe, tmp_path, "damaged")
@@ -144,7 +144,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(
     assert_same(run, reference)
 
 
-def test_a_finished_run_says_so_and_more_steps_continue_it(recipe: Path, tmp_path: Path, reference: RunUnderTest):
+def test_a_finished_run_logs_that_it_is_finished_and_resumes_with_more_steps(
+    recipe: Path, tmp_path: Path, reference: RunUnderTest
+):
     run = RunUnderTest(recipe, tmp_path, "run")
     shutil.copytree(reference.folder, run.folder)
     assert f"finished at step {STEPS}" in run.finish()

@@ -1,4 +1,4 @@
-"""A request to stop is heard in every phase of the real command, and the next start goes on from there."""
+"""A request to stop works in every phase of the real command, and the next start resumes from there."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from tests.launchers.test_local import ranks_of
 from tests.s3 import Stalling, s3_server, stalling_way
 
 LIMIT = 120.0
-"""Seconds for whatever a test waits for, on a machine that is busy with other work."""
+"""Seconds that a test waits for an event, on a busy machine."""
 BEFORE_THE_FIRST_STEP = "stopped before the first step; there was nothing to save"
 BUCKET = "checkpoints"
 EXACT = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm", "learning_rate", "epoch")
 
 
 class Command:
-    """A command under way, with its output in a file.
+    """Running command with its output in a file.
 
     Args:
         is_cold: start the real command and not a fork.
@@ -60,7 +60,7 @@ class Command:
         self.wait_until(lambda: text in self.said)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, process: int | None = None) -> str:
-        """Sends a signal, waits for the end with that signal's exit code, and returns what was said."""
+        """Send a signal, wait for the end with that signal's exit code, and return the output."""
         os.kill(process or self.process.pid, number)
         return self.end(128 + number)
 
@@ -80,7 +80,7 @@ def _nothing_outlives_its_test() -> Iterator[None]:
 
 @pytest.fixture
 def large(tmp_path: Path, corpus_folder: Path) -> Path:
-    """A recipe whose micro-batch and whose validation take half a minute or more."""
+    """Return a recipe whose micro-batch and whose validation take half a minute or more."""
     tree: Any = recipe_tree(corpus_folder)
     tree["model"] = {"family": "transformer", "sequence_length": 512, "width": 512, "layers": 2, "heads": 8}
     tree["train"] = {"steps": 2, "global_batch": 64, "micro_batch": 64}
@@ -124,7 +124,7 @@ def newest_step(folder: Path) -> int:
 
 
 class Validated:
-    """A run of eight steps with a validation every four, which others are compared with; and starts of such runs."""
+    """Starts of runs of eight steps with a validation every four, and an uninterrupted one to compare with."""
 
     def __init__(self, folder: Path, corpus_folder: Path) -> None:
         self.folder = folder
@@ -141,7 +141,7 @@ class Validated:
         return Command(self.folder, "train", self.recipe, f"run.name={name}", *steps, *overrides, beats=self.beats)
 
     def wait_for_validation(self, command: Command, step: int, rank: int = 0) -> None:
-        """Waits until a rank is in the validation after a step, as its heartbeat says."""
+        """Wait until the heartbeat of a rank reports the validation after a step."""
 
         def is_validating() -> bool:
             beat = read_beat(self.beats, rank) if beat_of(self.beats, rank).exists() else None
@@ -158,7 +158,7 @@ def validated(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Validated(tmp_path_factory.mktemp("validated"), corpus_folder)
 
 
-def test_a_validation_that_a_stop_cuts_short_is_done_by_the_next_start_and_no_number_differs(validated: Validated):
+def test_the_next_start_repeats_a_validation_that_a_stop_cut_short_and_no_number_differs(validated: Validated):
     folder = validated.runs("cut")
     for step in (4, 8):
         start = validated.start("cut")
@@ -198,7 +198,7 @@ def way() -> Iterator[Stalling]:
         yield way
 
 
-def test_a_stop_is_heard_while_a_checkpoint_is_loaded_verified_or_saved(way: Stalling, recipe: Path, tmp_path: Path):
+def test_a_stop_works_while_a_checkpoint_is_loaded_verified_or_saved(way: Stalling, recipe: Path, tmp_path: Path):
     home = f"s3://{BUCKET}/runs"
     train = ("train", recipe, f"checkpoint.home={home}", "validation.shards=null", "optimizer.schedule.warmup_steps=0")
     Command(tmp_path, *train, "train.steps=2").end()

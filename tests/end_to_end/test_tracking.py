@@ -1,4 +1,4 @@
-"""MLflow, real: the embedded sqlite store, and a server that is there, not yet there, or gone."""
+"""Runs of the real command with real MLflow: the embedded sqlite store, and servers that start late or die."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def journal(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return metrics
 
 
-def test_the_embedded_store_holds_the_run_and_goes_on_with_it(byteloom: Run, recipe: Path):
+def test_the_embedded_store_holds_the_run_and_its_resumed_steps(byteloom: Run, recipe: Path):
     byteloom("train", recipe, "tracking.enabled=true")
     folder = recipe.parent / "runs/run"
     uri = f"sqlite:///{recipe.parent}/runs/mlflow.db"
@@ -79,14 +79,14 @@ def test_the_embedded_store_holds_the_run_and_goes_on_with_it(byteloom: Run, rec
     assert "MLflow at http://127.0.0.1:9: connection refused. The evaluation is not among the run's artifacts" in said
     (folder / "mlflow.json").write_text(told)
 
-    # As if killed after steps 9 to 16 had arrived and before that was noted.
+    # This is the state of a process that was killed after MLflow received steps 9 to 16, before it noted that.
     state = json.loads((folder / "mlflow.json").read_text())
     assert state["delivered_step"] == state["sending_step"] == 16
     (folder / "mlflow.json").write_text(json.dumps(state | {"delivered_step": 8}))
     byteloom("track", folder)
     assert delivered(uri)[1] == metrics
 
-    # A resume from an earlier checkpoint with another recipe computes other numbers, which are told anew.
+    # A resume from an earlier checkpoint with another recipe computes other numbers, which are sent again.
     for step in (12, 16):
         shutil.rmtree(folder / f"checkpoints/step-{step:08d}")
     byteloom("train", recipe, "tracking.enabled=true", "optimizer.learning_rate=1e-3")
@@ -106,7 +106,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloom: Run, recipe: Path, server: Server):
-    """Down at the start: the run finishes, and `track` delivers. Dies mid-run: the next start delivers."""
+    """After a run without a server, `track` delivers. After a server dies during a run, the next start delivers."""
     told = ("tracking.enabled=true", f"tracking.uri={server.uri}")
     folder = recipe.parent / "runs/run"
 
@@ -149,7 +149,7 @@ def test_a_server_that_comes_later_dies_and_returns_gets_every_step_once(byteloo
     assert metrics == journal(folder)
 
 
-def test_a_run_that_others_are_shown_under_ends_with_the_last_of_them(byteloom: Run, recipe: Path):
+def test_a_run_that_groups_others_ends_with_the_last_of_them(byteloom: Run, recipe: Path):
     root = recipe.parent / "runs"
     parent = ParentRun(TrackingConfig(), root, "parent", "of two", 2, {})
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run, one file each; base.py has the contract.
+"""Callbacks: actions around the steps of a run, one file each; base.py has the contract.
 
     tracking, heartbeat, profile, progress, those of the recipe, validation, checkpoint
 

@@ -20,5 +20,5 @@ class TrackingCallback(Callback):
     def on_end(self, run: TrainingRun, status: str) -> None:
         """Deliver what is left."""
         if run.recorder is not None:
-            with display.phase("delivering numbers to MLflow"):
+            with display.phase("delivering numbers to the trackers"):
                 run.recorder.close(status, is_hurried=lambda: run.stop.signal is not None)

@@ -1,4 +1,4 @@
-"""MLflow from the client's side: what a run's page shows, and every way in which a store or server can fail."""
+"""Deliveries to MLflow: the content of a run's page, and the faults of stores and servers."""
 
 import logging
 import re
@@ -34,7 +34,7 @@ PARAMS = {"train.steps": 4, "optimizer.learning_rate": 0.003}
 
 
 class Folder:
-    """A run folder whose starts are made up; everything after the loop is real."""
+    """Run folder with invented numbers; the journal, the deliveries and MLflow are real."""
 
     def __init__(self, path: Path, uri: str | None) -> None:
         path.mkdir(parents=True)
@@ -53,7 +53,7 @@ class Folder:
         reason: str = "manual",
         status: str = "FINISHED",
     ) -> None:
-        """Make a start of the run do some steps."""
+        """Make a start of the run log some steps."""
         self.starts += 1
         (self.path / "config.yaml").write_text(f"{dict(params)}\n")
         journal = Journal(self.path / "metrics.jsonl", first - 1 if first > 1 else None)
@@ -94,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(params=["embedded", "server"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """A run in a folder with a name that a URL would quote, tracked in either way."""
+    """Return a run in a folder with a name that a URL would quote, for the embedded store and for a server."""
     uri = request.getfixturevalue("server").uri if request.param == "server" else None
     return Folder(tmp_path / "my runs #1" / request.node.name.partition("[")[0], uri)
 
@@ -139,7 +139,7 @@ def test_starts_changed_parameters_and_files_are_shown(folder: Folder, tmp_path:
     assert end.endswith("line 99999\n")
     assert {path.name for path in elsewhere.iterdir()} == {"config.yaml", "train.log"}  # no mlruns
 
-    # A person's choices stay; a parameter that is as at first is shown so.
+    # A person's choices stay; a parameter that has its first value again is shown with it.
     folder.client.set_tag(run.info.run_id, "mlflow.note.content", "mine")
     folder.client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "genai_development")
     folder.train(9, 9, {**changed, "optimizer.learning_rate": 0.003})
@@ -156,7 +156,7 @@ def test_starts_and_files_that_a_dead_server_missed_arrive_later(server: Server,
     folder.train(1, 4, status="KILLED")
     folder.train(3, 6, reason="requeued: preempted")
     state = folder.path / "mlflow.json"
-    state.write_text(state.read_text().replace("http://127.0.0.1:9", server.uri))  # it has moved
+    state.write_text(state.read_text().replace("http://127.0.0.1:9", server.uri))  # the server moved
     folder.uri = server.uri
     (folder.path / "train.log").write_text("what was logged\n")
     done = CliRunner().invoke(app, ["track", str(folder.path)])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +17,14 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.explanation import explain
 from pretrain.config.loading import load
 from pretrain.config.schema import Config, recipe_schema
+from pretrain.distributed.world import World
 from pretrain.tracking import RunDescription, Tracker, register_tracker
 from pretrain.tracking.base import TRACKERS
 from pretrain.training.callbacks import CALLBACKS, Callback, register_callback
 from pretrain.training.loop import train
 from pretrain.training.run import TrainingRun
 from tests.conftest import recipe_tree
+from tests.distributed.ranks import on_ranks
 
 STEPS = 4
 
@@ -144,6 +147,35 @@ def test_a_tracker_that_fails_ends_no_run_and_is_named_once(recipe: Path, caplog
     }
     said = [record.message for record in caplog.records if "tracker lines" in record.message]
     assert said == ["tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"]
+
+
+class StopOnOneRank(WeightNorm):
+    """Requests a stop after step 2, on rank 1 alone."""
+
+    def after_step(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
+        super().after_step(run, numbers)
+        if run.step == 2 and run.world.rank == 1:
+            run.stop.request(signal.SIGTERM)
+
+
+def train_until_stopped(world: World, recipe: Path) -> tuple[int, list[str]]:
+    register_callback("weight_norm", WeightNormConfig)(StopOnOneRank)
+    code = train(load(recipe, ["callbacks.weight_norm={}"]), world)
+    return code, StopOnOneRank.seen
+
+
+def test_all_ranks_call_all_events_and_stop_together_at_the_request_of_one(recipe: Path):
+    results = on_ranks(2, train_until_stopped, recipe)
+    steps = [event for step in (1, 2) for event in ("before", f"after {step}", f"numbers of {step}")]
+    seen = ["start after 0", "numbers of 0", *steps, "before", "stop", "KILLED"]
+    assert results == [(128 + signal.SIGTERM, seen)] * 2
+    lines = (recipe.parent / "plain/metrics.jsonl").read_text().splitlines()
+    assert [(line["step"], line["weight_norm/l2"] > 0) for line in map(json.loads, lines)] == [
+        (0, True),
+        (1, True),
+        (2, True),
+    ]
+    assert (recipe.parent / "plain/checkpoints/step-00000002").exists()
 
 
 @pytest.mark.parametrize(

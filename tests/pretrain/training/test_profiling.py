@@ -1,4 +1,4 @@
-"""A look into steps: traces of exactly those asked for, in a run that is the same with and without."""
+"""The profiler records exactly the steps of its window, and changes no loss."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ WINDOW = ("profile.start=3", "profile.steps=3", "profile.memory=true")
 
 @pytest.fixture
 def folder(tmp_path: Path, corpus_folder: Path, caplog: pytest.LogCaptureFixture) -> Path:
-    """Holds a recipe whose rate does not depend on the length of the run."""
+    """Return a folder with a recipe whose learning rate does not depend on the length of the run."""
     caplog.set_level(logging.INFO, "pretrain")
     tree = recipe_tree(corpus_folder)
     tree["run"] = {"name": "plain", "root": str(tmp_path)}
@@ -51,7 +51,7 @@ def test_a_window_is_profiled_across_a_resume_and_changes_no_loss(folder: Path):
     assert "the profiler will record steps 5 to 5" in log
 
 
-def test_a_window_that_is_over_is_said_to_be(folder: Path):
+def test_a_past_window_is_logged(folder: Path):
     losses_of(folder, "train.steps=2", "profile.start=3")
     assert "steps 3 to 5 are past, so the profiler does not record them" in (folder / "plain/train.log").read_text()
     assert not (folder / "plain/profile").exists()
