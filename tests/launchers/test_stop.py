@@ -10,6 +10,7 @@ from pathlib import Path
 from launchers.supervision.heartbeat import read_beat
 from pretrain.checkpoint import verify
 from tests import commands
+from tests.commands import BYTELOOM
 from tests.end_to_end.test_resume import STEPS, RunUnderTest
 from tests.launchers.test_local import assert_trained_as_one_process, start_and_wait
 
@@ -59,7 +60,7 @@ def test_a_supervised_rank_that_is_signalled_during_its_imports_stops_with_an_ex
     shown = ["config", "show", *run.arguments[1:]]
     config.write_bytes(commands.run(shown, cwd=tmp_path, check=True, capture_output=True).stdout)
     rank = subprocess.Popen(
-        [Path(run.command[0]).with_name("python"), "-P", "-m", "launchers.rank", "pretrain.cli.train:start", config],
+        [Path(BYTELOOM).with_name("python"), "-P", "-m", "launchers.rank", "pretrain.cli.train:start", config],
         cwd=tmp_path,
         env={**os.environ, "RANK": "0", "BYTELOOM_HEARTBEATS": str(beats), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
