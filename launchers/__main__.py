@@ -1,4 +1,4 @@
-"""One rank of several: `python -m launchers ENTRY RECIPE`, started by local.py, whose end is its own."""
+"""One rank of several: `python -m launchers ENTRY RECIPE`. It ends when local.py, which started it, ends."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ from launchers.local import run_in_process
 
 
 def end_with_the_launcher() -> None:
-    """Ends this process when the launcher, which holds the other end of standard input, is gone."""
+    """End this process when standard input closes, because the launcher that holds the other end has ended."""
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: no traceback of whatever is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import before the loop handles signals
     threading.Thread(target=end_with_the_launcher, daemon=True).start()
     sys.exit(run_in_process(sys.argv[1], Path(sys.argv[2])))

@@ -1,19 +1,19 @@
-"""From a resolved recipe to a job: everything that the job needs is put into the run folder, then submitit submits it.
+"""Submission of a run: write everything that the job needs to the run folder, then submit it through submitit.
 
-    RUN/launches.jsonl       what has become of the run's jobs; see record.py
-    RUN/gave-up.md           why nothing is started any more, if it is so
+    RUN/launches.jsonl       events of the run's jobs; see record.py
+    RUN/gave-up.md           why the run was given up, if it was
     RUN/jobs/001/            the first submission; another one of the same run is 002
         config.yaml          the resolved recipe, which every start of this job trains
-        config.source.json   the recipe that a person named, and the commits of its repository and of Byteloom
-        code/                the packages as they were then, which every start of this job runs
-        cluster.yaml         what the job asks for
-        plan.json            what the supervisor is told
-        batch.log            what the supervisor said
-        ranks/               rank-00000.log, …: what each rank wrote to standard output and error
-        heartbeats/          start-0/, …: what each rank of a start was at last; srun.log
+        config.source.json   the original recipe, and the commits of its repository and of Byteloom
+        code/                a copy of the packages, which every start of this job runs
+        cluster.yaml         resources of the job
+        plan.json            plan of the supervisor
+        batch.log            log of the supervisor
+        ranks/               rank-00000.log, …: standard output and error of each rank
+        heartbeats/          start-0/, …: last heartbeat of each rank of a start; srun.log
         submitit/            the batch script, and submitit's own files
 
-The job runs the supervisor on its first node, and that starts the ranks with `srun`.
+The job runs the supervisor on its first node. The supervisor starts the ranks with `srun`.
 """
 
 import logging
@@ -51,7 +51,9 @@ class Submission:
     Args:
         run: the run folder.
         recipe: the resolved recipe, as YAML.
-        source: JSON text that records what the recipe was made of.
+        plan: of the supervisor.
+        cluster: resources of the job.
+        source: JSON text that records the origin of the recipe.
     """
 
     def __init__(self, run: Path, recipe: str, plan: LaunchPlan, cluster: ClusterConfig, source: str = "") -> None:
@@ -59,7 +61,7 @@ class Submission:
         self.folder = run / "jobs" / f"{max(submissions_of(run), default=0) + 1:03d}"
 
     def script(self) -> str:
-        """The batch script."""
+        """Return the batch script."""
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self._submitit))}"
         script: str = import_submitit().slurm.slurm._make_sbatch_string(
             command=command, folder=self._submitit, **self.parameters(shlex.quote(str(self.folder)))
@@ -67,14 +69,14 @@ class Submission:
         return script
 
     def srun(self) -> str:
-        """How the job's supervisor will start the ranks on the least number of nodes."""
+        """Return the command that starts the ranks on the smallest number of nodes."""
         return shlex.join(srun_command(self.plan, self.folder, self.cluster.least_nodes, "start-0"))
 
     def submit(self) -> str:
-        """Returns the job's id.
+        """Submit the job; return its id.
 
         Raises:
-            ClusterError: an earlier job of the run is not over, the run folder cannot be written to, or the scheduler
+            ClusterError: an earlier job of the run has not ended, the run folder cannot be written, or the scheduler
                 refuses the job.
         """
         self.refuse()
@@ -92,7 +94,7 @@ class Submission:
         return job
 
     def note(self, job: str) -> None:
-        """Records that the scheduler has taken it."""
+        """Record that the scheduler has accepted the job."""
         (self.run / "gave-up.md").unlink(missing_ok=True)
         LaunchRecord(self.run).append("submitted", job, reason=str(self.folder))
 
@@ -101,10 +103,10 @@ class Submission:
         return self.folder / "submitit"
 
     def refuse(self) -> None:
-        """Check that it can be submitted.
+        """Check that the job can be submitted.
 
         Raises:
-            ClusterError: an earlier job is not over, or Slurm could never run this.
+            ClusterError: an earlier job has not ended, or Slurm could never run this job.
             MissingPackageError: submitit is not installed.
         """
         import_submitit()
@@ -124,7 +126,7 @@ class Submission:
             try:
                 phase = scheduler.job(job).phase
             except SchedulerError:
-                return  # told in a moment, when this job is submitted
+                return  # the submission of this job reports it
             lives, state = phase.is_alive, phase.value
         if lives:
             raise ClusterError(
@@ -132,7 +134,7 @@ class Submission:
             )
 
     def _refuse_the_impossible(self) -> None:
-        """Many a cluster takes a job that no node can ever run, and lets it wait for ever; not so in a rehearsal."""
+        """Raise ClusterError if no node can run the job. Many clusters accept such a job, and never start it."""
         try:
             rehearsal = subprocess.run(
                 ["sbatch", "--test-only"], input=self.script(), capture_output=True, text=True, check=False
@@ -146,7 +148,7 @@ class Submission:
             raise refusal(rehearsal.stderr)
 
     def write(self) -> None:
-        """Puts what the job needs into its folder."""
+        """Write what the job needs to its folder."""
         for folder in (self.folder, self.folder / "ranks", self._submitit):
             folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
@@ -169,23 +171,23 @@ class Submission:
         return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
     def parameters(self, folder: str) -> dict[str, Any]:
-        """Of submitit.
+        """Return submitit's parameters.
 
         Args:
-            folder: the submission's, in a word of shell.
+            folder: of the submission, quoted for the shell.
         """
         cluster = self.cluster
         return {
             **cluster.as_submitit(),
             "job_name": self.run.name,
             "nodes": cluster.least_nodes,
-            # Of one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
+            # For one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
             "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_process,
             "gpus_per_node": cluster.gpus_per_node or None,
-            "use_srun": False,  # what submitit starts is the supervisor, and that starts srun
+            "use_srun": False,  # submitit starts the supervisor, which starts srun
             "setup": [
                 f"folder={folder}",
-                # Slurm fails a job without a word where its output cannot be opened; so the job itself looks first.
+                # If the output cannot be opened, Slurm fails the job without a message; so the job checks first.
                 '[ -e "$folder/plan.json" ] || '
                 '{ scontrol update JobId="$SLURM_JOB_ID" Comment="$SLURMD_NODENAME cannot see $folder: '
                 'put run.root on a file system that all nodes share"; exit 1; }',
@@ -199,16 +201,16 @@ class Submission:
 
 
 def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int) -> list[str]:
-    """Submits jobs of several runs as the tasks of one array; returns their ids.
+    """Submit jobs of several runs as the tasks of one array; return their ids.
 
     Args:
-        submissions: all ask for the same.
-        folder: for what submitit writes; its name is the array's in the queue.
-        parallel: tasks at once, at most.
+        submissions: all with the same resources.
+        folder: of submitit's files; its name is the array's name in the queue.
+        parallel: largest number of tasks at once.
 
     Raises:
-        ClusterError: an earlier job of a run is not over, or Slurm refuses the array.
-        OSError: a folder cannot be written to.
+        ClusterError: an earlier job of a run has not ended, or Slurm refuses the array.
+        OSError: a folder cannot be written.
     """
     for each in submissions:
         each.refuse()
@@ -232,7 +234,7 @@ def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int)
 
 
 def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Submits calls, several of them as an array; returns the ids of their jobs."""
+    """Submit one call, or several as an array; return the ids of the jobs."""
     submitit = import_submitit()
     slurm = submitit.SlurmExecutor(folder)
     slurm.update_parameters(**parameters)
@@ -245,14 +247,20 @@ def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequenc
 
 
 def supervise(folder: str, scheduler: str) -> str:
-    """What the job runs.
+    """Supervise the ranks of a job; return the last event. The job runs this function.
+
+    Args:
+        folder: of the submission.
+        scheduler: "slurm" or "local".
 
     Raises:
-        SystemExit: the run was given up; so that the scheduler calls the job failed.
+        SystemExit: the run was given up; the exit code makes the scheduler call the job failed.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
-        signal.signal(number, lambda *_: None)  # submitit's would requeue; Slurm tells the ranks, whose end is awaited
+        signal.signal(
+            number, lambda *_: None
+        )  # submitit's handler would requeue; Slurm signals the ranks, and this process waits for them
     path = Path(folder)
     event = Supervisor(path, Machine() if scheduler == "local" else Allocation(path)).supervise()
     if event == "gave_up":
@@ -262,7 +270,7 @@ def supervise(folder: str, scheduler: str) -> str:
 
 @contextmanager
 def _importing_from(code: Path) -> Iterator[None]:
-    """Within, processes that are started import from there first, as the job's setup arranges it under Slurm."""
+    """Make processes that are started within import from a folder first, as the job's setup does under Slurm."""
     earlier = dict(os.environ)
     path = os.pathsep.join(filter(None, (str(code), earlier.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

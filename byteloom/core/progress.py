@@ -12,7 +12,7 @@ def ignore(done: int, total: int) -> None:
 
 
 class Tally:
-    """Adds up what threads have done and passes it on."""
+    """Sum of the work of several threads, reported as it grows."""
 
     def __init__(self, total: int, progress: Progress) -> None:
         self._total = total
@@ -21,6 +21,7 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, size: int) -> None:
+        """Add bytes done, and report the sum."""
         with self._lock:
             self._done += size
             self._progress(self._done, self._total)

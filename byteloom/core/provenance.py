@@ -91,7 +91,7 @@ def _digest(recipe: bytes) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as {dotted name: leaf}."""
+    """Return the leaves of a tree of mappings by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -102,6 +102,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two trees, a line each."""
+    """Return the differences between two trees, one line each."""
     old, new = flatten(then), flatten(now)
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]

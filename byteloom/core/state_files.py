@@ -29,6 +29,7 @@ class StateFileError(Exception):
         """Return the error of a file whose content is wrong.
 
         Args:
+            path: of the file.
             fault: a clause about "it", such as "it is empty".
             advice: what a person can do, as a clause.
         """
@@ -39,6 +40,7 @@ def read_json(path: Path, kind: type[T], advice: str) -> T | None:
     """Return the checked value of a JSON file; None where there is no such file.
 
     Args:
+        path: of the file.
         kind: the type that the value must have.
         advice: what a person can do about a damaged file, as a clause.
 

@@ -50,11 +50,12 @@ class MismatchError(ValueError):
 
 
 def describe_value(value: object) -> str:
-    """Return a value as a recipe could have it, cut where it is long."""
+    """Return a value as a recipe could have it, cut if it is long."""
     return shorten(json.dumps(value, ensure_ascii=False))
 
 
 def shorten(text: str) -> str:
+    """Return a text, cut with an ellipsis if it is too long to show."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
@@ -62,6 +63,7 @@ def describe_expected(fault: ErrorDetails, *, section: str = "", examples: Seque
     """Return what a field takes, for a value that it does not take: "it must be a whole number, such as 8".
 
     Args:
+        fault: of pydantic.
         section: an example of the section that the field takes, or takes a list or a mapping of.
         examples: values that the field takes.
     """

@@ -1,4 +1,4 @@
-"""The nodes of a Slurm job, for the supervisor on the first of them: ranks are tasks of `srun`, one step a start."""
+"""Nodes of a Slurm job, for the supervisor on the first node. Ranks are tasks of `srun`, one step for each start."""
 
 import os
 import re
@@ -21,21 +21,21 @@ from launchers.supervision.site import Ending
 from launchers.supervision.supervisor import TIME_LIMIT
 
 PATIENCE_SECONDS = 5.0
-"""Between two questions to a Slurm that does not answer."""
+"""Seconds between two calls of a Slurm that does not answer."""
 EARLY_SECONDS = 90.0
-"""So much before its time, and no more, Slurm sends the signal."""
+"""Seconds by which Slurm may send the signal too early."""
 EXCLUSION_SECONDS = 20.0
-"""In which a job that is sent back to the queue is told which nodes it is not to have."""
+"""Deadline, in seconds, to exclude nodes from a requeued job."""
 
 
 class Allocation:
-    """This process's job."""
+    """Slurm job of this process: its nodes, as the supervisor uses them."""
 
     has_others = True
 
     def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
         self._folder = folder
-        """Of the submission."""
+        """Folder of the submission."""
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         self.job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]  # one id names all tasks otherwise
         self.nodes: Sequence[str] = expand_hosts(environment["SLURM_JOB_NODELIST"])
@@ -43,6 +43,7 @@ class Allocation:
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 
     def why_unusable(self) -> str:
+        """Return why ranks cannot run on these nodes; empty if they can."""
         if missing := [name for name in ("scontrol", "scancel", "squeue") if shutil.which(name) is None]:
             return (
                 f"{self.nodes[0]} has no {missing[0]} in PATH, which the supervisor needs; add its folder to "
@@ -68,9 +69,11 @@ class Allocation:
         return ""
 
     def start(self, plan: LaunchPlan, folder: Path, name: str) -> "SrunRanks":
+        """Start all ranks."""
         return SrunRanks(self, plan, folder, name)
 
     def is_owned(self) -> bool:
+        """Return whether Slurm still runs this start of the job. Wait while Slurm does not answer."""
         while True:
             try:
                 told = scheduler.job(self.job)
@@ -79,6 +82,7 @@ class Allocation:
                 time.sleep(PATIENCE_SECONDS)
 
     def why_stopped(self) -> str:
+        """Return why Slurm asked the ranks to stop."""
         asked = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", self.job], capture_output=True, text=True, check=False
         ).stdout
@@ -91,6 +95,7 @@ class Allocation:
         return f"Slurm says {fields.get('JobState', 'nothing')}"
 
     def lost(self, nodes: Sequence[str]) -> list[str]:
+        """Return the nodes that Slurm calls down, failing or draining."""
         asked = subprocess.run(
             ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t"],
             capture_output=True,
@@ -100,12 +105,13 @@ class Allocation:
         return sorted({line.split()[0] for line in asked.splitlines() if re.search(r"down|\*|fail|drng", line)})
 
     def requeue(self, exclude: Sequence[str]) -> str:
+        """Requeue the job without some nodes; return why Slurm refuses, or an empty text."""
         try:
             scheduler.requeue(self.job)
         except SchedulerError as error:
             if self.is_owned():
-                return str(error)  # else it has worked, and the one that was to say so was ended with this job
-        # Slurm is ending this process now, and gives it some seconds.
+                return str(error)  # else it worked, and its process was ended with this job
+        # Slurm is ending this process, and allows it some seconds.
         deadline = time.monotonic() + EXCLUSION_SECONDS
         while exclude and time.monotonic() < deadline:
             try:
@@ -117,7 +123,7 @@ class Allocation:
 
 
 class SrunRanks:
-    """One start of all ranks."""
+    """Start of all ranks as one step of `srun`."""
 
     def __init__(self, allocation: Allocation, plan: LaunchPlan, folder: Path, name: str) -> None:
         self._job, self._name = allocation.job, name
@@ -142,15 +148,16 @@ class SrunRanks:
             )
 
     def ending(self) -> Ending | None:
+        """Return how the ranks ended; None while they run."""
         code = self._srun.poll()
         if code is None:
             return None
-        # srun says 0 too when Slurm has ended the job under it.
+        # srun exits with 0 also when Slurm has ended the job.
         beats = [read_beat(self._heartbeats, rank) for rank in range(self.size)]
         if code == 0 and all(beat is not None and beat.code == 0 for beat in beats):
             return Ending("finished", "")
         said = self._said_path.read_text(encoding="utf-8", errors="backslashreplace")
-        # The rank that failed first: the others were ended for it.
+        # The rank that failed first; Slurm ended the others.
         first = re.search(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)", said, re.MULTILINE)
         if lost := re.search(r"^srun: error: Node failure on (\S+)", said, re.MULTILINE):
             return Ending("failed", f"lost {lost[1]}", lost[1])
@@ -165,13 +172,15 @@ class SrunRanks:
         return Ending("failed", f"rank {rank} on {node}: {last_words or words}", node, rank)
 
     def ask_where(self) -> None:
+        """Make every rank write the stacks of its threads."""
         self._signal("QUIT")
 
     def kill(self) -> None:
+        """Kill all ranks."""
         self._signal("KILL")
 
     def _signal(self, name: str) -> None:
-        """To all ranks. Slurm may not answer: it is asked again then."""
+        """Send a signal to all ranks. If Slurm does not answer, the supervisor calls this again."""
         asked = subprocess.run(
             ["squeue", "--steps", f"--jobs={self._job}", "--noheader", "--format=%i %j"],
             capture_output=True,
@@ -183,7 +192,7 @@ class SrunRanks:
 
 
 def srun_command(plan: LaunchPlan, folder: Path, nodes: int, name: str) -> list[str]:
-    """Starts one task a rank on all nodes of the job; all are ended when one has failed."""
+    """Return the command that starts one task for each rank. Slurm ends all tasks when one fails."""
     ranks = nodes * plan.processes_per_node
     # Every rank sees its node's GPUs and takes the one of its local rank, so that they can copy to each other.
     gpus = [f"--gpus-per-node={plan.gpus_per_node}"] if plan.gpus_per_node else []
@@ -204,7 +213,7 @@ def srun_command(plan: LaunchPlan, folder: Path, nodes: int, name: str) -> list[
 
 
 def _seconds(clock: str) -> float:
-    """Of Slurm's [days-]hours:minutes:seconds; infinite for UNLIMITED."""
+    """Return the seconds of Slurm's [days-]hours:minutes:seconds; infinity for UNLIMITED."""
     timed = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", clock)
     if timed is None:
         return float("inf")

@@ -1,7 +1,7 @@
-"""Commands as the tasks of a job array: submitit submits them, so many at once, each the same as a person would type.
+"""Job arrays of commands, submitted through submitit with a limit of tasks at once.
 
-A task that was killed, or asked to make room before its time limit, is put back into the queue by its own batch script,
-under the same id: the command must be one that goes on where it was.
+A task that was killed, or was asked to stop before its time limit, is requeued by its own batch script under the same
+id. So the command must be one that resumes.
 """
 
 import os
@@ -14,10 +14,9 @@ from launchers.slurm.executors import import_submitit
 from launchers.slurm.presets import ClusterConfig, ClusterError, refusal
 
 RESTARTS = 5
-"""After so many, a task that is killed stays dead; one that is asked to make room is started again any number of times.
-"""
+"""Restarts of a task that is killed. A task that is asked to stop in time is restarted without a limit."""
 # With an array's own id, scontrol would requeue all of its tasks. SIGUSR2, which Slurm sends before the time limit or a
-# preemption, ends a command with 140. A job that was cancelled or lost its nodes is none of ours any more.
+# preemption, ends a command with 140. A job that was cancelled or lost its nodes is not requeued here.
 REQUEUE = f"""code=$?
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 if [ $code -eq 140 ] || {{ [ $code -gt 128 ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {RESTARTS} ]; }}; then
@@ -34,14 +33,15 @@ def submit_commands(
     parallel: int,
     after: str | None = None,
 ) -> str:
-    """Submits commands, each as one task on one node; returns the id of the job or the array.
+    """Submit commands, each as one task on one node; return the id of the job or the array.
 
     Args:
+        commands: words of each.
         folder: of batch scripts and logs.
-        name: that people see in the queue.
-        cluster: what each task asks for; its nodes and ranks are none of ours.
-        parallel: tasks at once, at most.
-        after: a job or array that must be over before these begin, however it ends.
+        name: shown in the queue.
+        cluster: resources of each task; its nodes and ranks are not used.
+        parallel: largest number of tasks at once.
+        after: a job or array that must have ended, in whatever way, before these start.
 
     Raises:
         ClusterError: there is no Slurm here, or it refuses.
@@ -59,7 +59,7 @@ def submit_commands(
         array_parallelism=parallel,
         # srun of Slurm 22.05 to 23.02 does not take the processors from sbatch, and each start begins its log anew.
         srun_args=[f"--cpus-per-task={cluster.cpus_per_process}", "--open-mode=append"],
-        setup=[*cluster.setup, "export PYTHONSAFEPATH=1"],  # a folder named launchers here is none of ours
+        setup=[*cluster.setup, "export PYTHONSAFEPATH=1"],  # ignore a folder named launchers here
         teardown=REQUEUE.splitlines(),
         additional_parameters={"requeue": True, **cluster.sbatch},
     )
@@ -72,6 +72,6 @@ def submit_commands(
 
 
 def exec_command(command: Sequence[str]) -> None:
-    """What a task runs: this process becomes the command, which Slurm's signals then reach as they are."""
+    """Replace this process with the command of a task, so that Slurm's signals reach the command."""
     print(shlex.join(command), flush=True)
     os.execvp(command[0], list(command))

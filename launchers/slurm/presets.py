@@ -19,51 +19,53 @@ class ClusterError(Exception):
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """What a job asks for."""
+    """Resources of a job."""
 
     scheduler: Literal["slurm", "local"] = "slurm"
-    """Who runs the job: Slurm, or this machine (submitit's local executor)."""
+    """Scheduler of the job: Slurm, or this machine (submitit's local executor)."""
     nodes: str = Field(default="1", pattern=r"^[1-9]\d*(-[1-9]\d*)?$", examples=["4", "2-4"])
-    """How many nodes: 4, or 2-4 for as many as there are when it starts; a restart may be given another number."""
+    """Number of nodes: 4, or 2-4 for as many as are free at the start. A restart may get another number."""
     processes_per_node: int | None = Field(default=None, ge=1)
-    """Ranks on each node; without it one for each GPU, or one."""
+    """Ranks on each node. Default: one for each GPU, or one."""
     gpus_per_node: int = Field(default=0, ge=0)
     """GPUs of each node."""
     cpus_per_process: int = Field(default=1, ge=1)
-    """Processors of each rank: its own, those of its loader's threads and of its checkpoint's."""
+    """CPU cores of each rank, for its own thread and those of its loader and its checkpoints."""
     memory: str | None = None
-    """Of each node, such as 64G; without it the partition's default."""
+    """Memory of each node, such as 64G. Default: the partition's."""
     partition: str | None = None
-    """Slurm's partition; without it the cluster's default. So for the next three."""
+    """Slurm's partition. Default: the cluster's."""
     account: str | None = None
-    """Whose hours these are."""
+    """Slurm account that is charged. Default: the cluster's."""
     qos: str | None = None
-    """Quality of service."""
+    """Quality of service. Default: the cluster's."""
     constraint: str | None = None
-    """Features that nodes must have."""
+    """Features that nodes must have. Default: none."""
     time: str | None = Field(
         default=None, pattern=r"^(\d+|(\d+-)?\d+(:\d+){0,2})$", examples=["90", "12:00:00", "2-00:00:00"]
     )
-    """Limit of one start: minutes, hours:minutes:seconds or days-hours:minutes:seconds. A longer run goes on in another
-    start."""
+    """Time limit of one start: minutes, hours:minutes:seconds or days-hours:minutes:seconds. A longer run resumes in
+    another start."""
     signal_seconds: int = Field(default=180, ge=1, le=65535)
-    """Seconds before the limit at which ranks are asked to stop. The longer of a step and a batch of windows of a
-    validation must fit in, and then a checkpoint. Slurm may be earlier."""
+    """Seconds before the limit at which ranks are asked to stop. The longer of a step and a batch of validation windows
+    must fit in, and then a checkpoint. Slurm may send the signal earlier."""
     setup: list[str] = []
-    """Lines of shell at the beginning of the job, such as module load cuda."""
+    """Shell lines at the start of the job, such as module load cuda."""
     sbatch: dict[str, str | int | bool] = {}
-    """Further options of sbatch, by their long names: {mail-type: END}."""
+    """More options of sbatch by their long names: {mail-type: END}."""
 
     @property
     def ranks_per_node(self) -> int:
+        """Return the ranks on each node."""
         return self.processes_per_node or self.gpus_per_node or 1
 
     @property
     def least_nodes(self) -> int:
+        """Return the smallest number of nodes."""
         return int(self.nodes.partition("-")[0])
 
     def as_submitit(self) -> dict[str, Any]:
-        """What submitit is to ask Slurm for, whatever the job runs and on however many nodes."""
+        """Return submitit's parameters that do not depend on the command and the number of nodes."""
         return {
             "partition": self.partition,
             "account": self.account,
@@ -78,10 +80,12 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
 
 
 def load_cluster(name: str, changes: Mapping[str, Any]) -> ClusterConfig:
-    """A preset, with options of the command laid over it; those that are None were not given.
+    """Return a preset, changed by options of the command.
 
     Args:
         name: of a preset that comes with Byteloom, or the path of a YAML file.
+        changes: options by field; None is an option that was not set.
+
     Raises:
         ClusterError: there is none, or it is wrong.
     """
@@ -113,6 +117,7 @@ def _describe(fault: ErrorDetails, given: Container[str], path: Path) -> str:
     """Return what is wrong, where it came from and what is expected.
 
     Args:
+        fault: of pydantic.
         given: fields that are options of the command.
         path: of the preset.
     """
@@ -129,7 +134,7 @@ def _describe(fault: ErrorDetails, given: Container[str], path: Path) -> str:
 
 
 class _PresetLoader(yaml.SafeLoader):
-    """In which 12:00:00 is text, and no number of seconds."""
+    """YAML loader that reads 12:00:00 as text, not as a number of seconds."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 a table of the class, as in the base class
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":int", ":float", ":timestamp"))]

@@ -1,7 +1,7 @@
-"""What Slurm says of jobs, asked anew each time, and what may be done to them.
+"""State of Slurm jobs, and commands that change it. Every call asks Slurm again.
 
-slurmctld is asked first. Accounting, which lags behind it and which not every cluster has, is asked only of jobs that
-slurmctld has forgotten. submitit's own answer is not used: it keeps NODE_FAIL for ever, while Slurm runs the job again.
+slurmctld is asked first. Accounting lags behind it and is not on every cluster, so it is asked only about jobs that
+slurmctld has forgotten. submitit's own answer is not used: it keeps NODE_FAIL while Slurm runs the job again.
 """
 
 import re
@@ -12,34 +12,34 @@ from enum import StrEnum
 
 
 class SchedulerError(Exception):
-    """Slurm is not there, does not answer, or refuses."""
+    """Slurm is not installed, does not answer, or refuses."""
 
 
 class JobPhase(StrEnum):
-    """Where a job is, in the words that people are shown."""
+    """Phase of a job, in the words that people see."""
 
     QUEUED = "queued"
     """It waits for its first start."""
     RUNNING = "running"
     ENDING = "ending"
-    """Its processes are being ended; whether it comes back shows then."""
+    """Slurm is ending its processes, and may requeue it afterwards."""
     REQUEUED = "requeued"
-    """It waits to be started again."""
+    """It waits for another start."""
     HELD = "held"
-    """It waits for somebody to release it."""
+    """It waits for a person to release it."""
     RETURNING = "returning"
-    """It has lost a node, or its place to another job, and Slurm is about to put it back into the queue."""
+    """It has lost a node or was preempted, and Slurm is about to requeue it."""
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
     FORGOTTEN = "forgotten"
-    """Slurm does not know it, any more or at all."""
+    """Slurm does not know it, or has forgotten it."""
     UNKNOWN = "unknown"
     """Slurm cannot be asked."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs, or will."""
+        """Whether it runs, or will run."""
         return self not in (
             JobPhase.FINISHED,
             JobPhase.FAILED,
@@ -54,19 +54,19 @@ class Job:
     """One job, or one element of an array."""
 
     id: str
-    """As people type it: 12, and 12_3 in an array."""
+    """Id as people type it: 12, or 12_3 in an array."""
     phase: JobPhase
     state: str = ""
-    """Slurm's own word."""
+    """Slurm's name of the state."""
     reason: str = ""
-    """Slurm's, for waiting or ending; or why nothing is known."""
+    """Slurm's reason why it waits or ended, or the reason why nothing is known."""
     restarts: int = 0
     nodes: str = ""
-    """Slurm's list: n[1-2]."""
+    """Nodes in Slurm's form: n[1-2]."""
 
 
 def job(job_id: str) -> Job:
-    """The state of one job, or of one element of an array.
+    """Return the state of one job, or of one element of an array.
 
     Raises:
         SchedulerError: Slurm cannot be asked.
@@ -75,7 +75,7 @@ def job(job_id: str) -> Job:
 
 
 def jobs(job_id: str) -> list[Job]:
-    """The states of a job, or of all elements of an array, in their order.
+    """Return the states of a job, or of all elements of an array, in order.
 
     Raises:
         SchedulerError: Slurm cannot be asked.
@@ -90,10 +90,10 @@ def jobs(job_id: str) -> list[Job]:
 
 
 def cancel(job_id: str) -> None:
-    """Asks a job, waiting or running, to end: its ranks get SIGTERM, and SIGKILL when KillWait is over.
+    """Cancel a waiting or running job. Its ranks get SIGTERM, and SIGKILL after KillWait.
 
     Raises:
-        SchedulerError: it is unknown or over, or Slurm refuses.
+        SchedulerError: the job is unknown or has ended, or Slurm refuses.
     """
     known = jobs(job_id)
     if not any(each.phase.is_alive for each in known):
@@ -102,10 +102,10 @@ def cancel(job_id: str) -> None:
 
 
 def requeue(job_id: str) -> None:
-    """Puts a running job back into the queue, under the same id.
+    """Requeue a running job under the same id.
 
     Raises:
-        SchedulerError: Slurm refuses; if the job waits already, that is what was wanted, and no error.
+        SchedulerError: Slurm refuses. A job that waits already is no error.
     """
     asked = _ask("scontrol", "requeue", job_id)
     if asked.returncode and "pending execution" not in asked.stderr:
@@ -113,7 +113,7 @@ def requeue(job_id: str) -> None:
 
 
 def exclude(job_id: str, nodes: Sequence[str]) -> None:
-    """Names all nodes that a waiting job is not to be given.
+    """Set the nodes that a waiting job must not get.
 
     Raises:
         SchedulerError: Slurm refuses.
@@ -122,7 +122,7 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
 
 
 def _of_controller(line: str) -> list[Job]:
-    """Jobs of a line of `scontrol show job`: one, or those elements of an array that wait together."""
+    """Return the jobs of a line of `scontrol show job`: one, or the elements of an array that wait together."""
     fields = dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", line))
     reason = "" if fields["Reason"] == "None" else fields["Reason"]
     nodes = fields.get("NodeList", "").removeprefix("(null)")
@@ -135,10 +135,13 @@ def _of_controller(line: str) -> list[Job]:
 
 
 def _phase(state: str, reason: str, restarts: int, returns: bool) -> JobPhase:
-    """The phase of a job that slurmctld knows.
+    """Return the phase of a job.
 
     Args:
-        returns: whether Slurm itself starts it again where it was ended by no fault of its own.
+        state: Slurm's name of it.
+        reason: Slurm's reason why the job waits.
+        restarts: number of earlier starts.
+        returns: whether Slurm requeues the job if a node fails or the job is preempted.
     """
     if state == "PENDING":
         if "Held" in reason or "held" in reason:
@@ -167,11 +170,11 @@ _PHASES = {
     "CANCELLED": JobPhase.CANCELLED,
     "REVOKED": JobPhase.CANCELLED,
 }
-"""Phases of Slurm's states, but for those that depend; every other state is a way to fail."""
+"""Phases by Slurm's states, without states that depend on more. Every other state is a failure."""
 
 
 def _of_accounting(job_id: str) -> list[Job]:
-    """Jobs that slurmctld does not know: ended long ago, or never there."""
+    """Return the jobs of an id that slurmctld does not know."""
     columns = "JobID,State,NodeList"
     asked = _ask("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job_id, "--format", columns)
     if asked.returncode and "disabled" not in asked.stderr:
@@ -191,7 +194,7 @@ def _accounted(job_id: str, words: str, nodes: str) -> Job:
 
 
 def _expanded(elements: str) -> list[int]:
-    """Numbers of the elements of an array that "0,2-5%2" names."""
+    """Return the elements of an array that a text such as "0,2-5%2" names."""
     ranges = (part.partition("-") for part in elements.partition("%")[0].split(","))
     return [number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)]
 
@@ -218,6 +221,6 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _last_line(text: str) -> str:
-    """Of what a command of Slurm says is wrong, without its name."""
+    """Return the last line of an error of a Slurm command, without the command's name."""
     lines = text.strip().splitlines() or ["no reason is given"]
     return re.sub(r"^\w+: (error|fatal): ", "", lines[-1])

@@ -1,9 +1,9 @@
-"""Signs of life: what each rank of a supervised run is at, and since when.
+"""Heartbeats: the phase of each rank of a supervised run, and its time.
 
-    FOLDER/rank-00002.json     written by the rank's loop, so that they end when the loop hangs
-    FOLDER/rank-00002.stack    where its threads are, written when SIGQUIT asks for it
+    FOLDER/rank-00002.json     written by the rank's loop, so heartbeats end when the loop hangs
+    FOLDER/rank-00002.stack    stacks of its threads, written on SIGQUIT
 
-The folder is named in the environment by whoever looks after the ranks; without it nothing is written.
+The supervisor names the folder in the environment. Without it, nothing is written.
 """
 
 import json
@@ -20,16 +20,16 @@ from byteloom.core.files import replace_file
 from byteloom.core.state_files import StateFileError, read_json
 
 FOLDER = "BYTELOOM_HEARTBEATS"
-"""The environment variable that names the folder."""
+"""Environment variable that names the folder."""
 BEAT_SECONDS = 1.0
-"""Beats of one phase are so far apart, at least."""
+"""Least seconds between two heartbeats of one phase."""
 
 Phase = Literal["start", "step", "evaluation", "checkpoint", "end"]
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank was at when it last beat."""
+    """Heartbeat of a rank."""
 
     phase: Phase
     step: int
@@ -38,14 +38,15 @@ class Beat:
     time: float
     """Seconds since 1970 by the node's clock."""
     code: int | None = None
-    """The exit code, of a rank that has come to its end."""
+    """Exit code of a rank that has ended."""
 
 
 class Heartbeat:
-    """One rank's.
+    """Heartbeats of one rank.
 
     Args:
-        folder: None for a rank that nobody looks after.
+        folder: None for a rank without a supervisor.
+        rank: its number.
     """
 
     def __init__(self, folder: Path | None, rank: int) -> None:
@@ -55,24 +56,24 @@ class Heartbeat:
 
     @classmethod
     def of(cls, environment: Mapping[str, str], rank: int) -> Self:
-        """In the folder that the environment names."""
+        """Return the heartbeats in the folder that the environment names."""
         folder = environment.get(FOLDER)
         return cls(Path(folder) if folder else None, rank)
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody looks after this rank."""
+        """Whether a supervisor watches this rank."""
         return self._path is not None
 
     def beat(self, phase: Phase, step: int = 0) -> None:
-        """Called by the loop as often as it likes; writes now and then, and whenever the phase is another."""
+        """Write a heartbeat if the phase is new or the last heartbeat is older than BEAT_SECONDS."""
         now = time.monotonic()
         if phase != self._last[0] or now - self._last[1] >= BEAT_SECONDS:
             self._last = (phase, now)
             self._write(Beat(phase, step, self._node, time.time()))
 
     def end(self, code: int) -> None:
-        """The last beat."""
+        """Write the last heartbeat."""
         self._write(Beat("end", 0, self._node, time.time(), code))
 
     def _write(self, beat: Beat) -> None:
@@ -83,17 +84,17 @@ class Heartbeat:
 
 
 def beat_of(folder: Path, rank: int) -> Path:
-    """Where a rank beats."""
+    """Return the file of a rank's heartbeat."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def stack_of(folder: Path, rank: int) -> Path:
-    """Where a rank says where its threads are."""
+    """Return the file of a rank's stacks."""
     return folder / f"rank-{rank:05d}.stack"
 
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
-    """Return a rank's last beat; None before its first, and where the file is damaged: the next beat replaces it."""
+    """Return a rank's last heartbeat; None before the first, or if the file is damaged. The next one replaces it."""
     with suppress(StateFileError):
         return read_json(beat_of(folder, rank), Beat, "the rank writes it again")
     return None

@@ -60,12 +60,12 @@ class Launch:
 
     @property
     def ends_background(self) -> bool:
-        """Whether a run in the background of a machine is over with this."""
+        """Whether this event ends a run in the background of a machine."""
         return self.event in ("finished", "gave_up", "stopped")
 
 
 class LaunchRecord:
-    """The record of one run. Lines are short, and appended whole: several processes may write."""
+    """Record of one run. Several processes may write: lines are short and appended whole."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / "launches.jsonl"
@@ -82,10 +82,10 @@ class LaunchRecord:
         reason: str = "",
         faulty: str = "",
     ) -> Launch:
-        """Writes a line, which is on disk when this returns."""
+        """Append a line; it is on disk when this returns."""
         launch = Launch(time.time(), event, job, restart, list(nodes), step, reason, faulty)
         with self.path.open("ab+") as file:
-            # A writer that was killed may have left half a line, which must not swallow this one.
+            # Half a line of a killed writer must not swallow this one.
             has_half = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
             file.write(b"\n" * has_half + json.dumps(asdict(launch)).encode() + b"\n")
             file.flush()
@@ -93,9 +93,9 @@ class LaunchRecord:
         return launch
 
     def read(self, report: Callable[[str], None] = log.warning) -> list[Launch]:
-        """Return all whole lines, oldest first; none where nothing was submitted.
+        """Return all whole lines, oldest first; an empty list if nothing was submitted.
 
-        Damaged lines are left out. The record only counts and explains starts: the fence keeps an older start from
+        Damaged lines are skipped. The record only counts and explains starts: the fence keeps an older start from
         writing, whatever the record says.
 
         Args:
@@ -122,7 +122,7 @@ def submissions_of(run: Path) -> dict[int, Path]:
 
 def reason_of_start(run: Path, environment: Mapping[str, str]) -> str:
     """Return why the ranks of a run are being started: what the record says, or the scheduler, or "manual"."""
-    if HEARTBEATS in environment:  # a supervisor starts them, and has just noted it
+    if HEARTBEATS in environment:  # a supervisor starts them, and has just recorded it
         launches = LaunchRecord(run).read()
         before = [last for last, launch in pairwise(launches) if launch.event == "started"]
         return before[-1].summary if before else "submitted"
@@ -134,6 +134,6 @@ def reason_of_start(run: Path, environment: Mapping[str, str]) -> str:
 
 
 def last_submission(run: Path) -> Path | None:
-    """The folder of a run's newest submission."""
+    """Return the folder of a run's newest submission."""
     submitted = [folder for folder in submissions_of(run).values() if (folder / "cluster.yaml").exists()]
     return submitted[-1] if submitted else None

@@ -1,8 +1,8 @@
 """The fence: only the newest start of a run writes.
 
-Each start takes the next generation of its run folder, and of the home of its checkpoints where that is elsewhere. A
-node that was cut off, whose processes live on while the job has been started elsewhere, finds a newer generation there
-when it is back, and ends. A lock is no help against it: it is one machine's, or is lost with the connection.
+Each start takes the next generation of its run folder, and of the home of its checkpoints if that is elsewhere. When a
+node that was cut off comes back, while the job runs elsewhere, its processes find a newer generation there and end. A
+lock does not help: it is local to one machine, or is lost with the connection.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pretrain.checkpoint.bucket import BucketHome
 log = logging.getLogger(__name__)
 
 PAUSE = 1.0
-"""Seconds between two looks of a rank that is about to write nothing."""
+"""Seconds between two checks of a rank that writes nothing."""
 
 
 class FencedError(Exception):
@@ -55,29 +55,29 @@ class Note:
 
 
 class Fence:
-    """A start's mark, its generation and a word of its own, in notes that all starts of the run see.
+    """Mark of a start (its generation and a random word) in notes that all starts of the run see.
 
-    It holds nobody off until it has a mark.
+    Without a mark, every check passes.
 
     Args:
-        near: in the run folder; looked at often.
-        far: where else the run writes, for the case that another start has another run folder.
+        near: note in the run folder; it is read often.
+        *far: notes elsewhere, because another start may have another run folder.
     """
 
     def __init__(self, near: Location, *far: Location) -> None:
         self._near, self._far = Note(near), [Note(place) for place in far]
         self.mark: str | None = None
-        """The same on all ranks of a start."""
+        """Mark of this start, the same on all ranks."""
         self._looked = float("-inf")
 
     def claim(self) -> str:
-        """Takes the next generation: for the first rank of a start that will go on, once it holds the folder.
+        """Take the next generation, and return its mark. The first rank calls this once it holds the run folder.
 
-        Of two starts that do so at once, the one that writes last has it. A note that is damaged is replaced: a start
-        writes only where it finds its own mark, with its own random word, so an older start cannot go on writing.
+        If two starts do so at the same time, the one that writes last has it. A damaged note is replaced: a start
+        writes only if it finds its own mark, with its own random word, so an older start cannot continue to write.
 
         Raises:
-            FencedError: it cannot be noted.
+            FencedError: a note cannot be written.
         """
         notes = (*self._far, self._near)
         try:
@@ -91,7 +91,7 @@ class Fence:
 
     @property
     def holds(self) -> bool:
-        """Whether this start is the newest, as far as the run folder knows; False where that cannot be read."""
+        """Whether this start is the newest by the note in the run folder; False if the note cannot be read."""
         self._looked = time.monotonic()
         try:
             return self.mark is None or _mark_in(self._near) == self.mark
@@ -99,28 +99,28 @@ class Fence:
             return False
 
     def check(self) -> None:
-        """Called before anything is written to the run folder.
+        """Check that this start may write to the run folder.
 
         Raises:
-            FencedError: this start is not the newest any more.
+            FencedError: this start is no longer the newest.
         """
         if not self.holds:
             self._refuse(self._near)
 
     def check_everywhere(self) -> None:
-        """Called before anything of a checkpoint is written. Raises as `check`."""
+        """Check that this start may write a checkpoint. Raises as `check`."""
         self.check()
         for note in self._far:
             if self.mark is not None and _mark_in(note) != self.mark:
                 self._refuse(note)
 
     def look(self) -> None:
-        """As `check`, now and then."""
+        """Check as `check` does, if the last check is older than PAUSE."""
         if time.monotonic() - self._looked > PAUSE:
             self.check()
 
     def _refuse(self, note: Note) -> NoReturn:
-        """Raise FencedError with the reason why this start may not write, by what is at a note now."""
+        """Raise FencedError with the reason why this start may not write, from the content of a note."""
         text, place = note.read(), note.place
         if text is None and isinstance(place, Path) and not place.parent.exists():
             raise FencedError(
@@ -160,7 +160,7 @@ def _starts_noted_in(note: Note) -> int:
 
 
 def _counted_in(note: Note) -> int:
-    """Return how often a run has been started, as far as a note knows."""
+    """Return how often a run has been started; 0 if the note is damaged."""
     try:
         return _starts_noted_in(note)
     except StateFileError as error:
@@ -174,6 +174,6 @@ def _mark_in(note: Note) -> str | None:
 
 
 def _generation_in(text: str) -> int | None:
-    """Return the generation that a mark begins with; None where it is damaged."""
+    """Return the generation of a mark; None if the mark is damaged."""
     found = re.match(r"([0-9]{1,9})(?: [0-9a-f]+)?\n?$", text)
     return int(found[1]) if found else None

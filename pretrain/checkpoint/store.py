@@ -1,13 +1,13 @@
-"""A run's checkpoints: save behind training, commit, load the newest valid one, set invalid ones aside, keep some.
+"""Checkpoints of a run: save during training, commit, load the newest valid one, quarantine invalid ones, keep some.
 
     fragments ─▶ staging buffer ─▶ rank-00000.bin, rank-00001.bin, … ─▶ layout.json ─▶ metadata.json
       live         a copy             each rank its own, durable            the first rank: commit
 
     newest checkpoint ─▶ staging buffer ─▶ all ranks found it valid ─▶ fragments
-      or the one before      digests          or they go on with the one before
+      or the one before      digests          or they try the one before
 
-The loop goes on at once. Its next passes change nothing of what is copied, and its next update waits for the copy. What
-follows is done by a thread of each rank, and the threads talk by a process group of their own.
+The loop continues at once. Its next passes change no copied value, and its next update waits for the copy. A thread of
+each rank does the rest; these threads have a process group of their own.
 """
 
 import contextlib
@@ -59,26 +59,29 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep: int | None = Field(default=3, ge=1)
-    """The newest checkpoints that are kept, all of them found valid; older ones are deleted after a new one is on disk.
-    Null keeps all for ever."""
+    """Number of newest valid checkpoints that are kept. Older ones are deleted after a new one is on disk. Null keeps
+    all."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Beside those, checkpoints of steps that are multiples of this are kept for ever."""
+    """Also keep checkpoints of steps that are multiples of this."""
     asynchronous: bool = True
-    """Write behind training. It takes a copy of what a rank owns of masters and moments in the host's memory."""
+    """Write during training. This needs a copy of a rank's masters and moments in host memory."""
     home: LocationText | None = None
-    """Folder or URL (s3://bucket/folder, for one) in which each run has a folder of checkpoints, by its name, and finds
-    them even from a new run folder. Null is the run folder itself."""
+    """Folder or URL, such as s3://bucket/folder, with a folder of checkpoints for each run, by its name. A new run
+    folder finds them there. Null is the run folder."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run, named by their step. All ranks of a run have one, and call it alike.
+    """Checkpoints of one run, named by their step. All ranks call the same methods.
 
     Args:
         home: a folder or URL.
-        keep, keep_every: as of CheckpointConfig.
-        fence: called before anything is written; raises if this process may not write any more.
+        keep: as in CheckpointConfig.
+        world: the ranks of the run.
+        keep_every: as in CheckpointConfig.
+        fence: called before anything is written; raises if this process may no longer write.
+
     Raises:
-        CheckpointError: there cannot be a home.
+        CheckpointError: the home cannot be used.
     """
 
     def __init__(
@@ -97,43 +100,46 @@ class CheckpointStore:
         self._staged = torch.empty(0)
         self._stager = ThreadPoolExecutor(1, "stager")
         self._staging: Future[Tensor] | None = None
-        """The copy of the save under way."""
+        """Copy of the save in progress."""
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
         self._owned: Owned | None = None
         self._layout = b""
-        """Of the ranges that ranks told last; on the first rank."""
+        """Layout of the ranges that ranks own; on the first rank."""
         self._found_valid: set[str] = set()
-        """Names of those that this start wrote or verified."""
+        """Names of the checkpoints that this start wrote or verified."""
 
     @property
     def folder(self) -> Location:
-        """The home."""
+        """Home of the checkpoints."""
         return self._home.location
 
     def path(self, step: int) -> Location:
+        """Return the place of the checkpoint of a step."""
         return self.folder / step_name(step)
 
     def save(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> Location:
-        """Writes a checkpoint, which is there, whole and on disk, when this returns; then deletes the oldest.
+        """Write a checkpoint, then delete the oldest. It is whole and on disk when this returns.
 
         Args:
+            step: of the checkpoint.
             fragments: that this rank owns.
-            state: of the run; the first rank's is kept.
+            state: of the run; that of the first rank is written.
+
         Raises:
-            CheckpointError: a rank could not write it; on all ranks, and the one before is as it was.
+            CheckpointError: a rank could not write it; on all ranks. Earlier checkpoints are unchanged.
         """
         self.begin(step, fragments, state)
         self.finish()
         return self.path(step)
 
     def begin(self, step: int, fragments: Sequence[Fragment], state: dict[str, Any]) -> None:
-        """As `save`, but returns at once; fragments must stay as they are until `wait_for_copy` has returned.
+        """Start a save, and return at once. Fragments must not change until `wait_for_copy` has returned.
 
-        Waits for the save before to end first.
+        Waits for the end of the previous save first. The arguments are those of `save`.
 
         Raises:
-            CheckpointError: the save before failed; this one has not begun.
+            CheckpointError: the previous save failed; this one was not started.
         """
         self.finish()
         self._staging = self._stager.submit(self._stage, fragments)
@@ -142,15 +148,15 @@ class CheckpointStore:
         self._thread.start()
 
     def wait_for_copy(self) -> None:
-        """Returns when the fragments of the save under way may change, if there is one."""
+        """Wait until the fragments of the save in progress may change."""
         if self._staging is not None:
             wait([self._staging])
 
     def finish(self) -> None:
-        """Waits for the save under way, if there is one.
+        """Wait for the save in progress.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: the save failed.
         """
         if self._thread is None:
             return
@@ -160,7 +166,7 @@ class CheckpointStore:
             raise CheckpointError(f"cannot write a checkpoint: {fault}") from fault
 
     def _stage(self, fragments: Sequence[Fragment]) -> Tensor:
-        """The values as they are now, one fragment after another, in a buffer that is used again."""
+        """Return the present values, one fragment after another, in a reused buffer."""
         values = self._buffer(fragments)
         lengths = [len(fragment.data) for fragment in fragments]
         copy(values.split(lengths), [fragment.data for fragment in fragments])
@@ -169,7 +175,7 @@ class CheckpointStore:
     def _buffer(self, fragments: Sequence[Fragment]) -> Tensor:
         length = sum(len(fragment.data) for fragment in fragments)
         if len(self._staged) != length:
-            self._staged = torch.empty(0)  # first one goes, then the other comes
+            self._staged = torch.empty(0)  # free the old buffer before the new one is made
             on_cuda = any(fragment.data.is_cuda for fragment in fragments)
             self._staged = torch.empty(length, pin_memory=True) if on_cuda else host_buffer(length)
         return self._staged
@@ -178,7 +184,7 @@ class CheckpointStore:
         try:
             self._write(name, staging, owned, state)
             log.info("checkpoint %s", self.folder / name)
-        except Exception as error:  # told at once, and raised by `finish`
+        except Exception as error:  # logged at once, and raised by `finish`
             self._fault = error
             log.error("cannot write the checkpoint of step %d: %s", step_in(name), error)
             return
@@ -205,7 +211,7 @@ class CheckpointStore:
         self._found_valid.add(name)
 
     def _plan(self, owned: Owned) -> None:
-        """Tells the first rank who writes what, where that is not as it was at the save before."""
+        """Send the ranges that each rank owns to the first rank, if they changed since the last save."""
         world = self._world
         if any(world.sum(owned != self._owned)):
             of_ranks = world.gather(owned)
@@ -219,7 +225,7 @@ class CheckpointStore:
         self._fence()
         try:
             return self._home.begin(name)
-        except FileExistsError:  # at a URL, the marker of a start that was fenced off, if nothing is left to mark
+        except FileExistsError:  # at a URL: the marker of a fenced start, without the files that it marks
             try:
                 verify_data(metadata_in(self._home, name))
             except InvalidCheckpointError as error:
@@ -228,7 +234,7 @@ class CheckpointStore:
             raise
 
     def _tried(self, draft: str, staging: Future[Tensor]) -> dict[str, Any]:
-        """The file that this rank wrote, or why it could not, as JSON."""
+        """Return the file that this rank wrote, or the reason why it could not, as JSON."""
         try:
             self._fence()
             return {"file": self._create(draft, f"rank-{self._world.rank:05d}.bin", bytes_of(staging.result()))}
@@ -257,20 +263,21 @@ class CheckpointStore:
         set_aside: bool = False,
         progress: Progress = ignore,
     ) -> Metadata | None:
-        """Fills fragments from the newest checkpoint in which all that any rank needs is as it was written.
+        """Fill fragments from the newest checkpoint that is valid on all ranks.
 
-        No value of any rank changes before all ranks have found theirs. Where one has not, all go on with the
-        checkpoint before.
+        No value of any rank changes before every rank has verified what it needs. If one rank finds the checkpoint
+        invalid, all ranks try the one before.
 
         Args:
-            fragments_of: what to fill from a checkpoint. Called again for the one before, if one is not valid.
-            set_aside: whether invalid ones on the way are none any more, which is for the run's own processes to do.
-            progress: called with bytes read and bytes in all, of what this rank needs.
+            fragments_of: returns the fragments to fill from a checkpoint. Called again for an earlier checkpoint.
+            set_aside: whether to quarantine invalid checkpoints; only the run's own processes may.
+            progress: called with bytes read and bytes in all, of this rank.
+
         Returns:
-            None where there is no checkpoint.
+            The metadata of the checkpoint; None if there is no checkpoint.
+
         Raises:
-            CheckpointError: there are checkpoints and none is valid, or one cannot be read or is not what fragments
-                are of; on all ranks.
+            CheckpointError: no checkpoint is valid, or one cannot be read or does not fit the fragments; on all ranks.
         """
 
         def attempt(name: str) -> tuple[Metadata, Sequence[Fragment], Tensor]:
@@ -288,10 +295,11 @@ class CheckpointStore:
         return metadata
 
     def newest_valid(self, progress: Progress = ignore) -> Metadata | None:
-        """The newest checkpoint of which every byte is as written. Each rank looks at a part of it, and all agree.
+        """Return the newest checkpoint whose bytes are intact. Each rank verifies a part of it, and all agree.
 
         Args:
             progress: called with bytes verified and bytes in all, of this rank's part.
+
         Raises:
             CheckpointError: there are checkpoints and none is valid, or one cannot be read.
         """
@@ -303,10 +311,10 @@ class CheckpointStore:
         return metadata
 
     def _newest(self, attempt: Callable[[str], T], *, set_aside: bool) -> T | None:
-        """What an attempt gives for the newest checkpoint that all ranks find valid; None if there is no checkpoint.
+        """Return the result of an attempt for the newest checkpoint valid on all ranks; None if there is no checkpoint.
 
         Raises:
-            CheckpointError: there are some, and none is valid.
+            CheckpointError: no checkpoint is valid.
         """
         for name in reversed(self._world.on_first(self._names)):
             if (found := self._found_by_all(name, attempt, set_aside=set_aside)) is not None:
@@ -321,10 +329,10 @@ class CheckpointStore:
         return None
 
     def _found_by_all(self, name: str, attempt: Callable[[str], T], *, set_aside: bool) -> T | None:
-        """What an attempt to read a checkpoint gives on each rank; None on all where one has found it invalid.
+        """Return the result of an attempt to read a checkpoint; None on all ranks if one finds it invalid.
 
         Raises:
-            Exception: it could not be read, or not be used; on ranks where it could, a CheckpointError that says so.
+            Exception: this rank could not read or use it; the other ranks raise a CheckpointError that says so.
         """
         found, invalid, fault = None, None, None
         try:
@@ -351,9 +359,9 @@ class CheckpointStore:
         log.warning("the checkpoint was moved to %s", self._home.set_aside(name, reason))
 
     def prune(self) -> list[Location]:
-        """Deletes the checkpoints that need not be kept; returns those that were. All ranks call it.
+        """Delete the checkpoints that are not kept, and return them. All ranks call this.
 
-        Those that this start has not written are verified before they count among the newest that stay.
+        A checkpoint that this start has not written is verified before it counts as one of the newest.
         """
         names = self._world.on_first(self._names)
         if self._keep is None:
@@ -379,9 +387,9 @@ class CheckpointStore:
             self._home.delete(name)
 
     def sweep(self) -> None:
-        """Removes what a killed process was writing or deleting. For the run's own process, before it loads or saves.
+        """Remove what a killed process was writing or deleting. Only the run's own process calls this, before it loads.
 
-        What an older start of the run was about to commit, it cannot commit after this.
+        An older start of the run cannot commit its unfinished checkpoint afterwards.
 
         Raises:
             CheckpointError: the home cannot be read or written.
@@ -392,7 +400,7 @@ class CheckpointStore:
             raise CheckpointError(f"{self.folder} cannot be cleaned up: {error}") from error
 
     def committed(self) -> list[Location]:
-        """The checkpoints there are, oldest first; their content has not been verified."""
+        """Return all committed checkpoints, oldest first, without verifying them."""
         return committed(self._home)
 
     def _names(self) -> list[str]:
