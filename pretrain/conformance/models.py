@@ -12,6 +12,7 @@ from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.conformance.subject import SEED, Law, Subject, require
 from pretrain.evaluation.modes import Mode, evaluate_model
+from pretrain.models import Decoder
 
 TOLERANCE = 1e-6
 """Absolute, of negative log-likelihoods in float64: what a sum in another order changes."""
@@ -81,21 +82,35 @@ def check_decoder(subject: Subject, folder: Path) -> None:
     model, length = subject.build(torch.float64), subject.sequence_length
     ids, all_scored = subject.ids(2), len(range(length)[model.scored(length)])
     expected = [forward(model, ids[:, : prefix + 1])[:, -1] for prefix in range(length)]
+
+    def compare(logits: Tensor, prefix: int, name: str) -> None:
+        nats = F.cross_entropy(logits.double(), ids[:, prefix], reduction="none")
+        worst = (nats - expected[prefix]).abs().max().item()
+        require(worst <= TOLERANCE, f"after {prefix} bytes a {name} decoder differs from forward by {worst:.3g}")
+
     with torch.no_grad():
         stepped = model.decoder(len(ids))
         logits = stepped.prime(ids[:, :0])
         for prefix in range(length):
-            decoders = {"primed": model.decoder(len(ids)).prime(ids[:, :prefix])}
+            primed = model.decoder(len(ids))
+            compare(primed.prime(ids[:, :prefix]), prefix, "primed")
             if prefix < all_scored:
-                decoders["stepped"] = logits
-            for name, predicted in decoders.items():
-                nats = F.cross_entropy(predicted.double(), ids[:, prefix], reduction="none")
-                worst = (nats - expected[prefix]).abs().max().item()
-                require(
-                    worst <= TOLERANCE, f"after {prefix} bytes a {name} decoder differs from forward by {worst:.3g}"
-                )
+                compare(logits, prefix, "stepped")
+            if prefix + 1 < all_scored:
+                compare(primed.step(ids[:, prefix]), prefix + 1, "primed and stepped")
+            require(stepped.length == prefix, f"a decoder that read {prefix} bytes says that it read {stepped.length}")
             if prefix + 1 < length:
                 logits = stepped.step(ids[:, prefix])
+        require(model.decodes_without_end or _refuses(stepped, ids[:, -1]), "a decoder reads more than sequence_length")
+
+
+def _refuses(decoder: Decoder, ids: Tensor) -> bool:
+    """Return whether a decoder with a full context raises ValueError."""
+    try:
+        decoder.step(ids)
+    except ValueError:
+        return True
+    return False
 
 
 def check_flops(subject: Subject, folder: Path) -> None:

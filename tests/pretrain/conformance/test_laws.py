@@ -20,6 +20,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"cross_patch_bytes": 4},
         {"patch_encoder": "convolution", "activation": "swiglu"},
         {"positions": "rotary", "patch_encoder": "convolution", "cross_patch_bytes": 2},
+        {"cross_patch_bytes": 4, "activation": "swiglu"},
     ],
     "perceiver_ar": [
         {},
@@ -29,7 +30,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"latents": 32, "cropping": "none"},
         {"rotary_fraction": 1.0, "zero_head": False},
     ],
-    "transformer": [{}, {"window": None}, {"positions": "learned", "activation": "gelu"}, {"activation": "swiglu"}],
+    "transformer": [
+        {},
+        {"window": None},
+        {"positions": "learned", "activation": "gelu"},
+        {"activation": "swiglu"},
+        {"window": 1},
+    ],
     "transformer_xl": [
         {},
         {"memory_length": 0},

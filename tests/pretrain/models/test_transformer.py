@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.vocabulary import VOCABULARY
 from pretrain.models.blocks.attention import causal_attention, window_attention
@@ -91,48 +90,12 @@ def test_a_window_as_long_as_the_sequence_is_full_attention():
     assert torch.equal(window_attention(q, k, v, T, 0.0), causal_attention(q, k, v, 0.0))
 
 
-@variants
-@pytest.mark.parametrize("length", range(1, T))
-def test_what_comes_after_changes_no_earlier_row(variant: str, length: int):
-    model = build(**VARIANTS[variant])
-    ids = random_ids()
-    torch.testing.assert_close(model(ids[:, :length]), model(ids)[:, :length], atol=1e-6, rtol=0)
-
-
-@variants
-@pytest.mark.parametrize("prefix", range(T))
-def test_cached_decoding_equals_the_full_forward_for_every_prefix(variant: str, prefix: int):
-    model = build(**VARIANTS[variant])
-    ids = random_ids()
-    expected = log_probabilities(model, ids)
-    decoder = model.decoder(ROWS)
-    logits = decoder.prime(ids[:, :prefix])
-    for t in range(prefix, T):
-        torch.testing.assert_close(logits.log_softmax(-1), expected[:, t], atol=1e-10, rtol=0)
-        assert decoder.length == t
-        if t + 1 < T:
-            logits = decoder.step(ids[:, t])
-    with pytest.raises(ValueError, match="context is full"):
-        decoder.step(ids[:, T - 1])
-
-
 def test_a_windows_cache_keeps_what_the_next_position_sees():
     model = build(window=5)
     decoder = model.decoder(ROWS)
     decoder.prime(random_ids(length=13))
     assert [cache.kept for cache in decoder._caches] == [4] * LAYERS
     assert [cache.length for cache in decoder._caches] == [14] * LAYERS
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
-@variants
-@pytest.mark.parametrize("length", [T, T - 3, 4])
-def test_flops_are_those_that_torch_counts(activation: str, variant: str, length: int):
-    model = build(double=False, activation=activation, **VARIANTS[variant])
-    model = model.bfloat16()  # its attention is plain products, which are counted
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(random_ids(3, length))
-    assert counter.get_total_flops() == 3 * model.flops(length)
 
 
 def papers_baseline(**changes: object) -> Transformer:
