@@ -10,7 +10,7 @@ import typer
 
 from pretrain.cli.arguments import MODELS_PANEL
 from pretrain.conformance import LAWS, BrokenLawError, Law, Subject
-from pretrain.models import FamilyError, families
+from pretrain.models import FamilyError, all_families
 from pretrain.terminal.console import display, say
 from pretrain.terminal.tables import JsonOption, Table, print_json
 
@@ -19,7 +19,7 @@ app = typer.Typer()
 
 def complete_family(incomplete: str) -> list[str]:
     """Return the names of families that begin with a text."""
-    return [name for name in families() if name.startswith(incomplete)]
+    return [name for name in all_families() if name.startswith(incomplete)]
 
 
 @app.command("check-family", rich_help_panel=MODELS_PANEL)

@@ -17,7 +17,7 @@ from pretrain.config.loading import load
 from pretrain.engines import CheckpointingConfig, compute_dtype, gpu_precision
 from pretrain.estimate.activations import KEEP_ALL, ActivationLine, activation_line, on_meta
 from pretrain.estimate.states import USABLE, ShardedStates, shardings
-from pretrain.models import families
+from pretrain.models import all_families
 from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
 
 app = typer.Typer(invoke_without_command=True)
@@ -119,7 +119,7 @@ def catalogue(recipes: Sequence[CatalogueEntry], folder: Path) -> Iterator[Table
     letters = _letters(recipes)
     is_measured = any(recipe.activations is not None for recipe in recipes)
     numbers = ["params", "printed", "forward", "training", "states", *(["kept"] if is_measured else [])]
-    for name, family in families().items():
+    for name, family in all_families().items():
         of_family = sorted((r for r in recipes if r.family == name), key=lambda r: r.task or "")
         if not of_family:
             continue

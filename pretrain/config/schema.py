@@ -14,7 +14,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch
 from pretrain.evaluation.config import ValidationConfig
-from pretrain.models import ModelConfig, carries_memory, default_family, families
+from pretrain.models import ModelConfig, all_families, carries_memory, default_family
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
@@ -106,7 +106,7 @@ SCHEMA_TITLE = "Byteloom recipe"
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, for editors."""
     schema = Config.model_json_schema()
-    for name, family in families().items():
+    for name, family in all_families().items():
         if name != default_family():
             schema["$defs"][family.config.__name__].setdefault("required", []).append("family")
     return {**schema, "title": SCHEMA_TITLE}

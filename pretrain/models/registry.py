@@ -99,7 +99,7 @@ class FamilyRegistry:
         self._families[family.name] = family
         return family
 
-    def families(self) -> dict[str, Family[Any]]:
+    def all_families(self) -> dict[str, Family[Any]]:
         """Return all usable families by name. Log a warning for each that cannot be used."""
         usable = self.usable()
         for error in self._unusable.values():
@@ -201,7 +201,7 @@ def _check_declaration(family: Family[Any]) -> None:
 
 _REGISTRY = FamilyRegistry(PACKAGE, GROUP)
 register_family = _REGISTRY.register
-families = _REGISTRY.families
+all_families = _REGISTRY.all_families
 family = _REGISTRY.family
 default_family = _REGISTRY.default
 

@@ -13,7 +13,7 @@ from pretrain.checkpoint import CheckpointStore, read, read_metadata, verify
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
-from pretrain.models import ByteModel, build_model, families, small_config
+from pretrain.models import ByteModel, all_families, build_model, small_config
 from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
@@ -21,7 +21,7 @@ T, ROWS, MICRO_BATCH = 32, 7, 2
 """Four micro-batches, the last of one row."""
 WARM_UP = 10
 """Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
-FAMILIES = tuple(families())
+FAMILIES = tuple(all_families())
 
 
 def model(family: str) -> ByteModel:

@@ -13,7 +13,7 @@ from pretrain.config.catalogue import TRAINING_PASSES, CatalogueEntry, read_reci
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.estimate.activations import on_meta
-from pretrain.models import build_model, families
+from pretrain.models import all_families, build_model
 from tests.test_project import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -26,7 +26,7 @@ def recipes() -> dict[str, CatalogueEntry]:
 
 def test_every_family_has_a_debug_recipe_of_the_size_that_is_built(recipes: dict[str, CatalogueEntry]):
     debug = {recipe.family: recipe for name, recipe in recipes.items() if name.endswith("debug")}
-    assert debug.keys() == families().keys()
+    assert debug.keys() == all_families().keys()
     for recipe in debug.values():
         assert build_model(load(recipe.path).model).parameter_count() == recipe.parameters
 
@@ -186,7 +186,7 @@ def test_training_is_three_forward_passes_and_the_logits_once_more(name: str, ov
 def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, CatalogueEntry]):
     command = ["models", "--recipes", str(CONFIGS)]
     shown = CliRunner().invoke(app, command, catch_exceptions=False)
-    for family in families():
+    for family in all_families():
         assert f"{family}: " in shown.output
     lines = shown.output.splitlines()
     for name, recipe in recipes.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from pretrain.models import FamilyError, change_usage_fields, families, family, model_config
+from pretrain.models import FamilyError, all_families, change_usage_fields, family, model_config
 from pretrain.models.families.transformer import Transformer, TransformerConfig
 from pretrain.models.registry import PACKAGE, Family, FamilyRegistry
 
@@ -53,7 +53,7 @@ def run_with(folder: Path, script: str, entries: dict[str, str], modules: dict[s
 
 def test_own_families_are_the_modules_of_their_package():
     modules = {path.stem for path in (ROOT / "pretrain/models/families").glob("*.py")} - {"__init__"}
-    own = {name for name, entry in families().items() if entry.config.__module__.startswith(f"{PACKAGE}.")}
+    own = {name for name, entry in all_families().items() if entry.config.__module__.startswith(f"{PACKAGE}.")}
     assert own == modules
 
 
@@ -61,10 +61,10 @@ def test_a_family_of_another_package_is_found_by_its_entry_point(tmp_path: Path)
     script = """
 from pathlib import Path
 from pretrain.config.schema import Config
-from pretrain.models import build_model, families, model_config
+from pretrain.models import build_model, all_families, model_config
 config = model_config({"family": "theirs", "sequence_length": 8, "width": 8, "layers": 1, "heads": 1})
 print(type(config).__name__, type(build_model(config)).__name__)
-print(*families(), list(Config.model_json_schema()["$defs"]))
+print(*all_families(), list(Config.model_json_schema()["$defs"]))
 """
     printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": GOOD})
     assert printed.startswith("TheirConfig Transformer\nmegabyte perceiver_ar transformer transformer_xl theirs")
@@ -79,14 +79,14 @@ def test_their_module_can_be_imported_first(tmp_path: Path):
 
 def test_a_broken_entry_point_is_an_error_of_its_family_alone(tmp_path: Path):
     script = """
-from pretrain.models import FamilyError, families, family, model_config
+from pretrain.models import FamilyError, all_families, family, model_config
 print(family("transformer").name)
 for use in (lambda: family("theirs"), lambda: model_config({"family": "theirs"})):
     try:
         use()
     except FamilyError as error:
         print(error)
-print(len(families()))
+print(len(all_families()))
 """
     printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": "import missing_package"})
     fault = (
