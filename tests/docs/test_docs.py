@@ -57,6 +57,8 @@ def test_every_command_shown_has_options_recipes_and_fields_that_exist(block: Bl
     name, params = parsed(words)
     if name not in WITH_OVERRIDES or params["recipe"].startswith(MADE_BY_A_READER):
         return
+    if block.page.name == "extending.md":  # fields of the page's package, which test_extending.py installs and runs
+        return
     overrides = params["overrides"] or []
     load(params["recipe"], [override.partition(",")[0] for override in overrides] if name == "sweep" else overrides)
 
