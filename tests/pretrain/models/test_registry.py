@@ -1,6 +1,7 @@
 """Registry of model families: names, declarations and entry points of other packages."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+import pretrain.models
 from pretrain.models import FamilyError, all_families, change_usage_fields, family, model_config
 from pretrain.models.families.transformer import Transformer, TransformerConfig
 from pretrain.models.registry import PACKAGE, Family, FamilyRegistry
@@ -129,6 +131,12 @@ except FamilyError as error:
     print(error)
 """
     assert run_with(tmp_path, script, entries, {"their_model": GOOD}) == fault + "\n"
+
+
+def test_no_name_of_the_package_is_that_of_a_module_in_it():
+    """Importing a module sets it as an attribute of its package, in place of any other object of that name."""
+    modules = {module.name for module in pkgutil.iter_modules(pretrain.models.__path__)}
+    assert not modules & set(pretrain.models.__all__)
 
 
 def test_an_unknown_family_is_refused_with_the_nearest_name():
