@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,10 @@ LONG_FOLDERS = ("slurm", "end_to_end", "distributed", "launchers")
 """Folders of tests that start processes, with the files that take longest."""
 
 
+STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind", "tests.server")
+"""Audit events of what --fast leaves out; those of Python, and that of tests/s3.py."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of `make test-fast`."""
     help_text = "leave out tests that start a process or a server, or that are marked slow"
@@ -41,8 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _skip_if_it_starts_something(event: str, arguments: tuple[object, ...]) -> None:
-    is_in_test = "PYTEST_CURRENT_TEST" in os.environ
-    if is_in_test and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind"):
+    """Skip the current test; a thread cannot, so a git that records the source of a run may start."""
+    is_in_test = "PYTEST_CURRENT_TEST" in os.environ and threading.current_thread() is threading.main_thread()
+    if is_in_test and event in STARTS:
         pytest.skip(f"--fast: {event}")
 
 

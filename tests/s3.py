@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from moto.server import ThreadedMotoServer
 @contextmanager
 def s3_server(bucket: str) -> Iterator[None]:
     """A server with an empty bucket, which the environment names as the one to ask."""
+    sys.audit("tests.server", bucket)  # the server binds its port in a thread, where --fast cannot skip the test
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
