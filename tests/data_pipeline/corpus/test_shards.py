@@ -217,6 +217,7 @@ def test_a_damaged_block_is_named_and_the_others_are_read(copy: Path, written: C
                 assert corpus.read_content(block)[0] == written.read_content(block)[0]
 
 
+@pytest.mark.slow
 def test_a_folder_keeps_few_files_open_while_threads_read_many(tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus", block_bytes=600, blocks_per_shard=2)
     assert len(corpus.manifest["shards"]) > 2 * OPEN_FILES

@@ -70,6 +70,7 @@ def test_a_whole_corpus_has_no_fault(copy: Path):
     assert calls == sorted(calls)
 
 
+@pytest.mark.slow
 def test_of_400_flipped_bits_anywhere_none_goes_unnoticed_and_none_is_read(copy: Path, original: Corpus):
     expected = [original.read(block) for block in range(len(original))]
     refused = Counter[str]()

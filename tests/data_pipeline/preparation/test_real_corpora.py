@@ -41,6 +41,7 @@ def copied(files: list[Path], folder: Path, count: int | None) -> list[Path]:
     return [Path(shutil.copy(path, folder)) for path in chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [SAMPLE, pytest.param(None, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("start", "modality"),

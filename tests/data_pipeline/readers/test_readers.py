@@ -283,6 +283,7 @@ def test_each_line_is_a_document(tmp_path: Path):
         assert list(found.values()) == list(expected.values())
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text(min_size=1, max_size=20), max_size=10))
 @settings(max_examples=30, deadline=None)
 def test_json_lines_give_back_every_text(tmp_path_factory, texts: list[str]):

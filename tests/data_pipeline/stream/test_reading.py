@@ -173,6 +173,7 @@ def test_a_mixture_that_makes_no_sense_is_refused(folders, change, said):
         data_config(folders, **change)
 
 
+@pytest.mark.slow
 def test_replay_proves_what_was_read_and_finds_what_was_not(folders, whole):
     _, digest = whole
     config = data_config(folders)
@@ -207,6 +208,7 @@ def test_a_hole_that_was_only_read_ahead_is_not_in_the_record(folders, tmp_path:
     assert [block for block, _ in through_json(reading).holes["corpus"]] == [far]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concatenate", "document"])
 def test_what_was_read_around_a_hole_and_a_withdrawn_document_is_proved_too(folders, tmp_path: Path, packing: str):
     """Damage and withdrawal come in the middle of a run; the record knows from which sequence on."""

@@ -76,6 +76,7 @@ def test_a_change_of_batch_size_keeps_the_order(corpus, first_batch, second_batc
     np.testing.assert_array_equal(flat, [stream[g] for g in range(len(flat))])
 
 
+@pytest.mark.slow
 @given(
     sequence_length=st.integers(1, 700),
     lanes=st.integers(1, 40),
@@ -98,6 +99,7 @@ def test_each_byte_of_an_epoch_is_read_at_most_once_and_few_are_missed(corpus, s
     assert len(read) - read.sum() < (stream.order.lanes + 1) * sequence_length
 
 
+@pytest.mark.slow
 def test_without_separators_the_stream_is_the_raw_bytes_and_with_them_documents_are_apart(corpus):
     plain = stream_of(corpus, 50, lanes=1, separate_documents=False)
     apart = stream_of(corpus, 50, lanes=1)

@@ -139,6 +139,7 @@ def damage(folder: Path, draw: random.Random) -> str:
     return f"{kind} in {file.name}"
 
 
+@pytest.mark.slow
 def test_every_kind_of_damage_is_found_before_anything_is_loaded(tmp_path: Path):
     """400 times in all files of a checkpoint of three ranks: the one before it is loaded, and nothing else is."""
     store = CheckpointStore(tmp_path / "home", keep=3)
