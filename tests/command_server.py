@@ -53,7 +53,7 @@ def serve(requests: socket.socket) -> list[str]:
                 poll.unregister(descriptor)
                 os.close(descriptor)
                 pid, connection = children.pop(descriptor)
-                _send(connection, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                _send(connection, "exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 connection.close()
                 continue
             content, descriptors, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 4)
@@ -62,22 +62,24 @@ def serve(requests: socket.socket) -> list[str]:
             *streams, answers = descriptors
             connection = socket.socket(fileno=answers)
             if (pid := os.fork()) == 0:
-                for inherited in (requests, connection, *(other for _, other in children.values())):
+                for inherited in (requests, *(other for _, other in children.values())):
                     inherited.close()
                 for pidfd in children:
                     os.close(pidfd)
-                return _become(json.loads(content), streams)
+                with connection:
+                    arguments = _become(json.loads(content), streams)
+                    _send(connection, "process", os.getpid())  # a signal finds it ready from now on
+                return arguments
             for stream in streams:
                 os.close(stream)
-            _send(connection, pid)
             pidfd = os.pidfd_open(pid)
             children[pidfd] = (pid, connection)
             poll.register(pidfd, select.POLLIN)
 
 
-def _send(connection: socket.socket, number: int) -> None:
+def _send(connection: socket.socket, kind: str, number: int) -> None:
     with suppress(BrokenPipeError):  # the test has dropped the command
-        connection.send(str(number).encode())
+        connection.send(f"{kind} {number}".encode())
 
 
 def _become(request: dict[str, Any], streams: list[int]) -> list[str]:

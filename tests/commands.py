@@ -89,22 +89,24 @@ class ForkedCommand(subprocess.Popen[Any]):
                 "new_session": new_session,
             }
             server().send(request, [*streams, connection.fileno()])
-        self.pid = self._answer()
+        self.pid = self._answer("process")
         self._child_created = True
         self._close_pipe_fds(*pipes)
 
-    def _answer(self) -> int:
-        answer = self._answers.recv(64)
+    def _answer(self, kind: str) -> int:
+        answer = self._answers.recv(64).decode()
         if not answer:
             raise RuntimeError(f"the server of commands has ended: {server().said()}")
-        return int(answer)
+        found, number = answer.split()
+        assert found == kind, f"the forked process has ended before its command began: {answer}"
+        return int(number)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; return the exit code."""
         if self.returncode is None:
             if not wait([self._answers], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            self.returncode = self._answer()
+            self.returncode = self._answer("exit")
             self._answers.close()
         return self.returncode
 
