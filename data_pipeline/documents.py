@@ -1,4 +1,4 @@
-"""Documents, of which a corpus consists."""
+"""Document, the unit of a corpus."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""What all packages share; imports nothing of theirs."""
+"""Modules that all packages share. They import no other package of Byteloom."""

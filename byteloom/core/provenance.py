@@ -1,8 +1,7 @@
-"""What a run was made of, and what differs between two starts of it.
+"""Provenance of a run: its recipe, its code, and the differences between two starts.
 
-A recipe is resolved where the command is given, and trained elsewhere: in another process, or in a job much later.
-Beside each resolved recipe NAME.yaml lies NAME.source.json. It holds the recipe that a person named, and the state of
-its repository and of Byteloom's own.
+A recipe is resolved by the command and trained in another process, or in a job much later. So each resolved recipe
+NAME.yaml has a file NAME.source.json. It holds the original recipe, and the state of its repository and of Byteloom's.
 """
 
 import hashlib
@@ -61,7 +60,7 @@ def trace(recipe: Path) -> dict[str, str]:
 
 
 def save_resolved(path: Path, resolved: str, source: Mapping[str, str]) -> None:
-    """Write a resolved recipe, given as YAML, and its source beside it."""
+    """Write a resolved recipe, given as YAML, and the file of its source."""
     path.write_text(resolved, encoding="utf-8")
     source_file(path).write_text(source_text(resolved, source), encoding="utf-8")
 

@@ -72,11 +72,11 @@ class StoredLine(Generic[T]):
     """One line of a file of JSON lines."""
 
     value: T | None
-    """None where the line is damaged."""
+    """Checked value; None if the line is damaged."""
     text: str
-    """The value as it was written, without the line's end; empty where the line is damaged."""
+    """Text of the value, without the end of the line; empty if the line is damaged."""
     fault: str
-    """What is wrong, with the file and the line's number; empty for a whole line. A value may follow foreign bytes."""
+    """Description of the damage, with file and line; empty for a whole line. A value may follow foreign bytes."""
     end: int
     """Offset in the file just after the line, in bytes."""
 

@@ -41,7 +41,7 @@ class DocumentSlice:
     document_offset: int
     """Offset of this slice in its document; 0 at the document's start."""
     ends: bool
-    """Whether the document ends with this slice. DOCUMENT_END then follows it."""
+    """Whether this slice ends the document. If so, DOCUMENT_END follows it."""
     sha256: str
     """Digest of the slice's bytes."""
     document_sha256: str | None

@@ -1,6 +1,6 @@
-"""Index of a corpus: for every block, where it lies and what its digests are.
+"""Index of a corpus: place and digests of every block.
 
-    lengths.npy           for each block (LENGTHS) what the stream's order depends on
+    lengths.npy           for each block (LENGTHS) the lengths that decide the stream's order
     index.npy             for each block (BLOCK) its place in a shard and its digests
 
     blocks ─▶ write_shard ─▶ shard-000000.tar, ShardIndex ─▶ manifest.write_index

@@ -142,7 +142,7 @@ class ShardCounts:
     """Counts of a shard for each source."""
 
     empty: bool
-    """Whether it has no document, and hence no tar."""
+    """Whether the shard has no document. Such a shard has no tar."""
     documents: list[int]
     """Documents of each source."""
     bytes: list[int]

@@ -66,9 +66,9 @@ class PrepareOptions:
     """
 
     selection: Selection = field(default_factory=Selection)
-    """Which files of the sources are read."""
+    """Choice of files in the sources."""
     reading: ReadOptions = field(default_factory=ReadOptions)
-    """How files become documents."""
+    """Readers of the files, and their options."""
     holdout: float = 0.0
     """Share of the documents, chosen by hash, that is written to OUT/validation; the rest is written to OUT/train. With
     0 the whole corpus is written to OUT itself."""
@@ -102,17 +102,17 @@ class PrepareOptions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Folders of OUT, each of which becomes a corpus."""
+        """Folders of OUT that become a corpus each."""
         return ("train", "validation") if self.holdout else ("",)
 
     @property
     def limited(self) -> bool:
-        """Whether a source has a limit."""
+        """Whether a limit on documents or bytes is set."""
         return self.max_documents is not None or self.max_bytes is not None
 
     @property
     def reads_first(self) -> bool:
-        """Whether a file that is one document is read before it is packed, for its digest or its size."""
+        """Whether single documents are read once before they are packed, to know their digest or size."""
         return self.deduplicate or self.limited
 
 
@@ -152,13 +152,13 @@ class Plan:
     """Plan of a preparation, read from OUT.partial."""
 
     folder: Path
-    """OUT.partial"""
+    """Folder OUT.partial."""
     identity: dict[str, Any]
-    """What the corpus depends on; see `identity`."""
+    """Sources and options that decide the corpus; see `identity`."""
     options: PrepareOptions
     """Options of the preparation."""
     sources: list[dict[str, Any]]
-    """Of each source: name, files, file bytes, and the number of files left_out by reason."""
+    """Name, number of files, file bytes, and skipped files by reason, for each source."""
 
     @classmethod
     def load(cls, folder: Path, skip_bad: bool) -> Self:

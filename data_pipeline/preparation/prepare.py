@@ -65,7 +65,7 @@ class Task:
     of: int = 1
     """Number of tasks."""
     merges: bool = True
-    """Whether this task makes OUT when all shards are written; False if a later call does."""
+    """Whether this task completes OUT after the last shard. If not, a later call must."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
@@ -108,11 +108,11 @@ class PrepareReport:
     identity: dict[str, Any]
     """Sources and options."""
     parts: list[str]
-    """Folders of OUT, each of which is a corpus; '' is OUT itself."""
+    """Folders of OUT that are a corpus each; '' is OUT itself."""
     sources: list[SourceReport]
     """Counts of each source."""
     was_finished: bool = False
-    """Whether the corpus existed already."""
+    """Whether the corpus existed before this call."""
 
     @property
     def documents(self) -> int:
@@ -297,7 +297,7 @@ def _finish(plan: Plan, layout: Layout, out: Path) -> PrepareReport:
         _write_indexes(plan, layout)
         _write_skipped(plan, layout, corpus / "skipped.jsonl")
         _report(plan, layout).save(corpus / "report.json")
-    # Large files are removed before the rename, so that no kill leaves them beside a finished corpus.
+    # Remove large files before the rename, so that a kill cannot leave them next to a finished corpus.
     for name in ("units", "work"):
         shutil.rmtree(plan.folder / name, ignore_errors=True)
     corpus.rename(out)

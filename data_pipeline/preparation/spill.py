@@ -283,7 +283,7 @@ class SpooledDocument(NamedTuple):
     digest: bytes | None
     """Digest of its content, if copies are removed."""
     follows_equal_hash: bool
-    """Whether the document before it has the same hash."""
+    """Whether the previous document has the same hash."""
 
 
 class RunFile:

@@ -37,7 +37,7 @@ class Reader:
     name: str
     """Value of `--reader`; unique."""
     summary: str
-    """What it reads, in a line."""
+    """Description of the files that it reads, in one line."""
     read_file: "Callable[[BinaryIO, str, ReadOptions], Iterator[bytes]] | None" = None
     """Function that yields the document in a stream. Its arguments are the stream, a name for errors, and the options.
     It raises BadDocumentError for a stream that it cannot read."""

@@ -18,7 +18,7 @@ from data_pipeline.sources.source_file import Skipped, SourceFile
 
 @dataclass(frozen=True)
 class Selection:
-    """Which files of the sources are listed."""
+    """Choice of files in the sources."""
 
     include: Sequence[str] = ()
     """Glob patterns. If there are any, only files whose name or path from the source matches one are listed."""

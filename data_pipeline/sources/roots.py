@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     problem: str | None = None
     """One of REASONS if this cannot be a document."""
     detail: str = ""
-    """What exactly the problem is."""
+    """Description of the problem."""
 
 
 class Root(NamedTuple):

@@ -42,7 +42,7 @@ class Skipped:
     reason: str
     """One of REASONS."""
     detail: str
-    """What exactly is wrong, for a person."""
+    """Description of the problem."""
 
 
 class LeftOutError(BadDocumentError):

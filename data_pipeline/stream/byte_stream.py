@@ -63,7 +63,7 @@ class _Content(NamedTuple):
     units: NDArray[np.uint8]
     """The block's content; only its raw bytes if documents are concatenated without separators."""
     ends: NDArray[np.int64]
-    """Where documents end in the content."""
+    """Offsets of the ends of documents in the content."""
 
 
 class ByteStream:

@@ -34,7 +34,7 @@ class StageConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 
 
 class DataConfig(PackingConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """What a run reads, and in which order. Either `shards`, or `mixture`."""
+    """Data of a run and their order. Set either `shards` or `mixture`."""
 
     shards: LocationText | None = None
     """Folder or URL of a corpus that `byteloom prepare` wrote, with manifest.json in it."""

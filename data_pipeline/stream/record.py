@@ -13,7 +13,7 @@ from data_pipeline.stream.rows import DIGEST_MODULUS
 
 @dataclass
 class Record:
-    """What a run has read."""
+    """Record of the data that a run has read."""
 
     step: int = 0
     """Steps done."""
@@ -24,10 +24,10 @@ class Record:
     stages: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
     """(step, sequence, weights) of every stage that has begun."""
     holes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """By source: each damaged block, and the source's own first sequence that did not read it."""
+    """Damaged blocks by source, each with the source's first sequence that skipped it."""
     withdrawn: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
-    """By source: (sequence, count, digest). From the source's own sequence on, the first `count` entries of its list of
-    withdrawn documents were masked; the digest is their `prefix_digest`."""
+    """(sequence, count, digest) by source. From this sequence of the source on, the first `count` entries of its list
+    of withdrawn documents were masked. The digest is their `prefix_digest`."""
     digest: str = "0" * 64
     """Rows.digest of all sequences read, in hexadecimal. A rank's record holds what the rank has read since the start;
     the first rank's also holds what the run had read before."""

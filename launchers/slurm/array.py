@@ -57,7 +57,7 @@ def submit_commands(
         dependency=f"afterany:{after}" if after else None,
         cpus_per_task=cluster.cpus_per_process,
         array_parallelism=parallel,
-        # srun of Slurm 22.05 to 23.02 does not take the processors from sbatch, and each start begins its log anew.
+        # srun of Slurm 22.05 to 23.02 does not take the processors from sbatch, and each start overwrites its log.
         srun_args=[f"--cpus-per-task={cluster.cpus_per_process}", "--open-mode=append"],
         setup=[*cluster.setup, "export PYTHONSAFEPATH=1"],  # ignore a folder named launchers here
         teardown=REQUEUE.splitlines(),

@@ -146,6 +146,6 @@ _PresetLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[0-9]
 
 
 def refusal(said: str) -> ClusterError:
-    """Of what sbatch said."""
+    """Return the error of a job that sbatch refused, with its reasons."""
     lines = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in said.splitlines()]
     return ClusterError(f"Slurm refuses the job: {'; '.join(filter(None, lines))}")

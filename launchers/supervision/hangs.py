@@ -23,7 +23,7 @@ class HangDetector:
     def __init__(self, folder: Path, size: int, config: SuperviseConfig) -> None:
         self._folder, self._config = folder, config
         self._seen: list[tuple[Beat | None, float]] = [(None, time.monotonic())] * size
-        """Of each rank, its last heartbeat and when it was first seen."""
+        """Last heartbeat of each rank, and the time at which it was first seen."""
 
     def has_hung(self) -> bool:
         """Return whether a rank has had no heartbeat for longer than its phase allows."""

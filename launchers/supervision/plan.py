@@ -41,7 +41,7 @@ class SuperviseConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What a submission asks for. The supervisor and the ranks read it in the submission's folder."""
+    """Plan of a submission. The supervisor reads it in the submission's folder."""
 
     entry: str
     """Train entry, as "module:function"."""

@@ -1,9 +1,9 @@
-"""What has become of a submitted run, as it was at the time: RUN/launches.jsonl, one line for each event.
+"""Launch record of a submitted run: RUN/launches.jsonl, one line for each event.
 
     {"time": 1781000000.0, "event": "failed", "job": "4711", "restart": 1, "nodes": ["n1", "n2"], "step": 40,
      "reason": "rank 2 on n2 was killed by SIGKILL", "faulty": "n2"}
 
-The command that submits and the supervisor of each start write it; whoever wants to know how a run fares reads it.
+`byteloom submit` and the supervisor of each start write it. `byteloom status` reads it.
 """
 
 import json
@@ -22,13 +22,13 @@ from launchers.supervision.heartbeat import FOLDER as HEARTBEATS
 log = logging.getLogger(__name__)
 
 Event = Literal[
-    "submitted",  # the scheduler has taken the job
+    "submitted",  # the scheduler has accepted the job
     "started",  # ranks are being started
     "stopped",  # ranks were asked to stop, and have saved
-    "failed",  # they ended in any other way
-    "requeued",  # the job is back in the queue, by our wish
-    "excluded",  # a node is not to be given to the job any more
-    "gave_up",  # nothing will be started again; the reason says why
+    "failed",  # ranks ended in any other way
+    "requeued",  # the supervisor put the job back into the queue
+    "excluded",  # a node was excluded from the job
+    "gave_up",  # there will be no further start; the reason says why
     "finished",  # the last step is done
 ]
 
@@ -41,20 +41,20 @@ class Launch:
     """Seconds since 1970."""
     event: Event
     job: str
-    """The scheduler's id of the job: of Slurm, or of submitit's local executor."""
+    """Id of the job, from Slurm or from submitit's local executor."""
     restart: int = 0
-    """How often ranks had been started before."""
+    """Number of earlier starts of the ranks."""
     nodes: Sequence[str] = ()
-    """That the ranks run on."""
+    """Nodes of the ranks."""
     step: int | None = None
-    """Of the newest checkpoint; None where there is none yet."""
+    """Step of the newest checkpoint; None before the first."""
     reason: str = ""
     faulty: str = ""
-    """The node to blame, where one is."""
+    """Node to blame; empty for none."""
 
     @property
     def summary(self) -> str:
-        """The event and its reason, for people."""
+        """Event and reason, for people."""
         event = self.event.replace("_", " ")
         return f"{event}: {self.reason}" if self.reason else event
 

@@ -74,7 +74,7 @@ class Metadata:
     files: tuple[StoredFile, ...]
     tensors: dict[str, StoredTensor]
     state: dict[str, Any]
-    """What a run needs besides tensors to resume; JSON."""
+    """State, besides tensors, that a run needs to resume, as JSON values."""
 
     @property
     def folder(self) -> Location:

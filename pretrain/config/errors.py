@@ -38,7 +38,7 @@ class ValueOrigins:
         """
         self.source = source
         self.lines: dict[FieldPath, str] = {}
-        """By path: "FILE:LINE"."""
+        """Origin of each field by its path, such as "FILE:LINE"."""
         self._overrides: dict[FieldPath, str] = {}
 
     def override(self, path: FieldPath, origin: str) -> None:

@@ -8,7 +8,6 @@ each engine, 2 ranks:  6 steps, a checkpoint after 3 ──▶ one process does 
 import multiprocessing
 import os
 import queue
-import socket
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ import torch
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Rows
 from data_pipeline.vocabulary import SEPARATOR
+from launchers.processes import free_port, rank_environment
 from pretrain.checkpoint import CheckpointStore, read, read_metadata
 from pretrain.conformance.subject import SEED, Law, Subject, require
+from pretrain.distributed.fragments import MODEL, split_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
 from pretrain.models import build_model
@@ -33,16 +34,16 @@ ROWS, MICRO_BATCH, STEPS, SAVED = 7, 2, 6, 3
 """Rows of a global batch (four micro-batches, the last of one row), its steps, and those before the checkpoint."""
 RANKS = 2
 LEARNING_RATE = 1e-4
-TOLERANCE = 1e-5
+RELATIVE_TOLERANCE = 1e-5
 """Relative, of losses: what a sum in another order changes."""
 SECONDS = 600.0
 """Deadline of the ranks of one law."""
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+CHECKED_ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one engine did."""
+    """Result of the training under one engine."""
 
     losses: list[float]
     """Nats per target byte of each step."""
@@ -83,12 +84,12 @@ def check_engine(subject: Subject, folder: Path, *, engine: str) -> None:
 
 def is_parameter(name: str) -> bool:
     """Return whether a fragment is of a parameter, and not of a moment or a memory."""
-    return name.startswith("model/")
+    return split_name(name)[0] == MODEL
 
 
 def compare(values: Sequence[float], expected: Sequence[float], what: str) -> None:
     """Require that losses agree up to rounding."""
-    same = np.allclose(values, expected, rtol=TOLERANCE, atol=0)
+    same = np.allclose(values, expected, rtol=RELATIVE_TOLERANCE, atol=0)
     require(same, f"{what} are {list(values)}, not {list(expected)}")
 
 
@@ -96,8 +97,9 @@ def train_on_rank(world: World, subject: Subject, engine: str, folder: Path) -> 
     """Train one rank's share from first values, then again from the checkpoint of one process."""
     trained = build(subject, world, name=engine)
     first_values: dict[str, list[tuple[int, bytes]]] = {}
-    for fragment in filter(lambda fragment: is_parameter(fragment.name), trained.fragments()):
-        first_values.setdefault(fragment.name, []).append((fragment.start, fragment.data.numpy().tobytes()))
+    for fragment in trained.fragments():
+        if is_parameter(fragment.name):
+            first_values.setdefault(fragment.name, []).append((fragment.start, fragment.data.numpy().tobytes()))
     losses = train(trained, subject, range(SAVED), world)
     save(trained, folder / engine, SAVED, world)
     losses += train(trained, subject, range(SAVED, STEPS), world)
@@ -163,14 +165,10 @@ def on_ranks(size: int, *arguments: Any) -> list[Training]:
         RuntimeError: a rank failed or did not answer before the deadline.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    answers = context.Queue()
-    place = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    answers, port = context.Queue(), free_port()
     ranks = [
         context.Process(
-            target=_answer, daemon=True, args=(answers, place | {"RANK": rank, "LOCAL_RANK": rank}, arguments)
+            target=_answer, daemon=True, args=(answers, rank, rank_environment(rank, size, port), arguments)
         )
         for rank in range(size)
     ]
@@ -192,9 +190,9 @@ def on_ranks(size: int, *arguments: Any) -> list[Training]:
     return [trainings[rank] for rank in range(size)]
 
 
-def _answer(answers: Any, place: Mapping[str, Any], arguments: Sequence[Any]) -> None:
+def _answer(answers: Any, rank: int, environment: Mapping[str, str], arguments: Sequence[Any]) -> None:
     """Train as one rank and put the result, or the traceback, into the queue."""
-    os.environ.update({name: str(value) for name, value in place.items()} | {"DS_ACCELERATOR": "cpu"})
+    os.environ.update({**environment, "DS_ACCELERATOR": "cpu"})
     torch.set_num_threads(1)
     try:
         world = World.join("cpu")
@@ -202,10 +200,10 @@ def _answer(answers: Any, place: Mapping[str, Any], arguments: Sequence[Any]) ->
         world.leave()
     except Exception:
         answer = traceback.format_exc()
-    answers.put((place["RANK"], answer))
+    answers.put((rank, answer))
 
 
 ENGINE_LAWS = (
     Law.of(check_activation_checkpointing),
-    *(Law.of(partial(check_engine, engine=engine), engine) for engine in ENGINES),
+    *(Law.of(partial(check_engine, engine=engine), engine) for engine in CHECKED_ENGINES),
 )

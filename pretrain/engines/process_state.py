@@ -25,7 +25,7 @@ heap may be twice as large as its contents."""
 
 
 def keep_freed_memory() -> None:
-    """Make malloc reuse freed memory, most of which it would return to the kernel.
+    """Make malloc reuse freed memory instead of returning it to the kernel.
 
     Every step frees and allocates the same tensors. The kernel clears the memory that it hands out, on one core and
     while the loop waits: a tenth of a step. Only glibc's malloc has these settings; others stay as they are.

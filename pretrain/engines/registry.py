@@ -37,9 +37,9 @@ class StateSharding:
     optimizer: bool = False
     """Whether each rank holds a share of masters and moments."""
     copies_weights: bool = False
-    """Whether weights are held beside the masters in fp32 too."""
+    """Whether a rank holds a copy of the weights besides the masters, also in fp32."""
     within_groups: bool = False
-    """Whether shares are those of a group of `engine.shards` ranks, each of which holds all."""
+    """Whether states are sharded within groups of `engine.shards` ranks only, so that each group holds everything."""
 
 
 class EngineBuilder(Protocol):
@@ -68,7 +68,7 @@ class EngineEntry:
     load: Callable[[], EngineBuilder]
     """Imports the engine's class, and returns it. Only a run that uses the engine calls this."""
     sharding: StateSharding
-    """What each rank holds."""
+    """Sharding of the states over ranks."""
     precisions: frozenset[str]
     """Values of `engine.precision` that it computes in, without auto."""
     checkpointing: frozenset[str] = frozenset({"none"})

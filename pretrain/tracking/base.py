@@ -2,28 +2,7 @@
 
 A tracker takes the numbers of a run. Byteloom makes it, calls it and closes it on one thread of its own, in the first
 rank's process, so it may block and it may raise: training neither waits nor ends, and the numbers are in metrics.jsonl.
-A tracker of one file:
-
-    class TensorBoardConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-        flush_seconds: int = Field(default=30, ge=1)
-
-    @register_tracker("tensorboard", TensorBoardConfig)
-    class TensorBoard(Tracker):
-        def __init__(self, config: TensorBoardConfig, run: RunDescription) -> None:
-            self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.begins_after + 1, flush_secs=…)
-
-        def log(self, step: int, numbers: Mapping[str, float]) -> None:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, step)
-
-        def close(self, status: str) -> None:
-            self.writer.close()
-
-A recipe turns it on with `tracking: {trackers: {tensorboard: {}}}`, beside MLflow or with `enabled: false` in its
-place. An installed package is found by its entry point:
-
-    [project.entry-points."byteloom.trackers"]
-    tensorboard = "their_package.tensorboard"
+docs/extending.md has a tracker of one file.
 """
 
 from abc import ABC, abstractmethod
@@ -87,7 +66,7 @@ class TrackerEntry:
 
 
 TRACKERS = Registry[TrackerEntry]("tracker", "byteloom.trackers")
-"""Trackers beside MLflow that a recipe can turn on by name."""
+"""Trackers, besides MLflow, that a recipe can turn on by name."""
 
 TrackerNodes = Annotated[dict[str, BaseModel], RegisteredNodes(TRACKERS)]
 """Type of the recipe's field `tracking.trackers`."""

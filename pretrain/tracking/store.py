@@ -24,7 +24,7 @@ VALUES_PER_CALL = 100
 PARAM_LENGTH, TAG_LENGTH = 6000, 8000
 """Characters of a value that MLflow keeps."""
 ARTIFACTS = "mlflow-artifacts"
-"""Folder of artifacts beside an sqlite store."""
+"""Name of the folder of artifacts, next to an sqlite store."""
 REQUEST_SECONDS = 10
 """Timeout of a request."""
 
@@ -241,7 +241,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _artifacts_of(uri: str) -> str | None:
-    """Return where the artifacts of an sqlite store lie: beside it. A server knows its own place."""
+    """Return the folder of artifacts next to an sqlite store. A server has its own."""
     database = _sqlite_file(uri)
     return None if database is None else (database.parent / ARTIFACTS).as_uri()
 

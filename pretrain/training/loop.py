@@ -110,7 +110,7 @@ def _publish(run: TrainingRun, callbacks: CallbackList, numbers: dict[str, float
 
 
 class AgreedBatch(NamedTuple):
-    """A batch of which every rank has its part."""
+    """Batch whose parts all ranks have."""
 
     own: Batch
     """Part of this rank."""

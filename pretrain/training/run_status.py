@@ -98,7 +98,7 @@ class RunStatus:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the runs at paths, each of which is a run or a folder of runs.
+    """Return the runs at paths. Each path is a run or a folder of runs.
 
     Raises:
         RunFolderError: a path has no run.

@@ -255,7 +255,7 @@ def _loader(recipe: TrainingRecipe, reading: Reading, world: World, stop: StopRe
 
 
 def _write_recipe(recipe: TrainingRecipe, folder: RunFolder, source: Mapping[str, str]) -> None:
-    """Write the resolved recipe of this start, and its source beside it."""
+    """Write the resolved recipe of this start, and the file of its source."""
     resolved = recipe.as_yaml()
     replace_file(folder.config, resolved)
     replace_file(source_file(folder.config), source_text(resolved, source))

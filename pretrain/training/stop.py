@@ -84,7 +84,7 @@ class StopRequest:
         self.stand_still_if_ending()
 
     def stand_still_if_ending(self) -> None:
-        """Block for ever if the process is ending at once; return otherwise."""
+        """Never return if the process is ending at once; else return immediately."""
         with self._lock:
             is_ending = self._is_ending
         if is_ending:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_pipeline.stream.loader import MicroBatch
-from pretrain.checkpoint import CheckpointStore, read, read_metadata, verify
+from pretrain.checkpoint import CheckpointStore, read, verify
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
@@ -55,20 +55,6 @@ def losses(it: Engine, steps: range, world: World = ALONE) -> list[float]:
         result = it.train_step(micro_batches(step, world), step=step, learning_rate=learning_rate)
         told.append(result.nats / result.target_bytes)
     return told
-
-
-def save(it: Engine, folder: Path, step: int, world: World = ALONE) -> None:
-    """Leaves a checkpoint in a folder of them."""
-    store = CheckpointStore(folder, keep=1, world=world)
-    store.save(step, it.owned_fragments(), {"counters": it.counters()})
-
-
-def load(it: Engine, folder: Path) -> Engine:
-    """An engine, with the newest checkpoint of a folder in it."""
-    metadata = read_metadata(newest(folder))
-    read(metadata, it.fragments())
-    it.restore(metadata.state["counters"])
-    return it
 
 
 def newest(folder: Path) -> Path:

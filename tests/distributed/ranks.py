@@ -5,13 +5,13 @@ They are forks of one process that has imported what they need (warm.py), which 
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from launchers.processes import free_port
 from pretrain.distributed.world import World
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -45,13 +45,6 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     finally:
         for process in processes:
             process.kill()
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def take_place(rank: int, size: int, port: int) -> None:

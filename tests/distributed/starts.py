@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from launchers.processes import free_port
 from pretrain.cli.train import start as train_entry
-from tests.distributed.ranks import CONTEXT, free_port, take_place
+from tests.distributed.ranks import CONTEXT, take_place
 
 PATIENCE = 120
 """Looks at a start, a second apart, until it must have ended; the time in which the machine stands still is one."""

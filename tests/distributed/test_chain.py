@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.conformance.engines import load, save
 from pretrain.distributed.world import World
-from tests.distributed.parity import build, content, load, losses, newest, save
+from tests.distributed.parity import build, content, losses, newest
 from tests.distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.timeout(900)  # a chain serves all tests

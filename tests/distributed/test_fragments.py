@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint import CheckpointStore
+from pretrain.conformance.engines import load, save
 from pretrain.distributed.world import World
 from pretrain.engines import Engine, NonFiniteError
-from tests.distributed.parity import build, load, losses, micro_batches, save
+from tests.distributed.parity import build, losses, micro_batches
 from tests.distributed.ranks import on_ranks
 
 RANKS = 2

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from launchers.processes import free_port
 from pretrain.checkpoint import verify
 from tests import commands
 from tests.conftest import Run
-from tests.distributed.ranks import free_port
 from tests.end_to_end.test_resume import STEPS, RunUnderTest
 
 LOSSES = ("train/bits_per_byte", "validation/bits_per_byte")

@@ -19,28 +19,7 @@ Every rank calls every event at the same step, so a callback may use collectives
 `on_end`. Only the first rank writes numbers.
 
 A callback reads a run. It changes no parameter, no gradient and nothing of the data, so losses are the same with and
-without it. An exception that it raises ends the run. To end a run early, it calls `run.stop.request(signal.SIGTERM)` on
-any rank; the ranks agree on it before the next step. A callback of one file:
-
-    class WeightNormConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-        every: int = Field(default=100, ge=1)
-
-    @register_callback("weight_norm", WeightNormConfig)
-    class WeightNorm(Callback):
-        def __init__(self, config: WeightNormConfig) -> None:
-            self.every = config.every
-
-        def measure(self, run: TrainingRun) -> dict[str, float]:
-            if run.step % self.every:
-                return {}
-            own = [f.data.square().sum().item() for f in run.engine.owned_fragments() if f.name.startswith("model/")]
-            return {"l2": math.sqrt(run.world.sum(sum(own))[0])}
-
-A recipe turns it on with `callbacks: {weight_norm: {every: 10}}`; metrics.jsonl and the trackers then have
-`weight_norm/l2`. An installed package is found by its entry point:
-
-    [project.entry-points."byteloom.callbacks"]
-    weight_norm = "their_package.weight_norm"
+without it. What it raises ends the run. docs/extending.md has a callback of one file.
 """
 
 from collections.abc import Callable, Mapping

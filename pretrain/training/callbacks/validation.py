@@ -42,7 +42,7 @@ class ValidationCallback(Callback):
 
 
 def _validate(run: TrainingRun, corpus: Corpus) -> float:
-    """Return the bits per byte of a corpus, of which each rank scores a part."""
+    """Return the bits per byte of a corpus. Each rank scores a part of it."""
     started = time.perf_counter()
     run.heartbeat.beat("evaluation", run.step)
     vote = Vote(run.stop, run.world)

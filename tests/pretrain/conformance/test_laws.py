@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.conformance import LAWS, MODEL_LAWS, BrokenLawError, Law, Subject
+from pretrain.conformance import ENGINE_LAWS, LAWS, MODEL_LAWS, BrokenLawError, Law, Subject
+from pretrain.engines.registry import ENGINES
 from pretrain.models import ByteModel
 from pretrain.models.families.transformer import Transformer
 
@@ -57,6 +58,11 @@ def test_every_variant_of_a_family_obeys(law: Law, name: str, changes: dict[str,
 def test_the_laws_of_engines_hold_for_a_family_with_memory(law: Law, tmp_path: Path):
     """tests/distributed has every engine and family, on more ranks."""
     law.check(Subject.of("transformer_xl"), tmp_path)
+
+
+def test_every_engine_that_needs_no_groups_of_ranks_has_a_law():
+    names = {name for name, entry in ENGINES.entries().items() if "shards" not in entry.fields}
+    assert names == {law.name for law in ENGINE_LAWS} - {"activation_checkpointing"}
 
 
 class Peeking(Transformer):
