@@ -38,14 +38,14 @@ $(CORPUS)/train/manifest.json: | $(VENV)/.ready
 demo: setup corpus ## train a small model on it for a few minutes and let it write
 	$(BIN)/byteloom inspect $(CORPUS)/train
 	$(BIN)/byteloom train demo
-	@echo; echo "The model goes on from 'def ':"; echo
+	@echo; echo "The model continues 'def ':"; echo
 	@$(BIN)/byteloom generate runs/demo --prompt 'def ' --bytes 400 --temperature 0.7
 	@echo
 	@echo "Corpus:       $(CORPUS)        byteloom inspect $(CORPUS)/train"
 	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
 	@echo "By document:  $(BIN)/byteloom eval runs/demo"
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
-	@echo "Go on:        $(BIN)/byteloom train demo train.steps=5000"
+	@echo "Continue:     $(BIN)/byteloom train demo train.steps=5000"
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
