@@ -20,10 +20,14 @@ from typing import Any
 BYTELOOM = Path(sys.executable).with_name("byteloom")
 SERVER = Path(__file__).with_name("command_server.py")
 READ_LATE = re.compile(
-    r"PYTEST_\w+|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|AWS_(ENDPOINT_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY)"
-    r"|BYTELOOM_(HEARTBEATS|TRACEBACK)"
+    r"PYTEST_\w+|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|BYTELOOM_(HEARTBEATS|TRACEBACK)"
+    r"|AWS_(ENDPOINT_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|DEFAULT_REGION)|MLFLOW_HTTP_REQUEST_\w+"
+    r"|MLFLOW_DISABLE_TELEMETRY|_MLFLOW_TELEMETRY_SESSION_ID|TORCHINDUCTOR_CACHE_DIR"
 )
-"""Environment variables that are read after the imports only, if at all."""
+"""Environment variables that are read after the imports only, if at all.
+
+The last three are set by MLflow and torch in the process of the tests.
+"""
 
 
 def environment() -> Mapping[str, str]:

@@ -1,6 +1,7 @@
 """Shared by all tests: real corpora made from Python's own library, recipes, and the real command."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,11 +25,8 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-
 LONG_FOLDERS = ("slurm", "end_to_end", "distributed", "launchers")
 """Folders of tests that start processes, with the files that take longest."""
-
-
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind", "tests.server")
 """Audit events of what --fast leaves out; those of Python, and that of tests/s3.py."""
 
@@ -40,7 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With --fast, skip a test at the moment when it starts a process or a server."""
+    """Let commands under test hear Ctrl-C; with --fast, skip a test when it starts a process or a server."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a shell's job in the background, and its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--fast"):
         sys.addaudithook(_skip_if_it_starts_something)
 

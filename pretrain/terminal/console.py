@@ -48,13 +48,10 @@ def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> R
     Raises:
         SystemExit: the command failed.
     """
-    for name in ("pretrain", "data_pipeline", "launchers"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-        logging.getLogger(name).addHandler(_handler)
     # OSError is a full disk or a folder that cannot be written.
     correctable: tuple[type[Exception], ...] = (*faults, MissingPackageError, StateFileError, OSError)
     try:
-        with _threads_reporting():
+        with _logs_shown(), _threads_reporting():
             return command()
     except correctable as error:
         for line in _explanation(error).splitlines():
@@ -74,6 +71,22 @@ def _explanation(error: Exception) -> str:
 def _say_crash(error: BaseException) -> None:
     for line in crash.report(error):
         say(line)
+
+
+@contextlib.contextmanager
+def _logs_shown() -> Iterator[None]:
+    """Show what all packages log."""
+    loggers = [logging.getLogger(name) for name in ("pretrain", "data_pipeline", "launchers")]
+    earlier = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(_handler)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, earlier, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(_handler)
 
 
 @contextlib.contextmanager
