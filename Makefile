@@ -5,14 +5,19 @@ CORPUS := runs/corpora/stdlib
 OLDEST := .venv-oldest
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' requirements-oldest.txt)
 OLDEST_TESTS := core/test_torch_compat.py data_pipeline/corpus/test_remote.py data_pipeline/corpus/test_shards.py \
-	data_pipeline/readers/test_readers.py data_pipeline/sources/test_sources.py distributed/test_deepspeed.py \
-	end_to_end/test_commands.py end_to_end/test_tracking.py launchers pretrain/checkpoint/test_checkpoint.py \
+	data_pipeline/readers data_pipeline/sources/test_sources.py distributed/engines/test_deepspeed.py \
+	end_to_end/commands/test_commands.py end_to_end/runs/test_tracking.py launchers pretrain/checkpoint/test_checkpoint.py \
 	pretrain/checkpoint/test_checkpoint_remote.py pretrain/config/test_config.py pretrain/engines/test_engine.py \
 	pretrain/evaluation/test_curves.py
 STDLIB := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
+# The tests start hundreds of processes, each of which would compile the modules again.
+unexport PYTHONDONTWRITEBYTECODE
+# Two workers for two cores. A test of ranks or commands starts processes of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo corpus test test-fast test-oldest faults slurm check docs bench lock clean
+.PHONY: help setup demo corpus test test-again test-fast test-long test-oldest faults slurm soak gpu check recipes docs bench lock clean
 
 help: ## list what make can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -40,18 +45,26 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	$(BIN)/byteloom train demo
 	@echo; echo "The model continues 'def ':"; echo
 	@$(BIN)/byteloom generate runs/demo --prompt 'def ' --bytes 400 --temperature 0.7
+	@$(BIN)/byteloom report runs/demo --out runs/demo/report.html
 	@echo
 	@echo "Corpus:       $(CORPUS)        byteloom inspect $(CORPUS)/train"
 	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
+	@echo "Report:       runs/demo/report.html, a page for your browser"
 	@echo "By document:  $(BIN)/byteloom eval runs/demo"
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
 	@echo "Continue:     $(BIN)/byteloom train demo train.steps=5000"
 
 test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-again: setup ## run the tests that failed last time once more, one at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest --last-failed --last-failed-no-failures none
 
 test-fast: setup ## run the tests that start no process and no server, in a minute
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --fast -r fE
+	$(PYTEST) --fast -r fE
+
+test-long: setup ## run the tests that take minutes: full products, real clusters, soaks
+	$(PYTEST) -m long
 
 test-oldest: ## run a quick part of the tests with the oldest supported versions, in .venv-oldest
 	@echo "Downloads the oldest supported versions into $(OLDEST), torch $(OLDEST_TORCH) among them: up to 4 GB."
@@ -66,11 +79,21 @@ faults: setup ## kill the ranks of 200 small runs, and look whether each goes on
 slurm: setup ## submit runs to a real Slurm cluster on this machine, and bring every fault on them
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests/slurm -s
 
+MINUTES ?= 60
+soak: setup ## bring random faults on one run of a Slurm cluster for an hour (MINUTES=60)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm.soak --minutes $(MINUTES)
+
+gpu: ## check and measure everything that needs a GPU, in ten minutes; on a CPU, toy sizes (PYTHON=python3 needs torch)
+	$(PYTHON) benchmarks/gpu.py
+
 check: setup ## lint, formatting, types, and the walls between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+recipes: setup ## write the recipes debug again, with the comments and fields of the config
+	$(BIN)/python -m pretrain.config.annotation
 
 docs: setup ## build the documentation site, with every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -82,11 +105,13 @@ bench: setup ## quick benchmarks; docs/lab/benchmarks.md has full ones
 	$(BIN)/python benchmarks/attention.py --quick
 	$(BIN)/python benchmarks/checkpointing.py --quick
 	$(BIN)/python benchmarks/checkpoint.py --quick
+	$(BIN)/python benchmarks/initial.py --quick
 	$(BIN)/python benchmarks/engines.py --quick
 	$(BIN)/python benchmarks/generation.py --quick
 	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/loader.py --quick
 	$(BIN)/python benchmarks/scale.py --quick
+	$(BIN)/python benchmarks/shuffle.py --quick
 
 lock: ## pin what pyproject.toml allows today into requirements.lock
 	$(PYTHON) -m venv .lock-venv

@@ -1,12 +1,12 @@
-"""The families side by side: equal training FLOPs, the same bytes in the same order, and what each makes of them.
+"""Comparison of the model families with equal training FLOPs on the same bytes in the same order.
 
 python benchmarks/comparison.py BOOKS [--steps N] [--runs FOLDER] [--out FOLDER]
 
-BOOKS holds the folders train and valid, of text files. Every model is trained by `byteloom train` with the same recipe
-(configs/comparison.yaml) but for `model`, and sized to cost about the same a byte; the steps of each are those that
-make the FLOPs of all equal. A forward pass counts as `ByteModel.flops` says, training as three of them. So the models
-differ in parameters. Scores are of `byteloom eval`: each byte of the first valid book, by name, once. What is there
-already in the runs folder is not done again.
+BOOKS holds the folders train and valid with text files. `byteloom train` trains each model with the same recipe
+(configs/comparison.yaml) except `model`. All models cost about the same per byte, and each has the number of steps that
+makes its training FLOPs equal to the others'. `ByteModel.flops` counts a forward pass; training counts as three of
+them. The models therefore differ in parameters. `byteloom eval` scores each byte of the first valid book, by name,
+once. Results that exist already in the runs folder are not computed again.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from pretrain.models import ByteModel, build_model, model_config
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs/comparison.yaml"
 CONTEXT, ROWS = 1024, 8
-"""Of every batch."""
+"""Shape of every batch."""
 AVERAGED = 20
+"""Steps averaged in the plot."""
 MODELS: dict[str, dict[str, object]] = {
     "MEGABYTE": {
         "family": "megabyte",
@@ -52,13 +53,13 @@ MODELS: dict[str, dict[str, object]] = {
     },
     "Transformer-XL": {"family": "transformer_xl", "memory_length": 256, "width": 144, "layers": 2, "heads": 3},
 }
-MOST_CONTEXT = {
+LONGEST_CONTEXT_MODES = {
     "megabyte": "sliding-strided",
     "perceiver_ar": "windows",
     "transformer": "sliding",
     "transformer_xl": "memory",
 }
-"""The mode of `byteloom eval` that gives a byte the most context; windows of a Perceiver AR slide by its latents."""
+"""Mode of `byteloom eval` that gives a byte the most context. Windows of a Perceiver AR slide by its latents."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Result:
     name: str
     parameters: int
     flops_per_byte: float
-    """Of the forward pass."""
+    """FLOPs of the forward pass."""
     steps: int
     run: Path
     alone: float
-    """Bits per byte in windows that stand alone."""
+    """Bits per byte in independent windows."""
     best: float
-    """Bits per byte in the mode of MOST_CONTEXT."""
+    """Bits per byte in the mode of LONGEST_CONTEXT_MODES."""
     mode: str
 
 
@@ -83,20 +84,20 @@ def main() -> None:
     for source, corpus in ((chosen.books / "train", train), (first, valid)):
         if not corpus.exists():
             byteloom("prepare", source, "--out", corpus)
-    results = [measured(name, chosen, train, valid) for name in MODELS]
+    results = [measure(name, chosen, train, valid) for name in MODELS]
     (chosen.out / "results.png").parent.mkdir(parents=True, exist_ok=True)
     draw(results, chosen.out / "results.png")
     print(table(results, first))
 
 
-def measured(name: str, chosen: argparse.Namespace, train: Path, valid: Path) -> Result:
-    """Trains a model with its share of steps, and scores it."""
+def measure(name: str, chosen: argparse.Namespace, train: Path, valid: Path) -> Result:
+    """Train a model with its number of steps, and score it."""
     budget = chosen.steps * flops(MODELS["MEGABYTE"])
     steps = round(budget / flops(MODELS[name]))
     run = chosen.runs / f"comparison-{name.lower().replace(', ', '-').replace(' ', '-')}-{steps}"
     overrides = [f"run.root={chosen.runs}", f"run.name={run.name}", f"data.shards={train}", f"train.steps={steps}"]
     byteloom("train", RECIPE, *overrides, f"model={json.dumps(model_tree(MODELS[name]))}")
-    mode = MOST_CONTEXT[str(MODELS[name]["family"])]
+    mode = LONGEST_CONTEXT_MODES[str(MODELS[name]["family"])]
     alone, best = (bits_per_byte(run, valid, each) for each in ("windows", mode))
     parameters = on_meta(MODELS[name]).parameter_count()
     return Result(name, parameters, flops(MODELS[name]) / CONTEXT, steps, run, alone, best, mode)
@@ -112,12 +113,12 @@ def on_meta(fields: dict[str, object]) -> ByteModel:
 
 
 def flops(fields: dict[str, object]) -> int:
-    """Of the forward pass over one row."""
+    """Return the FLOPs of the forward pass over one row."""
     return on_meta(fields).flops(CONTEXT)
 
 
 def byteloom(*arguments: object) -> str:
-    """Run a command; return what it writes to standard output."""
+    """Run a command and return its standard output."""
     command = [Path(sys.executable).parent / "byteloom", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -125,13 +126,13 @@ def byteloom(*arguments: object) -> str:
 def bits_per_byte(run: Path, corpus: Path, mode: str) -> float:
     path = run / f"{mode}.json"
     if not path.exists():
-        path.write_text(byteloom("eval", run, corpus, "--mode", mode, "--json"), encoding="utf-8")
+        path.write_text(byteloom("eval", run, corpus, "--mode", mode, "--begin", "start", "--json"), encoding="utf-8")
     return float(json.loads(path.read_text())["total"]["bits_per_byte"])
 
 
 def table(results: list[Result], book: Path) -> str:
     lines = [
-        f"| model | parameters | FLOPs a byte, forward | steps | {book.stem}: windows alone | most context |",
+        f"| model | parameters | forward FLOPs per byte | steps | {book.stem}: independent windows | most context |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in sorted(results, key=lambda result: result.best):
@@ -143,7 +144,7 @@ def table(results: list[Result], book: Path) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Training bits per byte over training FLOPs, as running means."""
+    """Plot training bits per byte, as running means, over training FLOPs."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for result in results:
         records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
@@ -162,10 +163,10 @@ def draw(results: list[Result], path: Path) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("books", type=Path, help="with the folders train and valid in it")
-    parser.add_argument("--steps", type=int, default=600, help="of MEGABYTE; others have as many FLOPs")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and corpora are written")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the plot is written")
+    parser.add_argument("books", type=Path, help="folder that holds the folders train and valid")
+    parser.add_argument("--steps", type=int, default=600, help="steps of MEGABYTE; the other models get the same FLOPs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
     return parser.parse_args()
 
 

@@ -1,24 +1,23 @@
-"""Engines against each other, and against loops written without one: memory of a rank, and time of a step.
+"""Comparison of the engines with each other and with a loop without an engine: memory of a rank, and time of a step.
 
 python benchmarks/engines.py [--quick] [--json PATH]
 
-Ranks are processes of one thread each that meet over gloo on this machine; the model is that of
-configs/megabyte/books-10m.yaml: for memory, half as wide and in bf16; for time, in fp32 where the CPU emulates bf16.
+Ranks are processes with one thread each, connected by gloo on this machine. The model is that of
+configs/megabyte/books-10m.yaml. For memory it is half as wide and in bf16. For time it is in bf16, or in fp32 if the
+CPU emulates bf16.
 
-Memory, on 4 ranks: the bytes of all tensors that live on a rank between backward and the update (masters, moments,
-gradients, copies, and whatever an engine left unsharded), beyond those that lived before the engine was built. The
-largest rank counts. Theory is docs/guides/engines.md's.
+Memory, on 4 ranks: the bytes of all tensors that exist on a rank between backward and the update (masters, moments,
+gradients, copies, and whatever an engine left unsharded), minus those that existed before the engine was built. The
+largest rank counts. docs/guides/engines.md gives the theory.
 
-Time, on 1 and 2 ranks: each takes a step of 4 rows of 1,024 bytes (`--quick`: 1 row, 3 rounds) with every contender in
-turn, each round in another order, after a barrier; a step's time is the longest of the ranks'. `bare` is a loop of the
-same mathematics with nothing of Byteloom but the model: `BareLoop` below. Ratios are medians over rounds of steps in
-the same round; where others use the machine too, the ratio of CPU times says more than that by the clock.
+Time, on 1 and 2 ranks: each rank takes a step of 4 rows of 1,024 bytes (`--quick`: 1 row, 3 rounds) with every
+contender in turn, in another order each round, after a barrier. The time of a step is that of the slowest rank. `bare`
+is a loop with the same mathematics that uses only the model of Byteloom: `BareLoop` below. A ratio is the median over
+the ratios of each round. If other work shares the machine, the ratio of CPU times is more reliable than that of
+wall-clock times.
 """
 
 import gc
-import multiprocessing
-import queue
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,8 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from common.ranks import on_ranks
+from common.report import Metric, native_precisions, options, report
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.rows import Rows
 from pretrain.config.loading import load
@@ -41,7 +42,6 @@ from pretrain.config.schema import Config
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineError, StepResult, build_engine, compute_dtype
 from pretrain.models import ByteModel, build_model
-from report import Metric, native_precisions, options, report
 
 RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
 MEMORY_RANKS, TIME_RANKS, ROWS = 4, 2, 4
@@ -71,9 +71,9 @@ BYTES_PER_PARAMETER: dict[str, Callable[[int], float]] = {
     "zero3": lambda ranks: (2 + 4 + 12) / ranks,
     "zero3, no bucket": lambda ranks: (2 + 4 + 12) / ranks,
 }
-"""Between backward and the update, in bf16: 4 of gradients, 4 of masters, 8 of moments; ZeRO holds 2 of weights. What
-DeepSpeed gathers gradients in before it adds them up over ranks, a block of the model in fp32, is no state of any of
-them, but lives on; without a bucket only the states are left."""
+"""Theoretical bytes per parameter between backward and the update, in bf16: 4 for gradients, 4 for masters, 8 for
+moments, and with ZeRO 2 for weights. DeepSpeed's buffer for gradients, a block of the model in fp32, is not in the
+theory but stays allocated. Without a bucket only the states are left."""
 
 
 def main() -> None:
@@ -86,39 +86,41 @@ def main() -> None:
     report(f"Engines; times in {precision}", metrics, chosen.json)
 
 
-def memory_metrics(told: list[dict[str, Any]]) -> list[Metric]:
-    parameters, alone = told[0].pop("parameters"), told[0].pop("one process")
-    metrics = [Metric("one process: state", alone / 2**20, "MiB", f"{alone / parameters:.2f} bytes a parameter")]
-    for name, own in told[0].items():
-        title = f"{name} of {len(told)}"
+def memory_metrics(results: list[dict[str, Any]]) -> list[Metric]:
+    """Return the metrics of memory from the results of all ranks."""
+    parameters, alone = results[0].pop("parameters"), results[0].pop("one process")
+    metrics = [Metric("one process: state", alone / 2**20, "MiB", f"{alone / parameters:.2f} bytes per parameter")]
+    for name, own in results[0].items():
+        title = f"{name} of {len(results)}"
         if isinstance(own, str):
-            print(f"{title} is left out: {own}")
+            print(f"{title} is skipped: {own}")
             continue
-        held = max(of_rank[name] for of_rank in told)
-        theory = BYTES_PER_PARAMETER[name](len(told))
-        detail = f"{held / parameters:.2f} bytes a parameter; theory {theory:g}"
+        held = max(result[name] for result in results)
+        theory = BYTES_PER_PARAMETER[name](len(results))
+        detail = f"{held / parameters:.2f} bytes per parameter; theory {theory:g}"
         metrics.append(Metric(f"{title}: state / one process", held / alone, "", detail))
         goal = 1.1 if name in ("fsdp", "zero3, no bucket") else None
         metrics.append(Metric(f"{title}: state / theory", held / parameters / theory, "", "", goal, "lower"))
     return metrics
 
 
-def time_metrics(told: list[dict[str, Any]]) -> list[Metric]:
-    ranks = f"{len(told)} ranks" if len(told) > 1 else "one process"
+def time_metrics(results: list[dict[str, Any]]) -> list[Metric]:
+    """Return the metrics of time from the results of all ranks."""
+    ranks = f"{len(results)} ranks" if len(results) > 1 else "one process"
     seconds, cpu_seconds = (
         {
-            name: [max(times) for times in zip(*(of_rank[name][kind] for of_rank in told), strict=True)]
-            for name in told[0]
+            name: [max(times) for times in zip(*(result[name][kind] for result in results), strict=True)]
+            for name in results[0]
         }
         for kind in ("seconds", "cpu_seconds")
     )
     metrics = []
-    for name, own in told[0].items():
+    for name, own in results[0].items():
         metrics.append(Metric(f"{ranks}, {name}: step", statistics.median(seconds[name]) * 1e3, "ms", own["phases"]))
         if name != "bare":
             goal = 1.03 if name == "ddp" else None
-            for title, of in ((f"{name} / bare", seconds), (f"{name} / bare, CPU time", cpu_seconds)):
-                ratios = [ours / bare for ours, bare in zip(of[name], of["bare"], strict=True)]
+            for title, times in ((f"{name} / bare", seconds), (f"{name} / bare, CPU time", cpu_seconds)):
+                ratios = [ours / bare for ours, bare in zip(times[name], times["bare"], strict=True)]
                 first, _, third = statistics.quantiles(ratios)
                 spread = f"quartiles {first:.3f} and {third:.3f}"
                 metrics.append(Metric(f"{ranks}, {title}", statistics.median(ratios), "", spread, goal, "lower"))
@@ -126,34 +128,34 @@ def time_metrics(told: list[dict[str, Any]]) -> list[Metric]:
 
 
 def memory_on_rank(world: World) -> dict[str, Any]:
-    """The bytes of each engine's tensors on this rank, or why it cannot be had."""
+    """Return the bytes of each engine's tensors on this rank, or why the engine cannot be built."""
     found: list[int] = []
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: found.append(live_bytes(optimizer)))
-    told: dict[str, Any] = {"parameters": the_model(load(RECIPE, SMALLER)).parameter_count()}
+    results: dict[str, Any] = {"parameters": seeded_model(load(RECIPE, SMALLER)).parameter_count()}
     for name, overrides in {"one process": [], **ENGINES}.items():
         place = ALONE if name == "one process" else world
         gc.collect()
         before = live_bytes()
         engine = engine_of([*SMALLER, *overrides], place, rows=1)
         if not isinstance(engine, str):
-            for step in range(2):  # DDP lays its buckets out anew after the first
+            for step in range(2):  # DDP rebuilds its buckets after the first step
                 engine.train_step(batch(place, 1, 64), step=step, learning_rate=1e-4)
-        told[name] = engine if isinstance(engine, str) else found[-1] - before
+        results[name] = engine if isinstance(engine, str) else found[-1] - before
         del engine
     handle.remove()
-    return told
+    return results
 
 
 def times_on_rank(world: World, rounds: int, precision: str, rows: int) -> dict[str, Any]:
-    """By the clock and of the CPU, this rank's seconds of each contender's steps; and their phases."""
+    """Return this rank's wall-clock and CPU seconds of each contender's steps, and their phases."""
     config = load(RECIPE, [f"engine.precision={precision}"])
-    bare = BareLoop(the_model(config), config, world)
+    bare = BareLoop(seeded_model(config), config, world)
     micro_batches = batch(world, rows, config.model.sequence_length)
     ids = torch.from_numpy(micro_batches[0].ids)
     work: dict[str, Callable[[], Any]] = {"bare": lambda: bare.step(ids)}
     for name, overrides in ENGINES.items():
         if name in ("hsdp of 2", "zero3, no bucket") or (world.size == 1 and name != "ddp"):
-            continue  # one process has nothing to share, groups of 2 are all of 2 ranks, and buckets are for speed
+            continue  # one process has no peers, groups of 2 are all of 2 ranks, and buckets are needed for speed
         engine = engine_of([f"engine.precision={precision}", *overrides], world, rows)
         if not isinstance(engine, str):
             work[name] = partial(engine.train_step, micro_batches, step=0, learning_rate=1e-4)
@@ -184,7 +186,7 @@ def times_on_rank(world: World, rounds: int, precision: str, rows: int) -> dict[
 
 
 class BareLoop:
-    """Plain PyTorch: a cast in the graph, DDP on several ranks, clipping, fused AdamW on fp32 masters."""
+    """Training loop in plain PyTorch: cast in the graph, DDP on several ranks, clipping, fused AdamW in fp32."""
 
     def __init__(self, model: ByteModel, config: Config, world: World) -> None:
         self._module: nn.Module = _InPrecision(model, compute_dtype(config.engine.precision))
@@ -202,7 +204,7 @@ class BareLoop:
         )
 
     def step(self, ids: Tensor) -> float:
-        """Returns this rank's nats a byte."""
+        """Take a step and return this rank's nats per byte."""
         loss = self._module(ids)
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -223,11 +225,11 @@ class _InPrecision(nn.Module):
 
 
 def check_same_work(results: dict[str, list[Any]]) -> None:
-    """All contenders learn the same rows, so their losses fall alike."""
-    for name, of_name in results.items():
+    """Check that the last losses agree, because all contenders learn the same rows."""
+    for name, own_results in results.items():
         if name == "bare":
             continue
-        last: StepResult = of_name[-1]
+        last: StepResult = own_results[-1]
         loss = last.nats / last.target_bytes
         assert abs(loss / results["bare"][-1] - 1) < 0.05, (name, loss, results["bare"][-1])
 
@@ -244,19 +246,19 @@ def describe(results: list[Any], rank: int) -> str:
     return ", ".join(f"{name} {statistics.median(times) * 1e3:.1f}" for name, times in phases.items())
 
 
-def the_model(config: Config) -> ByteModel:
-    """The same on all ranks."""
+def seeded_model(config: Config) -> ByteModel:
+    """Return the recipe's model, the same on all ranks."""
     torch.manual_seed(0)
     return build_model(config.model)
 
 
 def engine_of(overrides: list[str], world: World, rows: int) -> Engine | str:
-    """An engine, or why it cannot be had."""
+    """Return an engine, or why it cannot be built."""
     config = load(RECIPE, overrides)
     try:
         return build_engine(
             config.engine,
-            the_model(config),
+            seeded_model(config),
             config.optimizer,
             seed=0,
             world=world,
@@ -268,54 +270,20 @@ def engine_of(overrides: list[str], world: World, rows: int) -> Engine | str:
 
 
 def batch(world: World, rows: int, length: int) -> list[MicroBatch]:
-    """The same rows on each rank, so that ranks have the same loss."""
+    """Return the same rows on each rank, so that all ranks have the same loss."""
     content = np.random.default_rng(0).integers(0, 256, (rows, length), np.uint8)
     return [MicroBatch(world.rank, Rows(content, np.empty(0, np.int64), None), np.ones(content.shape, bool))]
 
 
 def live_bytes(optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Of the storages of all tensors that Python knows, and of an optimizer's gradients, which it may not know yet."""
+    """Return the bytes of all tensors that the garbage collector knows, and of an optimizer's gradients."""
     groups = optimizer.param_groups if optimizer is not None else []
     gradients = [parameter.grad for group in groups for parameter in group["params"]]
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    tensors = [candidate for candidate in gc.get_objects() if type(candidate) in (Tensor, nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     storages.pop(0, None)
     del gradients
     return sum(storages.values())
-
-
-def on_ranks(size: int, function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
-    """What a function of this module tells on each of so many ranks."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    processes = [
-        context.Process(target=_on_rank, args=(rank, size, port, function, arguments, answers), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    told: dict[int, dict[str, Any]] = {}
-    while len(told) < size:
-        try:
-            rank, answer = answers.get(timeout=1)
-            told[rank] = answer
-        except queue.Empty:
-            if any(process.exitcode for process in processes):
-                raise SystemExit("a rank failed; what it said is above") from None
-    for process in processes:
-        process.join()
-    return [told[rank] for rank in range(size)]
-
-
-def _on_rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: Any, answers: Any) -> None:
-    torch.set_num_threads(1)
-    environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    world = World.join("cpu", {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    answers.put((rank, function(world, *arguments)))
-    world.leave()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Generation of 8,192 bytes: MEGABYTE against a Transformer of a quarter of its parameters, and caches against none.
+"""Generation of 8,192 bytes: MEGABYTE against a Transformer with a quarter of its parameters, and caches against none.
 
-The pair is the paper's (arXiv:2305.07185, table 9: 132 s and 93 s), with all widths divided by WIDTH_DIVISOR. As there,
-the Transformer's context is 1,024 bytes: when it is full, its last half is read anew. A third model is that Transformer
-with a context of all 8,192. Sampling is in the time.
+The two models are those of the paper (arXiv:2305.07185, table 9: 132 s and 93 s), with all widths divided by
+WIDTH_DIVISOR. The Transformer's context is 1,024 bytes, as in the paper: when it is full, the model reads its last half
+again. A third model is that Transformer with a context of all 8,192 bytes. The times include sampling.
 
-Without caches every byte is a forward pass over all before it. Its whole cost is told from passes at a few lengths: the
-sum, over all lengths, of a line between each two that were measured.
+Without caches, every byte needs a forward pass over all bytes before it. The total cost is estimated from passes at a
+few lengths: the sum over all lengths, interpolated linearly between the measured ones.
 
 python benchmarks/generation.py [--quick] [--json PATH]
 """
@@ -18,24 +18,24 @@ from functools import partial
 import numpy as np
 import torch
 
+from common.report import Metric, options, report
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.evaluation.generation import Sampling, generate_rows
 from pretrain.models.base import ByteModel
 from pretrain.models.families.megabyte import Megabyte, MegabyteConfig
 from pretrain.models.families.transformer import Transformer, TransformerConfig
-from report import Metric, options, report
 
 WIDTH_DIVISOR = 8
 LENGTH, CONTEXT = 8192, 1024
 HEADS = 2
 
 
-def width(papers: int) -> int:
-    return papers // WIDTH_DIVISOR
+def width(paper_width: int) -> int:
+    return paper_width // WIDTH_DIVISOR
 
 
 def megabyte() -> Megabyte:
-    """1.3B and 218M in the paper: 24 layers of 2,048 and 15 of 1,024, patches of 8."""
+    """Return the paper's model of 1.3B + 218M: 24 layers of 2,048, 15 of 1,024, patches of 8."""
     sizes = {
         "sequence_length": LENGTH,
         "patch_size": 8,
@@ -46,13 +46,13 @@ def megabyte() -> Megabyte:
 
 
 def transformer(context: int = CONTEXT) -> Transformer:
-    """350M in the paper: 24 layers of 1,024, with a learned table of positions, as MEGABYTE has."""
+    """Return the paper's model of 350M: 24 layers of 1,024, with learned positions, as in MEGABYTE."""
     sizes = {"width": width(1024), "layers": 24, "heads": HEADS, "positions": "learned"}
     return Transformer(TransformerConfig.model_validate({"sequence_length": context, **sizes}))
 
 
 def build(make: Callable[[], ByteModel]) -> ByteModel:
-    """A model that never ends a document: the logit of a separator is 0, and the 50 likeliest ids are drawn from."""
+    """Build a model that never ends a document: a separator's logit is 0, and sampling draws from the top 50 ids."""
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
@@ -62,8 +62,9 @@ def build(make: Callable[[], ByteModel]) -> ByteModel:
 
 
 def side_by_side(models: dict[str, ByteModel], rows: int, count: int, chunk: int) -> dict[str, float]:
-    """Seconds in which each model writes `count` bytes in each of some rows; they take turns, a chunk each."""
-    writers = {name: generate_rows(model, [b""] * rows, count, Sampling(top_k=50)) for name, model in models.items()}
+    """Return the seconds in which each model generates `count` bytes in each row. Models alternate after each chunk."""
+    prompts, counts = [b""] * rows, [count] * rows
+    writers = {name: generate_rows(model, prompts, counts, Sampling(top_k=50)) for name, model in models.items()}
     seconds = dict.fromkeys(models, 0.0)
     for _ in range(count // chunk):
         for name, writer in writers.items():
@@ -76,7 +77,7 @@ def side_by_side(models: dict[str, ByteModel], rows: int, count: int, chunk: int
 
 @torch.no_grad()
 def seconds_without_caches(model: ByteModel, count: int, rounds: int) -> float:
-    """Of writing `count` bytes by a forward pass each, over as much as `generate_rows` would have in its context."""
+    """Estimate the seconds to generate `count` bytes with one forward pass each, in `generate_rows`' context."""
     T = model.sequence_length
     lengths = [1, *(T * part // 8 for part in (1, 2, 4, 6, 8))]
     costs = []
@@ -112,13 +113,13 @@ def main() -> None:
     metrics.append(Metric("MEGABYTE / Transformer", faster, "", f"with {larger:.1f} times its parameters", goal=1.4))
     for name, model in models.items():
         without = seconds_without_caches(model, count, rounds=1 if chosen.quick else 3)
-        detail = f"without: {count / without:.3g} bytes/s, told from 6 lengths"
+        detail = f"without: {count / without:.3g} bytes/s, estimated from 6 lengths"
         metrics.append(Metric(f"{name}, with caches / without", without / seconds[name], "", detail, goal=20))
     rows, some = 16, chunk // 4
     batched = side_by_side(models, rows, some, some)
     for name in models:
-        alone = f"{some} bytes in each of {rows} rows at once"
-        metrics.append(Metric(f"{name}, {rows} rows", rows * some / batched[name], "bytes/s", alone))
+        detail = f"{some} bytes in each of {rows} rows at once"
+        metrics.append(Metric(f"{name}, {rows} rows", rows * some / batched[name], "bytes/s", detail))
     report("Generation", metrics, chosen.json)
 
 

@@ -1,11 +1,11 @@
-"""How time and memory of a training step grow with the context: MEGABYTE, Perceiver AR and the Transformer.
+"""Growth of a training step's time and memory with the context: MEGABYTE, Perceiver AR and the Transformer.
 
 python benchmarks/growth.py [--quick] [--json PATH] [--plot PATH]
 
-One row of T random bytes, in bf16 (fp32 where the CPU emulates it), with activation checkpointing; each length in a
-process of its own, the second step of two (the first from 131,072 bytes on). MEGABYTE's patch size is the power of two
-nearest to the cube root of T, so that its attention costs T^(4/3). The Transformer ends where a step would take
-minutes. Peak memory is all that the process holds at the most. Matplotlib comes with mlflow.
+A step reads one row of T random bytes, in bf16 (fp32 if the CPU emulates bf16), with activation checkpointing. Each
+length has its own process, which measures the second of two steps (from 131,072 bytes on, the first). MEGABYTE's patch
+size is the power of two nearest to the cube root of T, so that its attention costs T^(4/3). The Transformer stops
+before a step would take minutes. Peak memory is the peak of the whole process. Matplotlib comes with mlflow.
 """
 
 import argparse
@@ -15,19 +15,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from batch import random_batch
 from matplotlib.figure import Figure
 
-from pretrain.engines import EngineConfig, build_engine, peak_memory_bytes
+from common.batch import random_batch
+from common.report import Metric, native_precisions, report
+from pretrain.engines import EngineConfig, build_engine, peak_resident_bytes
 from pretrain.models import build_model, model_config
 from pretrain.optim import OptimizerConfig
-from report import Metric, native_precisions, report
 
 LENGTHS = [2**n for n in range(13, 21)]
 LONGEST = {"megabyte": 2**20, "perceiver_ar": 2**20, "transformer": 2**14}
 ALONE = 2**17
-"""From this length on the first step is the measured one."""
+"""Shortest length whose first step is measured."""
 MEMORY_GOAL = 12
 
 
@@ -35,8 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="end within a minute: up to 32,768 bytes")
     parser.add_argument("--json", type=Path, help="write the metrics here as well")
-    parser.add_argument("--plot", type=Path, help="write a PNG here")
-    parser.add_argument("--only", nargs=2, metavar=("FAMILY", "T"), help="measure this here and print JSON")
+    parser.add_argument("--plot", type=Path, help="write the plot as PNG here")
+    parser.add_argument(
+        "--only", nargs=2, metavar=("FAMILY", "T"), help="measure one family and length in this process and print JSON"
+    )
     chosen = parser.parse_args()
     if chosen.only:
         print(json.dumps(step(chosen.only[0], int(chosen.only[1]))))
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def step(family: str, length: int) -> dict[str, float | str | None]:
-    """A training step on one row: the second of two, or the first of a long one."""
+    """Measure a training step on one row: the second of two, or the first if the row is long."""
     wide = {"width": 512, "layers": 4, "heads": 8}
     patch = 2 ** round((length.bit_length() - 1) / 3) if family == "megabyte" else None
     sizes = {
@@ -85,7 +86,7 @@ def step(family: str, length: int) -> dict[str, float | str | None]:
         start = time.perf_counter()
         engine.train_step(batch, step=0, learning_rate=1e-4)
         seconds = time.perf_counter() - start
-    peak = peak_memory_bytes(torch.device("cpu"))
+    peak = peak_resident_bytes()
     return {"family": family, "length": length, "patch": patch, "seconds": seconds, "peak_bytes": peak}
 
 
@@ -97,8 +98,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
         lengths = [row["length"] for row in own]
         time_axis.plot(lengths, [row["seconds"] / row["length"] * 1e6 for row in own], "o-", label=family)
         memory_axis.plot(lengths, [row["peak_bytes"] / row["length"] / 1024 for row in own], "o-", label=family)
-    for axis, what in ((time_axis, "microseconds a byte"), (memory_axis, "KiB of peak memory a byte")):
-        axis.set(yscale="log", xlabel="context (bytes)", ylabel=what)
+    for axis, label in ((time_axis, "microseconds per byte"), (memory_axis, "KiB of peak memory per byte")):
+        axis.set(yscale="log", xlabel="context (bytes)", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.grid(visible=True, alpha=0.3)
         axis.legend()

@@ -1,18 +1,18 @@
-"""Our loader against other people's and against the bare limit, on one corpus, one core, in one run.
+"""Comparison of our loader with other libraries' and with the limit of the machine, on one corpus and one core.
 
 python benchmarks/loader.py [--quick] [--json PATH]
 
-The corpus is the Python sources of this interpreter's standard library and packages, end to end, cut into documents of
-about each size and stored by each library in its natural form, with zstd level 3 where it has zstd. Every reader
-delivers the same: batches of 32 rows of 8,192 bytes with a 0 after each document, and the places of these separators.
-Rates are MB/s of corpus bytes.
+The corpus is the Python sources of this interpreter's standard library and packages, concatenated and cut into
+documents of about each size. Each library stores it in its natural form, with zstd level 3 if it has zstd. Every reader
+delivers the same: batches of 32 rows of 8,192 bytes with a 0 after each document, and the positions of these
+separators. Rates are MB/s of corpus bytes.
 
-    limit     reads each block that ours stored and decompresses it, nothing else
-    ours      a Loader with one thread, between batches far from its start: verified, in a run's order
-    peers     an epoch in stored order, without worker processes, packed by numpy; see peers.py
+    limit     read and decompress each block of our corpus, nothing else
+    ours      a Loader with one thread, measured between batches far from its start: verified, in a run's order
+    peers     an epoch in stored order, without worker processes, packed by numpy; see common/peers.py
 
-Files are in the page cache. webdataset is measured in this Python. MosaicML streaming and litdata want another numpy
-and another torch, so they have a venv of their own; without it the table says that they are missing:
+Files are in the page cache. webdataset is measured in this Python. MosaicML streaming and litdata need another numpy
+and another torch, so they have their own venv. Without it the table reports them as missing:
 
     python -m venv .venv-peers
     .venv-peers/bin/pip install mosaicml-streaming==0.13.0 litdata==0.2.76
@@ -37,6 +37,8 @@ from typing import Any, Self
 
 import zstandard
 
+from common.peers import FRAME_BYTES, LEVEL, PEERS, ROWS, SEQUENCE_LENGTH, SHARD_BYTES, cut
+from common.report import Metric, options, report
 from data_pipeline.corpus.blocks import pack_documents
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.index import write_shard
@@ -48,15 +50,13 @@ from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import WINDOW, Loader, LoaderConfig
 from data_pipeline.stream.reading import open_streams
-from peers import FRAME_BYTES, LEVEL, PEERS, ROWS, SEQUENCE_LENGTH, SHARD_BYTES, cut
-from report import Metric, options, report
 
 HERE = Path(__file__).parent
 SIZES = {"0.5 KB": 512, "2 KB": 2048, "16 KB": 16 << 10, "256 KB": 256 << 10}
 LANES = DataConfig.model_fields["lanes"].default
 BLOCKS_PER_LANE = 16
 WINDOWS = 8
-"""The fewest that our loader is timed over."""
+"""Minimum number of windows over which our loader is timed."""
 RESUME_SIZE = "2 KB"
 
 
@@ -81,12 +81,12 @@ def main() -> None:
 
 
 class Library:
-    """A process that measures the peers of one library, or knows that the library is not there."""
+    """Process that measures the peers of one library, or reports that the library is missing."""
 
     def __init__(self, name: str) -> None:
         own_venv = HERE.parent / ".venv-peers" / "bin" / "python"
         python = own_venv if own_venv.exists() and name != "webdataset" else sys.executable
-        command = [python, "-P", HERE / "peers.py", name]
+        command = [python, "-P", HERE / "common/peers.py", name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._about: dict[str, Any] | None = None
         self.name = name
@@ -99,7 +99,7 @@ class Library:
 
     @property
     def peers(self) -> list[str]:
-        """Names of what can be measured."""
+        """Names of the peers that can be measured."""
         return [] if "absent" in self.about else list(PEERS[self.name])
 
     def send(self, **request: object) -> None:
@@ -112,7 +112,7 @@ class Library:
         return json.loads(line)
 
     def ask(self, **request: object) -> dict[str, Any]:
-        """The answer to a request; nothing where the library is not there."""
+        """Send a request and return the answer, empty if the library is missing."""
         if "absent" in self.about:
             return {}
         self.send(**request)
@@ -128,24 +128,24 @@ class Library:
 
 @dataclass(frozen=True)
 class Stored:
-    """One corpus in every form."""
+    """One corpus in the form of every library."""
 
     folder: Path
     size: int
-    """Of a document, about."""
+    """Approximate bytes of a document."""
     documents: int
     raw_bytes: int
     shares: dict[str, float]
-    """By reader: bytes on disk per corpus byte."""
+    """Bytes on disk per corpus byte, by reader."""
 
     @property
     def per_id(self) -> float:
-        """Corpus bytes per id of a row: the rest are separators."""
+        """Corpus bytes per id of a row; the other ids are separators."""
         return self.raw_bytes / (self.raw_bytes + self.documents)
 
 
 def sources(size: int) -> bytes:
-    """The first bytes of all Python sources of this interpreter, in the order of their paths."""
+    """Return the first bytes of all Python sources of this interpreter, in the order of their paths."""
     folders = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
     raw = bytearray()
     for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
@@ -156,24 +156,24 @@ def sources(size: int) -> bytes:
 
 
 def write_all(libraries: list[Library], raw: bytes, size: int, folder: Path) -> Stored:
-    """Stores a corpus with every library, and ours."""
+    """Store a corpus in the form of every library and in ours."""
     own = folder / str(size)
     own.mkdir()
     documents = cut(raw, size)
     shares = {"ours": write_ours(documents, own / "ours")}
-    there = [library for library in libraries if library.peers]
-    for library in there:
+    available = [library for library in libraries if library.peers]
+    for library in available:
         library.send(do="write", raw=folder / "raw", size=size, folder=own / library.name)
-    for library in there:
+    for library in available:
         shares |= {peer: stored / len(raw) for peer, stored in library.receive().items()}
     return Stored(own, size, len(documents), len(raw), shares)
 
 
 def write_ours(documents: list[bytes], folder: Path) -> float:
-    """Stores a corpus in our form: bytes on disk per corpus byte.
+    """Store a corpus in our form, and return the bytes on disk per corpus byte.
 
-    Its shards are listed again and again under other names, until each lane has many blocks, as in a corpus of a usual
-    size. In a small one lanes share blocks, which are then decompressed twice.
+    The manifest lists its shards repeatedly under other names, until each lane has many blocks, as in a corpus of usual
+    size. In a small corpus, lanes share blocks, which are then decompressed twice.
     """
 
     def refuse(_: Document, error: BadDocumentError) -> None:
@@ -190,20 +190,20 @@ def write_ours(documents: list[bytes], folder: Path) -> float:
     share = sum(shard.entry["bytes"] for shard in shards) / sum(shard.entry["raw_bytes"] for shard in shards)
     count = sum(shard.entry["blocks"] for shard in shards)
     for number in range(len(shards), len(shards) * -(-LANES * BLOCKS_PER_LANE // count)):
-        again = shards[number % len(shards)]
+        repeated = shards[number % len(shards)]
         name = shard_name(number)
-        (folder / name).hardlink_to(folder / again.entry["name"])
-        shards.append(replace(again, entry=again.entry | {"name": name}))
+        (folder / name).hardlink_to(folder / repeated.entry["name"])
+        shards.append(replace(repeated, entry=repeated.entry | {"name": name}))
     write_index(folder, shards)
     return share
 
 
 def throughput(label: str, corpus: Stored, libraries: list[Library], rounds: int) -> list[Metric]:
-    """Every reader in turn; limit and ours again before each library, since all else is held to them."""
+    """Measure every reader in turn. Limit and ours are measured again before each library, as its reference."""
     decompress_blocks(corpus)
-    seconds = defaultdict(list)  # of each reader's epoch
-    beside = defaultdict(list)  # peer / ours, of measurements that follow each other
-    alone = {}  # of documents without rows
+    seconds = defaultdict(list)  # epoch seconds by reader
+    ratios = defaultdict(list)  # peer / ours, from consecutive measurements
+    documents_only = {}  # seconds of documents without rows
     with_digests = []  # ours / limit
     for _ in range(rounds):
         for library in libraries:
@@ -211,17 +211,17 @@ def throughput(label: str, corpus: Stored, libraries: list[Library], rounds: int
             seconds["ours"].append(read_ours(corpus))
             for peer in library.peers:
                 request = {"peer": peer, "folder": corpus.folder / library.name}
-                if peer not in alone:
-                    alone[peer] = library.ask(do="documents", **request)["seconds"]
+                if peer not in documents_only:
+                    documents_only[peer] = library.ask(do="documents", **request)["seconds"]
                 rows = library.ask(do="rows", **request)
                 seconds[peer].append(rows["seconds"] / (rows["bytes"] * corpus.per_id) * corpus.raw_bytes)
-                beside[peer].append(seconds[peer][-1] / seconds["ours"][-1])
+                ratios[peer].append(seconds[peer][-1] / seconds["ours"][-1])
         with_digests.append(seconds["limit"][-1] / read_ours(corpus, digest=True))
     speed = {name: corpus.raw_bytes / median(times) / 1e6 for name, times in seconds.items()}
     share = median(limit / ours for limit, ours in zip(seconds["limit"], seconds["ours"], strict=True))
     stored = {name: f"stored in {share:.2f} of its bytes" for name, share in corpus.shares.items()}
     metrics = [
-        Metric(f"{label}: limit", speed["limit"], "MB/s", "pread and zstd of the blocks of ours"),
+        Metric(f"{label}: limit", speed["limit"], "MB/s", "pread and zstd of our blocks"),
         Metric(f"{label}: ours", speed["ours"], "MB/s", f"{LANES} lanes, 1 thread; {stored['ours']}"),
     ]
     metrics += [
@@ -229,24 +229,24 @@ def throughput(label: str, corpus: Stored, libraries: list[Library], rounds: int
             f"{label}: {peer}",
             speed[peer],
             "MB/s",
-            f"{corpus.raw_bytes / alone[peer] / 1e6:.3g} as documents, without rows; {stored[peer]}",
+            f"{corpus.raw_bytes / documents_only[peer] / 1e6:.3g} as documents, without rows; {stored[peer]}",
         )
-        for peer in beside
+        for peer in ratios
     ]
-    detail = f"{median(with_digests):.2f} with the digests that a training run keeps"
+    detail = f"{median(with_digests):.2f} with the digests of a training run"
     metrics.append(Metric(f"{label}: ours / limit", share, "", detail, goal=0.85))
-    if "webdataset tar" in beside:
+    if "webdataset tar" in ratios:
         goal = 4 if label == "2 KB" else None
-        ratio = median(beside["webdataset tar"])
+        ratio = median(ratios["webdataset tar"])
         metrics.append(Metric(f"{label}: ours / webdataset", ratio, "", "reading tar", goal=goal))
-    if beside:
-        fastest = min(beside, key=lambda peer: median(beside[peer]))
-        metrics.append(Metric(f"{label}: ours / fastest peer", median(beside[fastest]), "", fastest, goal=1))
+    if ratios:
+        fastest = min(ratios, key=lambda peer: median(ratios[peer]))
+        metrics.append(Metric(f"{label}: ours / fastest peer", median(ratios[fastest]), "", fastest, goal=1))
     return metrics
 
 
 def decompress_blocks(corpus: Stored) -> float:
-    """Seconds for the limit: the same blocks, read and decompressed by one reused decompressor."""
+    """Return the seconds of the limit: read the same blocks and decompress them with one decompressor."""
     with Corpus(corpus.folder / "ours") as ours:
         fields = ("shard", "frame_bytes", "frame_offset")
         once = corpus.raw_bytes >= ours.lengths["raw_bytes"].cumsum(dtype="i8")  # the shards are listed several times
@@ -271,10 +271,10 @@ def open_ours(corpus: Stored) -> ByteStream:
 
 
 def read_ours(corpus: Stored, digest: bool = False) -> float:
-    """Seconds for as many bytes as the corpus has, from a loader that has been going for a while.
+    """Return the seconds for the bytes of one epoch, from a loader that has been running for a while.
 
-    It reads ahead in windows, and for ever. The clock starts and stops as the first batch of a window arrives: none of
-    the next has been read then, so what is measured is the work for the batches that come in between.
+    The loader prefetches in windows, without end. The clock starts and stops when the first batch of a window arrives.
+    Nothing of the next window has been read then, so the time is exactly that of the batches in between.
     """
     stream = open_ours(corpus)
     window = max(1, WINDOW // SEQUENCE_LENGTH // ROWS)
@@ -284,7 +284,9 @@ def read_ours(corpus: Stored, digest: bool = False) -> float:
     gc.collect()
     with Loader(stream, LoaderConfig(threads=1), **arguments) as loader:
         arriving = iter(loader)
-        for _ in range(2 * window):  # windows grow to full size, which adds up to one less than one of them
+        for _ in range(
+            2 * window
+        ):  # windows grow to full size; the smaller ones add up to one batch less than a full window
             next(arriving)
         start = time.perf_counter()
         for _ in range(batches):
@@ -296,7 +298,7 @@ def read_ours(corpus: Stored, digest: bool = False) -> float:
 
 
 def resume(corpus: Stored, libraries: list[Library], times: int) -> list[Metric]:
-    """Opening a corpus at random positions of an epoch, to the first batch of rows."""
+    """Measure the time from opening a corpus at random positions of an epoch to the first batch of rows."""
     generator = random.Random(0)
     seconds = defaultdict(list)
     for share in (generator.uniform(0.05, 0.9) for _ in range(times)):
@@ -306,17 +308,17 @@ def resume(corpus: Stored, libraries: list[Library], times: int) -> list[Metric]
                 request = {"peer": peer, "folder": corpus.folder / library.name, "share": share, "size": corpus.size}
                 answer = library.ask(do="resume", documents=corpus.documents, **request)
                 seconds[peer].append(answer["seconds"])
-    details = dict.fromkeys(seconds, "without the row it was in the middle of") | {
-        "ours": f"exact; {ROWS} blocks to decompress, one for each row"
+    details = dict.fromkeys(seconds, "skips the row it was in") | {
+        "ours": f"exact; {ROWS} blocks to decompress, one per row"
     }
     metrics = [
         Metric(f"resume: {name}", median(measured) * 1e3, "ms", details[name], better="lower")
         for name, measured in seconds.items()
     ]
-    rest = {name: median(measured) for name, measured in seconds.items() if name != "ours"}
-    if rest:
-        fastest = min(rest, key=rest.__getitem__)
-        ratio = median(seconds["ours"]) / rest[fastest]
+    peer_times = {name: median(measured) for name, measured in seconds.items() if name != "ours"}
+    if peer_times:
+        fastest = min(peer_times, key=peer_times.__getitem__)
+        ratio = median(seconds["ours"]) / peer_times[fastest]
         detail = f"{fastest}; webdataset cannot"
         metrics.append(Metric("resume: ours / fastest peer", ratio, "", detail, better="lower"))
     return metrics
@@ -336,14 +338,14 @@ def resume_ours(corpus: Stored, share: float) -> float:
 
 
 def peers_metric(libraries: list[Library]) -> Metric:
-    """Which libraries were there, of those that ours is compared with."""
-    there, absent = [], []
+    """Return the number of libraries that were measured, and why the others were not."""
+    available, absent = [], []
     for library in libraries:
         if "absent" in library.about:
             absent.append(f"{library.name} is not installed: {library.about['absent']}")
         else:
-            there.append(f"{library.name} {library.about['version']}")
-    return Metric("libraries measured", len(there), f"of {len(libraries)}", "; ".join(there + absent))
+            available.append(f"{library.name} {library.about['version']}")
+    return Metric("libraries measured", len(available), f"of {len(libraries)}", "; ".join(available + absent))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Perceiver AR's copy task (arXiv:2202.07765, section 5.1): random bytes, then the same backwards.
+"""Perceiver AR's copy task (arXiv:2202.07765, section 5.1): random bytes, then the same bytes in reverse order.
 
 python benchmarks/mirrored.py [RECIPE...] [--fresh N] [--runs FOLDER]
 
-For each recipe (configs/perceiver_ar/mirrored-2048.yaml if none is named) this makes the corpora it reads, trains it by
-`byteloom train`, and prints how much of the second halves of fresh rows it gets right: the share of bytes that are the
-model's first choice. A start after the first goes on where the last one was.
+For each recipe (by default configs/perceiver_ar/mirrored-2048.yaml) this makes the corpora, trains the model with
+`byteloom train`, and prints the accuracy on the second halves of fresh rows: the share of bytes that the model predicts
+first. A second start resumes the first.
 
-A long copy is learned in several runs. In the first only the 32 bytes before the middle are random, and zeros are all
-before them; then 64, and so on up to the recipe's own, each run from the weights of the one before. A row ends where
-its copy does. The middle stays where it is, so what a run has learned of the places around it holds in the next.
+A long copy is learned in several runs. In the first run only the 32 bytes before the middle are random, and all bytes
+before them are zeros. The next run has 64 random bytes, and so on up to the recipe's number. Each run starts from the
+weights of the previous one. A row ends with its copy. The middle keeps its position, so the next run can use what a run
+has learned about the positions around it.
 
-Without that, an attention that looks everywhere knows what occurs in a row and not where; the longer the rows, the less
-that tells of the next byte, and the later anything else is learned.
+Without these runs, an attention over the whole row learns which bytes occur, but not at which position. In longer rows
+this predicts less about the next byte, and the model learns the copy later.
 
-The recipe's weight decay is for its own run. Where to look must depend on places alone; what first values add of bytes
-has next to no gradient, and only decay takes it away. It shows in one byte of thousands, looked for far from its place.
+The recipe's weight decay is only for the last run. Where attention looks must depend on positions alone. The influence
+of bytes in the initial weights has almost no gradient, and only decay removes it. Without decay, the model looks for
+one byte in thousands far from its position.
 """
 
 import argparse
@@ -43,21 +45,21 @@ from pretrain.training.run_folder import RunFolder
 RECIPE = Path(__file__).parents[1] / "configs/perceiver_ar/mirrored-2048.yaml"
 SEED, FRESH_SEED = 0, 1
 SHORTEST = 32
-"""Random bytes before the middle in the first of several runs."""
+"""Random bytes before the middle in the first run."""
 FIRST_STEPS, STEPS = 250, 100
-"""Of the first, and of the others up to the recipe's own."""
+"""Steps of the first run, and of the others before the recipe's own."""
 SCORED, MOST_ROWS = 8192, 64
-"""Bytes that a step scores, in at most so many rows."""
+"""Bytes that a step scores, and the largest number of rows they may be in."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """A run on the way to a recipe's copy."""
+    """One of the runs that lead to a recipe's copy."""
 
     config: Config
     overrides: Sequence[str]
     random: int
-    """Bytes before the middle."""
+    """Random bytes before the middle."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,20 @@ class Result:
     parameters: int
     steps: int
     scored: int
-    """Bytes, in training."""
+    """Bytes scored in training."""
     minutes: float
-    """Of training steps."""
+    """Minutes of all training steps."""
     right: int
-    asked: int
+    predicted: int
 
 
 def main() -> None:
     chosen = arguments()
-    print(table([measured(recipe, chosen) for recipe in chosen.recipes]))
+    print(table([measure(recipe, chosen) for recipe in chosen.recipes]))
 
 
-def measured(recipe: Path, chosen: argparse.Namespace) -> Result:
-    """Trains a recipe, and asks its model for the second halves of fresh rows."""
+def measure(recipe: Path, chosen: argparse.Namespace) -> Result:
+    """Train a recipe, and let its model predict the second halves of fresh rows."""
     half = load(recipe).model.sequence_length // 2
     courses = courses_of(recipe, half, chosen.runs)
     for course in courses:
@@ -102,7 +104,7 @@ def measured(recipe: Path, chosen: argparse.Namespace) -> Result:
 
 
 def courses_of(recipe: Path, half: int, root: Path) -> list[Course]:
-    """The runs that lead to a recipe, and its own last."""
+    """Return the runs that lead to a recipe. The last is the recipe's own."""
     lengths = [half]
     while lengths[0] > SHORTEST:
         lengths.insert(0, lengths[0] // 2)
@@ -130,7 +132,7 @@ def courses_of(recipe: Path, half: int, root: Path) -> list[Course]:
 
 
 def make_corpus(corpus: Path, half: int, course: Course) -> None:
-    """A document for each row that a run reads, by way of a tar that `byteloom prepare` reads."""
+    """Prepare a corpus with one document for each row that a run reads, from a temporary tar."""
     source = corpus.with_suffix(".tar")
     source.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(SEED)
@@ -147,12 +149,12 @@ def make_corpus(corpus: Path, half: int, course: Course) -> None:
 
 
 def mirrored(half: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(..., H) bytes to (..., 2H): the same, and then backwards."""
+    """Return (..., 2H) bytes from (..., H): the same bytes, then in reverse order."""
     return np.concatenate([half, half[..., ::-1]], -1)
 
 
 def trained(run: Path, config: Config) -> PerceiverAR:
-    """Return the model of a run's newest checkpoint, in the precision that `eval` would take."""
+    """Return the model of a run's newest checkpoint, in the precision that `eval` would use."""
     model = build_model(config.model).eval()
     assert isinstance(model, PerceiverAR)
     parameters = [whole(fragment_name(MODEL, name), parameter) for name, parameter in model.named_parameters()]
@@ -162,7 +164,7 @@ def trained(run: Path, config: Config) -> PerceiverAR:
 
 @torch.no_grad()
 def count_right(model: PerceiverAR, row: NDArray[np.int64]) -> int:
-    """Bytes of a row's second half that are the model's first choice, N at a time."""
+    """Count the bytes of a row's second half that the model predicts first, N at a time."""
     ids, right = torch.from_numpy(row)[None], 0
     length, half = len(row), len(row) // 2
     for first in range(half, length, model.latents):
@@ -179,14 +181,14 @@ def byteloom(*arguments: object) -> None:
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| random bytes | parameters | steps | bytes scored | minutes | right, of fresh rows | accuracy |",
+        "| random bytes | parameters | steps | bytes scored | minutes | right in fresh rows | accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
-        share = f"{r.right:,} of {r.asked:,}"
+        share = f"{r.right:,} of {r.predicted:,}"
         lines.append(
             f"| {r.half:,} | {r.parameters:,} | {r.steps:,} | {r.scored / 1e6:.2f} M | {r.minutes:.1f} | {share} "
-            f"| {r.right / r.asked:.4%} |"
+            f"| {r.right / r.predicted:.4%} |"
         )
     return "\n".join(lines)
 
@@ -194,8 +196,8 @@ def table(results: list[Result]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", type=Path, nargs="*", default=[RECIPE], metavar="RECIPE")
-    parser.add_argument("--fresh", type=int, default=64, help="rows that are asked")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and corpora are written")
+    parser.add_argument("--fresh", type=int, default=64, help="fresh rows to predict")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora")
     return parser.parse_args()
 
 

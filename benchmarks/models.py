@@ -1,17 +1,17 @@
-"""A training step of our models and of other libraries', at the same sizes, on the same batch, in one run.
+"""A training step of our models and of other libraries' models, with the same sizes and the same batch.
 
 python benchmarks/models.py [--quick] [--json PATH]
 
-A MEGABYTE (patches of 8; global 512 wide, 8 layers; local 256 wide, 4 layers) and a Perceiver AR (1,024 latents, 512
-wide, 8 layers) over 2 rows of 8,192 bytes: forward, backward, clipping and AdamW, in fp32 and bf16. Steps of all
-contenders are taken in turn, with a product of 2048-cubed matrices between. Each is a process of its own (see
-contender.py), whose peak memory counts all beyond what it has imported. Ours and each peer are measured in several
-settings, of which the fastest counts for speed and the leanest for memory; after one round only each library's fastest
-goes on. --quick measures one row of 2,048 bytes in the fastest precision, and one or two settings of each. bf16 is left
-out where the CPU emulates it.
+The models are a MEGABYTE (patches of 8; global 512 wide, 8 layers; local 256 wide, 4 layers) and a Perceiver AR (1,024
+latents, 512 wide, 8 layers). Without --quick, the Perceiver AR is measured once more with dropped inputs. A step over 2
+rows of 8,192 bytes is forward, backward, clipping and AdamW, in fp32 and in bf16. The contenders take steps in turn,
+with a product of 2048-cubed matrices before each. Each contender is a process (see common/contender.py). Its peak
+memory excludes its imports. Ours and each peer are measured in several settings. The fastest setting counts for speed
+and the leanest for memory. After one round only the fastest setting of each library continues. --quick measures one row
+of 2,048 bytes in the fastest precision, and one or two settings of each. bf16 is skipped if the CPU emulates it.
 
-The peers are in a virtual environment of their own; a missing one is named in the table. mblm is installed without what
-it asks for beside its models:
+The peers have their own virtual environment. The table names a missing peer. mblm is installed without the dependencies
+that its models do not need:
 
     python -m venv .venv-peers
     .venv-peers/bin/pip install torch==2.13.0 numpy einops tqdm packaging pydantic pyyaml pillow beartype
@@ -30,14 +30,19 @@ from typing import Any, Self
 
 import torch
 
-from contender import BATCH, LENGTH, QUICK_OPTION
-from report import Metric, native_precisions, options, report
+from common.contender import BATCH, LENGTH, QUICK_OPTION
+from common.report import Metric, native_precisions, options, report
 
 ROOT = Path(__file__).parents[1]
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 SIZE = 2048
 
-OURS = {"MEGABYTE": "megabyte", "Perceiver AR": "perceiver_ar"}
+OURS = {
+    "MEGABYTE": ["megabyte"],
+    "Perceiver AR": ["perceiver_ar"],
+    "Perceiver AR, 7/8 of inputs dropped": ["perceiver_ar", "drop"],
+}
+"""Name of our contender and the settings of each of its processes, by family."""
 OUR_SETTINGS = [[], ["recompute"], ["compile"]]
 PEERS = {
     "MEGABYTE": {
@@ -47,20 +52,20 @@ PEERS = {
             "bf16": [["cast", "flash"], ["cast"], ["cast", "compile"], ["flash"], ["cast", "flash", "recompute"]],
         },
     },
-    # It cannot run under autocast: what it masks with overflows bf16.
+    # It cannot run under autocast: its mask value overflows bf16.
     "Perceiver AR": {"perceiver-ar-pytorch": {"fp32": [[]], "bf16": [["cast"], ["cast", "compile"]]}},
 }
-"""Of each family, other libraries with their settings; --quick has the first of each, and our first two."""
+"""Other libraries and their settings, by family. --quick measures the first setting of each, and our first two."""
 ROUNDS = 4
 
 
 class Contender:
-    """A process that takes a step when asked."""
+    """Process that takes a step on request."""
 
     def __init__(self, name: str, precision: str, settings: list[str], python: Path) -> None:
         self.seconds: list[float] = []
         self.peak_bytes = 0
-        command = [str(python), str(Path(__file__).with_name("contender.py")), name, precision, *settings]
+        command = [str(python), str(Path(__file__).with_name("common") / "contender.py"), name, precision, *settings]
         if QUICK_OPTION in sys.argv:
             command.append(QUICK_OPTION)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -74,7 +79,7 @@ class Contender:
         self._process.communicate()
 
     def facts(self) -> dict[str, Any] | None:
-        """What it says of itself when it is ready; None: it could not begin."""
+        """Return the facts that the process reports when it is ready, or None if it could not start."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         return json.loads(line) if line else None
@@ -92,7 +97,7 @@ def main() -> None:
     metrics = []
     precisions = native_precisions()
     for precision in precisions[-1:] if chosen.quick else precisions:
-        for family in OURS:
+        for family in list(PEERS) if chosen.quick else OURS:
             metrics += measure(family, precision, chosen.quick)
             report("A training step", metrics, chosen.json)
 
@@ -101,45 +106,46 @@ def measure(family: str, precision: str, quick: bool) -> list[Metric]:
     title = f"{family}, {precision}"
     with ExitStack() as stack:
 
-        def begun(name: str, settings: list[str], python: Path) -> tuple[Contender, dict[str, Any]] | None:
+        def start(name: str, settings: list[str], python: Path) -> tuple[Contender, dict[str, Any]] | None:
             contender = stack.enter_context(Contender(name, precision, settings, python))
             facts = contender.facts()
             return None if facts is None else (contender, facts)
 
         ours: dict[str, Contender] = {}
         for settings in OUR_SETTINGS[: 2 if quick else None]:
-            own = begun(OURS[family], settings, Path(sys.executable))
+            name, *common = OURS[family]
+            own = start(name, [*common, *settings], Path(sys.executable))
             assert own is not None
             ours[" ".join(["ours", *settings])], facts = own
         peers: dict[str, Contender] = {}
-        what, missing = dict.fromkeys(ours, f"{facts['parameters']:,} parameters"), []
-        for name, choices in PEERS[family].items():
+        sizes, missing = dict.fromkeys(ours, f"{facts['parameters']:,} parameters"), []
+        for name, choices in PEERS.get(family, {}).items():
             for settings in choices[precision][: 1 if quick else None]:
-                peer = begun(name, settings, PEERS_PYTHON) if PEERS_PYTHON.exists() else None
+                peer = start(name, settings, PEERS_PYTHON) if PEERS_PYTHON.exists() else None
                 if peer is None:
                     missing.append(Metric(f"{title}: {name}", float("nan"), "kB/s", "missing; see the docstring"))
                     break
                 label = " ".join([name, peer[1]["version"], *settings])
-                peers[label], what[label] = peer[0], f"{peer[1]['parameters']:,} parameters"
+                peers[label], sizes[label] = peer[0], f"{peer[1]['parameters']:,} parameters"
         everyone = ours | peers
         square = torch.randn(SIZE, SIZE, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         products = [product(square)]
-        for one in everyone.values():  # the first step compiles kernels and allocates
-            one.step()
-            one.seconds.clear()
-        taking = list(everyone)
+        for contender in everyone.values():  # the first step compiles kernels and allocates
+            contender.step()
+            contender.seconds.clear()
+        active = list(everyone)
         for _ in range(1 if quick else ROUNDS):
-            for name in taking:
+            for name in active:
                 products += [product(square) for _ in range(6)]
                 everyone[name].step()
-            # A label begins with its library.
-            taking = [
-                min((name for name in taking if name.split()[0] == library), key=lambda name: everyone[name].seconds[0])
-                for library in dict.fromkeys(name.split()[0] for name in taking)
+            # The first word of a label is its library.
+            active = [
+                min((name for name in active if name.split()[0] == library), key=lambda name: everyone[name].seconds[0])
+                for library in dict.fromkeys(name.split()[0] for name in active)
             ]
     peak = 2 * SIZE**3 / statistics.median(products)
-    seconds = {name: statistics.median(one.seconds) for name, one in everyone.items()}
-    memory = {name: one.peak_bytes for name, one in everyone.items()}
+    seconds = {name: statistics.median(contender.seconds) for name, contender in everyone.items()}
+    memory = {name: contender.peak_bytes for name, contender in everyone.items()}
     fastest, leanest = min(ours, key=seconds.__getitem__), min(ours, key=memory.__getitem__)
     metrics = [
         *(
@@ -147,7 +153,7 @@ def measure(family: str, precision: str, quick: bool) -> list[Metric]:
                 f"{title}: {name}",
                 BATCH * LENGTH / seconds[name] / 1e3,
                 "kB/s",
-                f"{memory[name] / 2**20:.0f} MiB beyond what is imported; {what[name]}",
+                f"{memory[name] / 2**20:.0f} MiB without imports; {sizes[name]}",
             )
             for name in everyone
         ),
@@ -172,7 +178,7 @@ def measure(family: str, precision: str, quick: bool) -> list[Metric]:
 
 
 def product(square: torch.Tensor) -> float:
-    """Seconds of a matrix product."""
+    """Return the seconds of a matrix product."""
     start = time.perf_counter()
     torch.mm(square, square)
     return time.perf_counter() - start

@@ -1,9 +1,9 @@
-"""A corpus of ten million blocks (about 10 TB of raw bytes): what a process pays to open it and to find a sequence.
+"""Cost of opening a corpus of ten million blocks (about 10 TB of raw bytes) and of locating a sequence in it.
 
 python benchmarks/scale.py [--quick] [--json PATH]
 
-Manifest and index are made up, of 10,000 shards of 1,000 blocks; the shards themselves are not there. A fresh process
-opens them, as each rank of a run does. --quick measures fewer times, not less.
+Manifest and index are synthetic: 10,000 shards of 1,000 blocks. The shards themselves do not exist. A new process opens
+the corpus, as each rank of a run does. --quick repeats the same measurement fewer times.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.report import Metric, options, report
 from data_pipeline.corpus.index import BLOCK, LENGTHS, ShardIndex
 from data_pipeline.corpus.manifest import write_index
 from data_pipeline.corpus.tar import shard_name
-from report import Metric, options, report
 
 SHARDS = 10_000
 BLOCKS_OF_A_SHARD = 1_000
@@ -30,7 +30,7 @@ import json, random, re, sys, time
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 
-def peak():  # getrusage would answer with the peak of the process that started this one
+def peak():  # getrusage would return the peak of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
 def lookup(sequences):
@@ -57,22 +57,22 @@ def main() -> None:
     chosen = options(__doc__)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_index(folder, made_up_shards())
-        runs = [opened(folder) for _ in range(3 if chosen.quick else 9)]
+        write_index(folder, synthetic_shards())
+        runs = [measure_opening(folder) for _ in range(3 if chosen.quick else 9)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     metrics = [
         Metric("open the corpus", median["opened"], "s", "manifest and 1.1 GB of index, digests checked", 2, "lower"),
-        Metric("ready to read", median["ready"], "s", "the corpus, and the order of the first epoch", 2, "lower"),
+        Metric("ready to read", median["ready"], "s", "corpus open, order of the first epoch computed", 2, "lower"),
         Metric("memory, corpus open", median["memory_of_corpus"], "MiB", "peak resident size of the process"),
         Metric("memory, ready to read", median["memory_of_stream"], "MiB", "peak resident size", 300, "lower"),
-        Metric("of which before opening", median["imported"], "MiB", "Python, NumPy and the package"),
-        Metric("one lookup", median["next"] * 1e6, "µs", "Order.locate, sequence after sequence", 5, "lower"),
-        Metric("one lookup anywhere", median["random"] * 1e6, "µs", "Order.locate of a random sequence"),
+        Metric("memory before opening", median["imported"], "MiB", "Python, NumPy and the package"),
+        Metric("one lookup", median["next"] * 1e6, "µs", "Order.locate of consecutive sequences", 5, "lower"),
+        Metric("one random lookup", median["random"] * 1e6, "µs", "Order.locate of a random sequence"),
     ]
     report(f"A corpus of {SHARDS * BLOCKS_OF_A_SHARD:,} blocks", metrics, chosen.json)
 
 
-def made_up_shards() -> Iterator[ShardIndex]:
+def synthetic_shards() -> Iterator[ShardIndex]:
     random = np.random.default_rng(0)
     for number in range(SHARDS):
         lengths = np.zeros(BLOCKS_OF_A_SHARD, LENGTHS)
@@ -91,8 +91,8 @@ def made_up_shards() -> Iterator[ShardIndex]:
         yield ShardIndex(entry, lengths, blocks)
 
 
-def opened(folder: Path) -> dict[str, float]:
-    """What a fresh process measures."""
+def measure_opening(folder: Path) -> dict[str, float]:
+    """Return the measurements of a new process."""
     done = subprocess.run([sys.executable, "-c", OPEN, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, float] = json.loads(done.stdout)
     return measured

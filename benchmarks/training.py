@@ -1,4 +1,4 @@
-"""A training step of the books recipe against the matrix-product peak of the same dtype, measured in turn.
+"""A training step of the books recipe compared with the peak of matrix products in the same dtype.
 
 python benchmarks/training.py [--quick] [--json PATH]
 """
@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from batch import random_batch
 
+from common.batch import random_batch
+from common.report import Metric, interleaved, native_precisions, options, report
 from pretrain.config.loading import load
 from pretrain.engines import build_engine, compute_dtype
 from pretrain.models import build_model
-from report import Metric, interleaved, native_precisions, options, report
 
 RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
 SIZE = 2048

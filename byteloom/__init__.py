@@ -3,22 +3,60 @@
     import byteloom
 
     byteloom.prepare(["books/"], Path("corpora/books"), byteloom.PrepareOptions(holdout=0.01))
-    with byteloom.open_corpus("corpora/books/train") as corpus:
-        print(corpus.raw_bytes)
+    byteloom.train("debug", data={"shards": "corpora/books/train"}, run={"name": "first"})
+
+    model = byteloom.load("runs/first")
+    model.bits_per_byte("corpora/books/validation")
+    model.bits(b"bits of each byte")
+    for byte in model.generate(b"Once upon", bytes=400, temperature=0.8):
+        print(byte)
 
 Names are imported when they are first used, so `import byteloom` takes no time.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from byteloom.core.errors import CorrectableError
+    from byteloom.model import Model, load
+    from byteloom.stream import Stream
+    from byteloom.training import train
     from data_pipeline.corpus.corpus import Corpus
     from data_pipeline.preparation.prepare import PrepareOptions, prepare
+    from data_pipeline.readers.options import ReadOptions
+    from data_pipeline.sources.listing import Selection
 
     __version__: str
     open_corpus = Corpus
 
-__all__ = ["PrepareOptions", "__version__", "open_corpus", "prepare"]
+_HOMES = {
+    "CorrectableError": "byteloom.core.errors",
+    "Model": "byteloom.model",
+    "PrepareOptions": "data_pipeline.preparation.prepare",
+    "ReadOptions": "data_pipeline.readers.options",
+    "Selection": "data_pipeline.sources.listing",
+    "Stream": "byteloom.stream",
+    "load": "byteloom.model",
+    "open_corpus": "data_pipeline.corpus.corpus:Corpus",
+    "prepare": "data_pipeline.preparation.prepare",
+    "train": "byteloom.training",
+}
+"""Module of each public name; the name there follows a colon if it is another."""
+
+__all__ = [
+    "CorrectableError",
+    "Model",
+    "PrepareOptions",
+    "ReadOptions",
+    "Selection",
+    "Stream",
+    "__version__",
+    "load",
+    "open_corpus",
+    "prepare",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,18 +68,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _imported(name: str) -> Any:
-    # ruff: noqa: PLC0415 - imports take time, and each name is used by few
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("byteloom")
-    if name == "open_corpus":
-        from data_pipeline.corpus.corpus import Corpus
-
-        return Corpus
-    from data_pipeline.preparation import prepare
-
-    return getattr(prepare, name)
+        return import_module("importlib.metadata").version("byteloom")
+    module, _, there = _HOMES[name].partition(":")
+    return getattr(import_module(module), there or name)
 
 
 def __dir__() -> list[str]:

@@ -16,3 +16,8 @@ def count_bytes(ids: NDArray[np.integer], targets: NDArray[np.bool_]) -> int:
     Every loss and every bits_per_byte is divided by this number. A separator adds to the loss and is no byte.
     """
     return int(np.count_nonzero(targets & (ids < SEPARATOR)))
+
+
+def count_bytes_by_row(ids: NDArray[np.integer], targets: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return `count_bytes` of each row: (rows,), given (rows, T) ids and targets."""
+    return np.count_nonzero(targets & (ids < SEPARATOR), axis=-1)

@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from launchers.local import run_in_process
+from launchers.entry import run_watched
 
 
 def end_with_the_launcher() -> None:
@@ -18,4 +18,4 @@ def end_with_the_launcher() -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import before the loop handles signals
     threading.Thread(target=end_with_the_launcher, daemon=True).start()
-    sys.exit(run_in_process(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(run_watched(sys.argv[1], Path(sys.argv[2])))

@@ -5,75 +5,69 @@
               └─ rank 2    …
 
 All ranks end together. When one fails, the launcher prints its last lines and kills the others, which wait for it in a
-collective. When the launcher dies, the ranks notice and exit.
+collective. When one hangs, the others wait in the same way: the launcher says so, and past the limits of `supervise`
+writes the stacks of all ranks and kills them. When the launcher dies, the ranks notice and exit.
 """
 
-import importlib
 import logging
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from pydantic import BaseModel, Field
 
-from byteloom.core.packages import long_lived_imports
 from byteloom.core.validation import Seconds
 from launchers.processes import STOPPED, Outcome, RankProcesses, describe_exit, rank_command
+from launchers.stop_requests import REPEAT_SECONDS, StopRequests, noted_requests
+from launchers.supervision.hangs import HangDetector
+from launchers.supervision.heartbeat import TERMINAL_FOLDER, stack_of
+from launchers.supervision.plan import SuperviseConfig
 
 GRACE_SECONDS = 2.0
 """Time that the first rank has to exit when another one has failed: it may fail for the same reason."""
 RANK_POLL_SECONDS = 0.05
 """Time between two looks at the ranks."""
+HEARTBEAT_POLL_SECONDS = 1.0
+"""Time between two looks at the ranks' heartbeats."""
+REMINDED = f"the same signal twice within {REPEAT_SECONDS:.0f} s ends them at once"
 ERASE_LINE, SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 
 log = logging.getLogger(__name__)
 
 
 class LaunchConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Number of training processes, unless another launcher (torchrun, srun) starts them."""
+    """Training processes of this machine, unless torchrun or srun starts them."""
 
     processes: int = Field(default=1, ge=1, le=1024)
     """Ranks that `byteloom train` starts and watches on this machine: one for each GPU."""
     meeting_seconds: Seconds = 300.0
-    """How long a rank waits at the start until all others are there."""
+    """Time that a rank waits at the start for the others."""
 
 
-def run_in_process(entry: str, recipe: Path) -> int:
-    """Run the train entry in this process, where a debugger can follow it; return its exit code.
-
-    Args:
-        entry: "module:function"; the function takes the path of a resolved recipe and returns an exit code.
-        recipe: the resolved recipe.
-    """
-    name, _, function = entry.partition(":")
-    with long_lived_imports():
-        module = importlib.import_module(name)
-    return int(getattr(module, function)(recipe))
-
-
-def run_processes(entry: str, recipe: Path, count: int, log_of: Callable[[int], Path]) -> int:
+def run_processes(entry: str, recipe: Path, count: int, log_of: Callable[[int], Path], limits: SuperviseConfig) -> int:
     """Run the train entry in several processes of this machine; return the exit code of the first that failed.
 
-    The first SIGINT, SIGTERM or SIGUSR2 is sent to all ranks; a second one kills them.
+    The first SIGINT, SIGTERM or SIGUSR2 is sent to all ranks, which save and stop; a repetition kills them.
 
     Args:
         entry: "module:function", as in `run_in_process`.
         recipe: the resolved recipe.
         count: number of ranks.
         log_of: returns the path of a rank's log, for people.
+        limits: times without a heartbeat after which a rank counts as hung.
     """
-    requests: list[signal.Signals] = []
-    ranks = RankProcesses(rank_command("launchers", entry, recipe), count, own_sessions=True)
-    with _recorded_signals(requests):
+    with noted_requests() as requests, tempfile.TemporaryDirectory(prefix="byteloom-heartbeats-") as heartbeats:
+        command = rank_command("launchers", entry, recipe)
+        ranks = RankProcesses(command, count, {TERMINAL_FOLDER: heartbeats}, own_sessions=True)
         try:
             outputs = [_start(ranks, rank) for rank in range(count)]
-            return _watch(ranks, outputs, requests, log_of)
+            watch = _Watch(Path(heartbeats), ranks, limits)
+            return _wait(ranks, outputs, requests, log_of, watch)
         finally:
             _end(ranks)
 
@@ -114,30 +108,82 @@ class _RankOutput:
         _print(self._last_lines)
 
 
-def _watch(
+def _wait(
     ranks: RankProcesses,
     outputs: Sequence[_RankOutput],
-    requests: Sequence[signal.Signals],
+    requests: StopRequests,
     log_of: Callable[[int], Path],
+    watch: "_Watch",
 ) -> int:
-    """Wait until all ranks have ended or one has failed; return the exit code."""
+    """Wait until all ranks have ended, one has failed or one hangs; return the exit code."""
     is_passed_on = False
     while True:
-        if len(requests) > 1:
-            return 128 + requests[-1]
-        if requests and not is_passed_on:
+        asked = requests.first
+        if asked and requests.is_urgent:
+            log.warning("%s again: all ranks are ended at once, without a checkpoint", asked.name)
+            return 128 + asked
+        if asked and not is_passed_on:
             is_passed_on = True
-            ranks.send(requests[0])
+            ranks.request_stop(asked)
+        if reminder := requests.take_reminder():
+            _print([f"{reminder.name}: the ranks are still saving; {REMINDED}"])
         outcome = ranks.outcome()
         if outcome is None:
+            if watch.has_hung():
+                _report_hang(watch, log_of(0).parent)
+                return 128 + asked if asked else 1
             time.sleep(RANK_POLL_SECONDS)
         elif outcome.kind != "failed":
             return outcome.code
-        elif requests and outcome.code == -requests[0]:
-            log.warning("%s: stopped before training started", requests[0].name)
-            return 128 + requests[0]
+        elif asked and outcome.code == -asked:
+            log.warning("%s: stopped before training started", asked.name)
+            return 128 + asked
         else:
             return _fail(ranks, outputs, outcome, log_of)
+
+
+class _Watch:
+    """Watch over the heartbeats of the ranks."""
+
+    def __init__(self, folder: Path, ranks: RankProcesses, limits: SuperviseConfig) -> None:
+        self._folder, self._ranks = folder, ranks
+        self._detector = HangDetector(folder, ranks.size, limits, lambda: ranks.send(signal.SIGQUIT))
+        self._looked = time.monotonic()
+
+    def has_hung(self) -> bool:
+        """Return whether a rank hangs; tell a person when ranks take no step for a while."""
+        if time.monotonic() - self._looked < HEARTBEAT_POLL_SECONDS:
+            return False
+        has_hung = self._detector.has_hung()
+        if not has_hung and (notice := self._detector.notice()):
+            _print([f"warning: {notice}"])
+        self._looked = time.monotonic()
+        return has_hung
+
+    def examine(self) -> tuple[str, str]:
+        """Return which rank hangs, and the stacks of all ranks. A rank that was stopped continues, to write its own."""
+        reason = self._detector.examine().reason
+        self._ranks.send(signal.SIGCONT)
+        time.sleep(1.0)
+        stacks = ""
+        for rank in range(self._ranks.size):
+            path = stack_of(self._folder, rank)
+            text = path.read_text(encoding="utf-8", errors="backslashreplace") if path.exists() else ""
+            stacks += f"\nrank {rank}:\n{text or 'no stack: it does not answer, even after SIGCONT'}\n"
+        return reason, stacks
+
+
+def _report_hang(watch: _Watch, folder: Path) -> None:
+    """Write the stacks of all ranks to the run folder, or print them if that fails; log which rank hangs."""
+    reason, stacks = watch.examine()
+    page = folder / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+    try:
+        page.write_text(f"{reason}\n{stacks}", encoding="utf-8")
+    except OSError:  # a full disk, or no step was done and there is no folder
+        _print(stacks.splitlines())
+        log.error("%s; all ranks are ended, and their stacks are above", reason)
+    else:
+        log.error("%s; all ranks are ended, and their stacks are in %s", reason, page)
 
 
 def _fail(ranks: RankProcesses, outputs: Sequence[_RankOutput], outcome: Outcome, log_of: Callable[[int], Path]) -> int:
@@ -164,21 +210,6 @@ def _end(ranks: RankProcesses) -> None:
     if is_cut_short and sys.stderr.isatty():
         sys.stderr.write(f"{ERASE_LINE}{SHOW_CURSOR}")
         sys.stderr.flush()
-
-
-@contextmanager
-def _recorded_signals(requests: list[signal.Signals]) -> Iterator[None]:
-    """Record the signals that ask for an end, and restore their handlers afterwards."""
-
-    def record(number: int, frame: FrameType | None) -> None:
-        requests.append(signal.Signals(number))
-
-    earlier = {number: signal.signal(number, record) for number in STOPPED.values()}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _print(lines: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the ranks of a start ended, or have begun to end."""
+    """End of the ranks of a start, complete or in progress."""
 
     kind: Literal["finished", "stopped", "failed"]
     rank: int
@@ -58,7 +58,7 @@ class RankProcesses:
     def start_next(
         self, stdin: int, stdout: int | IO[str] | None, stderr: int | IO[str] | None
     ) -> "subprocess.Popen[bytes]":
-        """Start the rank that follows those already started, with these streams as subprocess.Popen takes them."""
+        """Start the next rank. The streams are arguments of subprocess.Popen."""
         environment = rank_environment(len(self._processes), self.size, self._port) | self._variables
         process = subprocess.Popen(
             self._command,
@@ -88,7 +88,7 @@ class RankProcesses:
                 self._stop_deadline = time.monotonic() + STOP_SECONDS
                 number = STOPPED[stopped[0]]
                 # A second SIGINT would kill a rank that is about to exit by itself.
-                self.send(signal.SIGTERM if number == signal.SIGINT else number)
+                self.request_stop(signal.SIGTERM if number == signal.SIGINT else number)
             is_over = None not in codes or time.monotonic() > self._stop_deadline
             return Outcome("stopped", 0, max(stopped)) if is_over else None
         for rank, code in enumerate(codes):
@@ -100,6 +100,11 @@ class RankProcesses:
         """Send a signal to every rank that runs."""
         for process in self._processes:
             process.send_signal(number)
+
+    def request_stop(self, number: signal.Signals) -> None:
+        """Send a signal that asks for a stop to every rank. A rank that was stopped continues, to handle it."""
+        self.send(number)
+        self.send(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill every rank, and wait until it has exited."""

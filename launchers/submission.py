@@ -16,25 +16,28 @@
 The job runs the supervisor on its first node. The supervisor starts the ranks with `srun`.
 """
 
+import compileall
 import logging
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launchers.slurm import scheduler
+from byteloom.core.storage.locks import lock_file
+from launchers.environment import replaced_environment, silenced_streams
+from launchers.slurm import calls, scheduler
 from launchers.slurm.allocation import Allocation, srun_command
-from launchers.slurm.executors import import_submitit
+from launchers.slurm.calls import SchedulerError
+from launchers.slurm.executors import accepted, import_submitit
+from launchers.slurm.limits import why_it_would_wait
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster, refusal
-from launchers.slurm.scheduler import SchedulerError
 from launchers.supervision.machine import Machine, is_running
 from launchers.supervision.plan import LaunchPlan
 from launchers.supervision.record import LaunchRecord, last_submission, submissions_of
@@ -42,7 +45,6 @@ from launchers.supervision.supervisor import Supervisor
 
 JOB_PACKAGES = ("byteloom", "data_pipeline", "launchers", "pretrain")
 LONGEST_LOCAL_MINUTES = 60 * 24 * 365
-OF_ANOTHER_LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
 
 class Submission:
@@ -58,7 +60,13 @@ class Submission:
 
     def __init__(self, run: Path, recipe: str, plan: LaunchPlan, cluster: ClusterConfig, source: str = "") -> None:
         self.run, self.recipe, self.plan, self.cluster, self.source = run, recipe, plan, cluster, source
-        self.folder = run / "jobs" / f"{max(submissions_of(run), default=0) + 1:03d}"
+        self.folder = self._next_folder()
+        """Folder of the submission. Until it is written, another submission of the run may take it."""
+        self.doubts: Sequence[str] = ()
+        """Reasons why the job would wait without an end, which `refuse` finds."""
+
+    def _next_folder(self) -> Path:
+        return self.run / "jobs" / f"{max(submissions_of(self.run), default=0) + 1:03d}"
 
     def script(self) -> str:
         """Return the batch script."""
@@ -80,18 +88,42 @@ class Submission:
                 refuses the job.
         """
         self.refuse()
-        try:
-            self.write()
+        with self.written():
             job = self._submit()
+            with self._writing():
+                self.note(job)
+        return job
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Write what the job needs, for a block that submits it. No other submission of the run happens meanwhile.
+
+        If the block fails, what was written is removed.
+
+        Raises:
+            ClusterError: an earlier job of the run has not ended, or the run folder cannot be written.
+        """
+        lock = self.run / "jobs" / "lock"
+        with self._writing():
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file(lock):
+            self.refuse_second()
+            self.folder = self._next_folder()
+            try:
+                with self._writing():
+                    self.write()
+                yield
+            except BaseException:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            shutil.rmtree(self.folder, ignore_errors=True)
             why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror  # of the first of many
             raise ClusterError(f"cannot write to the run folder {self.run}: {why}") from error
-        except ClusterError:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        self.note(job)
-        return job
 
     def note(self, job: str) -> None:
         """Record that the scheduler has accepted the job."""
@@ -110,11 +142,12 @@ class Submission:
             MissingPackageError: submitit is not installed.
         """
         import_submitit()
-        self._refuse_two_at_once()
+        self.refuse_second()
         if self.cluster.scheduler == "slurm":
             self._refuse_the_impossible()
 
-    def _refuse_two_at_once(self) -> None:
+    def refuse_second(self) -> None:
+        """Raise ClusterError if an earlier job of the run has not ended."""
         launches = LaunchRecord(self.run).read()
         if not launches:
             return
@@ -134,17 +167,18 @@ class Submission:
             )
 
     def _refuse_the_impossible(self) -> None:
-        """Raise ClusterError if no node can run the job. Many clusters accept such a job, and never start it."""
-        try:
-            rehearsal = subprocess.run(
-                ["sbatch", "--test-only"], input=self.script(), capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError as error:
+        """Raise ClusterError if no node can run the job. Many clusters accept such a job, and never start it.
+
+        sbatch also calls a job impossible that only waits: for a node that is drained, or for a longer time limit.
+        """
+        if shutil.which("sbatch") is None:
             raise ClusterError(
                 "this machine has no sbatch: Slurm is not installed, or its environment module is not loaded; submit "
                 "from a machine that has it, or use --cluster local"
-            ) from error
-        if rehearsal.returncode:
+            )
+        self.doubts = why_it_would_wait(self.cluster)
+        rehearsal = calls.ask("sbatch", "--test-only", text=self.script())
+        if rehearsal.returncode and not self.doubts:
             raise refusal(rehearsal.stderr)
 
     def write(self) -> None:
@@ -160,13 +194,15 @@ class Submission:
             shutil.copytree(
                 source / package, self.folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__")
             )
+        compileall.compile_dir(self.folder / "code", quiet=2)  # once, and not by each rank at each start
 
     def _submit(self) -> str:
         arguments = (supervise, str(self.folder), self.cluster.scheduler)
         if self.cluster.scheduler == "local":
             local = import_submitit().LocalExecutor(self._submitit)
-            local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus_per_node)
-            with _importing_from(self.folder / "code"):
+            local.update_parameters(timeout_min=LONGEST_LOCAL_MINUTES, gpus_per_node=self.cluster.gpus)
+            path = os.pathsep.join(filter(None, (f"{self.folder}/code", os.environ.get("PYTHONPATH"))))
+            with replaced_environment(os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}), silenced_streams():
                 return str(local.submit(*arguments).job_id)
         return _submit_to_slurm(self._submitit, self.parameters(shlex.quote(str(self.folder))), [arguments])[0]
 
@@ -180,10 +216,10 @@ class Submission:
         return {
             **cluster.as_submitit(),
             "job_name": self.run.name,
-            "nodes": cluster.least_nodes,
+            "nodes": cluster.least_nodes + cluster.spares,
             # For one task on each node. With a number of tasks, Slurm would give 2-4 nodes only as many as hold them.
             "cpus_per_task": cluster.ranks_per_node * cluster.cpus_per_process,
-            "gpus_per_node": cluster.gpus_per_node or None,
+            "gpus_per_node": cluster.gpus_per_node if cluster.gpus else None,
             "use_srun": False,  # submitit starts the supervisor, which starts srun
             "setup": [
                 f"folder={folder}",
@@ -194,9 +230,14 @@ class Submission:
                 'exec >> "$folder/batch.log" 2>&1',
                 *cluster.setup,
                 'export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
-                f"unset {OF_ANOTHER_LAUNCHER}",
             ],
-            "additional_parameters": {"nodes": cluster.nodes, "requeue": True, "output": "/dev/null", **cluster.sbatch},
+            "additional_parameters": {
+                "nodes": cluster.allocated_nodes,
+                "requeue": True,
+                "output": "/dev/null",
+                **({"no-kill": True} if cluster.spares else {}),  # the job lives on when it loses a node
+                **cluster.sbatch,
+            },
         }
 
 
@@ -215,35 +256,32 @@ def submit_array(submissions: Sequence[Submission], folder: Path, parallel: int)
     for each in submissions:
         each.refuse()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for each in submissions:
-            each.write()
+    with ExitStack() as stack:
+        for each in sorted(submissions, key=lambda each: each.run):  # in the order of any other submission
+            stack.enter_context(each.written())
         names = folder / "submissions"
         names.write_text("".join(f"{each.folder}\n" for each in submissions), encoding="utf-8")
         its_line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names))})'
         parameters = submissions[0].parameters(its_line) | {"job_name": folder.name}
         tasks = [(supervise, str(each.folder), "slurm") for each in submissions]
         jobs = _submit_to_slurm(folder, {**parameters, "array_parallelism": parallel}, tasks)
-    except BaseException:
-        for each in submissions:
-            shutil.rmtree(each.folder, ignore_errors=True)
-        raise
-    for each, job in zip(submissions, jobs, strict=True):
-        each.note(job)
+        for each, job in zip(submissions, jobs, strict=True):
+            each.note(job)
     return jobs
 
 
 def _submit_to_slurm(folder: Path, parameters: Mapping[str, Any], tasks: Sequence[tuple[Any, ...]]) -> list[str]:
     """Submit one call, or several as an array; return the ids of the jobs."""
     submitit = import_submitit()
-    slurm = submitit.SlurmExecutor(folder)
-    slurm.update_parameters(**parameters)
-    try:
+
+    def submit() -> list[str]:
+        slurm = submitit.SlurmExecutor(folder)
+        slurm.update_parameters(**parameters)
         with slurm.batch():
             jobs = [slurm.submit(*task) for task in tasks]
-    except submitit.core.utils.FailedJobError as error:
-        raise refusal(str(error)) from error
-    return [job.job_id for job in jobs]
+        return [job.job_id for job in jobs]
+
+    return accepted(submit, folder)
 
 
 def supervise(folder: str, scheduler: str) -> str:
@@ -266,16 +304,3 @@ def supervise(folder: str, scheduler: str) -> str:
     if event == "gave_up":
         sys.exit(1)
     return event
-
-
-@contextmanager
-def _importing_from(code: Path) -> Iterator[None]:
-    """Make processes that are started within import from a folder first, as the job's setup does under Slurm."""
-    earlier = dict(os.environ)
-    path = os.pathsep.join(filter(None, (str(code), earlier.get("PYTHONPATH"))))
-    os.environ |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= earlier

@@ -1,8 +1,8 @@
-"""`byteloom` commands in processes of their own, started by the real command or by a fork of a warm process.
+"""`byteloom` commands in new processes, started as the real command or as a fork of a warm process.
 
-A Python that imports torch takes seconds to start. `start` forks tests/command_server.py instead, which has imported
-everything and runs the same entry as the real command. It starts the real command where the environment differs from
-the server's in a variable that may be read during imports, such as OMP_NUM_THREADS.
+A Python that imports torch takes seconds to start. `start` instead forks tests/command_server.py, which has imported
+everything and runs the same entry as the real command. `start` runs the real command if the environment differs from
+the server's in a variable that imports may read, such as OMP_NUM_THREADS. `warm` starts a server for such commands.
 """
 
 import json
@@ -11,22 +11,30 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
+from byteloom.core.errors import CorrectableError
+from pretrain.cli.app import app
+from tests.command_server import OPTIONAL_MODULES, REQUIRED_MODULES
+
 BYTELOOM = Path(sys.executable).with_name("byteloom")
 SERVER = Path(__file__).with_name("command_server.py")
-READ_LATE = re.compile(
+READ_AFTER_IMPORTS = re.compile(
     r"PYTEST_\w+|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|BYTELOOM_(HEARTBEATS|TRACEBACK)"
     r"|AWS_(ENDPOINT_URL|ACCESS_KEY_ID|SECRET_ACCESS_KEY|DEFAULT_REGION)|MLFLOW_HTTP_REQUEST_\w+"
-    r"|MLFLOW_DISABLE_TELEMETRY|_MLFLOW_TELEMETRY_SESSION_ID|TORCHINDUCTOR_CACHE_DIR"
+    r"|_BYTELOOM_COMPLETE|COMP_(WORDS|CWORD)|SLURM_CONF"
+    r"|MLFLOW_DISABLE_TELEMETRY|_MLFLOW_TELEMETRY_SESSION_ID|_?TORCHINDUCTOR_\w+"
 )
-"""Environment variables that are read after the imports only, if at all.
+"""Environment variables that imports do not read.
 
-The last three are set by MLflow and torch in the process of the tests.
+MLflow and torch set those of the last line in the process of the tests.
 """
 
 
@@ -35,17 +43,24 @@ def environment() -> Mapping[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def start(arguments: Sequence[object], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
+def start(
+    arguments: Sequence[object],
+    env: Mapping[str, str] | None = None,
+    server: "CommandServer | None" = None,
+    **options: Any,
+) -> subprocess.Popen[Any]:
     """Start a command.
 
     Args:
-        arguments: those after `byteloom`.
+        arguments: words after `byteloom`.
         env: by default, `environment()`.
+        server: a server of `warm`; by default, the server for `environment()`.
         options: cwd, stdin, stdout, stderr, text and start_new_session of subprocess.Popen.
     """
     env = environment() if env is None else env
-    if server().can_run(env):
-        return ForkedCommand([str(BYTELOOM), *map(str, arguments)], env=env, **options)
+    server = server or default_server()
+    if server.can_run(env):
+        return ForkedCommand(server, [str(BYTELOOM), *map(str, arguments)], env=env, **options)
     return start_cold(arguments, env, **options)
 
 
@@ -72,18 +87,31 @@ def run(
     return done
 
 
-class ForkedCommand(subprocess.Popen[Any]):
-    """A command that the server has forked, with the interface of Popen.
+def run_here(*arguments: object) -> tuple[int, str]:
+    """Run a command in this process; return its exit code and its output."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        assert isinstance(done.exception, CorrectableError), done.exception
+        return 1, f"{done.output}error: {done.exception}"
+    return done.exit_code, done.output
 
-    Popen makes the pipes; `_execute_child` is where it would start a program.
+
+class ForkedCommand(subprocess.Popen[Any]):
+    """Command forked by the server, with the interface of Popen.
+
+    Popen makes the pipes and calls `_execute_child` to start a program.
     """
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
-        """Have the server fork, with the ends of the pipes that are the child's."""
-        *_, new_session, _process_group = others
-        pipes = others[3:9]
-        theirs = pipes[0], pipes[3], pipes[5]
-        streams = [own if pipe == -1 else pipe for own, pipe in enumerate(theirs)]
+    def __init__(self, server: "CommandServer", arguments: Sequence[str], **options: Any) -> None:
+        self._server = server
+        super().__init__(arguments, **options)
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
+        """Ask the server to fork, and send it the child's ends of the pipes."""
+        *_, new_session, _process_group = more
+        pipes = more[3:9]
+        child_ends = pipes[0], pipes[3], pipes[5]
+        streams = [own if pipe == -1 else pipe for own, pipe in enumerate(child_ends)]
         self._answers, connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with connection:
             request = {
@@ -92,7 +120,7 @@ class ForkedCommand(subprocess.Popen[Any]):
                 "environment": dict(env),
                 "new_session": new_session,
             }
-            server().send(request, [*streams, connection.fileno()])
+            self._server.send(request, [*streams, connection.fileno()])
         self.pid = self._answer("process")
         self._child_created = True
         self._close_pipe_fds(*pipes)
@@ -100,13 +128,13 @@ class ForkedCommand(subprocess.Popen[Any]):
     def _answer(self, kind: str) -> int:
         answer = self._answers.recv(64).decode()
         if not answer:
-            raise RuntimeError(f"the server of commands has ended: {server().said()}")
+            raise RuntimeError(f"the command server has ended: {self._server.output()}")
         found, number = answer.split()
-        assert found == kind, f"the forked process has ended before its command began: {answer}"
+        assert found == kind, f"the forked process ended before its command started: {answer}"
         return int(number)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end; return the exit code."""
+        """Wait until the command ends; return its exit code."""
         if self.returncode is None:
             if not wait([self._answers], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
@@ -121,37 +149,66 @@ class ForkedCommand(subprocess.Popen[Any]):
         return self.returncode
 
 
-class _Server:
-    """The warm process of these tests; it ends when they do."""
+class CommandServer:
+    """Warm process of these tests, which ends with them.
 
-    def __init__(self) -> None:
-        self._environment = dict(environment())
-        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+    Args:
+        env: environment of the commands.
+        python: interpreter of the environment in which Byteloom is installed.
+        preamble: Python code that runs before the imports.
+        modules: modules to import.
+    """
+
+    def __init__(
+        self,
+        env: Mapping[str, str],
+        *,
+        python: Path | str = sys.executable,
+        preamble: str = "",
+        modules: Sequence[str] = REQUIRED_MODULES,
+    ) -> None:
+        self._environment = dict(env)
+        self._requests, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, SERVER, BYTELOOM, str(theirs.fileno())],
+                [python, SERVER, Path(python).with_name(BYTELOOM.name), str(server_end.fileno()), preamble, *modules],
                 env=self._environment,
-                pass_fds=[theirs.fileno()],
-                # Its children inherit Python's stream objects, so these are no terminals and no files.
+                pass_fds=[server_end.fileno()],
+                # Children inherit Python's stream objects, so these must be neither terminals nor files.
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
 
     def can_run(self, env: Mapping[str, str]) -> bool:
-        """Return whether all that imports may read of an environment is as it was for the server."""
+        """Return whether an environment equals the server's in every variable that imports may read."""
         changed = {name for name, _ in env.items() ^ self._environment.items()}
-        return all(READ_LATE.fullmatch(name) for name in changed)
+        return all(READ_AFTER_IMPORTS.fullmatch(name) for name in changed)
 
     def send(self, request: Mapping[str, object], descriptors: Sequence[int]) -> None:
         socket.send_fds(self._requests, [json.dumps(request).encode()], descriptors)
 
-    def said(self) -> str:
-        """Return what the server has said, once it has ended."""
-        _, said = self._process.communicate()
-        return said.decode()
+    def output(self) -> str:
+        """Return the server's standard error after it has ended."""
+        _, stderr = self._process.communicate()
+        return stderr.decode()
+
+    def end(self) -> None:
+        """End the server; commands that run are not affected."""
+        self._requests.close()
+        self._process.communicate()
 
 
 @cache
-def server() -> _Server:
-    return _Server()
+def default_server() -> CommandServer:
+    return CommandServer(environment(), modules=REQUIRED_MODULES + OPTIONAL_MODULES)
+
+
+@contextmanager
+def warm(env: Mapping[str, str], **options: Any) -> Iterator[CommandServer]:
+    """Yield a server of its own, for commands that start in another environment; with the arguments of the class."""
+    server = CommandServer(env, **options)
+    try:
+        yield server
+    finally:
+        server.end()

@@ -1,5 +1,6 @@
-"""Shared by all tests: real corpora made from Python's own library, recipes, and the real command."""
+"""Fixtures of all tests: real corpora made from Python's own library, recipes, and the real command."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -23,42 +24,50 @@ from tests import commands
 ROOT = Path(__file__).parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
+LARGE_DOCUMENT = "header.py"
+"""Document of 24 kB that `holdout` would put into the small part that is held out."""
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 LONG_FOLDERS = ("slurm", "end_to_end", "distributed", "launchers")
 """Folders of tests that start processes, with the files that take longest."""
-STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind", "tests.server")
-"""Audit events of what --fast leaves out; those of Python, and that of tests/s3.py."""
+START_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind", "tests.server")
+"""Audit events that --fast does not allow: events of Python, and the event of tests/s3.py."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of `make test-fast`."""
-    help_text = "leave out tests that start a process or a server, or that are marked slow"
+    help_text = "skip tests that start a process or a server, or that are marked slow"
     parser.addoption("--fast", action="store_true", help=help_text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let commands under test hear Ctrl-C; with --fast, skip a test when it starts a process or a server."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a shell's job in the background, and its children
+    """Let commands under test receive Ctrl-C; with --fast, skip a test when it starts a process or a server."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job and its children ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--fast"):
-        sys.addaudithook(_skip_if_it_starts_something)
+        sys.addaudithook(_skip_if_test_starts_process)
 
 
-def _skip_if_it_starts_something(event: str, arguments: tuple[object, ...]) -> None:
-    """Skip the current test; a thread cannot, so a git that records the source of a run may start."""
+def _skip_if_test_starts_process(event: str, arguments: tuple[object, ...]) -> None:
+    """Skip the current test. A thread cannot skip a test, so threads may still start git."""
     is_in_test = "PYTEST_CURRENT_TEST" in os.environ and threading.current_thread() is threading.main_thread()
-    if is_in_test and event in STARTS:
+    if is_in_test and event in START_EVENTS:
         pytest.skip(f"--fast: {event}")
 
 
+def pytest_collection_finish() -> None:
+    """Exempt the objects made by imports from garbage collection, which is slow with torch's millions of objects."""
+    gc.freeze()
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With --fast, leave out the folders of tests that start processes."""
+    """Skip the folders of tests that start processes if --fast is given."""
     return True if config.getoption("--fast") and collection_path in [ROOT / name for name in LONG_FOLDERS] else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put long files first, so that no worker begins one when the others have ended."""
+    """Run long files first, so that no worker starts one when the others have finished."""
     items.sort(key=lambda item: item.path.relative_to(ROOT).parts[0] not in LONG_FOLDERS)
     if config.getoption("--fast"):
         slow = [item for item in items if item.get_closest_marker("slow")]
@@ -67,9 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def prepare_corpus(sources: Sequence[Path | str], out: Path, **options: object) -> Corpus:
-    """Prepares a corpus in this process.
+    """Prepare a corpus in this process.
 
     Args:
+        sources: files and folders to read.
+        out: folder of the corpus.
         options: fields of PrepareOptions, Selection and ReadOptions.
     """
     prepare(sources, out, prepare_options(**options), lambda done, total: None)
@@ -86,15 +97,17 @@ def prepare_options(**options: object) -> PrepareOptions:
 
 @pytest.fixture(scope="session")
 def sources() -> list[Path]:
-    """Real text of some 400 kB in about forty files."""
+    """Return folders with about 400 kB of real text in about forty files."""
     return [STDLIB / "json", STDLIB / "email"]
 
 
 @pytest.fixture(scope="session")
 def corpus_folder(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of many small blocks in several shards, with a held-out part."""
+    """Return a corpus of many small blocks in several shards, with a validation part of only 9 kB."""
     out = tmp_path_factory.mktemp("corpora") / "library"
-    options = prepare_options(include=["*.py"], holdout=0.05, block_bytes=10_000, shard_bytes=40_000)
+    options = prepare_options(
+        include=["*.py"], exclude=[LARGE_DOCUMENT], holdout=0.05, block_bytes=10_000, shard_bytes=40_000
+    )
     prepare(sources, out, options, lambda done, total: None)
     return out
 
@@ -106,7 +119,7 @@ def corpus(corpus_folder: Path) -> Corpus:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Corpus:
-    """Documents shorter and longer than a window and than a block, with every byte value."""
+    """Return a corpus of documents shorter and longer than a window and than a block, with every byte value."""
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
     for number, length in enumerate((1, 31, 32, 33, 64, 500, 2000)):
@@ -116,7 +129,7 @@ def mixed(tmp_path: Path) -> Corpus:
 
 
 def train_once(folder: Path, corpus_folder: Path) -> Path:
-    """Train the recipe of `recipe_tree` in a folder with a command of its own; return the run's folder."""
+    """Train the recipe of `recipe_tree` in a folder with a new command; return the run's folder."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_tree(corpus_folder)), encoding="utf-8")
     commands.run(["train", recipe], cwd=folder, check=True, stderr=subprocess.DEVNULL)
@@ -125,7 +138,7 @@ def train_once(folder: Path, corpus_folder: Path) -> Path:
 
 @pytest.fixture
 def byteloom(tmp_path: Path) -> Run:
-    """Run a command in a process and a folder of its own; return its output."""
+    """Return a function that runs a command in a new process in the test's folder and returns its output."""
 
     def run(
         *arguments: object, cwd: Path = tmp_path, env: Mapping[str, str] | None = None, check: bool = True
@@ -143,7 +156,7 @@ def byteloom(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
-    """A run of twelve steps of a model of some thousand parameters, with dropout, fp32, and no tracker."""
+    """Return a recipe of twelve steps in fp32, with a model of a few thousand parameters, dropout and no tracker."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_tree(corpus_folder)), encoding="utf-8")
     return path

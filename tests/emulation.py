@@ -1,4 +1,4 @@
-"""A CPU that emulates bf16, on any machine: libraries are told to leave its instructions unused."""
+"""Emulation of bf16 on any CPU, by settings that keep libraries from its bf16 instructions."""
 
 import functools
 import os
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SLOW = 5
-"""How many times slower than in fp32 a product in bf16 is, at the least, where bf16 is emulated."""
+"""Minimum slowdown of an emulated product in bf16 relative to fp32."""
 SPEEDUP = """
 import time, torch
 def seconds(dtype):
@@ -25,16 +25,11 @@ print(seconds(torch.float32) / seconds(torch.bfloat16))
 
 @dataclass(frozen=True)
 class Emulation:
-    """A way to keep torch from the CPU's bf16 instructions."""
+    """Settings that keep torch from the CPU's bf16 instructions."""
 
     variables: Mapping[str, str] = field(default_factory=dict)
     preamble: str = ""
-    """Python code that runs before all else."""
-
-    def command(self, *arguments: object) -> list[str]:
-        """Return a command line of `byteloom` under this emulation, for `environment()`."""
-        code = f"{self.preamble}\nfrom pretrain.cli.entry import main; main()"
-        return [sys.executable, "-c", code, *map(str, arguments)]
+    """Python code that runs first."""
 
     def python(self, code: str) -> list[str]:
         """Return a command line of Python code under this emulation."""
@@ -44,15 +39,17 @@ class Emulation:
         return {**os.environ, "OMP_NUM_THREADS": "1", **self.variables}
 
 
-WAYS = {
-    "older instructions": Emulation({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}),
-    "no oneDNN": Emulation(preamble="import torch; torch.backends.mkldnn.set_flags(False)"),
+OLDER, NO_ONEDNN = "older instructions", "no oneDNN"
+EMULATIONS = {
+    OLDER: Emulation({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}),
+    NO_ONEDNN: Emulation(preamble="import torch; torch.backends.mkldnn.set_flags(False)"),
 }
 
 
 @functools.cache
 def is_slow(name: str) -> bool:
-    """Return whether a way really makes products in bf16 many times slower than in fp32 on this machine."""
-    way = WAYS[name]
-    done = subprocess.run(way.python(SPEEDUP), env=way.environment(), capture_output=True, text=True, check=True)
+    """Return whether an emulation really makes products in bf16 many times slower than in fp32 on this machine."""
+    emulation = EMULATIONS[name]
+    command = emulation.python(SPEEDUP)
+    done = subprocess.run(command, env=emulation.environment(), capture_output=True, text=True, check=True)
     return float(done.stdout) < 1 / SLOW

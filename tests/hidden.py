@@ -1,4 +1,4 @@
-"""Processes in which packages are as if they were not installed."""
+"""Processes that behave as if some packages were not installed."""
 
 import os
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def without(folder: Path, *packages: str) -> Mapping[str, str]:
     """Return variables of the environment that hide packages from a process and from those that it starts.
 
     Args:
-        folder: for a new file, sitecustomize.py, which Python runs first.
+        folder: folder for a new sitecustomize.py, which Python runs first.
         packages: names of modules and distributions.
     """
     folder.mkdir(exist_ok=True)

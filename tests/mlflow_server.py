@@ -1,4 +1,4 @@
-"""A real `mlflow server`, and a server that is none of MLflow's."""
+"""A real `mlflow server`, and a faulty server in its place."""
 
 import os
 import signal
@@ -10,15 +10,45 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pretrain.tracking.store import MlflowStore
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def client_of(uri: str) -> "MlflowClient":
+    """Return a client of a store. The collection of tests does not import MLflow, which takes seconds."""
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    return MlflowClient(uri)
+
+
+@cache
+def _new_database() -> bytes:
+    """Return the content of a database as MLflow makes it, which takes seconds."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        MlflowStore(f"sqlite:///{path}").client.search_experiments()
+        return path.read_bytes()
+
+
+def make_store(path: Path) -> None:
+    """Put an empty store of MLflow at a path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_new_database())
 
 
 class Server:
-    """A real `mlflow server` on loopback that can be killed and started again on the same store.
+    """Real `mlflow server` on loopback that can be killed and restarted on the same store.
 
     Args:
-        store: database of the server; one of its own if None.
+        store: database of the server; None makes a new one.
     """
 
     def __init__(self, folder: Path, store: Path | None = None) -> None:
@@ -31,6 +61,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if not self.store.exists():
+            make_store(self.store)
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -39,7 +71,7 @@ class Server:
                     "--artifacts-destination", str(self.folder / "artifacts"),
                 ],
                 stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes of no use here
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven unneeded processes
             )  # fmt: skip
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
@@ -58,12 +90,17 @@ class Server:
 
 
 @contextmanager
-def misbehaving(fault: str) -> Iterator[str]:
-    """Serve a fault: an HTTP status, "html", "json", "hangs" or "closes". Yields the server's address."""
+def misbehaving(fault: str, requests: list[str] | None = None) -> Iterator[str]:
+    """Serve a fault: an HTTP status, "html", "json", "hangs" or "closes". Yields the server's address.
+
+    The paths of all requests are appended to `requests`.
+    """
     ended = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
+            if requests is not None:
+                requests.append(self.path)
             if fault == "hangs":
                 ended.wait(60)
             if fault in ("hangs", "closes"):

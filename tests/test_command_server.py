@@ -1,4 +1,4 @@
-"""The forked commands of tests behave as the real command does."""
+"""Forked commands behave like the real command."""
 
 import os
 import signal
@@ -7,35 +7,39 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ForkedCommand, environment, server, start, start_cold
+from tests.commands import ForkedCommand, default_server, environment, start, start_cold
 from tests.distributed.parity import content
 
-STARTS = (start, start_cold)
+START_FUNCTIONS = (start, start_cold)
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
-@pytest.mark.parametrize("arguments", [["config", "show", "debug"], ["no-command"], ["eval", "nowhere"]], ids=" ".join)
-def test_output_and_exit_code_are_those_of_the_real_command(tmp_path: Path, arguments: list[str]):
-    processes = [begin(arguments, environment(), cwd=tmp_path, **PIPES) for begin in STARTS]
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["config", "show", "debug"], ["eval", "nowhere"]], ids=" ".join)
+def test_forked_command_has_the_output_and_exit_code_of_the_real_command(tmp_path: Path, arguments: list[str]):
+    processes = [start_function(arguments, environment(), cwd=tmp_path, **PIPES) for start_function in START_FUNCTIONS]
     forked, real = [(*process.communicate(), process.returncode) for process in processes]
     assert isinstance(processes[0], ForkedCommand)
     assert forked == real
     assert b"".join(real[:2])
 
 
-def test_training_is_bit_for_bit_that_of_the_real_command(recipe: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_forked_training_equals_the_real_command_bit_for_bit(recipe: Path, tmp_path: Path):
     short = ("train.steps=4", "validation.every=4")
     checkpoints = []
-    for begin in STARTS:
-        name = begin.__name__
-        with begin(["train", recipe, *short, f"run.name={name}"], environment(), cwd=tmp_path, **PIPES) as process:
-            said = process.communicate()
-        assert process.returncode == 0, said
+    for start_function in START_FUNCTIONS:
+        name = start_function.__name__
+        with start_function(
+            ["train", recipe, *short, f"run.name={name}"], environment(), cwd=tmp_path, **PIPES
+        ) as process:
+            output = process.communicate()
+        assert process.returncode == 0, output
         checkpoints.append(content(tmp_path / "runs" / name / "checkpoints/step-00000004"))
     assert checkpoints[0] == checkpoints[1]
 
 
-def test_a_signal_ends_a_forked_command_that_leads_a_session_of_its_own():
+def test_signal_ends_a_forked_command_in_a_new_session():
     process = start(["generate", "--prompt-file", "/dev/stdin", "nowhere"], start_new_session=True, **PIPES)
     assert os.getsid(process.pid) == process.pid
     os.killpg(process.pid, signal.SIGKILL)
@@ -52,11 +56,12 @@ def test_a_signal_ends_a_forked_command_that_leads_a_session_of_its_own():
         ({"PYTHONPATH": "/somewhere"}, False),
     ],
 )
-def test_variables_that_imports_read_start_the_real_command(variables: dict[str, str], can_run: bool):
-    assert server().can_run({**environment(), **variables}) == can_run
+def test_changed_variables_that_imports_read_need_the_real_command(variables: dict[str, str], can_run: bool):
+    assert default_server().can_run({**environment(), **variables}) == can_run
 
 
-def test_the_real_command_takes_other_variables_than_the_server_has():
+@pytest.mark.slow
+def test_command_with_changed_thread_count_is_not_forked():
     process = start(["--version"], {**environment(), "OMP_NUM_THREADS": "2"}, **PIPES)
     assert not isinstance(process, ForkedCommand)
     assert process.communicate()[0].startswith(b"byteloom")

@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
-from byteloom.core.locations import expand_home
+from byteloom.core.storage.locations import expand_home
 
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
 """Folder of the recipes that come with Byteloom."""
@@ -103,12 +103,12 @@ def _expanded(text: str) -> Path:
 
 
 def _nearest(text: str, names: Mapping[str, Path]) -> list[str]:
-    """Return what a person may have meant: a file whose .yaml was left out, or names that are spelled alike."""
+    """Return suggestions: a file whose .yaml is missing in the text, or names with a similar spelling."""
     if Path(f"{text}.yaml").is_file():
         return [f"{text}.yaml"]
     ends = {name: name.rpartition("/")[2] for name in names}
-    alike = difflib.get_close_matches(text.rpartition("/")[2], set(ends.values()), 1)
+    similar = difflib.get_close_matches(text.rpartition("/")[2], set(ends.values()), 1)
     return (
         difflib.get_close_matches(text, names, SUGGESTIONS, cutoff=0.75)
-        or [name for name in names if ends[name] in alike][:SUGGESTIONS]
+        or [name for name in names if ends[name] in similar][:SUGGESTIONS]
     )

@@ -27,11 +27,11 @@ class Repository:
 
     file: Path
     tracked: bool = False
-    """Whether git must track the file; else it is enough that no rule ignores it."""
+    """True: git must track the file. False: the file must only not be ignored."""
     commit: str | None = None
     """None where there is no such repository, or its answer is missing."""
     clean: bool | None = None
-    """Whether every file is as committed, and none is new. None where the answer is missing."""
+    """True if no file was changed or added since the commit. None if git did not answer."""
 
     def tags(self, prefix: str = "") -> dict[str, str]:
         """Return what is known, as PREFIXgit.commit and PREFIXgit.clean."""

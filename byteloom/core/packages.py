@@ -5,12 +5,15 @@ Byteloom depends on packages that only some runs use. Such a package is imported
 
 import gc
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
+from byteloom.core.errors import CorrectableError
 
-class MissingPackageError(Exception):
+
+class MissingPackageError(CorrectableError):
     """A package that this run uses cannot be imported."""
 
 
@@ -26,6 +29,20 @@ def long_lived_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def quiet_interrupts() -> Iterator[None]:
+    """Let Ctrl-C kill the process by the signal, without the traceback of an import."""
+    earlier = signal.getsignal(signal.SIGINT)
+    if earlier is not signal.default_int_handler:  # for example ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ NAME.yaml has a file NAME.source.json. It holds the original recipe, and the sta
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from byteloom.core.text import printable
 
 RECORDED_PACKAGES = ("byteloom", "torch", "deepspeed", "numpy", "zstandard", "webdataset", "mlflow")
 
+DRIVER = Path("/proc/driver/nvidia/version")
+"""File of Linux with the driver's version, such as `NVRM version: ... x86_64  580.65.06  Release Build`."""
+
 
 def environment() -> dict[str, str]:
     """Software and machine, as far as they can change a number."""
@@ -28,8 +32,21 @@ def environment() -> dict[str, str]:
         "version.python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": str(torch.get_num_threads()),
+        "version.cuda": torch.version.cuda or "none",
+        "version.nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none",
+        "version.driver": _driver_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def _driver_version() -> str:
+    """Return the version of the machine's NVIDIA driver, or none."""
+    try:
+        text = DRIVER.read_text(encoding="utf-8")
+    except OSError:
+        return "none"
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else "unknown"
 
 
 def trace(recipe: Path) -> dict[str, str]:

@@ -72,7 +72,7 @@ def describe_expected(fault: ErrorDetails, *, section: str = "", examples: Seque
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
         return f"it must be {words} {_number(context[name])}"
-    if kind == "literal_error":
+    if kind in ("enum", "literal_error"):
         return f"it must be {one_of(context['expected'], given)}"
     if kind == "string_pattern_mismatch":
         return f"it must look like {' or '.join(map(str, examples)) or context['pattern']}"

@@ -11,7 +11,7 @@ never cut. A longer one continues in the next block, and its slices tell where.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -113,25 +113,65 @@ def pack_documents(
         block_bytes: largest size of a block, in raw bytes.
         leave_out: called with each document that cannot be read, and the error. If it raises, packing ends.
     """
-    content, slices = bytearray(), list[DocumentSlice]()
+    filling = _Filling()
     for document in documents:
         try:
             pieces, fits = _probed(document, block_bytes)
         except BadDocumentError as error:
             leave_out(document, error)
             continue
-        if content and not (fits and len(content) - len(slices) + sum(map(len, pieces)) <= block_bytes):  # all end
-            yield Block(bytes(content), tuple(slices))
-            content, slices = bytearray(), []
+        size = sum(map(len, pieces))
+        if filling.size and not (fits and filling.size - len(filling.slices) + size <= block_bytes):  # all slices end
+            yield filling.block()
+            filling = _Filling()
+        if size:
+            filling.add(document, pieces)
         if fits:
-            _append(document, pieces, content, slices)
             continue
-        for block in _blocks_of(document, block_bytes):
-            if content:
-                yield Block(bytes(content), tuple(slices))
-            content, slices = bytearray(block.content), [*block.slices]
-    if content:
-        yield Block(bytes(content), tuple(slices))
+        for part in _parts_of(document, block_bytes):
+            if filling.size:
+                yield filling.block()
+            filling = part
+    if filling.size:
+        yield filling.block()
+
+
+class _Filling:
+    """Content of a block that is not full. It is joined once, because each copy costs as much as reading a file."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Bytes of the content so far."""
+        self.slices = list[DocumentSlice]()
+        """Slices so far."""
+        self._pieces = list[bytes | memoryview]()
+
+    def add(
+        self,
+        document: Document,
+        pieces: Sequence[bytes | memoryview],
+        offset: int = 0,
+        ends: bool = True,
+        document_sha256: str | None = None,
+    ) -> None:
+        """Add a document or a part of it. Arguments are the fields of its DocumentSlice."""
+        start, sha = self.size, hashlib.sha256()
+        for piece in pieces:
+            sha.update(piece)
+            self.size += len(piece)
+        own = sha.hexdigest()
+        length = self.size - start
+        self.slices.append(
+            DocumentSlice(document.key, document.modality, start, length, offset, ends, own, document_sha256)
+        )
+        self._pieces += pieces
+        if ends:
+            self._pieces.append(DOCUMENT_END)
+            self.size += len(DOCUMENT_END)
+
+    def block(self) -> Block:
+        """Return the block."""
+        return Block(b"".join(self._pieces), tuple(self.slices))
 
 
 def _probed(document: Document, block_bytes: int) -> tuple[list[bytes], bool]:
@@ -146,38 +186,29 @@ def _probed(document: Document, block_bytes: int) -> tuple[list[bytes], bool]:
     return pieces, size <= block_bytes
 
 
-def _append(document: Document, pieces: Iterable[bytes], content: bytearray, slices: list[DocumentSlice]) -> None:
-    start, sha = len(content), hashlib.sha256()
-    for piece in pieces:
-        sha.update(piece)
-        content += piece
-    if length := len(content) - start:
-        content += DOCUMENT_END
-        slices.append(DocumentSlice(document.key, document.modality, start, length, 0, True, sha.hexdigest(), None))
-
-
-def _blocks_of(document: Document, block_bytes: int) -> Iterator[Block]:
+def _parts_of(document: Document, block_bytes: int) -> Iterator[_Filling]:
     """Yield the blocks of a document that is longer than a block; the last may have room for others."""
-    part, offset, whole = bytearray(), 0, hashlib.sha256()
+    pieces, size, offset, whole = list[memoryview](), 0, 0, hashlib.sha256()
 
-    def block(sha256: str | None) -> Block:
-        own = hashlib.sha256(part).hexdigest()
-        ends = sha256 is not None
-        piece = DocumentSlice(document.key, document.modality, 0, len(part), offset, ends, own, sha256)
-        return Block(bytes(part) + DOCUMENT_END * ends, (piece,))
+    def part(sha256: str | None) -> _Filling:
+        filling = _Filling()
+        filling.add(document, pieces, offset, sha256 is not None, sha256)
+        return filling
 
     for piece in document.read():
         whole.update(piece)
         rest = memoryview(piece)
-        while len(part) + len(rest) > block_bytes:
-            room = block_bytes - len(part)
-            part += rest[:room]
+        while size + len(rest) > block_bytes:
+            room = block_bytes - size
+            pieces.append(rest[:room])
             rest = rest[room:]
-            yield block(None)
-            offset += len(part)
-            part.clear()
-        part += rest
-    yield block(whole.hexdigest())
+            yield part(None)
+            offset += block_bytes
+            size = 0
+            pieces.clear()
+        pieces.append(rest)
+        size += len(rest)
+    yield part(whole.hexdigest())
 
 
 def encode(block: Block, compressor: zstandard.ZstdCompressor) -> StoredBlock:

@@ -12,9 +12,9 @@
 `tar` or any WebDataset reader opens a shard; `zstd -d` opens a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -23,16 +23,19 @@ from numpy.typing import NDArray
 
 from data_pipeline.corpus.blocks import ENDS, Block, StoredBlock, decode, decompress, seal
 from data_pipeline.corpus.index import open_index_file
-from data_pipeline.corpus.manifest import read_manifest
-from data_pipeline.corpus.remote import RemoteConfig
-from data_pipeline.corpus.storage import open_storage
+from data_pipeline.corpus.manifest import card_of, read_manifest
+from data_pipeline.corpus.storage.remote import RemoteConfig
+from data_pipeline.corpus.storage.storage import open_storage
 from data_pipeline.corpus.tar import TAR_HEADER, block_key, number_of_shard, padded
 from data_pipeline.corpus.withdrawn import Withdrawal, read_withdrawn
-from data_pipeline.documents import MODALITIES
-from data_pipeline.errors import CorruptBlockError
+from data_pipeline.documents import MODALITIES, Document, Piece
+from data_pipeline.errors import CorruptBlockError, DamagedCorpusError
+from data_pipeline.media import MediaCard
 
 T = TypeVar("T")
 
+BLOCKS_AHEAD = 7
+"""Blocks after the one being read that a request for whole documents of a remote corpus also brings."""
 SPAN_BYTES = 16 << 20
 """Size limit of one request for adjacent blocks of a remote shard."""
 
@@ -40,24 +43,36 @@ SPAN_BYTES = 16 << 20
 class Corpus:
     """A corpus that is open for reading. Every block is verified when it is read.
 
-    Many threads may read at once. Opening reads the index files, which stay mapped into memory.
+    Many threads may read at once. Opening reads the index files into memory: 100 bytes a block.
 
     Args:
         location: a folder, or a URL that fsspec opens (https://host/corpus, s3://bucket/corpus).
         check_shards: check that every shard of a folder is there and has its length. Shards at a URL are checked when
             they are read.
         remote: how shards at a URL are fetched.
+        digest: digest that the corpus must have; None accepts any.
 
     Raises:
-        CorpusError: there is no corpus, or its manifest or index is damaged.
+        CorpusError: there is no corpus, its manifest or index is damaged, or it has another digest.
     """
 
-    def __init__(self, location: str | Path, check_shards: bool = True, remote: RemoteConfig | None = None) -> None:
+    def __init__(
+        self,
+        location: str | Path,
+        check_shards: bool = True,
+        remote: RemoteConfig | None = None,
+        digest: str | None = None,
+    ) -> None:
         self.storage = open_storage(location, remote or RemoteConfig())
         self.location = self.storage.location
         with ExitStack() as on_failure:
             on_failure.callback(self.storage.close)
             self.manifest = read_manifest(self.storage)
+            if digest not in (None, self.digest):
+                raise DamagedCorpusError(
+                    f"{self.location} has the digest {self.digest}, and {digest} is asked for; name the corpus of that "
+                    "digest, or, if the change is wanted, set shards_sha256 to the new one"
+                )
             self.lengths = open_index_file(self.storage, self.manifest, "lengths")
             self.index = open_index_file(self.storage, self.manifest, "index")
             if check_shards:
@@ -65,6 +80,11 @@ class Corpus:
                     self.storage.check_size(shard["name"], shard["bytes"])
             on_failure.pop_all()
         self._shard_names = [shard["name"] for shard in self.manifest["shards"]]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the manifest, and by it of every file of the corpus but the list of withdrawn documents."""
+        return str(self.manifest["manifest_sha256"])
 
     @property
     def content_sha256(self) -> str:
@@ -82,9 +102,41 @@ class Corpus:
         found = {name for shard in self.manifest["shards"] for name in shard["modalities"]}
         return [name for name in MODALITIES if name in found]
 
+    @property
+    def card(self) -> MediaCard | None:
+        """Layout of the bytes of all documents; None if they are no media, or an earlier version wrote the corpus."""
+        return card_of(self.manifest)
+
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.index)
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents in order, each with all its bytes in memory. Withdrawn documents are skipped.
+
+        Raises:
+            CorruptBlockError: a block is damaged.
+            CorpusError: a shard cannot be read.
+        """
+        parts: list[bytes] = []
+        for piece in self.pieces():
+            parts.append(piece.content)
+            if piece.ends:
+                yield Document(piece.key, piece.modality, partial(iter, (b"".join(parts),)), self.card)
+                parts = []
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents in order, in pieces: a document that is longer than a block has several.
+
+        Withdrawn documents are skipped. Errors are those of `read`.
+        """
+        withdrawn = {entry.key for entry in self.withdrawn}
+        for number in range(len(self)):
+            block = self.read(number, through=number + BLOCKS_AHEAD)
+            for part in block.slices:
+                if part.key not in withdrawn:
+                    content = block.content[part.start : part.start + part.length]
+                    yield Piece(part.key, part.modality, part.document_offset, content, part.ends)
 
     @cached_property
     def first_blocks(self) -> NDArray[np.int64]:
@@ -126,6 +178,25 @@ class Corpus:
             return decompress(frame), np.frombuffer(ends, ENDS)
 
         return self._read(block, through, 2, checked)
+
+    def read_ends(self, block: int) -> NDArray[np.int64]:
+        """Return where documents end in the content of a block, without reading it. They are checked, not verified.
+
+        Raises:
+            CorruptBlockError: they contradict the lengths of the block.
+            CorpusError: the shard cannot be read.
+        """
+        lengths = self.lengths[block]
+        if not lengths["document_ends"]:
+            return np.empty(0, np.int64)
+        record, (start, stop) = self.index[block], self.members(block)[1]
+        begin = int(record["frame_offset"])
+        stored = self.storage.read(self._shard_names[record["shard"]], begin + start, begin + stop)
+        ends = np.frombuffer(stored, ENDS).astype(np.int64)
+        content = int(lengths["raw_bytes"]) + len(ends)
+        if (np.diff(ends, prepend=-1) <= 0).any() or ends[-1] >= content:
+            raise CorruptBlockError(f"{self.name_of(block)} is damaged: its ends of documents are not in order")
+        return ends
 
     def read(self, block: int, through: int | None = None) -> Block:
         """Return a block with its table.

@@ -9,20 +9,22 @@
 A ShardIndex is the part of the index that one shard has. It is made from the blocks, or from the tar alone.
 """
 
+import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import blake3
 import numpy as np
 import zstandard
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from byteloom.core.files import move_into_place, partial_path
+from byteloom.core.storage.files import move_into_place, partial_path
 from data_pipeline.corpus.blocks import Block, StoredBlock, decode, encode, seal
-from data_pipeline.corpus.storage import Storage
 from data_pipeline.corpus.tar import (
     TAR_HEADER,
     ShardReader,
@@ -33,12 +35,17 @@ from data_pipeline.corpus.tar import (
     shard_name,
 )
 from data_pipeline.documents import MODALITIES
-from data_pipeline.errors import CorpusError, CorruptBlockError
+from data_pipeline.errors import CorpusError, CorruptBlockError, DamagedCorpusError
+
+if TYPE_CHECKING:  # workers of prepare, which read no corpus, start faster
+    from data_pipeline.corpus.storage.storage import Storage
 
 INDEX_FILES = ("lengths", "index")
 """Names of the index files, without `.npy`."""
 HASHED_AT_ONCE = 4 << 20
 """Bytes that are read and hashed at once."""
+MAX_HEADER_BYTES = 1 << 16
+"""Bytes of an .npy file that hold its header."""
 
 LENGTHS = np.dtype(
     [
@@ -116,34 +123,41 @@ def write_shard(folder: Path, number: int, blocks: Iterable[Block], level: int) 
 
 
 def scan_shard(path: Path, progress: Callable[[int], None]) -> ShardIndex:
+    """Return the index of a shard on this machine. See `scan_tar`."""
+    try:
+        with path.open("rb") as file:
+            return scan_tar(path, file, progress)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def scan_tar(path: Path | str, file: BinaryIO, progress: Callable[[int], None]) -> ShardIndex:
     """Return the index of a shard, made from its tar alone. Every byte is read and checked; one block is in memory.
 
     Args:
-        path: path of the tar.
+        path: path or URL of the tar, whose last part names the shard.
+        file: the tar, open for reading at its start.
         progress: called with the number of bytes of each read.
 
     Raises:
         CorruptBlockError: a block is damaged.
         CorpusError: the tar cannot be read, or differs from what `write_shard` writes.
     """
-    number = number_of_shard(path.name)
+    name = PurePosixPath(path).name
+    number = number_of_shard(name)
     rows = list[tuple[Any, Any]]()
-    try:
-        with path.open("rb") as file:
-            tar = ShardReader(path, file, progress)
-            while stored := tar.next_block(member_names(number, len(rows))):
-                offset = tar.begin + TAR_HEADER
-                try:
-                    block = decode(stored)  # no index gives its digest; its table has the digests of its documents
-                except CorruptBlockError as error:
-                    key = block_key(number, len(rows))
-                    raise CorruptBlockError(f"block {key} of {path} is damaged: {error}") from error
-                rows.append(_index_rows(block, stored, offset))
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+    tar = ShardReader(path, file, progress)
+    while stored := tar.next_block(member_names(number, len(rows))):
+        offset = tar.begin + TAR_HEADER
+        try:
+            block = decode(stored)  # no index gives its digest; its table has the digests of its documents
+        except CorruptBlockError as error:
+            key = block_key(number, len(rows))
+            raise CorruptBlockError(f"block {key} of {path} is damaged: {error}") from error
+        rows.append(_index_rows(block, stored, offset))
     if not rows:
         raise CorpusError(f"{path} has no blocks")
-    return _shard_index(path.name, rows, tar.bytes, tar.sha256.hexdigest())
+    return _shard_index(name, rows, tar.bytes, tar.sha256.hexdigest())
 
 
 def _index_rows(block: Block, stored: StoredBlock, frame_offset: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -168,8 +182,12 @@ def _shard_index(name: str, rows: Sequence[tuple[Any, Any]], size: int, sha256: 
     return ShardIndex(entry, lengths, blocks)
 
 
-def open_index_file(storage: Storage, manifest: dict[str, Any], name: str) -> NDArray[np.void]:
-    """Return an index file, mapped into memory, after a check of its digest.
+def open_index_file(storage: "Storage", manifest: dict[str, Any], name: str) -> NDArray[np.void]:
+    """Return an index file, in memory, after a check of its digest.
+
+    A mapping of the file would end the process with SIGBUS if the file were truncated later, and it could show other
+    records than those whose digest was checked. In memory, both files take 100 bytes a block in each process: 0.1 GB
+    for a corpus of 1 TB.
 
     Args:
         storage: files of the corpus.
@@ -181,14 +199,23 @@ def open_index_file(storage: Storage, manifest: dict[str, Any], name: str) -> ND
     """
     file, digest = f"{name}.npy", manifest[f"{name}_blake3"]
     for attempt in range(1, storage.rereads + 1):
-        path = storage.local_copy(file, manifest[f"{name}_bytes"], digest, attempt > 1)
-        if blake3_of(path) == digest:
-            # A plain array: each access to a memmap costs as much as ten to it.
-            return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    raise CorpusError(
+        content = storage.read_index(file, manifest[f"{name}_bytes"], digest, attempt > 1)
+        if blake3.blake3(content, max_threads=blake3.blake3.AUTO).hexdigest() == digest:
+            return _array_in(content)
+    raise DamagedCorpusError(
         f"{storage.location}/{file} is damaged: its digest is not the one in manifest.json; "
         f"byteloom verify --repair {storage.location} writes it again from the shards"
     )
+
+
+def _array_in(content: bytes | bytearray) -> NDArray[np.void]:
+    """Return the array that the bytes of an .npy file hold, without a copy. Bytes after it are ignored."""
+    file = io.BytesIO(content[:MAX_HEADER_BYTES])
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+    shape, _, dtype = read_header(file)
+    array = np.frombuffer(content, dtype, count=math.prod(shape), offset=file.tell()).reshape(shape)
+    array.flags.writeable = False
+    return array
 
 
 def blake3_of(path: Path) -> str:
@@ -198,7 +225,7 @@ def blake3_of(path: Path) -> str:
         CorpusError: the file cannot be read.
     """
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
-    piece = memoryview(bytearray(HASHED_AT_ONCE))  # pages of a mapping would count as memory of this process
+    piece = memoryview(bytearray(HASHED_AT_ONCE))
     try:
         with path.open("rb", buffering=0) as file:
             while size := file.readinto(piece):

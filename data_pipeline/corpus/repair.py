@@ -1,7 +1,7 @@
 """Repair a damaged corpus from its intact parts and from a mirror.
 
-    manifest or index damaged     written again from the tars; copied from the mirror if a tar is damaged as well, or if
-                                  the rest of the index lists other tars
+    manifest or index damaged,    written again from the tars; copied from the mirror if a tar is damaged as well, or if
+    or not those of the tars      the rest of the index lists other tars. The media card is found by its digest
     shard damaged or missing      written again from its intact blocks, and from the mirror's blocks
     withdrawn.json damaged        copied from the mirror
 
@@ -10,7 +10,8 @@ not damage the corpus further.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -20,19 +21,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byteloom.core.files import move_into_place, partial_path, sync
 from byteloom.core.progress import Progress, Tally
+from byteloom.core.storage.files import move_into_place, partial_path, sync
 from byteloom.core.text import count
 from data_pipeline.corpus.blocks import StoredBlock
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.corpus.folder import Folder, only_writer
 from data_pipeline.corpus.index import BLOCK, INDEX_FILES, LENGTHS, ShardIndex, blake3_of, scan_shard
-from data_pipeline.corpus.manifest import read_manifest, write_index
-from data_pipeline.corpus.remote import RemoteConfig
+from data_pipeline.corpus.lost_card import find_card
+from data_pipeline.corpus.manifest import card_of, index_header, read_manifest, write_index
+from data_pipeline.corpus.storage.folder import Folder, only_writer
+from data_pipeline.corpus.storage.remote import RemoteConfig
 from data_pipeline.corpus.tar import ShardWriter, number_of_shard, shard_name
-from data_pipeline.corpus.verify import fault_of_tar, faults_of_list
+from data_pipeline.corpus.verify import IDENTITY, Comparison, faults_of_headers, faults_of_list, is_listed
 from data_pipeline.corpus.withdrawn import WITHDRAWN_FILE, write_withdrawn
 from data_pipeline.errors import CorpusError
+from data_pipeline.media import MEDIA, MediaCard
+
+Scans = dict[str, ShardIndex | CorpusError]
+"""The index of each shard by name, or the reason why it cannot be made."""
 
 
 def repair(
@@ -54,16 +60,14 @@ def repair(
         corpora.enter_context(only_writer(folder, wait=False))
         other = corpora.enter_context(Corpus(mirror, check_shards=False, remote=remote)) if mirror else None
         manifest = _readable_manifest(folder)
-        if other is not None and manifest is not None and manifest != other.manifest:
-            raise CorpusError(f"{other.location} is not a mirror of {folder}: it has another manifest.json")
+        scans = _scanned_all(folder, manifest, threads, progress)
         done = []
-        try:
-            corpus = Corpus(folder, check_shards=False)
-        except CorpusError:
-            done.append(_repair_index(folder, manifest, other, threads, progress))
-            corpus = Corpus(folder, check_shards=False)
-        corpora.enter_context(corpus)
-        results = [*_repair_shards(folder, corpus, other, threads, progress), _repair_withdrawn(corpus, other)]
+        if not _is_in_order(folder, manifest, scans) or _is_mirrored_better(manifest, other, scans):
+            done.append(_repair_index(folder, manifest, other, scans))
+        elif other is not None and manifest != other.manifest:
+            raise CorpusError(f"{other.location} is not a mirror of {folder}: it has another manifest.json")
+        corpus = corpora.enter_context(Corpus(folder, check_shards=False))
+        results = [*_repair_shards(folder, corpus, other, scans, threads), _repair_withdrawn(corpus, other)]
         lost = [str(result) for result in results if isinstance(result, CorpusError)]
         if lost and other is None:
             lost.append("these can only be restored from a mirror: add --mirror URL_OR_FOLDER")
@@ -80,21 +84,63 @@ def _readable_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _repair_index(
-    folder: Path, manifest: dict[str, Any] | None, mirror: Corpus | None, threads: int, progress: Progress
-) -> str:
-    """Write manifest and index from the tars, or copy the mirror's if a tar is damaged as well."""
-    if manifest is None:
-        paths = sorted(folder.glob("shard-*.tar"))
-    else:
-        paths = [folder / entry["name"] for entry in manifest["shards"]]
-    if not paths:
-        raise CorpusError(f"{folder} has no shards")
+def _scanned_all(folder: Path, manifest: dict[str, Any] | None, threads: int, progress: Progress) -> Scans:
+    """Read every shard that is in the folder or in the manifest."""
+    names = {path.name for path in folder.glob("shard-*.tar")} | {entry["name"] for entry in _listed(manifest)}
+    paths = [folder / name for name in sorted(names)]
     done = Tally(sum(path.stat().st_size for path in paths if path.exists()), progress)
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda path: _scanned(path, done.add), paths))
-    shards = [shard for shard in found if isinstance(shard, ShardIndex)]
-    faults = [str(fault) for fault in found if isinstance(fault, CorpusError)]
+        return dict(zip((path.name for path in paths), pool.map(lambda p: _scanned(p, done.add), paths), strict=True))
+
+
+def _listed(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return manifest["shards"] if manifest is not None else []
+
+
+def _is_in_order(folder: Path, manifest: dict[str, Any] | None, scans: Scans) -> bool:
+    """Return whether manifest and index can be opened, and agree with the intact shards."""
+    try:
+        with Corpus(folder, check_shards=False) as corpus:
+            comparison = Comparison(str(folder), corpus.manifest, {"lengths": corpus.lengths, "index": corpus.index})
+            for entry in _listed(manifest):
+                comparison.add(scans[entry["name"]])
+            is_foreign = comparison.foreign(corpus.storage) is not None
+            return not is_foreign and not comparison.finish() and not faults_of_headers(corpus)
+    except CorpusError:
+        return False
+
+
+def _is_mirrored_better(manifest: dict[str, Any] | None, mirror: Corpus | None, scans: Scans) -> bool:
+    """Return whether a mirror's manifest lists all shards that can be read, and this one does not."""
+    found = _identities(shard.entry for shard in _whole(scans))
+    is_mirror = mirror is not None and bool(found) and found <= _identities(_listed(mirror.manifest))
+    return is_mirror and not found <= _identities(_listed(manifest))
+
+
+def _whole(scans: Scans) -> list[ShardIndex]:
+    return [shard for shard in scans.values() if isinstance(shard, ShardIndex)]
+
+
+def _repair_index(folder: Path, manifest: dict[str, Any] | None, mirror: Corpus | None, scans: Scans) -> str:
+    """Write manifest and index from the tars, or copy the mirror's if a tar is damaged as well."""
+    if not scans:
+        raise CorpusError(f"{folder} has no shards")
+    whole = _whole(scans)
+    found = _identities(shard.entry for shard in whole)
+    if manifest is not None and whole and not found & _identities(_listed(manifest)):
+        if mirror is None and not _is_index_of(folder, whole):
+            raise CorpusError(
+                f"{folder}/manifest.json lists none of the shards that are here; if it is of another corpus, move it "
+                "away with index.npy and lengths.npy, and repair again; or add --mirror URL_OR_FOLDER"
+            )
+        manifest = None
+    if manifest is not None and mirror is not None and manifest != mirror.manifest:
+        if not found & _identities(_listed(mirror.manifest)):
+            raise CorpusError(f"{mirror.location} is not a mirror of {folder}: it has another manifest.json")
+        manifest = None
+    listed = {entry["name"] for entry in _listed(manifest)} or {path.name for path in folder.glob("shard-*.tar")}
+    shards = sorted((s for s in whole if s.entry["name"] in listed), key=lambda s: number_of_shard(s.entry["name"]))
+    faults = [str(fault) for name, fault in scans.items() if name in listed and isinstance(fault, CorpusError)]
     if manifest is None and mirror is None and not faults:
         faults = _doubts(folder, shards)
     if manifest is None and mirror is not None:
@@ -103,7 +149,7 @@ def _repair_index(
                 f"{mirror.location} is not a mirror of {folder}: none of the intact shards is the same there"
             )
         manifest = mirror.manifest
-    if not faults and manifest is not None and [shard.entry for shard in shards] != manifest["shards"]:
+    if not faults and manifest is not None and _identities(s.entry for s in shards) != _identities(_listed(manifest)):
         faults = ["the shards are not those in manifest.json"]
     if not faults:
         return _write_from_tars(folder, shards, manifest)
@@ -114,6 +160,20 @@ def _repair_index(
         raise CorpusError("\n".join([*faults, advice]))
     _install(folder, lambda staging: _copy_index(mirror, staging))
     return f"manifest and index were copied from {mirror.location}"
+
+
+def _identities(entries: Iterable[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    return {tuple(entry[name] for name in IDENTITY) for entry in entries}
+
+
+def _is_index_of(folder: Path, shards: Sequence[ShardIndex]) -> bool:
+    """Return whether the index files in a folder are, to the byte, those of these shards."""
+    for name in INDEX_FILES:
+        records = _records_of(name, shards)
+        path = folder / f"{name}.npy"
+        if not path.exists() or path.read_bytes() != index_header(name, len(records)) + records.tobytes():
+            return False
+    return True
 
 
 def _doubts(folder: Path, shards: Sequence[ShardIndex]) -> list[str]:
@@ -180,25 +240,47 @@ def _write_from_tars(folder: Path, shards: Sequence[ShardIndex], manifest: dict[
     index = folder / "index.npy"
     digest_before = blake3_of(index) if index.exists() else None
     counted = [name for name in INDEX_FILES if _what_is_left(folder / f"{name}.npy")[0] is not None]
-    _install(folder, lambda staging: write_index(staging, shards))
+    card, remark = _card(folder, shards, manifest)
+    _install(folder, lambda staging: write_index(staging, shards, card))
     with Corpus(folder, check_shards=False) as corpus:
-        if manifest is not None:
+        if manifest is not None and manifest["content_sha256"] == corpus.content_sha256:
             agreement = "as in manifest.json"
+        elif manifest is not None:
+            agreement = "and not the one in manifest.json, which lists the same shards"
         elif digest_before == corpus.manifest["index_blake3"]:
-            agreement = "as in index.npy; manifest.json was unreadable"
+            agreement = "as in index.npy; manifest.json was unusable"
         elif counted:
-            agreement = f"with as many blocks as {counted[0]}.npy listed; manifest.json was unreadable"
+            agreement = f"with as many blocks as {counted[0]}.npy listed; manifest.json was unusable"
         else:
-            agreement = "manifest.json was unreadable, so it is unknown whether a shard is missing at the end"
+            agreement = "manifest.json was unusable, so it is unknown whether a shard is missing at the end"
         written = f"manifest and index were written from {count(len(shards), 'shard')}"
-        return f"{written}; content sha256 {corpus.content_sha256}, {agreement}"
+        return f"{written}; content sha256 {corpus.content_sha256}, {agreement}{remark}"
+
+
+def _card(folder: Path, shards: Sequence[ShardIndex], manifest: dict[str, Any] | None) -> tuple[MediaCard | None, str]:
+    """Return the media card of a corpus, and a clause for people if the manifest that held it cannot be read."""
+    if manifest is not None:
+        return card_of(manifest), ""
+    modalities = {modality for shard in shards for modality in shard.entry["modalities"]}
+    if len(modalities) != 1 or not modalities <= MEDIA:
+        return None, ""
+    with tempfile.TemporaryDirectory() as without:
+        write_index(Path(without), shards)
+        with closing(Folder(Path(without))) as storage:
+            found = find_card(folder.absolute(), read_manifest(storage))
+    if found is not None:
+        return found.card, f"; its media card ({found.card}) is that of {found.place}" if found.card else ""
+    return None, (
+        f"; its media card (layout of each {modalities.pop()} document) is lost, if it had one. Only a mirror has it: "
+        "remove manifest.json and repair again with --mirror URL_OR_FOLDER"
+    )
 
 
 def _copy_index(mirror: Corpus, staging: Path) -> None:
     (staging / "manifest.json").write_bytes(mirror.storage.read_small("manifest.json"))
     for name in INDEX_FILES:
         size, digest = mirror.manifest[f"{name}_bytes"], mirror.manifest[f"{name}_blake3"]
-        shutil.copyfile(mirror.storage.local_copy(f"{name}.npy", size, digest, fresh=False), staging / f"{name}.npy")
+        (staging / f"{name}.npy").write_bytes(mirror.storage.read_index(f"{name}.npy", size, digest, fresh=False))
     for path in staging.iterdir():
         sync(path)
     Corpus(staging, check_shards=False).close()  # raises if the copy was damaged on the way
@@ -219,14 +301,14 @@ def _install(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _repair_shards(
-    folder: Path, corpus: Corpus, mirror: Corpus | None, threads: int, progress: Progress
+    folder: Path, corpus: Corpus, mirror: Corpus | None, scans: Scans, threads: int
 ) -> list[str | CorpusError | None]:
     """Return a message for each shard that was repaired, an error if it cannot be, and None if it is intact."""
     entries = corpus.manifest["shards"]
-    done = Tally(sum(entry["bytes"] for entry in entries), progress)
 
     def repaired(shard: int) -> str | CorpusError | None:
-        if fault_of_tar(corpus.storage, entries[shard], done.add) is None:
+        name = entries[shard]["name"]
+        if name in scans and is_listed(scans[name], entries[shard]):
             return None
         try:
             return _repair_shard(folder, corpus, shard, mirror)

@@ -102,12 +102,12 @@ class ShardReader:
     """Reader of a tar that `ShardWriter` wrote. It refuses every other tar.
 
     Args:
-        path: path of the file, for error messages.
+        path: path or URL of the file, for error messages.
         file: the file, open for reading at its start.
         progress: called with the number of bytes of each read.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, progress: Callable[[int], None]) -> None:
+    def __init__(self, path: Path | str, file: BinaryIO, progress: Callable[[int], None]) -> None:
         self._path = path
         self._file = file
         self._progress = progress

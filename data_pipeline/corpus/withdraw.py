@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from byteloom.core.progress import Progress, Tally
 from data_pipeline.corpus.blocks import DocumentSlice
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.corpus.folder import only_writer
+from data_pipeline.corpus.storage.folder import only_writer
 from data_pipeline.corpus.withdrawn import Withdrawal, read_withdrawn, write_withdrawn
 from data_pipeline.errors import CorpusError
 
@@ -17,7 +17,7 @@ def withdraw(corpus: Corpus, keys: Iterable[str], threads: int, progress: Progre
 
     Args:
         corpus: the corpus.
-        keys: keys of documents. Those that are on the list already are skipped.
+        keys: keys of documents. All documents of a key are withdrawn. Those that are on the list already are skipped.
         threads: number of blocks that are read at once.
         progress: called with raw bytes done and in all.
 
@@ -42,9 +42,10 @@ def withdraw(corpus: Corpus, keys: Iterable[str], threads: int, progress: Progre
 
 
 def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> list[Withdrawal]:
-    """Return the places of documents, in the order of the corpus.
+    """Return the places of all documents of these keys, in the order of the corpus.
 
-    A damaged block is skipped if every document is complete without it.
+    A damaged block is skipped if every document is complete without it, and if no key has several documents: corpora
+    of earlier versions may repeat a key, and a block that cannot be read may have another document of it.
     """
     if not keys:
         return []
@@ -68,6 +69,12 @@ def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> 
             for part in parts:
                 parts_by_key[part.key].append(part)
                 found.append(Withdrawal(part.key, number, part.start, part.start + part.length + part.ends))
+    repeated = sorted(key for key in keys if sum(part.ends for part in parts_by_key[key]) > 1)
+    if faults and repeated:
+        text = (
+            f"{corpus.location} has several documents {repeated[0]!r}, and more may be in a part that cannot be read:"
+        )
+        raise CorpusError("\n".join([text, *dict.fromkeys(map(str, faults))]))
     if missing := sorted(key for key in keys if not _are_whole(parts_by_key[key])):
         text = f"{corpus.location} has no document {missing[0]!r}"
         if faults:
@@ -77,10 +84,10 @@ def _found(corpus: Corpus, keys: set[str], threads: int, progress: Progress) -> 
 
 
 def _are_whole(parts: Sequence[DocumentSlice]) -> bool:
-    """Return whether parts, in the order of the corpus, are a whole document."""
+    """Return whether parts, in the order of the corpus, are one or more whole documents."""
     size = 0
     for part in parts:
         if part.document_offset != size:
             return False
-        size += part.length
+        size = 0 if part.ends else size + part.length
     return bool(parts) and parts[-1].ends

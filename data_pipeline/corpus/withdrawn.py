@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from byteloom.core.files import replace_file
-from data_pipeline.corpus.storage import Storage
-from data_pipeline.errors import CorpusError, ForbiddenError, MissingFileError
+from byteloom.core.storage.files import replace_file
+from data_pipeline.corpus.storage.storage import Storage
+from data_pipeline.errors import CorpusError, DamagedCorpusError, ForbiddenError, MissingFileError
 
 WITHDRAWN_FILE = "withdrawn.json"
 LIST_FORMAT = "byteloom-withdrawn/2"
@@ -62,7 +62,7 @@ def read_withdrawn(storage: Storage, content_sha256: str | None, lengths: NDArra
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             if attempt == storage.rereads:
-                raise CorpusError(
+                raise DamagedCorpusError(
                     f"{path} is damaged: {error}. "
                     "Restore it from a copy, or from a mirror with byteloom verify --repair"
                 ) from error

@@ -14,19 +14,21 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
-from byteloom.core.files import sync
-from byteloom.core.state_files import StateFileError, read_json
+from byteloom.core.storage.files import sync
+from byteloom.core.storage.state_files import StateFileError, read_json
 from data_pipeline.corpus.blocks import Block, pack_documents
 from data_pipeline.corpus.index import ShardIndex, write_shard
 from data_pipeline.documents import Document
 from data_pipeline.errors import BadDocumentError
+from data_pipeline.media import CARD_FIELD, MediaCard, common_card
 from data_pipeline.preparation.layout import Layout
 from data_pipeline.preparation.plan import Plan, begin_again, names_in, refuse_bad, skip_line
+from data_pipeline.preparation.report import DocumentKind, DocumentKinds
 from data_pipeline.preparation.spill import Spool, SpooledDocument, keep_if_any
 from data_pipeline.sources.source_file import Skipped, skipped
 
@@ -111,7 +113,7 @@ def gather_shard(
 
 
 def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Yield blocks that another thread makes ahead. Three blocks are in memory.
+    """Yield blocks that another thread prepares. At most three blocks are in memory.
 
     This keeps all cores of a machine busy when fewer shards are left than there are workers.
     """
@@ -149,29 +151,49 @@ class ShardCounts:
     """Raw bytes of each source."""
     left_out: list[dict[str, int]]
     """Documents of each source that were left out, by reason."""
+    kinds: list[DocumentKind] = field(default_factory=list)
+    """Documents by suffix and modality."""
+    media: dict[str, Any] | None = None
+    """Card of its documents. None if they have none in common, or an earlier version of Byteloom wrote the shard."""
 
 
-def read_shard(folder: Path, job: int) -> tuple[ShardCounts, ShardIndex | None]:
-    """Return the counts and the index of a shard that is done; an empty shard has no index.
+def read_counts(folder: Path, job: int) -> ShardCounts:
+    """Return the counts of a shard that is done.
 
     Args:
         folder: OUT.partial
         job: number of the shard among those of all parts.
 
     Raises:
-        StateFileError: one of them is missing, cannot be read, or is damaged.
+        StateFileError: they are missing, cannot be read, or are damaged.
     """
     path = folder / "shards" / f"{job:06d}.json"
-    advice = f"remove {path} and give the same command again, which then writes that shard again"
-    counts = read_json(path, ShardCounts, advice)
+    counts = read_json(path, ShardCounts, _advice(path))
     if counts is None:
         raise StateFileError(f"{path} is missing; {begin_again(folder)}")
-    if counts.empty:
-        return counts, None
+    return counts
+
+
+def read_index(folder: Path, job: int) -> ShardIndex | None:
+    """Return the index of a shard that is done; an empty shard has none. See `read_counts`."""
+    if read_counts(folder, job).empty:
+        return None
+    path = folder / "shards" / f"{job:06d}.npz"
     try:
-        return counts, ShardIndex.load(path.with_suffix(".npz"))
+        return ShardIndex.load(path)
     except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
-        raise StateFileError.damaged(path.with_suffix(".npz"), str(error), advice) from error
+        raise StateFileError.damaged(path, str(error), _advice(path.with_suffix(".json"))) from error
+
+
+def read_card(folder: Path, jobs: range) -> MediaCard | None:
+    """Return the card of the documents of several shards that are done. See `read_counts`."""
+    counts = (read_counts(folder, job) for job in jobs)
+    stored = (each.media for each in counts if not each.empty)
+    return common_card(None if card is None else MediaCard.from_json(card) for card in stored)
+
+
+def _advice(path: Path) -> str:
+    return f"remove {path} and give the same command again, which then writes that shard again"
 
 
 class DocumentCounter:
@@ -182,6 +204,9 @@ class DocumentCounter:
         sources = range(len(plan.sources))
         self._documents, self._bytes = [0 for _ in sources], [0 for _ in sources]
         self._left_out = [Counter[str]() for _ in sources]
+        self._kinds = DocumentKinds()
+        self._card: MediaCard | None = None  # of the documents so far
+        self._is_first = True  # whether the next document is the first
         self._source = 0  # source of the present document
         self._size = 0  # its bytes, when it was read last
         self._is_bad = False
@@ -200,22 +225,26 @@ class DocumentCounter:
                     continue
             self._is_bad = False
             if record.size is None:
-                yield Document(document.key, document.modality, self._measured(document))
+                document.read = self._measured(document.read)
             else:
                 self._size = record.size
-                yield document
+            yield document
             if self._is_bad:
                 continue
             if self._size:
                 self._documents[self._source] += 1
                 self._bytes[self._source] += self._size
+                self._kinds.add(document.key, document.modality, self._size)
+                if self._is_first or document.media != self._card:
+                    self._card = document.media if self._is_first else common_card((self._card, document.media))
+                self._is_first = False
             else:
                 self._note(Skipped(document.key, "empty", "it has no byte"))
 
-    def _measured(self, document: Document) -> Callable[[], Iterator[bytes]]:
+    def _measured(self, pieces: Callable[[], Iterator[bytes]]) -> Callable[[], Iterator[bytes]]:
         def read() -> Iterator[bytes]:
             self._size = 0
-            for piece in document.read():
+            for piece in pieces():
                 self._size += len(piece)
                 yield piece
 
@@ -233,5 +262,7 @@ class DocumentCounter:
         self._log.write(skip_line(self._source, left_out))
 
     def counts(self) -> dict[str, Any]:
-        """Return the counts of each source."""
-        return {"documents": self._documents, "bytes": self._bytes, "left_out": self._left_out}
+        """Return the counts of each source, and the card of the documents."""
+        kinds = [asdict(kind) for kind in self._kinds.sorted()]
+        counts = {"documents": self._documents, "bytes": self._bytes, "left_out": self._left_out, "kinds": kinds}
+        return counts if self._card is None else {**counts, CARD_FIELD: self._card.as_json()}

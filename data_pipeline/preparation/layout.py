@@ -15,11 +15,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from byteloom.core.files import replace_file, sync
+from byteloom.core.storage.files import replace_file, sync
 from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation.limits import Room, SourceLimit
 from data_pipeline.preparation.plan import Plan, read_array, read_progress, read_skipped
+from data_pipeline.preparation.report import why_nothing_is_left
 from data_pipeline.preparation.spill import RUN, RunFile, read_unit, unit_folder
 
 HASHES = 1 << 64
@@ -27,7 +28,7 @@ EVERYTHING = (1 << 63) - 1
 
 
 class EmptyCorpusError(CorpusError):
-    """There is nothing to write, and a restart could not change that."""
+    """The corpus would be empty. A restart would not change that."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,11 @@ def _count_cut_unit(plan: Plan, unit: int, counts: dict[str, Any], cut: int, lef
 def _refuse_empty(plan: Plan, documents: NDArray[np.int64]) -> None:
     if not documents.any():
         searched = ", ".join(source["name"] for source in plan.sources)
-        raise EmptyCorpusError(f"the corpus is empty: all documents under {searched} are empty, or there is none")
+        folders = (unit_folder(plan.folder, unit) for unit in range(len(plan.units)))
+        skipped = (plan.folder / "listed.jsonl", *(path / "skipped.jsonl" for path in folders))
+        raise EmptyCorpusError(
+            f"the corpus is empty: no document under {searched} has a byte{why_nothing_is_left(skipped)}"
+        )
     for part, number in zip(plan.options.parts, documents, strict=True):
         if not number:
             raise EmptyCorpusError(

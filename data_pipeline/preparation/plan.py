@@ -3,8 +3,8 @@
     OUT.partial/
         lock                        held by the process that plans, lays out or finishes
         plan.json                   PrepareOptions, sources, totals; written last, so the plan is complete or absent
-        files.jsonl                 every file to read: url, key, size, whether it is a container; a line holds up to
-                                    LINE_FILES files of one unit
+        files.jsonl                 every file to read: url, key, size, whether it is a container, version (modification
+                                    time or ETag); a line holds up to LINE_FILES files of one unit
         units.npy                   (UNIT) which of those lines belong to each unit of work
         listed.jsonl                files that the listing left out
         …                           see spill.py and prepare.py
@@ -14,27 +14,38 @@ the options, not on the number of workers that share the units.
 """
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from byteloom.core.files import replace_file, sync
+from byteloom.core.faults import hide_queries
 from byteloom.core.provenance import changes, flatten
-from byteloom.core.state_files import StateFileError, read_json, read_lines
+from byteloom.core.storage.files import replace_file, sync
+from byteloom.core.storage.state_files import StateFileError, read_json, read_lines
+from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
+from data_pipeline.preparation.keys import FileKeys
+from data_pipeline.preparation.report import why_nothing_is_left
 from data_pipeline.readers import ReadOptions, is_container
-from data_pipeline.sources.listing import Selection, list_files
-from data_pipeline.sources.roots import expand, is_pipe
+from data_pipeline.sources.listing import Selection, files_of
+from data_pipeline.sources.roots import Root, expand, is_pipe, roots_of
 from data_pipeline.sources.source_file import Skipped, SourceFile
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+PLAN_FORMAT = 2
+"""Version of the files in OUT.partial."""
 
 UNIT_BYTES = 64 << 20
 """Approximate file bytes of a unit; a larger file is a unit by itself."""
@@ -44,7 +55,7 @@ LINE_FILES = 1_000
 """Largest number of files of a line of files.jsonl. A line for each file would take three times as long."""
 MAX_BLOCK_BYTES = 1 << 30
 
-BAD_REASONS = ("unreadable", "damaged", "no field")
+BAD_REASONS = ("unreadable", "damaged", "no field", "changed")
 """Reasons that end the work, unless PrepareOptions.skip_bad is set."""
 
 UNIT = np.dtype(
@@ -120,6 +131,8 @@ def identity(sources: Sequence[str], options: PrepareOptions) -> dict[str, Any]:
     """Return what a corpus depends on, besides the content of the sources, as JSON values."""
     flat = asdict(options)
     del flat["skip_bad"]
+    if flat["reading"]["kinds"] is None:  # corpora of earlier versions do not state it
+        del flat["reading"]["kinds"]
     relative = any("://" not in source and not Path(source).is_absolute() for source in sources)
     folder = str(Path.cwd()) if relative else None
     tree: dict[str, Any] = json.loads(json.dumps({"sources": list(sources), "folder": folder, "options": flat}))
@@ -145,6 +158,7 @@ class _StoredIdentity:
 class _StoredPlan:
     identity: _StoredIdentity
     sources: list[dict[str, Any]]
+    format: int = 1
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,7 @@ class Plan:
     options: PrepareOptions
     """Options of the preparation."""
     sources: list[dict[str, Any]]
-    """Name, number of files, file bytes, and skipped files by reason, for each source."""
+    """Name, number of files, file bytes, skipped files by reason, and digest of the listing, for each source."""
 
     @classmethod
     def load(cls, folder: Path, skip_bad: bool) -> Self:
@@ -172,11 +186,13 @@ class Plan:
             StateFileError: the plan is missing, cannot be read, or is damaged.
         """
         stored = read_progress(folder, "plan.json", _StoredPlan)
+        if stored.format != PLAN_FORMAT:
+            raise StateFileError(f"{folder / 'plan.json'} is of another version of byteloom; {begin_again(folder)}")
         options: dict[str, Any] = dict(stored.identity.options, skip_bad=skip_bad)
         try:
             options["selection"] = Selection(**options["selection"])
             reading: dict[str, Any] = options["reading"]
-            reading["members"] = reading["members"] and tuple(reading["members"])
+            reading |= {name: tuple(reading[name]) for name in ("members", "kinds") if reading.get(name)}
             options["reading"] = ReadOptions(**reading)
             planned = PrepareOptions(**options)
         except (KeyError, TypeError) as error:
@@ -207,7 +223,10 @@ class Plan:
             while left:
                 try:
                     rows = json.loads(lines.readline())
-                    files = [(SourceFile(source, url, key, size), contains) for url, key, size, contains in rows]
+                    files = [
+                        (SourceFile(source, url, key, size, version), contains)
+                        for url, key, size, contains, version in rows
+                    ]
                     if any(is_pipe(file.url) and file.url not in self._commands for file, _ in files):
                         raise ValueError("it has a command that is not a source")
                 except (ValueError, TypeError) as error:
@@ -216,7 +235,13 @@ class Plan:
                 yield from files
 
 
-def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, progress: Callable[[int], None]) -> None:
+def make_plan(
+    folder: Path,
+    sources: Sequence[str],
+    options: PrepareOptions,
+    progress: Callable[[int], None],
+    own: Sequence[Path] = (),
+) -> None:
     """List the sources and write the plan. Memory: UNIT.itemsize bytes a unit.
 
     Args:
@@ -224,62 +249,116 @@ def make_plan(folder: Path, sources: Sequence[str], options: PrepareOptions, pro
         sources: the sources, as the user wrote them.
         options: options of the preparation.
         progress: called at the end of each unit with the bytes of all files listed so far.
+        own: folders that do not belong to the sources.
 
     Raises:
         CorpusError: a source is missing, a file is unreadable (unless `skip_bad`), or there is nothing to read.
     """
-    names = {
-        Path(each.rstrip("/")).absolute().name: number
-        for number, source in enumerate(sources)
-        for each in expand(source)
-    }
-    files_of, bytes_of = [0 for _ in sources], [0 for _ in sources]
-    left_out = [Counter[str]() for _ in sources]
-    units = list[tuple[int, int, int, int]]()
-    rows = list[tuple[object, ...]]()  # files that are not written yet
-    offset, files, size, to_read = 0, 0, 0, 0  # of the present unit
-    last = 0
+    roots = roots_of(sources, own)
+    names = {root.name: root.number for root in roots}
+    keys, name = _file_keys(roots, options.reading), ""
+    totals = [_SourceTotals(source) for source in sources]
     with (folder / "files.jsonl").open("wb") as lines, (folder / "listed.jsonl").open("wb") as log:
-
-        def write_rows() -> None:
-            if rows:
-                lines.write(json.dumps(rows).encode() + b"\n")
-                rows.clear()
-
-        for found in list_files(sources, options.selection):
+        units = _UnitLines(lines)
+        for found in files_of(roots, options.selection):
             if isinstance(found, Skipped):
                 refuse_bad(found, options, folder, begun=False)
-                source = names.get(found.key.partition("/")[0], last)
-                left_out[source][found.reason] += 1
+                source = names.get(found.key.partition("/")[0], units.source)
+                totals[source].left_out[found.reason] += 1
                 log.write(skip_line(source, found))
                 continue
-            found_bytes = found.size or 0
-            if files and (found.source != last or size + found_bytes > UNIT_BYTES or files == UNIT_FILES):
-                write_rows()
-                units.append((offset, files, last, to_read))
-                progress(sum(bytes_of))
-                offset, files, size, to_read = lines.tell(), 0, 0, 0
-            elif len(rows) == LINE_FILES:
-                write_rows()
+            if found.key == name:
+                continue  # a server may list a file twice
+            name = found.key
+            if units.ends_before(found):
+                units.end()
+                progress(sum(total.bytes for total in totals))
             contains = is_container(found, options.reading)
-            rows.append((found.url, found.key, found.size, contains))
-            files, size, last = files + 1, size + found_bytes, found.source
-            if options.reads_first or contains:
-                to_read += found_bytes
-            files_of[last] += 1
-            bytes_of[last] += found_bytes
-        write_rows()
-    if not files:
-        raise CorpusError(f"the corpus is empty: all files under {', '.join(sources)} are empty, or there is none")
-    units.append((offset, files, last, to_read))
-    progress(sum(bytes_of))
-    np.save(folder / "units.npy", np.array(units, UNIT))
-    for name in ("files.jsonl", "listed.jsonl", "units.npy"):
-        sync(folder / name)
-    totals = zip(sources, files_of, bytes_of, left_out, strict=True)
-    planned = [dict(zip(("name", "files", "bytes", "left_out"), total, strict=True)) for total in totals]
-    tree = {"identity": identity(sources, options), "sources": planned}
+            key = keys.key_of(name, contains)
+            listed = found if key == name else found._replace(key=key)
+            units.add(listed, contains, is_read=contains or options.reads_first)
+            totals[found.source].add(found, renamed=key != name)
+        if not units.files:
+            log.flush()
+            why = why_nothing_is_left([folder / "listed.jsonl"])
+            raise CorpusError(f"the corpus is empty: there is no file to read under {', '.join(sources)}{why}")
+        units.end()
+    progress(sum(total.bytes for total in totals))
+    np.save(folder / "units.npy", np.array(units.rows, UNIT))
+    for file in ("files.jsonl", "listed.jsonl", "units.npy"):
+        sync(folder / file)
+    if renamed := sum(total.renamed for total in totals):
+        logger.warning("%s named like a document of another file: #file was added to the key", count(renamed, "file"))
+    tree = {"format": PLAN_FORMAT, "identity": identity(sources, options), "sources": [t.as_json() for t in totals]}
     replace_file(folder / "plan.json", json.dumps(tree, indent=1))
+
+
+class _SourceTotals:
+    """Totals of the files of one source."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.files = self.bytes = self.renamed = 0
+        self.left_out = Counter[str]()
+        self._listing = sha256()
+
+    def add(self, file: SourceFile, renamed: bool) -> None:
+        """Count a file, as it was listed."""
+        self.files += 1
+        self.bytes += file.size or 0
+        self.renamed += renamed
+        self._listing.update(file.identity)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the totals, with the digest of the listing."""
+        totals = {"name": self.name, "files": self.files, "bytes": self.bytes, "left_out": self.left_out}
+        return {**totals, "listing_sha256": self._listing.hexdigest()}
+
+
+class _UnitLines:
+    """Writer of files.jsonl, which groups files into units."""
+
+    def __init__(self, lines: BinaryIO) -> None:
+        self._lines = lines
+        self.rows = list[tuple[int, int, int, int]]()
+        """(UNIT) units so far."""
+        self.source = 0
+        """Source of the present unit."""
+        self._begin(0)
+
+    def _begin(self, offset: int) -> None:
+        self._offset, self.files, self._bytes, self._to_read = offset, 0, 0, 0
+        self._held = list[tuple[object, ...]]()  # files that are not written yet
+
+    def ends_before(self, file: SourceFile) -> bool:
+        """Return whether the present unit ends before a file."""
+        is_full = self._bytes + (file.size or 0) > UNIT_BYTES or self.files == UNIT_FILES
+        return bool(self.files) and (file.source != self.source or is_full)
+
+    def add(self, file: SourceFile, contains: bool, is_read: bool) -> None:
+        """Add a file to the present unit."""
+        if len(self._held) == LINE_FILES:
+            self._write()
+        self._held.append((file.url, file.key, file.size, contains, file.version))
+        self.files, self.source = self.files + 1, file.source
+        self._bytes += file.size or 0
+        self._to_read += is_read * (file.size or 0)
+
+    def end(self) -> None:
+        """End the present unit."""
+        self._write()
+        self.rows.append((self._offset, self.files, self.source, self._to_read))
+        self._begin(self._lines.tell())
+
+    def _write(self) -> None:
+        self._lines.write(json.dumps(self._held).encode() + b"\n")
+        self._held.clear()
+
+
+def _file_keys(roots: Sequence[Root], reading: ReadOptions) -> FileKeys:
+    single = [root for root in roots if not root.entry.is_folder]
+    files = (SourceFile(root.number, root.entry.url, root.name, None) for root in single)
+    return FileKeys((file.key, is_container(file, reading)) for file in files)
 
 
 def read_progress(folder: Path, name: str, kind: type[T]) -> T:
@@ -338,7 +417,8 @@ def names_in(folder: Path) -> list[str]:
 
 def skip_line(source: int, left_out: Skipped, **more: int) -> bytes:
     """Return the line of skipped.jsonl for a document that was left out."""
-    return json.dumps({"source": source, **asdict(left_out), **more}).encode() + b"\n"
+    entry = {**asdict(left_out), "detail": hide_queries(left_out.detail)}
+    return json.dumps({"source": source, **entry, **more}).encode() + b"\n"
 
 
 def refuse_bad(left_out: Skipped, options: PrepareOptions, folder: Path, begun: bool = True) -> None:
@@ -357,7 +437,8 @@ def refuse_bad(left_out: Skipped, options: PrepareOptions, folder: Path, begun: 
         return
     name = "" if left_out.key in left_out.detail else f" {left_out.key}:"
     hint = f". {folder} holds the work that is done, and the same command continues" if begun else ""
-    raise CorpusError(f"{left_out.reason}:{name} {left_out.detail}; --skip-bad skips such documents{hint}")
+    detail = hide_queries(left_out.detail)
+    raise CorpusError(f"{left_out.reason}:{name} {detail}; --skip-bad skips such documents{hint}")
 
 
 def remove(folder: Path) -> None:

@@ -1,26 +1,34 @@
 """Scattering: write the documents of one unit to a folder of runs, sorted by hash (see spill.py)."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from byteloom.core.files import sync
+from byteloom.core.storage.files import sync
+from byteloom.core.storage.urls import is_url
+from byteloom.core.text import count
 from data_pipeline.errors import BadDocumentError
+from data_pipeline.preparation.keys import ContainerKeys
 from data_pipeline.preparation.limits import Room, SourceLimit
 from data_pipeline.preparation.plan import Plan, names_in, refuse_bad
 from data_pipeline.preparation.spill import UnitWriter, read_unit, unit_folder
 from data_pipeline.readers import ReadOptions, document_of, documents_in, size_of
+from data_pipeline.sources.roots import refuse_changed
 from data_pipeline.sources.source_file import Skipped, SourceFile, skipped
 
 EXPANSION = {
     **{".jpg": 10, ".jpeg": 10, ".webp": 15, ".png": 2},
     **{".flac": 2, ".mp3": 11, ".ogg": 11, ".opus": 14},
-    **{".gz": 4, ".zst": 4},
+    **{".gz": 4, ".zst": 4, ".xz": 5, ".bz2": 4},
 }
 """Approximate raw bytes for each byte of a file that is decoded: an estimate before the file is read."""
 UNKNOWN_BYTES = 1 << 20
 """Estimated raw bytes of a file whose size is not known."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class Scatter:
@@ -96,6 +104,8 @@ def scatter_unit(plan: Plan, unit: int, folder: Path, room: Room, progress: Call
             break
         starts.append(writer.documents)
         try:
+            if contains or not is_url(file.url):  # for a small file at a URL, this would double the requests
+                refuse_changed(file)
             if contains:
                 full = _scatter_container(file, plan, writer, room, leave_out)
             else:
@@ -112,17 +122,27 @@ def _scatter_container(
     file: SourceFile, plan: Plan, writer: UnitWriter, room: Room, leave_out: Callable[[Skipped], None]
 ) -> bool:
     """Write the documents of a container; return whether the limits let no further document through."""
-    for found in documents_in(file, plan.options.reading):
-        if isinstance(found, Skipped):
-            leave_out(found)
-            continue
-        if not room.after(writer.documents, writer.bytes):
-            return True
-        try:
-            if not writer.add(found, room=room.bytes_after(writer.bytes)):
+    keys = ContainerKeys(file.key)
+    try:
+        for found in documents_in(file, plan.options.reading):
+            if isinstance(found, Skipped):
+                leave_out(found)
+                continue
+            if not room.after(writer.documents, writer.bytes):
                 return True
-        except BadDocumentError as error:
-            leave_out(skipped(found.key, error))
+            found.key = keys.key_of(found.key)
+            try:
+                if not writer.add(found, room=room.bytes_after(writer.bytes)):
+                    return True
+            except BadDocumentError as error:
+                leave_out(skipped(found.key, error))
+        refuse_changed(file)
+    finally:
+        if keys.renamed:
+            logger.warning(
+                "%s: %s with the name of an earlier one; a number was added to the key, as in %s",
+                *(file.url, count(keys.renamed, "document"), keys.example),
+            )
     return False
 
 

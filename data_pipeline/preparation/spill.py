@@ -14,7 +14,7 @@ A document's hash decides its place: each shard is an equal range of hashes, in 
 come from different places, a shard's records are one range of each run, and the number of shards can be chosen after
 the bytes are known.
 
-    record = HEADER, key, sha256 of the content (when deduplicating), payload
+    record = HEADER, key, sha256 of the content (when deduplicating), card of media (if MEDIA), payload
 
 The payload is the document itself, or its place: a file of the sources, or a range of a unit's `large`.
 """
@@ -25,7 +25,8 @@ import os
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -34,12 +35,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from byteloom.core.files import sync
-from byteloom.core.state_files import read_json
+from byteloom.core.storage.files import sync
+from byteloom.core.storage.state_files import read_json
 from data_pipeline.documents import MODALITIES, READ_BYTES, Document
+from data_pipeline.media import MediaCard
 from data_pipeline.preparation.plan import PrepareOptions, begin_again, skip_line
 from data_pipeline.readers import document_of, size_of
-from data_pipeline.sources.source_file import Skipped, SourceFile
+from data_pipeline.sources.source_file import LeftOutError, Skipped, SourceFile
 
 BUFFER_BYTES = 64 << 20
 """Approximate memory for the documents that wait to be sorted into a run."""
@@ -53,10 +55,14 @@ DIGEST_BYTES = 32
 MODALITY = {name: number for number, name in enumerate(MODALITIES)}
 
 INLINE, IN_FILE, IN_LARGE = range(3)
+MEDIA = 0x80
+"""Bit of the kind of a record with a card: its length (CARD_BYTES), and its JSON."""
+CARD_BYTES = struct.Struct("<H")
 HEADER = struct.Struct("<BBIIQ")
-"""Kind (one of the three above); modality; source; bytes of the key; raw bytes of the document, 0 if not known."""
-LISTED = struct.Struct("<q")
-"""Payload of IN_FILE before the URL: bytes as listed, -1 if not known."""
+"""Kind (one of the three above, and MEDIA); modality; source; bytes of the key; raw bytes of the document, 0 if
+not known."""
+LISTED = struct.Struct("<qH")
+"""Payload of IN_FILE before version and URL: bytes as listed, -1 if not known; bytes of the version."""
 SPAN = struct.Struct("<IQ")
 """Payload of IN_LARGE: unit, and offset in its `large`."""
 
@@ -161,6 +167,9 @@ class UnitWriter:
         else:
             kind, payload = INLINE, pieces
         sha = digest.digest() if digest is not None else None
+        if file is None and document.media is not None:
+            card = json.dumps(document.media.as_json()).encode()
+            kind, payload = kind | MEDIA, [CARD_BYTES.pack(len(card)), card, *payload]
         self._add(kind, MODALITY[document.modality], document.key, size, sha, payload)
         return True
 
@@ -264,7 +273,9 @@ def keep_if_any(path: Path) -> None:
 
 
 def _where(file: SourceFile) -> bytes:
-    return LISTED.pack(-1 if file.size is None else file.size) + file.url.encode("utf-8", "surrogateescape")
+    version = (file.version or "").encode("utf-8", "surrogateescape")
+    url = file.url.encode("utf-8", "surrogateescape")
+    return LISTED.pack(-1 if file.size is None else file.size, len(version)) + version + url
 
 
 def _run_name(number: int) -> str:
@@ -387,24 +398,56 @@ class Spool:
         if self._options.deduplicate:
             digest = record[end : end + DIGEST_BYTES]
             end += DIGEST_BYTES
+        media = None
+        if kind & MEDIA:
+            begin = end + CARD_BYTES.size
+            end = begin + CARD_BYTES.unpack_from(record, end)[0]
+            media = MediaCard.from_json(json.loads(record[begin:end]))
+            kind &= ~MEDIA
         if kind == IN_FILE:
-            [listed] = LISTED.unpack_from(record, end)
-            url = record[end + LISTED.size :].decode("utf-8", "surrogateescape")
-            file = SourceFile(source, url, key, None if listed < 0 else listed)
+            listed, version_bytes = LISTED.unpack_from(record, end)
+            begin = end + LISTED.size
+            version = record[begin : begin + version_bytes].decode("utf-8", "surrogateescape")
+            url = record[begin + version_bytes :].decode("utf-8", "surrogateescape")
+            file = SourceFile(source, url, key, None if listed < 0 else listed, version or None)
             reading = self._options.reading
-            return SpooledDocument(document_of(file, reading), source, size_of(file, reading), digest, repeated)
+            document = document_of(file, reading)
+            if self._options.reads_first:
+                document.read = partial(_as_seen, document.read, file, size, digest)
+            return SpooledDocument(document, source, size_of(file, reading), digest, repeated)
         if kind == IN_LARGE:
             unit, offset = SPAN.unpack_from(record, end)
             path = unit_folder(self._folder, unit) / "large"
-            document = Document(key, MODALITIES[modality], lambda: _span(path, offset, size))
+            document = Document(key, MODALITIES[modality], lambda: _span(path, offset, size), media)
         else:
             content = record[end:]
-            document = Document(key, MODALITIES[modality], lambda: iter((content,)))
+            document = Document(key, MODALITIES[modality], lambda: iter((content,)), media)
         return SpooledDocument(document, source, size, digest, repeated)
 
     def close(self) -> None:
         """Close the file, which deletes it."""
         self._file.close()
+
+
+def _as_seen(
+    pieces: Callable[[], Iterator[bytes]], file: SourceFile, size: int, digest: bytes | None
+) -> Iterator[bytes]:
+    """Read a file that is a document, and check that it is what it was when it was scattered.
+
+    Args:
+        pieces: function that yields the document in pieces.
+        file: the file that it is.
+        size: raw bytes of the document at the scattering.
+        digest: digest of the document at the scattering, if copies are removed.
+    """
+    read, sha = 0, None if digest is None else sha256()
+    for piece in pieces():
+        read += len(piece)
+        if sha is not None:
+            sha.update(piece)
+        yield piece
+    if read != size or (sha is not None and sha.digest() != digest):
+        raise LeftOutError("changed", f"{file.url} changed while it was prepared: it was read twice, and differed")
 
 
 def _span(path: Path, offset: int, size: int) -> Iterator[bytes]:

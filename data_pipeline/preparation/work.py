@@ -5,7 +5,7 @@ and another process then does the job from its start. A job is done when one ren
 only save time: two processes that did one job would make the same result.
 
     Pool ── name of a stage ──▶ stdin ┐
-                                      │ python -m data_pipeline.preparation.work OUT.partial
+                                      │ python -m data_pipeline.preparation.worker OUT.partial
     Pool ◀── bytes, idle, error ───── ┘ stdout
 
 A worker ends when its standard input is closed, so none outlives the process that started it.
@@ -23,21 +23,15 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from byteloom.core.packages import MissingPackageError
-from byteloom.core.state_files import StateFileError
 from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
-from data_pipeline.preparation.gather import Gather
-from data_pipeline.preparation.layout import Layout
 from data_pipeline.preparation.plan import Plan
-from data_pipeline.preparation.scatter import Scatter
 
 REPORT_SECONDS = 0.1
 JOB_POLL_SECONDS = 0.2
@@ -73,11 +67,6 @@ class WorkStage(Protocol):
             folder: an empty folder for files that are not complete.
             progress: called with numbers of bytes, as they are done.
         """
-
-
-def stage_named(name: str, plan: Plan) -> WorkStage:
-    """Return the stage of a name, for a worker."""
-    return Scatter(plan) if name == Scatter.name else Gather(plan, Layout.load(plan.folder), ahead=True)
 
 
 class Claims:
@@ -204,7 +193,7 @@ class Pool:
         return _Worker(self._folder, self._skip_bad, place, self._messages)
 
     def run(self, plan: Plan, stage: WorkStage, progress: Callable[[int], None]) -> None:
-        """Work until every job of a stage is done, by whatever process, or until OUT.partial is removed.
+        """Work until this and other processes have done all jobs of a stage, or OUT.partial is removed.
 
         Args:
             plan: the plan.
@@ -292,7 +281,7 @@ class Pool:
 
 
 class _Worker:
-    """A worker process, from the side of its pool."""
+    """Worker process, as its pool sees it."""
 
     def __init__(self, folder: Path, skip_bad: bool, place: float, messages: "queue.SimpleQueue[Any]") -> None:
         self.place = place
@@ -305,7 +294,7 @@ class _Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._process = subprocess.Popen(
             # -P: do not import a folder named data_pipeline in the working folder.
-            [sys.executable, "-P", "-m", "data_pipeline.preparation.work", *arguments],
+            [sys.executable, "-P", "-m", "data_pipeline.preparation.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
@@ -340,48 +329,3 @@ class _Worker:
         """Kill the process and wait for its end."""
         self._process.kill()
         self._process.wait()
-
-
-class _PoolHandler(logging.Handler):
-    """Handler that sends a worker's warnings to its pool, which logs them."""
-
-    def __init__(self, send: Callable[..., None]) -> None:
-        super().__init__(logging.WARNING)
-        self._send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._send(warning=record.getMessage())
-
-
-def main() -> None:
-    """Work as a worker process. See `_Worker`."""
-    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            commands.put(line.strip())
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-    folder, place, skip_bad = sys.argv[1:]
-
-    def send(**message: object) -> None:
-        print(json.dumps(message), flush=True)
-
-    logging.getLogger("data_pipeline").addHandler(_PoolHandler(send))
-    try:
-        plan = None
-        while True:
-            name = commands.get()
-            plan = plan or Plan.load(Path(folder), bool(int(skip_bad)))  # there is none before the first command
-            stage = stage_named(name, plan)
-            do_what_is_left(stage, plan, float(place), lambda job, size: send(job=job, bytes=size))
-            send(idle=True)
-    except (CorpusError, MissingPackageError, StateFileError, OSError) as error:
-        send(error=str(error))
-    except Exception as error:
-        send(crash=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-
-
-if __name__ == "__main__":
-    main()

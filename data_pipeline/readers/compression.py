@@ -1,9 +1,11 @@
-"""Decompression of gzip and zstd files, of any number of members or frames.
+"""Decompression of gzip, zstd, xz and bzip2 files, of any number of members, frames or streams.
 
 The stream reader of zstandard takes a file that is cut short for one that has ended. This one raises an error.
 """
 
+import bz2
 import io
+import lzma
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol
@@ -11,10 +13,13 @@ from typing import Any, BinaryIO, Protocol
 import zstandard
 
 from data_pipeline.errors import BadDocumentError
+from data_pipeline.readers.boundary import check_time
 from data_pipeline.sources.opening import STREAM_BYTES
 
 FEED_BYTES = 4096
 """Compressed bytes that are read at once. zstd makes at most 128 MiB of 4 KiB."""
+LONGEST_WINDOW = 1 << 31
+"""Largest window of a frame: that of `zstd --long=31`. A frame that states a window needs that much memory."""
 
 
 class _Decompressor(Protocol):
@@ -35,12 +40,29 @@ def decompressed(stream: BinaryIO, key: str, name: str) -> BinaryIO:
         key: key of the file, whose suffix names the compression.
         name: name of the file for errors.
     """
-    if key.lower().endswith((".gz", ".tgz")):
-        return io.BufferedReader(_Decompressed(stream, name, lambda: zlib.decompressobj(wbits=31)), STREAM_BYTES)
-    if key.lower().endswith(".zst"):
-        decompressor = zstandard.ZstdDecompressor()
-        return io.BufferedReader(_Decompressed(stream, name, decompressor.decompressobj), STREAM_BYTES)
-    return stream
+    begin = _BEGINNINGS.get(key[key.rfind(".") :].lower())
+    return stream if begin is None else io.BufferedReader(_Decompressed(stream, name, begin), STREAM_BYTES)
+
+
+def _begin_gzip() -> _Decompressor:
+    return zlib.decompressobj(wbits=31)
+
+
+def _begin_zstd() -> _Decompressor:
+    return zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj()
+
+
+def _begin_xz() -> _Decompressor:
+    return lzma.LZMADecompressor(memlimit=LONGEST_WINDOW)
+
+
+_BEGINNINGS: dict[str, Callable[[], _Decompressor]] = {
+    **dict.fromkeys((".gz", ".tgz"), _begin_gzip),
+    ".zst": _begin_zstd,
+    **dict.fromkeys((".xz", ".txz"), _begin_xz),
+    **dict.fromkeys((".bz2", ".tbz2"), bz2.BZ2Decompressor),
+}
+"""Decompressor of a member, frame or stream, by the suffix of the file."""
 
 
 class _Decompressed(io.RawIOBase):
@@ -63,6 +85,7 @@ class _Decompressed(io.RawIOBase):
 
     def _take(self) -> bool:
         """Decompress a little more. Return False at the end."""
+        check_time()
         data = self._compressed or self._stream.read(FEED_BYTES)
         self._compressed = b""
         if not data:
@@ -79,7 +102,7 @@ class _Decompressed(io.RawIOBase):
     def _decompress(self, frame: _Decompressor, data: bytes) -> None:
         try:
             self._content = memoryview(frame.decompress(data))
-        except (zlib.error, zstandard.ZstdError) as error:
+        except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError) as error:
             raise BadDocumentError(f"{self._name} cannot be decompressed: {error}") from error
         if frame.eof:
             self._compressed, self._frame = frame.unused_data, None

@@ -1,6 +1,7 @@
 """Reader and modality of a file, by the reader that was requested or by the file's suffix."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.readers.options import AUTO, ReadOptions
@@ -8,7 +9,11 @@ from data_pipeline.readers.registry import Reader, own_reader_of, own_readers, r
 from data_pipeline.sources.roots import is_pipe
 from data_pipeline.sources.source_file import SourceFile
 
-COMPRESSIONS = frozenset({".gz", ".zst"})
+COMPRESSIONS = frozenset({".bz2", ".gz", ".xz", ".zst"})
+TARS = frozenset({".tbz2", ".tgz", ".txz"})
+"""Suffixes of compressed tars."""
+MAX_SUFFIX = 16
+"""Longest suffix that reports count by itself."""
 BY_SUFFIX = frozenset({AUTO, "webdataset"})
 """Readers that decode each document, or each member, by its suffix."""
 # fmt: off
@@ -20,12 +25,29 @@ CODE = frozenset({
     ".rs", ".s", ".sass", ".scala", ".scm", ".scss", ".sh", ".sql", ".sv", ".swift", ".tcl", ".ts", ".tsx", ".v", ".vb",
     ".vhd", ".vhdl", ".vue", ".xsl", ".zig",
 })
+TEXT = frozenset({
+    ".cfg", ".conf", ".csv", ".ini", ".json", ".log", ".md", ".rst", ".srt", ".tex", ".toml", ".tsv", ".txt", ".vtt",
+    ".xml", ".yaml", ".yml",
+})
 BINARY = frozenset({
     ".7z", ".a", ".bin", ".bz2", ".class", ".dll", ".doc", ".docx", ".dylib", ".eot", ".exe", ".gz", ".ico", ".jar",
     ".lz4", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".o", ".pack", ".parquet", ".pdf", ".pkl", ".pt", ".pyc", ".so",
     ".tar", ".tgz", ".ttf", ".wasm", ".webm", ".whl", ".woff", ".woff2", ".xls", ".xlsx", ".xz", ".zip", ".zst",
 })
 # fmt: on
+
+
+class _Kind(NamedTuple):
+    """Readers and modality of the files of one suffix."""
+
+    container: Reader | None
+    """Reader of such a file, if it holds many documents."""
+    reader: Reader
+    """Reader of such a file or member of a tar, if it is one document."""
+    is_decompressed: bool
+    """True if the file is decompressed before that reader reads it."""
+    modality: str
+    """Modality of that document by its suffix."""
 
 
 def container_of(file: SourceFile, options: ReadOptions) -> Reader | None:
@@ -38,49 +60,69 @@ def container_of(file: SourceFile, options: ReadOptions) -> Reader | None:
         if options.reader not in BY_SUFFIX:
             raise CorpusError(f"{file.url} runs a program, which only --reader webdataset reads")
         return own_readers()["webdataset"]
-    suffix, is_compressed = _suffixes(file.key)
-    if options.reader == AUTO:
-        found = own_reader_of(suffix)
-        return found if found and found.read_container and (found.compressed or not is_compressed) else None
-    reader = reader_named(options.reader)
-    if reader.read_container:
-        return reader
-    return own_reader_of(suffix) if reader.in_tars and suffix == ".tar" else None
+    return _kind(*_suffixes(file.key), options).container
 
 
 def reader_of(key: str, options: ReadOptions) -> tuple[Reader, bool]:
     """Return the reader of a document that is a file or a member of a tar, and whether to decompress it first."""
-    if options.reader in BY_SUFFIX:
-        suffix, is_compressed = _suffixes(key)
-        found = None if is_compressed else own_reader_of(suffix)
-        return (found if found and found.read_file else own_readers()["files"]), is_compressed
-    reader = reader_named(options.reader)
-    return (reader if reader.read_file else own_readers()["files"]), False
+    kind = _kind(*_suffixes(key), options)
+    return kind.reader, kind.is_decompressed
 
 
 def modality_of(key: str, options: ReadOptions) -> str:
     """Return the modality of a document that is a file or a member of a tar: text, unless its suffix says otherwise."""
-    if options.modality:
-        return options.modality
-    reader, is_compressed = reader_of(key, options)
-    if reader.modality:
-        return reader.modality
-    suffix = _suffixes(key)[0] if is_compressed else _split(key)[1]
+    return _kind(*_suffixes(key), options).modality
+
+
+@lru_cache(maxsize=4096)
+def _kind(suffix: str, compression: str, options: ReadOptions) -> _Kind:
+    """Return the kind of a file by its suffixes. See `_suffixes`."""
+    own, files = own_reader_of(suffix), own_readers()["files"]
+    chosen = None if options.reader == AUTO else reader_named(options.reader)
+    if chosen is None:
+        container = own if own and own.read_container and (own.compressed or not compression) else None
+    elif chosen.read_container:
+        container = chosen
+    else:
+        container = own if chosen.in_tars and suffix == ".tar" else None
+    is_decompressed = bool(compression) and options.reader in BY_SUFFIX
+    candidate = chosen if options.reader not in BY_SUFFIX else None if compression else own
+    reader = candidate if candidate and candidate.read_file else files
+    shown = suffix if is_decompressed else compression or suffix
+    return _Kind(container, reader, is_decompressed, options.modality or reader.modality or _modality(shown))
+
+
+def _modality(suffix: str) -> str:
     if suffix in CODE:
         return "code"
     media = own_reader_of(suffix)
     return "binary" if suffix in BINARY or (media and media.modality) else "text"
 
 
-@lru_cache(maxsize=4)  # asked several times of each file in turn
-def _suffixes(key: str) -> tuple[str, bool]:
-    """Return the suffix before that of a compression, and whether there is one of a compression."""
-    stem, suffix = _split(key)
-    if suffix == ".tgz":
-        return ".tar", True
+def names_text(key: str) -> bool:
+    """Return whether the suffix of a key is known as that of text or code."""
+    suffix, _ = _suffixes(key)
+    return suffix in CODE or suffix in TEXT
+
+
+def suffix_of(key: str) -> str:
+    """Return the suffix of a document's key for reports; that of a line or row is the suffix of its file."""
+    file, mark, number = key.rpartition("#")
+    stem, suffix = _split(file if mark and number.isdecimal() else key)
     if suffix in COMPRESSIONS:
-        return _split(stem)[1], True
-    return suffix, False
+        suffix = _split(stem)[1] + suffix
+    return suffix if len(suffix) <= MAX_SUFFIX else ""
+
+
+@lru_cache(maxsize=4)  # asked several times of each file in turn
+def _suffixes(key: str) -> tuple[str, str]:
+    """Return the suffix of the content of a file, and that of its compression, which is empty if there is none."""
+    stem, suffix = _split(key)
+    if suffix in TARS:
+        return ".tar", suffix
+    if suffix in COMPRESSIONS:
+        return _split(stem)[1], suffix
+    return suffix, ""
 
 
 def _split(key: str) -> tuple[str, str]:

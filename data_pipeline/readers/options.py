@@ -14,7 +14,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files become documents.
+    """Options for turning files into documents.
 
     Raises:
         CorpusError: a value makes no sense, or the reader does not use the option.
@@ -40,15 +40,18 @@ class ReadOptions:
     audio_channels: Literal[1] | None = None
     """1 mixes the channels of sound into one. None keeps them, interleaved."""
     skip_binary: bool = False
-    """Leave out files read as their own bytes that are not UTF-8 text: see `readers.text.is_binary`."""
+    """Leave out files read as their own bytes that are not UTF-8 text: see `readers.formats.text.is_binary`."""
     modality: str | None = None
-    """One of MODALITIES for every document. None decides by reader and suffix."""
+    """One of MODALITIES for every document. None decides by reader, suffix and content."""
+    kinds: tuple[str, ...] | None = None
+    """Modalities of the documents to keep, such as ("code", "text"). None keeps all."""
 
     def __post_init__(self) -> None:
         if self.reader != AUTO:
-            self._refuse_unused(reader_named(self.reader).options | {"reader", "modality"})
-        if self.modality is not None and self.modality not in MODALITIES:
-            raise CorpusError(f"unknown modality {self.modality!r}; choose one of {', '.join(MODALITIES)}")
+            self._refuse_unused(reader_named(self.reader).options | {"reader", "modality", "kinds"})
+        for kind in (*((self.modality,) if self.modality is not None else ()), *(self.kinds or ())):
+            if kind not in MODALITIES:
+                raise CorpusError(f"unknown modality {kind!r}; choose one of {', '.join(MODALITIES)}")
         if self.image_scan == "patch" and (
             self.patch_size < 3 or 3 * isqrt(self.patch_size // 3) ** 2 != self.patch_size
         ):

@@ -13,21 +13,24 @@ Modules of readers import libraries of media when they read a file, because all 
 """
 
 import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, BinaryIO
 
-from byteloom.core.registry import Registry, RegistryError
+from byteloom.core.registries.registry import Registry, RegistryError, own_modules
 from data_pipeline.documents import Document
 from data_pipeline.errors import CorpusError
+from data_pipeline.media import MediaCard
 from data_pipeline.sources.source_file import Skipped, SourceFile
 
 if TYPE_CHECKING:
     from data_pipeline.readers.options import ReadOptions
 
-READERS_PACKAGE = "data_pipeline.readers"
+READERS_PACKAGE = "data_pipeline.readers.formats"
+
+MediaPieces = Generator[bytes, None, MediaCard]
+"""Pieces of a decoded document, and then the layout of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,13 @@ class Reader:
     """Value of `--reader`; unique."""
     summary: str
     """Description of the files that it reads, in one line."""
-    read_file: "Callable[[BinaryIO, str, ReadOptions], Iterator[bytes]] | None" = None
+    read_file: "Callable[[BinaryIO, str, ReadOptions], Iterator[bytes] | MediaPieces] | None" = None
     """Function that yields the document in a stream. Its arguments are the stream, a name for errors, and the options.
-    It raises BadDocumentError for a stream that it cannot read."""
+    It raises BadDocumentError for a stream that it cannot read. A generator may return the document's MediaCard."""
     read_container: "Callable[[SourceFile, ReadOptions], Iterator[Document | Skipped]] | None" = None
-    """Function that yields the documents of a container in its order, in one pass and bounded memory. It raises
-    BadDocumentError if the container cannot be read, or not further."""
+    """Function that yields the documents of a container in its order, in one pass and bounded memory. Their keys are
+    the container's with `/NAME`, or with `#` and a number of nine digits or more that grows. It raises BadDocumentError
+    if the container cannot be read, or not further."""
     options: frozenset[str] = frozenset()
     """Fields of ReadOptions that it uses, besides `modality`. Others are refused."""
     suffixes: frozenset[str] = frozenset()
@@ -56,7 +60,7 @@ class Reader:
     """Whether `--reader auto` gives it containers that are compressed with gzip or zstd."""
 
 
-_registry = Registry[Reader]("reader", "byteloom.readers")
+_registry = Registry[Reader]("reader", "byteloom.readers", READERS_PACKAGE)
 
 
 def register_reader(reader: Reader) -> Reader:
@@ -78,7 +82,6 @@ def reader_named(name: str) -> Reader:
     Raises:
         CorpusError: there is no reader of this name, or its entry point cannot be used.
     """
-    own_readers()
     try:
         return _registry.get(name)
     except RegistryError as error:
@@ -87,17 +90,15 @@ def reader_named(name: str) -> Reader:
 
 def reader_names() -> list[str]:
     """Return the names of all readers, Byteloom's own first. Modules of other packages are not imported."""
-    own_readers()
     return _registry.names()
 
 
 @cache
 def own_readers() -> dict[str, Reader]:
     """Return Byteloom's own readers by name."""
-    package = importlib.import_module(READERS_PACKAGE)
     readers = dict[str, Reader]()
-    for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        found = vars(importlib.import_module(f"{READERS_PACKAGE}.{module}")).values()
+    for module in own_modules(READERS_PACKAGE):
+        found = vars(importlib.import_module(module)).values()
         readers |= {reader.name: reader for reader in found if isinstance(reader, Reader)}
     return readers
 

@@ -1,4 +1,4 @@
-"""Warnings of the libraries that decode media, logged with the name of the file.
+"""Warnings about files that are decoded nevertheless, logged with the name of the file.
 
 Pillow uses Python's warnings. libtiff and mpg123 write to the standard error of the process. None of them knows the
 name of the file.
@@ -9,10 +9,10 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 MOST_FILES = 20
 """Number of files about which a process logs a warning; later warnings have the level DEBUG."""
@@ -41,6 +41,21 @@ class Remarks:
                 yield
         finally:
             self._lines |= dict.fromkeys(" ".join(str(each.message).split()) for each in caught)
+
+    def add(self, remark: str) -> None:
+        """Add a warning of our own."""
+        self._lines[remark] = None
+
+    def compare(self, formats: Mapping[str, str], found: str) -> None:
+        """Add a warning if the suffix of the file stands for another format.
+
+        Args:
+            formats: format by suffix. Other suffixes stand for no format.
+            found: format of the content.
+        """
+        suffix = PurePosixPath(self._name).suffix.lower()
+        if formats.get(suffix, found) != found:
+            self.add(f"its suffix is {suffix}, and its content is {found}")
 
     def log(self) -> None:
         """Log one line with the name of the file, if there was a warning."""

@@ -24,7 +24,7 @@ CLASSES = {
     **{"blank": " \t", "space": " \t\n\r\f\v", "cntrl": "\x00-\x1f\x7f", "graph": "!-.0-~", "print": " -.0-~"},
     **{"punct": "!-.:-@[-`{-~"},
 }
-"""Characters of the POSIX classes, which pathspec does not know, without `/`."""
+"""Characters of each POSIX class, without `/`. pathspec does not know these classes."""
 
 
 class Rule(NamedTuple):
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
     pattern: re.Pattern[str]
     """Pattern of paths from the file's folder."""
     ignores: bool
-    """Whether what matches is ignored; false for a line with an exclamation mark."""
+    """True if the rule ignores the paths that match it; false for a line that begins with !."""
 
     def matches(self, path: str, is_folder: bool) -> bool:
         """Return whether the rule matches a path itself, not only a folder above it."""

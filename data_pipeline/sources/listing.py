@@ -38,7 +38,11 @@ def list_files(sources: Sequence[str], selection: Selection) -> Iterator[SourceF
         CorpusError: at once, if a source does not exist, or two have one name or overlap; while listing, if a folder
             cannot be listed.
     """
-    roots = roots_of(sources)
+    return files_of(roots_of(sources), selection)
+
+
+def files_of(roots: Sequence[Root], selection: Selection) -> Iterator[SourceFile | Skipped]:
+    """Return an iterator over the files of roots. See `list_files`."""
     return (_listed(root.number, key, entry) for root in roots for key, entry in _entries_of(root, selection))
 
 
@@ -47,7 +51,7 @@ def _listed(source: int, key: str, entry: Entry) -> SourceFile | Skipped:
         return Skipped(key, entry.problem, f"{entry.url}: {entry.detail}")
     if entry.size == 0:
         return Skipped(key, "empty", f"{entry.url}: empty")
-    return SourceFile(source, entry.url, key, entry.size)
+    return SourceFile(source, entry.url, key, entry.size, entry.version)
 
 
 def _entries_of(root: Root, selection: Selection) -> Iterator[tuple[str, Entry]]:

@@ -13,9 +13,13 @@ REASONS = (
     "no field",
     "no key",
     "link",
+    "dangling link",
     "sparse",
+    "other kind",
     "duplicate",
     "over the limit",
+    "changed",
+    "corpus",
 )
 """Reasons why files and documents are left out. They are counted by these words."""
 
@@ -31,6 +35,13 @@ class SourceFile(NamedTuple):
     """Unique name among all sources: the source's own name and the path from it, with '/' between parts."""
     size: int | None
     """Bytes as listed; None if they are not known."""
+    version: str | None = None
+    """Modification time or ETag as listed; None if neither is known."""
+
+    @property
+    def identity(self) -> bytes:
+        """Key, size and version, as a line."""
+        return f"{self.key}\0{self.size}\0{self.version}\n".encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)

@@ -11,39 +11,48 @@ hole, and so is a withdrawn document.
 
 import hashlib
 import json
-import logging
 import threading
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Literal, NamedTuple
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdrawn import Withdrawal
 from data_pipeline.errors import CorpusError, CorruptBlockError
-from data_pipeline.stream.order import EXTENT_BYTES, ORDER_VERSION, Order, Piece, Run
+from data_pipeline.stream.documents import DocumentRows, Ends, HoleError, LongDocuments, read_rows_of_blocks
+from data_pipeline.stream.order import EXTENT_BYTES, ORDER_VERSION, SMALL_BYTES, Order, Piece, Run
 from data_pipeline.stream.rows import Ids, Memory, Rows, Window
-
-log = logging.getLogger(__name__)
 
 WHOLE_BLOCK = 1 << 33
 """A number greater than the size of any block's content."""
 
 
 class PackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How documents become rows."""
+    """Packing of documents into rows."""
 
     packing: Literal["concatenate", "document"] = "concatenate"
-    """concatenate: documents one after another, cut into rows of the model's length. document: one row for each
-    document, cut to that length or padded, for images and other media of fixed size."""
+    """Packing of documents into rows. concatenate: documents one after another, cut into rows of the model's length.
+    document: each row belongs to one document, and is padded to that length, for images and other media of fixed
+    size."""
+    documents: LongDocuments = "cut"
+    """With packing document: treatment of a document that is longer than a row. cut: its first bytes are read, the rest
+    never. split: it has as many rows as it needs. crop: one row, from a place that differs in each epoch. With split,
+    each start reads where documents end in every block: a request a block if the corpus is at a URL."""
     separate_documents: bool = True
     """Put id 256 after each document, so that the model learns where documents end. Off for media of fixed size."""
+
+    @model_validator(mode="after")
+    def _documents_have_rows(self) -> Self:
+        if self.documents != "cut" and self.packing != "document":
+            raise ValueError(f"documents: {self.documents} needs packing: document")
+        return self
 
 
 class Mask(NamedTuple):
@@ -54,7 +63,7 @@ class Mask(NamedTuple):
     stop: int
     """Offset after the last byte."""
     since: int
-    """First sequence that does not read it."""
+    """First sequence that skips it."""
 
 
 class _Content(NamedTuple):
@@ -77,47 +86,72 @@ class ByteStream:
         sequence_length: ids of a sequence.
         lanes: lanes of the order.
         seed: seed of the order.
-        bad_blocks: number of damaged blocks that become holes; one more is an error.
+        bad_blocks: number of damaged blocks that become holes; one more is an error. None: any number, for a run, whose
+            ranks agree on holes together (see Reading).
+        version: version of the order.
 
     Raises:
         CorpusError: the corpus is shorter than one sequence.
     """
 
     def __init__(
-        self, corpus: Corpus, packing: PackingConfig, sequence_length: int, *, lanes: int, seed: int, bad_blocks: int
+        self,
+        corpus: Corpus,
+        packing: PackingConfig,
+        sequence_length: int,
+        *,
+        lanes: int,
+        seed: int,
+        bad_blocks: int | None,
+        version: int = ORDER_VERSION,
     ) -> None:
+        self._options: dict[str, Any] = {"lanes": lanes, "seed": seed, "bad_blocks": bad_blocks}
         self.corpus = corpus
         self.sequence_length = sequence_length
         self.packing = packing
         self._separate = packing.separate_documents
-        self._bad_blocks = bad_blocks
+        self.bad_blocks = bad_blocks
         by_document = packing.packing == "document"
         unit = 1 if by_document else sequence_length
         self._read_run = self._read_documents if by_document else self._read_bytes
-        self.order = Order(corpus.lengths["raw_bytes"], self._units_of, unit, lanes, seed)
+        self.rows = DocumentRows(corpus.lengths, sequence_length, self._separate, packing.documents, seed)
+        is_split = by_document and packing.documents == "split"
+        self._rows_of_blocks = read_rows_of_blocks(corpus, sequence_length) if is_split else None
+        self.order = Order(corpus.lengths["raw_bytes"], self._units_of, unit, lanes, seed, version)
         if self.order.sequences_per_epoch == 0:
             raise CorpusError(
                 f"{corpus.location} has {count(corpus.raw_bytes, 'byte')}, which is less than one sequence of "
                 f"{sequence_length:,}; use a larger corpus, or lower model.sequence_length"
             )
         self._identity = {
-            "order": ORDER_VERSION,
+            "order": version,
             "content_sha256": corpus.content_sha256,
             "sequence_length": sequence_length,
-            **packing.model_dump(),
+            "packing": packing.packing,
+            "separate_documents": packing.separate_documents,
             "lanes": lanes,
             "seed": seed,
             "extent_bytes": EXTENT_BYTES,
         }
+        if packing.documents != "cut":
+            self._identity["documents"] = packing.documents
+        if self._rows_of_blocks is not None:  # all ranks must have found the same
+            self._identity["rows"] = hashlib.sha256(self._rows_of_blocks.astype("<i8").tobytes()).hexdigest()
+        self._is_kept = corpus.raw_bytes <= SMALL_BYTES
+        """True if the whole corpus stays in memory."""
         self._contents: OrderedDict[int, Future[_Content]] = OrderedDict()
         self._lock = threading.Lock()
         self._memory = Memory()
         self._remembered = set[int]()
         self.holes: dict[int, int] = {}
         """Damaged blocks found so far, each with the first sequence that did not read it."""
+        self.damage: dict[int, str] = {}
+        """Description of the damage of each block that this process could not read."""
         self._withdrawn: dict[int, list[Mask]] = {}
 
     def _units_of(self, first: int, last: int) -> NDArray[np.int64]:
+        if self._rows_of_blocks is not None:
+            return self._rows_of_blocks[first:last]
         lengths = self.corpus.lengths[first:last]
         if self.packing.packing == "document":
             return lengths["documents"].astype(np.int64)
@@ -134,10 +168,26 @@ class ByteStream:
         """Number of sequences of an epoch."""
         return self.order.sequences_per_epoch
 
+    def in_version(self, version: int) -> "ByteStream":
+        """Return the stream of the same corpus in a version of the order."""
+        if version == self._identity["order"]:
+            return self
+        return ByteStream(self.corpus, self.packing, self.sequence_length, **self._options, version=version)
+
+    def skip(self, holes: Mapping[int, int]) -> None:
+        """Add holes: blocks, and the first sequence that does not read each."""
+        with self._lock:
+            self.holes.update(holes)
+
     def remember_holes(self, holes: Mapping[int, int]) -> None:
-        """Add the holes of the run's past: blocks, and the first sequence that did not read each."""
+        """Add the holes of the run's past: an earlier sequence that cannot read such a block is an error."""
+        self.skip(holes)
         self._remembered = set(holes)
-        self.holes.update(holes)
+
+    def found_holes(self) -> dict[int, int]:
+        """Return a copy of `holes`, while other threads read."""
+        with self._lock:
+            return dict(self.holes)
 
     def withdraw(self, entries: Iterable[tuple[Withdrawal, int]]) -> None:
         """Mask documents, each from a sequence number on."""
@@ -190,7 +240,7 @@ class ByteStream:
                 if self.holes or self._withdrawn:
                     for mask in self.masks(piece.block):
                         self._apply(mask, content, piece, sequences, window, place, begin)
-                if stop == len(content.units):  # the lane has read this block to its end
+                if stop == len(content.units) and not self._is_kept:  # the lane has read this block to its end
                     with self._lock:
                         self._contents.pop(piece.block, None)
             place += piece.length
@@ -238,6 +288,8 @@ class ByteStream:
     def _content(self, piece: Piece, sequence: int) -> _Content | None:
         """Return a block; None for a hole. The first thread reads it, and it is kept while its lane reads it.
 
+        A small corpus is kept whole.
+
         Raises:
             CorruptBlockError: the block is damaged, and more blocks are damaged than the config allows.
         """
@@ -250,7 +302,7 @@ class ByteStream:
                 mine = future is None
                 if future is None:
                     future = self._contents[piece.block] = Future()
-                    while len(self._contents) > 2 * self.order.lanes:
+                    while len(self._contents) > 2 * self.order.lanes and not self._is_kept:
                         self._contents.popitem(last=False)
         if mine:
             try:
@@ -272,66 +324,47 @@ class ByteStream:
         return _Content(np.delete(units, ends) if steps_over else units, ends)
 
     def _read_documents(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
-        """Read a run to a place of a window: a row for each document."""
+        """Read a run of rows of documents to a place of a window."""
         pieces = self.order.pieces(run.epoch, run.start, run.start + len(sequences))
-        documents = ((piece, ordinal) for piece in pieces for ordinal in range(piece.start, piece.start + piece.length))
-        for (piece, ordinal), sequence in zip(documents, sequences.tolist(), strict=True):
-            self._read_document(piece, ordinal, sequence, window, place)
+        documents = ((piece, number) for piece in pieces for number in range(piece.start, piece.start + piece.length))
+        for (piece, number), sequence in zip(documents, sequences.tolist(), strict=True):
+            self._read_document(piece, number, run.epoch, sequence, window, place)
             place += self.sequence_length
 
-    def _read_document(self, piece: Piece, ordinal: int, sequence: int, window: Window, place: int) -> None:
-        """Read a document's first bytes, the separator if there is room, and padding."""
+    def _read_document(self, piece: Piece, number: int, epoch: int, sequence: int, window: Window, place: int) -> None:
+        """Read a row of a document, the separator if there is room, and padding."""
         end_of_row = place + self.sequence_length
-        block, start, ended = piece.block, -1, False
-        while place < end_of_row and not ended:
-            content = self._content(
-                piece._replace(block=block, last_of_extent=max(block, piece.last_of_extent)), sequence
-            )
+        contents: dict[int, _Content] = {}
+
+        def ends_of(block: int) -> Ends:
+            through = max(block, piece.last_of_extent)
+            content = self._content(piece._replace(block=block, last_of_extent=through), sequence)
             if content is None:
-                break
-            if start < 0:
-                start = self._start_of(block, content.ends, ordinal)
-            index = bisect_left(content.ends, start)
-            ended = index < len(content.ends)
-            stop = int(content.ends[index]) + self._separate if ended else len(content.units)
-            length = min(stop - start, end_of_row - place)
-            has_separator = ended and self._separate and length == stop - start
-            window.put(place, content.units[start : start + length])
-            if has_separator:
-                window.separate(np.array([place + length - 1]))
-            for mask in self.masks(block):
-                if sequence >= mask.since:
-                    covered = max(mask.start, start) - start, min(mask.stop - start, length)
-                    window.pad(place + covered[0], place + covered[1])
-            place += length
-            block, start = block + 1, 0
+                raise HoleError(block)
+            contents[block] = content
+            return content.ends
+
+        with suppress(HoleError):  # the row ends there
+            for part in self.rows.parts(piece.block, number, epoch, ends_of):
+                length = part.stop - part.start
+                window.put(place, contents[part.block].units[part.start : part.stop])
+                if part.has_separator:
+                    window.separate(np.array([place + length - 1]))
+                for mask in self.masks(part.block):
+                    if sequence >= mask.since:
+                        covered = max(mask.start - part.start, 0), min(mask.stop - part.start, length)
+                        window.pad(place + covered[0], place + covered[1])
+                place += length
         window.pad(place, end_of_row)
-
-    def _start_of(self, block: int, ends: NDArray[np.int64], ordinal: int) -> int:
-        """Return the offset of a document in a block's content.
-
-        Args:
-            block: number of the block.
-            ends: where documents end in the content.
-            ordinal: number of the document among those that begin in the block.
-        """
-        lengths = self.corpus.lengths[block]
-        last = int(lengths["raw_bytes"]) + len(ends) - 1
-        inner = int(ends.searchsorted(last))  # number of ends that are followed by another document
-        first_begins_here = int(lengths["documents"]) > inner
-        if first_begins_here:
-            return int(ends[ordinal - 1]) + 1 if ordinal else 0
-        return int(ends[ordinal]) + 1
 
     def _note_hole(self, block: int, sequence: int, error: CorruptBlockError) -> None:
         with self._lock:
-            known = block in self.holes
-            if block in self._remembered:
-                raise CorruptBlockError(f"{error}; the run read it before sequence {self.holes[block]:,}") from error
-            if not known and len(self.holes) >= self._bad_blocks:
+            since = self.holes.get(block)
+            if block in self._remembered and sequence < self.holes[block]:
+                raise CorruptBlockError(f"{error}; the run read it before sequence {since:,}") from error
+            if since is None and self.bad_blocks is not None and len(self.holes) >= self.bad_blocks:
                 raise CorruptBlockError(
-                    f"{error}; data.bad_blocks allows {count(self._bad_blocks, 'damaged block')}"
+                    f"{error}; data.bad_blocks allows {count(self.bad_blocks, 'damaged block')}"
                 ) from error
-            self.holes[block] = min(sequence, self.holes.get(block, sequence))
-        if not known:
-            log.warning("%s; the loss does not count its bytes", error)
+            self.holes[block] = sequence if since is None else min(sequence, since)
+            self.damage[block] = str(error)

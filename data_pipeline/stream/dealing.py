@@ -1,6 +1,6 @@
 """Dealing of a global batch to ranks.
 
-global batch      sequences g … g + global_batch - 1
+global batch      the first global_batch sequences from g on that are not skipped
 micro-batch i     the i-th group of `micro_batch` of them (the last may be shorter)
 rank r of W       micro-batches r, r + W, r + 2W, …
 """

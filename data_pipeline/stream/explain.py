@@ -4,9 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from data_pipeline.corpus.blocks import DocumentSlice
 from data_pipeline.errors import CorruptBlockError
 from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.documents import Ends, HoleError
 from data_pipeline.stream.mixture import Mixture
 
 LOST = DocumentSlice("(a damaged block)", "binary", 0, 0, 0, False, "", None)
@@ -32,7 +35,7 @@ class Origin:
     document_start: int
     """Offset of the first byte in the document."""
     masked: bool
-    """Whether the run did not read it, because the block is damaged or the document was withdrawn."""
+    """True if the run did not read it: its block is damaged, or its document was withdrawn."""
 
 
 def explain(mixture: Mixture, sequence: int) -> list[Origin]:
@@ -95,20 +98,25 @@ def _of_bytes(stream: ByteStream, sequence: int) -> Iterator[_Stretch]:
 
 def _of_document(stream: ByteStream, sequence: int) -> Iterator[_Stretch]:
     [piece] = stream.order.locate(sequence)
-    block, row = piece.block, 0
-    skip = piece.start  # documents that begin before it in the block
-    while row < stream.sequence_length:
+    slices: dict[int, Sequence[DocumentSlice]] = {}
+
+    def ends_of(block: int) -> Ends:
         parts = _slices(stream, block)
-        if parts is None:  # the stream reads nothing after a hole
-            yield _Stretch(row, stream.sequence_length - row, block, LOST, 0)
-            return
-        part = [s for s in parts if s.document_offset == 0][skip] if row == 0 else parts[0]
-        length = min(part.length, stream.sequence_length - row)
-        yield _Stretch(row, length, block, part, part.start)
-        row += length
-        if part.ends:
-            return
-        block += 1
+        if parts is None:
+            raise HoleError(block)
+        slices[block] = parts
+        return np.array([part.start + part.length for part in parts if part.ends], np.int64)
+
+    row = 0
+    try:
+        for part in stream.rows.parts(piece.block, piece.start, sequence // stream.sequences_per_epoch, ends_of):
+            length = part.stop - part.start - part.has_separator
+            if length:
+                own = next(s for s in slices[part.block] if s.start <= part.start < s.start + s.length)
+                yield _Stretch(row, length, part.block, own, part.start)
+            row += length
+    except HoleError as hole:  # the stream reads nothing after it
+        yield _Stretch(row, stream.sequence_length - row, hole.block, LOST, 0)
 
 
 def _slices(stream: ByteStream, block: int) -> Sequence[DocumentSlice] | None:

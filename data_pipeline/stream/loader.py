@@ -1,6 +1,6 @@
 """The loader: one rank's micro-batches of each global batch, read ahead by threads.
 
-    global batch      sequences g … g + global_batch - 1
+    global batch      the first global_batch sequences from g on that are not skipped
     micro-batch i     the i-th group of `micro_batch` of them (the last may be shorter)
     rank r of W       micro-batches r, r + W, r + 2W, …
     window            several micro-batches of a rank, read at once by one thread
@@ -11,8 +11,9 @@ interpreter lock, and a killed run leaves nothing behind.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, Self
@@ -21,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from data_pipeline.errors import CorpusError
 from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.rows import DIGEST_MODULUS, Ids, Rows
+from data_pipeline.stream.skips import Skips
 
 WINDOW = 32 << 20
 """Largest number of ids of a window, unless one micro-batch has more."""
@@ -31,7 +34,7 @@ GIVE_UP_SECONDS = 0.5
 
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How one process reads ahead.
+    """Prefetching of micro-batches in one process.
 
     Memory, besides the blocks that lanes read: for each thread, and for two more, a window of 32 MiB; the same again
     while a mixture is read or if there is padding; and `prefetch` micro-batches.
@@ -65,6 +68,8 @@ class MicroBatch:
     """(rows, T): whether a position counts in the loss. Micro-batches share this array, so do not write to it."""
     digest: int = 0
     """Rows.digest of the rows; 0 unless the loader computes digests."""
+    first_sequence: int = 0
+    """Sequence number of the first row; those of the others follow, except skipped ones."""
 
     @property
     def ids(self) -> Ids:
@@ -92,7 +97,7 @@ class Batch:
 
 
 class Loader:
-    """Endless iterable of batches, from sequence number `first_sequence` on.
+    """Iterator of batches, from sequence number `first_sequence` on, without end unless `until` sets one.
 
     Args:
         stream: source of the sequences.
@@ -122,45 +127,82 @@ class Loader:
         self._stream = stream
         self._config = config
         self._global_batch = global_batch
-        self._first_sequence = first_sequence
+        self._end: int | None = None
+        self._skips = Skips()
         self._digest = digest
         self._give_up = give_up
         self._my_micro_batches = deal(global_batch, micro_batch, rank, world_size)
         self._largest_window = max(1, WINDOW // stream.sequence_length // micro_batch)
         self._every_position = np.ones((micro_batch, stream.sequence_length), np.bool_)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="loader")
+        self._is_closed = False
+        self._batches = self._batches_from(first_sequence)
 
-    def __iter__(self) -> Iterator[Batch]:
-        micro_batches = self._read_ahead()
-        for g in self._batch_starts():
-            mine = list(islice(micro_batches, len(self._my_micro_batches)))
-            if len(mine) < len(self._my_micro_batches):
-                return
-            yield Batch(mine, g + self._global_batch)
+    def until(self, sequence: int) -> Self:
+        """Set the sequence before which batches end, and read nothing after it; return this loader. Call it first."""
+        self._end = sequence
+        return self
 
-    def _batch_starts(self) -> Iterator[int]:
-        g = self._first_sequence
-        while True:
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except (CancelledError, RuntimeError) as error:  # no window is read any more
+            if self._is_closed:
+                raise CorpusError("the loader is closed") from error
+            raise
+
+    def without(self, skips: Skips) -> Self:
+        """Set the sequences that no batch has; return this loader. Call it first, or before `read_again`."""
+        self._skips = skips
+        return self
+
+    def read_again(self, first_sequence: int) -> None:
+        """Drop what was read ahead, and continue from a sequence: the run has new holes, or skips sequences."""
+        self._batches.close()
+        self._batches = self._batches_from(first_sequence)
+
+    def _batches_from(self, first_sequence: int) -> Generator[Batch]:
+        with closing(self._read_ahead(self._batch_starts(first_sequence))) as micro_batches:
+            for g in self._batch_starts(first_sequence):
+                mine = list(islice(micro_batches, len(self._my_micro_batches)))
+                if len(mine) < len(self._my_micro_batches):
+                    return
+                yield Batch(mine, self._skips.end(g, self._global_batch))
+
+    def _batch_starts(self, first_sequence: int) -> Iterator[int]:
+        g = first_sequence
+        while self._end is None or g < self._end:
             yield g
-            g += self._global_batch
+            g = self._skips.end(g, self._global_batch)
 
-    def _read_ahead(self) -> Iterator[MicroBatch]:
-        """Yield this rank's micro-batches without end."""
-        wanted = ((g, index) for g in self._batch_starts() for index in self._my_micro_batches)
+    def _read_ahead(self, batch_starts: Iterable[int]) -> Generator[MicroBatch]:
+        """Yield this rank's micro-batches of batches, given the first sequence of each."""
+        wanted = ((g, index) for g in batch_starts for index in self._my_micro_batches)
         ahead: deque[Future[list[MicroBatch]]] = deque()
         unread, size = 0, 1  # micro-batches that are read ahead; micro-batches of the next window
-        while True:
-            while len(ahead) <= self._config.threads or unread <= self._config.prefetch:
-                ahead.append(self._pool.submit(self._read_window, list(islice(wanted, size))))
-                unread += size
-                size = min(2 * size, self._largest_window)
-            window = ahead.popleft()
-            while not window.done():
-                if self._give_up():
+        try:
+            while True:
+                while len(ahead) <= self._config.threads or unread <= self._config.prefetch:
+                    if not (window := list(islice(wanted, size))):
+                        break
+                    ahead.append(self._pool.submit(self._read_window, window))
+                    unread += len(window)
+                    size = min(2 * size, self._largest_window)
+                if not ahead:
                     return
-                wait([window], timeout=GIVE_UP_SECONDS)
-            unread -= len(window.result())
-            yield from window.result()
+                read = ahead.popleft()
+                while not read.done():
+                    if self._give_up():
+                        return
+                    wait([read], timeout=GIVE_UP_SECONDS)
+                unread -= len(read.result())
+                yield from read.result()
+        finally:
+            for read in ahead:
+                read.cancel()
 
     def _read_window(self, wanted: list[tuple[int, int]]) -> list[MicroBatch]:
         groups = [self._sequences(g, index) for g, index in wanted]
@@ -171,15 +213,17 @@ class Loader:
 
     def _micro_batch_of(self, index: int, sequences: NDArray[np.int64], rows: Rows) -> MicroBatch:
         targets = self._every_position[: len(sequences)] if rows.padding is None else ~rows.padding
-        return MicroBatch(index, rows, targets, rows.digest(sequences.tolist()) if self._digest else 0)
+        digest = rows.digest(sequences.tolist()) if self._digest else 0
+        return MicroBatch(index, rows, targets, digest, int(sequences[0]))
 
     def _sequences(self, g: int, index: int) -> NDArray[np.int64]:
         rows = self._my_micro_batches[index]
-        return np.arange(g + rows.start, g + rows.stop, dtype=np.int64)
+        return self._skips.take(g, np.arange(rows.start, rows.stop))
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._pool.shutdown(cancel_futures=True)
+        """Stop reading ahead, and return at once. A window that is being read ends when its corpus is closed."""
+        self._is_closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self

@@ -9,13 +9,15 @@ repeated or left out. A single corpus is a mixture of one.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.order import ORDER_VERSIONS
 from data_pipeline.stream.rows import Ids, Rows, interleave
 
 SHARE_BITS = 24
@@ -34,6 +36,15 @@ class Stage:
     """First sequence of the stage."""
     weights: Mapping[str, float]
     """Weight of every source; 0 leaves it out."""
+
+
+class RowSources(NamedTuple):
+    """Sources of the rows of a rank's micro-batches."""
+
+    total: int
+    """Number of sources of the mixture."""
+    of_rows: list[NDArray[np.int64]]
+    """(rows,) number of each row's source in the order of names, by micro-batch."""
 
 
 class Schedule:
@@ -110,12 +121,37 @@ def _places(shares: NDArray[np.int64], slots: NDArray[np.int64]) -> tuple[NDArra
     return sources, numbers
 
 
-def fingerprint_of(streams: Mapping[str, ByteStream]) -> str:
-    """Return the digest of everything on which the sources' bytes depend. Stages are part of a run's record."""
+def fingerprint_of(streams: Mapping[str, ByteStream], names: Collection[str] | None = None) -> str:
+    """Return the digest of everything on which the sources' bytes depend. Stages are part of a run's record.
+
+    Args:
+        streams: streams by source.
+        names: sources that count, such as those that a run had before others were added. None: all.
+    """
+    if names is not None:
+        streams = {name: stream for name, stream in streams.items() if name in names}
     if len(streams) == 1:
         return next(iter(streams.values())).fingerprint
     identity = {"schedule": SCHEDULE_VERSION, **{name: stream.fingerprint for name, stream in streams.items()}}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def as_begun(streams: Mapping[str, ByteStream], fingerprint: str, names: Collection[str]) -> dict[str, ByteStream]:
+    """Return streams in the version of the order that a run began with.
+
+    Args:
+        streams: streams by source.
+        fingerprint: of the run.
+        names: sources of the run that the fingerprint covers.
+
+    Returns:
+        The streams that have this fingerprint; those of the newest version if none have.
+    """
+    for version in ORDER_VERSIONS:
+        begun = {name: stream.in_version(version) for name, stream in streams.items()}
+        if fingerprint_of(begun, names) == fingerprint:
+            return begun
+    return dict(streams)
 
 
 class Mixture:

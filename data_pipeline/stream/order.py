@@ -1,16 +1,18 @@
 """Order of an epoch: the place of sequence number g of a run in a corpus, for any g, by arithmetic.
 
     epoch, k = divmod(g, sequences_per_epoch)
-    lane, position = k % lanes, k // lanes
-    start = (lane * sequences_per_lane + position) * sequence_length     # in the epoch
-    a binary search over prefix sums finds the extent, another the block in it
+    lane, position = k % lanes, k // lanes         the lanes are read side by side
+    stretch of the ring                            by the slices of the lane, from the place on where the lane is opened
+    block                                          a binary search for the extent, another for the block in it
 
-An epoch is the corpus as a ring of permuted extents (a few adjacent blocks each). The ring is opened at a place that
-differs from epoch to epoch, and cut into `lanes` equal segments that are read side by side. The rest that is left over,
-and the borders between sequences, therefore differ in each epoch. Lengths are counted in units: ids if documents are
-concatenated, or documents if each has a row.
+An epoch is the corpus as a ring of permuted extents (a few adjacent blocks each), opened at a place that differs from
+epoch to epoch. The ring is cut into slices, which a permutation deals to the lanes. Each lane is read from a place
+near its beginning on, and the beginning last. Rows that met in a batch therefore meet again as seldom as in a uniform
+shuffle. A large corpus has one slice a lane, so that a lane reads whole blocks. A small corpus is kept in memory, where
+more slices cost nothing.
 
-Memory is a few dozen bytes an extent: 150 MB for a corpus of ten million blocks of 1 MiB.
+Lengths are counted in units: ids if documents are concatenated, or rows if each document has its own. Memory is a few
+dozen bytes an extent: 150 MB for a corpus of ten million blocks of 1 MiB.
 """
 
 import threading
@@ -27,14 +29,26 @@ from numpy.typing import NDArray
 EXTENT_BYTES = 4 << 20
 """Raw bytes of an extent. Blocks whose first raw byte lies in the same range of this length are permuted together, and
 fetched together."""
-ORDER_VERSION = 2
-"""Version of the order, which is part of the fingerprint. It increases if the order of a run's bytes ever changes."""
+ORDER_VERSION = 3
+"""Version of the order of new runs, which is part of the fingerprint. It increases if the order ever changes."""
+ORDER_VERSIONS = (ORDER_VERSION, 2)
+"""Versions of the order that a run may have begun with, the newest first."""
+SMALL_BYTES = 256 << 20
+"""Raw bytes of the largest corpus that is kept in memory whole."""
+SLICE_BYTES = 16 << 10
+"""Smallest mean length of a slice, in raw bytes, so that a lane continues for many sequences."""
+MOST_SLICES = 32
+"""Largest number of slices of a lane."""
 BLOCKS_AT_ONCE = 1 << 17
 """Blocks whose columns fit into a processor's cache."""
-OPENING = np.array([1 << 63], np.uint64)
+OPENING = 1 << 63
 """Sentinel key for the place where an epoch's ring is opened. No extent has this number."""
+FIRST_SLICE = 1 << 62
+"""Key of the first slice."""
+FIRST_LANE = 1 << 61
+"""Key of the place where the first lane is opened."""
 EPOCHS_KEPT = 2
-"""Permutations in memory. A loader reads ahead across one border of epochs at most."""
+"""Number of permutations in memory. A loader reads ahead across at most one border of epochs."""
 
 
 class Piece(NamedTuple):
@@ -69,6 +83,10 @@ class _Epoch:
     """(extents + 1,) start of each extent on the ring, in units, and the end of the last."""
     opened_at: int
     """Place on the ring where the epoch begins."""
+    slices: list[int]
+    """Start of each slice, lane after lane, in units after `opened_at`."""
+    shifts: list[int]
+    """Units after its beginning where each lane is opened."""
 
 
 class Order:
@@ -80,6 +98,8 @@ class Order:
         sequence_length: units of a sequence.
         lanes: largest number of lanes; there are fewer if there are fewer sequences.
         seed: seed of the permutations.
+        version: one of ORDER_VERSIONS. Version 2 cuts the ring into lanes, and does nothing else; it leaves out the
+            sequences that no whole number of rounds of the lanes reads.
     """
 
     def __init__(
@@ -89,7 +109,9 @@ class Order:
         sequence_length: int,
         lanes: int,
         seed: int,
+        version: int = ORDER_VERSION,
     ) -> None:
+        assert version in ORDER_VERSIONS
         self.sequence_length = sequence_length
         self._seed = seed
         self._units_of = units_of
@@ -99,16 +121,26 @@ class Order:
         sequences = self.units // sequence_length
         self.lanes = max(1, min(lanes, sequences))
         self.sequences_per_lane = sequences // self.lanes
-        self.sequences_per_epoch = self.sequences_per_lane * self.lanes
+        self._is_shuffled = version > 2
+        self._longer_lanes = sequences % self.lanes if self._is_shuffled else 0  # by one sequence; they come first
+        self.sequences_per_epoch = self.sequences_per_lane * self.lanes + self._longer_lanes
+        self._slices_per_lane = self._choose_slices(int(raw_bytes.sum(dtype=np.int64))) if self._is_shuffled else 1
         self._epochs: dict[int, _Epoch] = {}  # replaced, never changed, so it is read without the lock
         self._lock = threading.Lock()
         self._blocks_of = lru_cache(maxsize=4 * self.lanes)(self._blocks_of_uncached)
 
+    def _choose_slices(self, raw_bytes: int) -> int:
+        """Return the number of slices of a lane."""
+        if raw_bytes > SMALL_BYTES:
+            return 1
+        return max(1, min(raw_bytes // (self.lanes * SLICE_BYTES), MOST_SLICES, self.sequences_per_lane))
+
     def locate(self, sequence: int) -> list[Piece]:
         """Return the pieces of a sequence."""
         epoch, k = divmod(sequence, self.sequences_per_epoch)
-        lane, position = k % self.lanes, k // self.lanes
-        start = (lane * self.sequences_per_lane + position) * self.sequence_length
+        position, lane = divmod(k, self.lanes)
+        within = lane * self.sequences_per_lane + min(lane, self._longer_lanes) + position
+        start = within * self.sequence_length
         return list(self.pieces(epoch, start, start + self.sequence_length))
 
     def runs(self, sequences: NDArray[np.int64]) -> Iterator[Run]:
@@ -117,7 +149,7 @@ class Order:
             return
         epochs, k = np.divmod(sequences, self.sequences_per_epoch)
         positions, lanes = np.divmod(k, self.lanes)
-        within = lanes * self.sequences_per_lane + positions
+        within = lanes * self.sequences_per_lane + np.minimum(lanes, self._longer_lanes) + positions
         rows = np.lexsort((within, epochs))
         epochs, within = epochs[rows], within[rows]
         steps = np.diff(rows)
@@ -132,14 +164,43 @@ class Order:
             yield Run(epoch, start, slice(row, row + (count - 1) * step + 1, step))
 
     def pieces(self, epoch: int, start: int, stop: int) -> Iterator[Piece]:
-        """Yield the pieces of units start … stop - 1 of an epoch."""
+        """Yield the pieces of units start … stop - 1 of an epoch, whose lanes follow one another."""
         permuted = self._epochs.get(epoch) or self._permuted(epoch)
-        start, stop = start + permuted.opened_at, stop + permuted.opened_at
-        if stop > self.units:  # beyond the end of the corpus the ring begins again
-            if start < self.units:
-                yield from self._pieces(permuted, start, self.units)
-            start, stop = max(0, start - self.units), stop - self.units
-        yield from self._pieces(permuted, start, stop)
+        for begin, end in self._stretches(permuted, start, stop) if self._is_shuffled else ((start, stop),):
+            first, last = begin + permuted.opened_at, end + permuted.opened_at
+            if last > self.units:  # beyond the end of the corpus the ring begins again
+                if first < self.units:
+                    yield from self._pieces(permuted, first, self.units)
+                first, last = max(0, first - self.units), last - self.units
+            yield from self._pieces(permuted, first, last)
+
+    def _stretches(self, permuted: _Epoch, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield where units start … stop - 1 of an epoch lie on the ring: the start and the end of each stretch."""
+        length, slices = self.sequence_length, self._slices_per_lane
+        while start < stop:
+            first, rows, lane = self._lane_at(start // length)
+            offset = start - first * length + permuted.shifts[lane]
+            if offset >= rows * length:  # at the end of the lane comes its beginning
+                offset -= rows * length
+            number = ((offset // length + 1) * slices - 1) // rows
+            before, end = number * rows // slices * length, (number + 1) * rows // slices * length
+            end = min(end, offset + stop - start, offset + (first + rows) * length - start)
+            begin = permuted.slices[lane * slices + number] - before
+            yield begin + offset, begin + end
+            start += end - offset
+
+    def _lane_at(self, sequence: int) -> tuple[int, int, int]:
+        """Return the lane of a sequence of an epoch whose lanes follow one another.
+
+        Returns:
+            Its first sequence, its number of sequences, and its number.
+        """
+        rows, longer = self.sequences_per_lane, self._longer_lanes
+        lane = sequence // (rows + 1)
+        if lane < longer:
+            return lane * (rows + 1), rows + 1, lane
+        lane = (sequence - longer) // rows
+        return lane * rows + longer, rows, lane
 
     def _pieces(self, permuted: _Epoch, start: int, stop: int) -> Iterator[Piece]:
         slot = int(permuted.starts.searchsorted(start, "right")) - 1
@@ -170,21 +231,40 @@ class Order:
                 extents = permutation(len(self._lengths), self._seed, number).astype(np.int32)
                 starts = np.zeros(len(extents) + 1, np.int64)
                 np.cumsum(self._lengths[extents], out=starts[1:])
-                opened_at = int(_key(self._seed, number, OPENING)[0]) % self.units
+                opened_at = random_number(self._seed, number, OPENING) % self.units
+                slices, shifts = self._deal(number) if self._is_shuffled else ([], [])
                 kept = sorted(self._epochs)[1 - EPOCHS_KEPT :] if len(self._epochs) >= EPOCHS_KEPT else self._epochs
                 self._epochs = {
                     **{epoch: self._epochs[epoch] for epoch in kept},
-                    number: _Epoch(extents, starts, opened_at),
+                    number: _Epoch(extents, starts, opened_at, slices, shifts),
                 }
             return self._epochs[number]
 
+    def _deal(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Return the start of each slice on the ring, and the units after its beginning where each lane is opened."""
+        lanes, slices = np.arange(self.lanes), np.arange(self._slices_per_lane + 1)
+        rows = self.sequences_per_lane + (lanes < self._longer_lanes)
+        lengths = np.diff(rows[:, None] * slices // self._slices_per_lane).ravel() * self.sequence_length
+        dealt = permutation(len(lengths), self._seed, epoch, FIRST_SLICE)
+        starts = np.empty_like(lengths)
+        starts[dealt] = np.cumsum(lengths[dealt]) - lengths[dealt]
+        # A shift of up to an extent is enough: lanes that were in step by extents no longer are.
+        most = np.minimum(rows, -(-self.sequences_per_epoch // len(self._lengths))).astype(np.uint64)
+        shifts = _key(self._seed, epoch, np.uint64(FIRST_LANE) + lanes.astype(np.uint64)) % most
+        return starts.tolist(), (shifts.astype(np.int64) * self.sequence_length).tolist()
 
-def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of `count` things in an epoch: the argsort of SplitMix64 of their numbers.
+
+def permutation(count: int, seed: int, epoch: int, first: int = 0) -> NDArray[np.int64]:
+    """Return the order of `count` things in an epoch: the argsort of SplitMix64 of their keys, `first` and following.
 
     No library's random generator is used, so no upgrade can reorder a run. A golden test pins the result.
     """
-    return np.argsort(_key(seed, epoch, np.arange(count, dtype=np.uint64)), kind="stable")
+    return np.argsort(_key(seed, epoch, np.uint64(first) + np.arange(count, dtype=np.uint64)), kind="stable")
+
+
+def random_number(seed: int, epoch: int, number: int) -> int:
+    """Return the random number of a thing in an epoch: 64 bits."""
+    return int(_key(seed, epoch, np.array([number], np.uint64))[0])
 
 
 def _key(seed: int, epoch: int, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -3,24 +3,47 @@
 DataConfig ─▶ open_streams ─▶ Reading: a Mixture of ByteStreams, and its record
                                  ▲ │
             checkpoint's state ──┘ └─▶ state for the next checkpoint; replay; the origin of a step's row
+
+Ranks read different rows, so one rank may find a damaged block that no other rank touches, or that others could read.
+Before a batch is trained, all ranks exchange what they could not read for it (`unread`). Each passes the blocks of all
+ranks to `skip`, and the batch is read again. Rows, holes, their budget and the record are then the same everywhere.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdrawn import Withdrawal, prefix_digest
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, CorruptBlockError, DamagedCorpusError
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 from data_pipeline.stream.config import DataConfig, SourceConfig
 from data_pipeline.stream.loader import WINDOW, Batch, Loader, LoaderConfig
-from data_pipeline.stream.mixture import Mixture, Stage
+from data_pipeline.stream.mixture import Mixture, RowSources, Schedule, Stage
 from data_pipeline.stream.record import Record
 from data_pipeline.stream.rows import DIGEST_MODULUS
+from data_pipeline.stream.skips import Skips
+
+log = logging.getLogger(__name__)
+
+
+class Hole(NamedTuple):
+    """A damaged block, which a run does not read from some sequence on."""
+
+    source: str
+    """Name of the source."""
+    block: int
+    """Number of the block."""
+    since: int
+    """First sequence of the source that does not read it."""
+    damage: str
+    """Description of the damage."""
 
 
 class Reading:
@@ -40,22 +63,33 @@ class Reading:
         self, config: DataConfig, streams: Mapping[str, ByteStream], record: Record, global_batch: int | None
     ) -> None:
         self.record = record
+        self.skips = Skips(record.skipped)
+        """Sequences that no step reads."""
+        self._bad_blocks = config.bad_blocks
+        self._holes = {name: dict(record.holes.get(name, [])) for name in sorted(streams)}
+        """Holes by source: block, and the source's first sequence that skips it."""
+        self._has_new_holes = False
         self._upcoming = list[tuple[int, int, dict[str, float]]]()
         if global_batch is not None:
             self._plan(config, global_batch)
-        stages = [Stage(sequence, weights) for _, sequence, weights in [*record.stages, *self._upcoming]]
-        self.mixture = Mixture(streams, stages)
+        self.mixture = Mixture(streams, self._stages())
+        self._record_holes()
         for name, stream in streams.items():
             if global_batch is not None:
                 self._take_up_withdrawals(name, stream)
             stream.withdraw(_in_force(stream, record.withdrawn.get(name, [])))
-            stream.remember_holes(dict(record.holes.get(name, [])))
+            # While a run trains, all ranks count the holes; to prove the past, only recorded holes may be skipped.
+            stream.bad_blocks = 0 if global_batch is None else None
 
     def _plan(self, config: DataConfig, global_batch: int) -> None:
         """Plan the stages after the record, and check that the recipe agrees with the stages before."""
         record = self.record
-        past = [(step, weights) for step, _, weights in record.stages if step < record.step]
-        planned = [(step, weights) for step, weights in config.weight_stages() if step < record.step]
+        added = dict.fromkeys(config.sources(), 0.0)  # a source that a recipe adds was not read before
+        record.stages = [(step, sequence, added | weights) for step, sequence, weights in record.stages]
+        # A stage after the last step counts too if sequences of it were skipped.
+        past = [(step, weights) for step, sequence, weights in record.stages if sequence < record.next_sequence]
+        end = max([record.step, *(step + 1 for step, _ in past)])
+        planned = [(step, weights) for step, weights in config.weight_stages() if step < end]
         if past and past != planned:
             raise CorpusError(
                 f"until step {record.step}, the run read with the weights {_in_words(past)}, and the recipe now has "
@@ -64,17 +98,25 @@ class Reading:
             )
         later = config.weight_stages()[len(past) :]
         record.stages = record.stages[: len(past)]
-        self._upcoming = [
-            (step, record.next_sequence + (step - record.step) * global_batch, weights) for step, weights in later
-        ]
+        self._upcoming = [(step, self._first_of(step, global_batch), weights) for step, weights in later]
         self._begin_stages()
         record.batches = [entry for entry in record.batches if entry[0] < record.step]
         if not record.batches or record.batches[-1][2] != global_batch:
             record.batches.append((record.step, record.next_sequence, global_batch))
 
+    def _first_of(self, step: int, global_batch: int) -> int:
+        """Return the first sequence after a later step."""
+        return self.skips.end(self.record.next_sequence, (step - self.record.step) * global_batch)
+
+    def _stages(self) -> list[Stage]:
+        return [Stage(sequence, weights) for _, sequence, weights in [*self.record.stages, *self._upcoming]]
+
     def _begin_stages(self) -> None:
         while self._upcoming and self._upcoming[0][0] <= self.record.step:
-            self.record.stages.append(self._upcoming.pop(0))
+            step, sequence, weights = self._upcoming.pop(0)
+            self.record.stages.append((step, sequence, weights))
+            if len(weights) > 1:
+                log.info("from step %d on, the weights of the sources are %s", step + 1, weights)
 
     def _take_up_withdrawals(self, name: str, stream: ByteStream) -> None:
         """Record the documents that were withdrawn since the last start; they are not read from here on."""
@@ -84,39 +126,105 @@ class Reading:
             counters = self.mixture.schedule.counters(self.record.next_sequence)
             history.append((counters[name], now, prefix_digest(stream.corpus.withdrawn, now)))
 
+    def unread(self, batch: Batch) -> list[Hole]:
+        """Return the blocks that this process could not read for a batch, without the holes that are agreed on."""
+        ends = self.mixture.schedule.counters(batch.next_sequence)
+        return [
+            Hole(name, block, since, stream.damage[block])
+            for name, stream in self.mixture.streams.items()
+            for block, since in stream.found_holes().items()
+            if since < min(ends[name], self._holes[name].get(block, ends[name]))
+        ]
+
+    def skip(self, found: Iterable[Hole]) -> None:
+        """Skip blocks from the next batch on. Read the batch again then: some of its rows may hold these blocks.
+
+        Args:
+            found: `unread` of all ranks for that batch; every rank gets the same.
+
+        Raises:
+            CorruptBlockError: these are more holes of a source than the config allows.
+        """
+        for hole in sorted(found, key=lambda hole: hole.since):
+            holes = self._holes[hole.source]
+            if hole.block not in holes and len(holes) >= self._bad_blocks:
+                raise CorruptBlockError(
+                    f"{hole.damage}; data.bad_blocks allows {count(self._bad_blocks, 'damaged block')}"
+                )
+            if hole.block not in holes:
+                log.warning("%s; the loss does not count its bytes", hole.damage)
+            holes[hole.block] = min(hole.since, holes.get(hole.block, hole.since))
+            self._has_new_holes = True
+        for name, stream in self.mixture.streams.items():
+            stream.skip(self._holes[name])
+
     def advance(self, batch: Batch) -> None:
         """Record that a step has used a batch."""
+        if self._has_new_holes:
+            self._has_new_holes = False
+            self._record_holes()
         record = self.record
         record.step += 1
         record.next_sequence = batch.next_sequence
         record.digest = f"{(int(record.digest, 16) + batch.digest) % DIGEST_MODULUS:064x}"
         self._begin_stages()
 
+    def leave_out(self, batch: Batch) -> None:
+        """Skip a batch: no step uses its sequences. The next step reads those after it.
+
+        Continue with `Loader.read_again`, since later stages begin at later sequences.
+        """
+        record = self.record
+        self.skips = Skips([*record.skipped, (record.next_sequence, batch.next_sequence - record.next_sequence)])
+        record.skipped = self.skips.ranges
+        record.next_sequence = batch.next_sequence
+        global_batch = record.batches[-1][2]
+        self._upcoming = [(step, self._first_of(step, global_batch), weights) for step, _, weights in self._upcoming]
+        self.mixture.schedule = Schedule(tuple(self.mixture.streams), self._stages())
+
     @property
     def goes_on(self) -> bool:
         """Whether each row of the next batch continues the same row of the previous batch."""
         (stream, *others) = self.mixture.streams.values()
-        in_step = stream.order.lanes == self.record.batches[-1][2] and not others
-        return in_step and self.record.next_sequence % stream.sequences_per_epoch != 0
+        rows, sequence, epoch = self.record.batches[-1][2], self.record.next_sequence, stream.sequences_per_epoch
+        skipped = self.skips.within(sequence - rows, sequence + rows)
+        in_step = stream.order.lanes == rows and not others and not skipped
+        return in_step and (sequence - rows) // epoch == (sequence + rows - 1) // epoch  # all in one epoch
+
+    def sources_of(self, batch: Batch) -> RowSources | None:
+        """Return the sources of a batch's rows, in the order of `mixture.streams`; None for a single source."""
+        if len(self.mixture.streams) == 1:
+            return None
+        numbers = [self.skips.take(m.first_sequence, np.arange(len(m.targets))) for m in batch.micro_batches]
+        return RowSources(len(self.mixture.streams), [self.mixture.schedule.place(own)[0] for own in numbers])
 
     def epochs(self) -> dict[str, float]:
         """Return how many times each source has been read, as fractions."""
         return self.mixture.epochs(self.record.next_sequence)
 
+    def _record_holes(self) -> None:
+        self.record.holes = {name: sorted(holes.items()) for name, holes in self._holes.items()}
+        for name, stream in self.mixture.streams.items():
+            stream.remember_holes(self._holes[name])
+
     def state(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        counters = self.mixture.schedule.counters(self.record.next_sequence)
-        self.record.holes = {
-            # Blocks that the loader has only read ahead do not count as read.
-            name: sorted((block, since) for block, since in stream.holes.items() if since < counters[name])
-            for name, stream in self.mixture.streams.items()
-        }
         return asdict(self.record)
 
     @property
     def holes(self) -> int:
-        """Number of damaged blocks found so far, including those that the loader has read ahead."""
-        return sum(len(stream.holes) for stream in self.mixture.streams.values())
+        """Number of damaged blocks that the run skips."""
+        return sum(len(holes) for holes in self._holes.values())
+
+    @property
+    def sequences_read(self) -> int:
+        """Number of sequences that steps have read."""
+        return self.record.next_sequence - self.skips.before(self.record.next_sequence)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each source in the present stage."""
+        return self.record.stages[-1][2]
 
     def close(self) -> None:
         """Close the corpora. Remote requests in progress fail at once."""
@@ -124,9 +232,9 @@ class Reading:
             stream.corpus.close()
 
     def sequences_in_all(self, steps: int) -> int:
-        """Return how many sequences the run will have read after so many steps with the present global batch."""
+        """Return the sequence after those of so many steps with the present global batch."""
         begun, sequence, global_batch = self.record.batches[-1]
-        return sequence + (steps - begun) * global_batch
+        return self.skips.end(sequence, (steps - begun) * global_batch)
 
     def sequence_of(self, step: int, row: int) -> int:
         """Return the sequence number of a row of a step.
@@ -138,12 +246,46 @@ class Reading:
         Raises:
             CorpusError: the run has no such step yet, or the step no such row.
         """
+        self._check_done(step)
+        rows = self.sequences_of(step)
+        if not 0 <= row < len(rows):
+            raise CorpusError(f"row {row} is not in step {step}; choose a row from 0 to {len(rows) - 1}")
+        return int(rows[row])
+
+    def sequences_of(self, step: int) -> NDArray[np.int64]:
+        """Return the sequence numbers of the rows of a step.
+
+        A step that is not done will read these sequences if nothing else is skipped before it.
+
+        Args:
+            step: number of the step, counted from 1.
+
+        Raises:
+            CorpusError: the number is less than 1.
+        """
+        before, sequence, global_batch = self._batches_of(step)
+        return self.skips.take(sequence, (step - 1 - before) * global_batch + np.arange(global_batch))
+
+    def skipped_at(self, step: int) -> list[tuple[int, int]]:
+        """Return (first, count) of the ranges of sequences that a step skipped, before its rows or between them.
+
+        Raises:
+            CorpusError: the run has no such step yet.
+        """
+        self._check_done(step)
+        before, sequence, global_batch = self._batches_of(step)
+        begin, end = (self.skips.end(sequence, (each - before) * global_batch) for each in (step - 1, step))
+        return [(first, count) for first, count in self.skips.ranges if begin <= first < end]
+
+    def _check_done(self, step: int) -> None:
         if not 1 <= step <= self.record.step:
             raise CorpusError(f"step {step} is not in this checkpoint; choose a step from 1 to {self.record.step}")
-        before, sequence, global_batch = max(entry for entry in self.record.batches if entry[0] < step)
-        if not 0 <= row < global_batch:
-            raise CorpusError(f"row {row} is not in step {step}; choose a row from 0 to {global_batch - 1}")
-        return sequence + (step - 1 - before) * global_batch + row
+
+    def _batches_of(self, step: int) -> tuple[int, int, int]:
+        """Return the entry of `Record.batches` that a step belongs to."""
+        if step < 1:
+            raise CorpusError(f"there is no step {step}; the first is step 1")
+        return max(entry for entry in self.record.batches if entry[0] < step)
 
 
 def open_streams(config: DataConfig, sequence_length: int) -> dict[str, ByteStream]:
@@ -174,8 +316,8 @@ def open_stream(config: DataConfig, source: SourceConfig, sequence_length: int) 
     """
     with ExitStack() as opened:
         stream = ByteStream(
-            opened.enter_context(Corpus(source.shards, remote=config.remote)),
-            PackingConfig(packing=source.packing, separate_documents=source.separate_documents),
+            opened.enter_context(Corpus(source.shards, remote=config.remote, digest=source.shards_sha256)),
+            PackingConfig.model_validate(source.model_dump(include=set(PackingConfig.model_fields))),
             sequence_length,
             lanes=config.lanes,
             seed=config.seed,
@@ -193,19 +335,19 @@ def _in_force(stream: ByteStream, history: list[tuple[int, int, str]]) -> list[t
     """Return the withdrawn documents that the record knows, each with the sequence from which it is masked."""
     entries = stream.corpus.withdrawn
     in_force, done = list[tuple[Withdrawal, int]](), 0
-    for since, count, digest in history:
-        if len(entries) < count or prefix_digest(entries, count) != digest:
-            raise CorpusError(
+    for since, length, digest in history:
+        if len(entries) < length or prefix_digest(entries, length) != digest:
+            raise DamagedCorpusError(
                 f"{stream.corpus.location}: the list of withdrawn documents lacks entries that the run has read; "
                 "restore the list, to which entries may only be added"
             )
-        in_force += [(entry, since) for entry in entries[done:count]]
-        done = count
+        in_force += [(entry, since) for entry in entries[done:length]]
+        done = length
     return in_force
 
 
 def replay(reading: Reading, threads: int, progress: Callable[[int], None]) -> str:
-    """Read all sequences of a record again, and return their digest.
+    """Read all sequences of a record again, except those that it skips, and return their digest.
 
     Args:
         reading: the record, and the mixture to read.
@@ -215,19 +357,16 @@ def replay(reading: Reading, threads: int, progress: Callable[[int], None]) -> s
     Raises:
         CorpusError: a block that the run read cannot be read.
     """
-    left, digest = reading.record.next_sequence, 0
+    skips, sequences, digest = reading.skips, reading.sequences_read, 0
     rows = max(1, WINDOW // reading.mixture.sequence_length // 8)
+    left = sequences % rows
     with Loader(
         reading.mixture, LoaderConfig(threads=threads), global_batch=rows, micro_batch=rows, digest=True
     ) as loader:
-        for batch in loader:
-            if left < rows:
-                break
+        for batch in loader.without(skips).until(skips.end(0, sequences - left)):
             digest += batch.digest
-            left -= rows
             progress(rows)
-    first = reading.record.next_sequence - left
-    last = np.arange(first, first + left)
+    last = skips.take(0, np.arange(sequences - left, sequences))
     digest += reading.mixture.read(last).digest(last.tolist())
     progress(left)
     return f"{digest % DIGEST_MODULUS:064x}"

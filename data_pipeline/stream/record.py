@@ -1,7 +1,8 @@
 """Record of what a run has read. Checkpoints keep it.
 
 The record is small and complete. The counters of all sources follow from the sequence number. What may change during a
-run (batch size, weights, damaged blocks, withdrawn documents) is recorded with the sequence at which it changed.
+run (batch size, weights, damaged blocks, withdrawn documents) is recorded with the sequence at which it changed. The
+skipped sequences are recorded as ranges.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ class Record:
     withdrawn: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
     """(sequence, count, digest) by source. From this sequence of the source on, the first `count` entries of its list
     of withdrawn documents were masked. The digest is their `prefix_digest`."""
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """(first, count) of the ranges of sequences that no step reads; some may lie ahead."""
     digest: str = "0" * 64
     """Rows.digest of all sequences read, in hexadecimal. A rank's record holds what the rank has read since the start;
     the first rank's also holds what the run had read before."""
@@ -35,7 +38,8 @@ class Record:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Return the record that `Reading.state` made, after its way through JSON."""
-        lists = {name: [tuple(entry) for entry in state[name]] for name in ("batches", "stages")} | {
+        plain = ("batches", "stages", "skipped")  # older versions skip nothing
+        lists = {name: [tuple(entry) for entry in state.get(name, [])] for name in plain} | {
             name: {source: [tuple(entry) for entry in entries] for source, entries in state[name].items()}
             for name in ("holes", "withdrawn")
         }
@@ -46,15 +50,10 @@ def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the record of all ranks.
 
     Args:
-        states: `Reading.state` of each rank. They differ in holes and digest only.
+        states: `Reading.state` of each rank. They differ in their digest only.
     """
-    state = dict(states[0])
-    state["digest"] = f"{sum(int(each['digest'], 16) for each in states) % DIGEST_MODULUS:064x}"
-    holes: dict[str, dict[int, int]] = {}
-    for each in states:
-        for source, entries in each["holes"].items():
-            known = holes.setdefault(source, {})
-            for block, since in entries:
-                known[block] = min(since, known.get(block, since))
-    state["holes"] = {source: sorted(known.items()) for source, known in holes.items()}
+    digest = f"{sum(int(each['digest'], 16) for each in states) % DIGEST_MODULUS:064x}"
+    [state, *others] = [{**each, "digest": digest} for each in states]
+    for rank, other in enumerate(others, 1):
+        assert other == state, f"rank {rank} has read other data than rank 0: {other}, and {state}"
     return state

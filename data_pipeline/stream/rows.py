@@ -60,9 +60,11 @@ class Rows(NamedTuple):
         padded = np.flatnonzero(self.padding) if self.padding is not None else np.empty(0, np.int64)
         padding, padding_bounds = _by_row(padded, self.bytes.shape)
         total = begin = padded_begin = 0
+        digest = blake3.blake3()
         for sequence, row, end, padded_end in zip(sequences, self.bytes, separator_bounds, padding_bounds, strict=True):
             tail = _TAIL.pack(end - begin, padded_end - padded_begin, sequence)
-            digest = blake3.blake3(row)
+            digest.reset()  # a new object for each row takes longer than a KiB of it
+            digest.update(row)
             digest.update(separators[4 * begin : 4 * end] + padding[4 * padded_begin : 4 * padded_end] + tail)
             total += int.from_bytes(digest.digest(), "little")
             begin, padded_begin = end, padded_end

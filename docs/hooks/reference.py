@@ -3,6 +3,7 @@
 Config (pydantic) ─▶ reference/config.md      fields, types, defaults, bounds, docstrings
 typer app         ─▶ reference/commands.md    commands, arguments, options
 configs/*.yaml    ─▶ reference/recipes.md     names, tasks, and the debug recipe in full
+notebook.ipynb    ─▶ reference/notebook.md    cells, outputs and pictures
 """
 
 import json
@@ -16,13 +17,15 @@ from typing import Any
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from byteloom.core.configs import find_preset, recipe_names
-from byteloom.core.registered_names import RegisteredName
-from byteloom.core.registered_nodes import RegisteredNodes
+from byteloom.core.registries.names import RegisteredName
+from byteloom.core.registries.nodes import RegisteredNodes
 from pretrain.cli.app import app
+from pretrain.cli.lazy import LazyCommand
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
 
@@ -34,6 +37,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {"config": config_page(), "commands": commands_page(), "recipes": recipes_page()}
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
+    notebook, resources = MarkdownExporter().from_filename(Path(config.docs_dir) / "guides/notebook.ipynb")
+    for name, content in {"notebook.md": notebook, **resources["outputs"]}.items():
+        files.append(File.generated(config, f"reference/{name}", content=content))
     return files
 
 
@@ -152,7 +158,8 @@ def commands_page() -> str:
 
 
 def _commands(group: Any, prefix: str) -> Iterator[str]:
-    for name, command in group.commands.items():
+    for name, listed in group.commands.items():
+        command = listed.load() if isinstance(listed, LazyCommand) else listed
         path = f"{prefix} {name}"
         yield f"## `{path}`"
         yield cleandoc(command.help or getdoc(command) or "")

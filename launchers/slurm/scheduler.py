@@ -5,14 +5,13 @@ slurmctld has forgotten. submitit's own answer is not used: it keeps NODE_FAIL w
 """
 
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-class SchedulerError(Exception):
-    """Slurm is not installed, does not answer, or refuses."""
+from byteloom.core.retries import RetryPolicy
+from launchers.slurm.calls import FOR_PERSON, IN_JOB, ONCE, SchedulerError, ask, last_line
+from launchers.slurm.hosts import expand_hosts
 
 
 class JobPhase(StrEnum):
@@ -21,6 +20,8 @@ class JobPhase(StrEnum):
     QUEUED = "queued"
     """It waits for its first start."""
     RUNNING = "running"
+    SUSPENDED = "suspended"
+    """Its processes are stopped, by `scontrol suspend` or for another job, until Slurm continues them."""
     ENDING = "ending"
     """Slurm is ending its processes, and may requeue it afterwards."""
     REQUEUED = "requeued"
@@ -39,7 +40,7 @@ class JobPhase(StrEnum):
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs, or will run."""
+        """Return whether the job runs, or waits to run."""
         return self not in (
             JobPhase.FINISHED,
             JobPhase.FAILED,
@@ -65,27 +66,27 @@ class Job:
     """Nodes in Slurm's form: n[1-2]."""
 
 
-def job(job_id: str) -> Job:
+def job(job_id: str, policy: RetryPolicy = ONCE) -> Job:
     """Return the state of one job, or of one element of an array.
 
     Raises:
         SchedulerError: Slurm cannot be asked.
     """
-    return jobs(job_id)[0]
+    return jobs(job_id, policy)[0]
 
 
-def jobs(job_id: str) -> list[Job]:
+def jobs(job_id: str, policy: RetryPolicy = ONCE) -> list[Job]:
     """Return the states of a job, or of all elements of an array, in order.
 
     Raises:
         SchedulerError: Slurm cannot be asked.
     """
-    asked = _ask("scontrol", "--oneliner", "show", "job", job_id)
+    asked = ask("scontrol", "--oneliner", "show", "job", job_id, policy=policy)
     if asked.returncode == 0:
         found = [each for line in asked.stdout.splitlines() for each in _of_controller(line)]
         return sorted(found, key=lambda each: _element(each.id))
     if "Invalid job id" not in asked.stderr and "not found" not in asked.stdout:
-        raise SchedulerError(f"Slurm does not answer: {_last_line(asked.stderr)}")
+        raise SchedulerError(f"Slurm does not answer: {last_line(asked.stderr)}")
     return _of_accounting(job_id)
 
 
@@ -95,36 +96,52 @@ def cancel(job_id: str) -> None:
     Raises:
         SchedulerError: the job is unknown or has ended, or Slurm refuses.
     """
-    known = jobs(job_id)
+    known = jobs(job_id, FOR_PERSON)
     if not any(each.phase.is_alive for each in known):
         raise SchedulerError(f"job {job_id} is {known[0].phase}" + (f": {known[0].reason}" if known[0].reason else ""))
-    _command("scancel", job_id)
+    answer("scancel", job_id)
 
 
 def requeue(job_id: str) -> None:
-    """Requeue a running job under the same id.
+    """Requeue a running job under the same id. A job calls this for itself, and waits for minutes if it must.
 
     Raises:
         SchedulerError: Slurm refuses. A job that waits already is no error.
     """
-    asked = _ask("scontrol", "requeue", job_id)
+    asked = ask("scontrol", "requeue", job_id, policy=IN_JOB)
     if asked.returncode and "pending execution" not in asked.stderr:
-        raise SchedulerError(f"job {job_id} cannot be requeued: {_last_line(asked.stderr)}")
+        raise SchedulerError(f"job {job_id} cannot be requeued: {last_line(asked.stderr)}")
 
 
 def exclude(job_id: str, nodes: Sequence[str]) -> None:
-    """Set the nodes that a waiting job must not get.
+    """Add to the nodes that a waiting job must not get.
 
     Raises:
         SchedulerError: Slurm refuses.
     """
-    _command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+    shown = answer("scontrol", "--oneliner", "show", "job", job_id)
+    earlier = re.search(r" ExcNodeList=(\S+)", shown)  # of the submission, or of earlier failures
+    names = expand_hosts(earlier[1]) if earlier and earlier[1] != "(null)" else []
+    answer("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(dict.fromkeys([*names, *nodes]))}")
+
+
+def answer(*command: str) -> str:
+    """Return what a command of Slurm prints.
+
+    Raises:
+        SchedulerError: the command fails.
+    """
+    asked = ask(*command)
+    if asked.returncode:
+        raise SchedulerError(f"{' '.join(command)}: {last_line(asked.stderr)}")
+    return asked.stdout
 
 
 def _of_controller(line: str) -> list[Job]:
     """Return the jobs of a line of `scontrol show job`: one, or the elements of an array that wait together."""
     fields = dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", line))
-    reason = "" if fields["Reason"] == "None" else fields["Reason"]
+    # A job that was held or waited when it was cancelled keeps the reason of its wait.
+    reason = "" if fields["Reason"] == "None" or fields["JobState"] == "CANCELLED" else fields["Reason"]
     nodes = fields.get("NodeList", "").removeprefix("(null)")
     restarts = int(fields.get("Restarts", 0))
     returns = fields.get("Requeue") == "1" and fields.get("BatchFlag") == "1"
@@ -157,8 +174,8 @@ _PHASES = {
     "CONFIGURING": JobPhase.RUNNING,
     "RESIZING": JobPhase.RUNNING,
     "SIGNALING": JobPhase.RUNNING,
-    "SUSPENDED": JobPhase.RUNNING,
-    "STOPPED": JobPhase.RUNNING,
+    "SUSPENDED": JobPhase.SUSPENDED,
+    "STOPPED": JobPhase.SUSPENDED,
     "COMPLETING": JobPhase.ENDING,
     "STAGE_OUT": JobPhase.ENDING,
     "REQUEUED": JobPhase.REQUEUED,
@@ -176,9 +193,11 @@ _PHASES = {
 def _of_accounting(job_id: str) -> list[Job]:
     """Return the jobs of an id that slurmctld does not know."""
     columns = "JobID,State,NodeList"
-    asked = _ask("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job_id, "--format", columns)
+    asked = ask(
+        "sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job_id, "--format", columns, policy=ONCE
+    )
     if asked.returncode and "disabled" not in asked.stderr:
-        raise SchedulerError(f"Slurm's accounting does not answer: {_last_line(asked.stderr)}")
+        raise SchedulerError(f"Slurm's accounting does not answer: {last_line(asked.stderr)}")
     if asked.returncode:
         return [Job(job_id, JobPhase.FORGOTTEN, reason="Slurm has forgotten it, and keeps no accounting")]
     rows = [line.split("|") for line in asked.stdout.splitlines()]
@@ -201,26 +220,3 @@ def _expanded(elements: str) -> list[int]:
 
 def _element(job_id: str) -> int:
     return int(job_id.partition("_")[2] or 0)
-
-
-def _command(*command: str) -> None:
-    asked = _ask(*command)
-    if asked.returncode:
-        raise SchedulerError(f"{' '.join(command)}: {_last_line(asked.stderr)}")
-
-
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError as error:
-        raise SchedulerError(
-            f"this machine has no {command[0]}: Slurm is not installed, or its environment module is not loaded"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"Slurm does not answer: {command[0]} took more than {error.timeout:.0f} s") from error
-
-
-def _last_line(text: str) -> str:
-    """Return the last line of an error of a Slurm command, without the command's name."""
-    lines = text.strip().splitlines() or ["no reason is given"]
-    return re.sub(r"^\w+: (error|fatal): ", "", lines[-1])

@@ -4,15 +4,18 @@ import os
 import platform
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from launchers.processes import STOPPED, RankProcesses, describe_exit, rank_command
+from launchers.supervision.causes import fault_of_exit
 from launchers.supervision.heartbeat import FOLDER
-from launchers.supervision.plan import LaunchPlan, heartbeats_of, last_error, output_of
+from launchers.supervision.output import LOG_BYTES, last_error, output_of
+from launchers.supervision.plan import LaunchPlan, heartbeats_of
 from launchers.supervision.record import Launch
-from launchers.supervision.site import Ending
+from launchers.supervision.site import Ending, Examination
 
 
 def is_running(last: Launch) -> bool:
@@ -34,6 +37,7 @@ class Machine:
     def __init__(self) -> None:
         self.job = os.environ["SUBMITIT_LOCAL_JOB_ID"]
         self.nodes: Sequence[str] = [platform.node()]
+        self.spares: Sequence[str] = ()
         self._requests: list[signal.Signals] = []
         self._ranks: _MachineRanks | None = None
         for number in STOPPED.values():
@@ -42,15 +46,25 @@ class Machine:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._requests.append(signal.Signals(number))
         if self._ranks is not None:
-            self._ranks.processes.send(signal.Signals(number))
+            self._ranks.processes.request_stop(signal.Signals(number))
 
-    def why_unusable(self) -> str:
-        """Return an empty string: ranks can always run here."""
-        return ""
+    def seconds_left(self) -> float:
+        """Return infinity: there is no time limit."""
+        return float("inf")
+
+    def examine(self) -> Examination:
+        """Return that ranks can always run here."""
+        return Examination()
+
+    def leave(self, nodes: Sequence[str]) -> bool:
+        """Return whether other nodes are meant: there is no spare here."""
+        return not set(nodes) & set(self.nodes)
 
     def start(self, plan: LaunchPlan, folder: Path, name: str) -> "_MachineRanks":
         """Start the ranks as processes of this machine."""
         self._ranks = _MachineRanks(plan, folder, name)
+        if self._requests:  # one that came before there were ranks
+            self._ranks.processes.request_stop(self._requests[0])
         return self._ranks
 
     def is_owned(self) -> bool:
@@ -70,6 +84,16 @@ class Machine:
         return "this machine has no queue"
 
 
+@contextmanager
+def _blocked_requests() -> Iterator[None]:
+    """Block requests to stop within. A process that is started inherits this until its loop listens."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPED.values())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 class _MachineRanks:
     """The ranks of one start. When one has failed, the others are killed."""
 
@@ -77,12 +101,18 @@ class _MachineRanks:
         self.size = plan.processes_per_node
         self._folder = folder
         heartbeats = heartbeats_of(folder, name)
-        heartbeats.mkdir(parents=True)
+        heartbeats.mkdir(parents=True, exist_ok=True)
         command = rank_command("launchers.rank", plan.entry, f"{folder}/config.yaml")
-        self.processes = RankProcesses(command, self.size, {FOLDER: str(heartbeats)})
-        for rank in range(self.size):
-            with output_of(folder, rank).open("a") as output:
-                self.processes.start_next(subprocess.DEVNULL, output, subprocess.STDOUT)
+        variables = {FOLDER: str(heartbeats), LOG_BYTES: str(plan.supervise.log_bytes)}
+        self.processes = RankProcesses(command, self.size, variables)
+        try:
+            with _blocked_requests():
+                for rank in range(self.size):
+                    with output_of(folder, rank).open("a") as output:
+                        self.processes.start_next(subprocess.DEVNULL, output, subprocess.STDOUT)
+        except OSError:  # a full disk: the supervisor tries again
+            self.kill()
+            raise
 
     def ending(self) -> Ending | None:
         """Return how the ranks ended; None while they run."""
@@ -95,9 +125,13 @@ class _MachineRanks:
         rank, code = outcome.rank, outcome.code
         if outcome.kind == "stopped":
             return Ending("stopped", STOPPED[code].name)
-        words = describe_exit(code) if code < 0 else f"exit code {code}"
-        error = last_error(output_of(self._folder, rank)) if code > 0 else ""
-        return Ending("failed", f"rank {rank}: {error or words}", platform.node(), rank)
+        if 128 - code in STOPPED:  # a request that came before the rank could handle it
+            return Ending("stopped", STOPPED[128 - code].name)
+        if code < 0:
+            return Ending("failed", f"rank {rank}: {describe_exit(code)}", platform.node(), rank, "node")
+        error = last_error(output_of(self._folder, rank))
+        fault = fault_of_exit(code, error)
+        return Ending("failed", f"rank {rank}: {error or f'exit code {code}'}", platform.node(), rank, fault)
 
     def ask_where(self) -> None:
         """Send SIGQUIT to all ranks."""

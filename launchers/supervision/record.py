@@ -1,7 +1,7 @@
 """Launch record of a submitted run: RUN/launches.jsonl, one line for each event.
 
     {"time": 1781000000.0, "event": "failed", "job": "4711", "restart": 1, "nodes": ["n1", "n2"], "step": 40,
-     "reason": "rank 2 on n2 was killed by SIGKILL", "faulty": "n2"}
+     "reason": "rank 2 on n2 was killed by SIGKILL", "faulty": "n2", "fault": "node"}
 
 `byteloom submit` and the supervisor of each start write it. `byteloom status` reads it.
 """
@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from byteloom.core.state_files import read_lines
+from byteloom.core.storage.state_files import read_lines
 from launchers.supervision.heartbeat import FOLDER as HEARTBEATS
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ Event = Literal[
     "stopped",  # ranks were asked to stop, and have saved
     "failed",  # ranks ended in any other way
     "requeued",  # the supervisor put the job back into the queue
+    "slow",  # ranks of a node compute for longer than the others; they run on
     "excluded",  # a node was excluded from the job
     "gave_up",  # there will be no further start; the reason says why
     "finished",  # the last step is done
@@ -51,6 +52,8 @@ class Launch:
     reason: str = ""
     faulty: str = ""
     """Node to blame; empty for none."""
+    fault: str = ""
+    """Class of a failure; see causes.py. Empty for other events, and in records of earlier versions."""
 
     @property
     def summary(self) -> str:
@@ -65,10 +68,16 @@ class Launch:
 
 
 class LaunchRecord:
-    """Record of one run. Several processes may write: lines are short and appended whole."""
+    """Record of one run. Several processes may write: lines are short and appended whole.
 
-    def __init__(self, run: Path) -> None:
+    Args:
+        run: the run folder.
+        appended: called with each event that this object has written.
+    """
+
+    def __init__(self, run: Path, appended: Callable[[Launch], None] = lambda launch: None) -> None:
         self.path = run / "launches.jsonl"
+        self._appended = appended
         self._reported: set[str] = set()
 
     def append(
@@ -81,15 +90,17 @@ class LaunchRecord:
         step: int | None = None,
         reason: str = "",
         faulty: str = "",
+        fault: str = "",
     ) -> Launch:
         """Append a line; it is on disk when this returns."""
-        launch = Launch(time.time(), event, job, restart, list(nodes), step, reason, faulty)
+        launch = Launch(time.time(), event, job, restart, list(nodes), step, reason, faulty, fault)
         with self.path.open("ab+") as file:
             # Half a line of a killed writer must not swallow this one.
             has_half = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
             file.write(b"\n" * has_half + json.dumps(asdict(launch)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        self._appended(launch)
         return launch
 
     def read(self, report: Callable[[str], None] = log.warning) -> list[Launch]:

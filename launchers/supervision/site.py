@@ -1,24 +1,39 @@
 """Places where a supervisor starts ranks: the nodes of a Slurm job, or this machine."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from launchers.supervision.causes import Fault
 from launchers.supervision.plan import LaunchPlan
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the ranks of a start ended."""
+    """End of the ranks of a start."""
 
     kind: str
     """finished, stopped (on request) or failed."""
     reason: str
     node: str = ""
-    """Node on which the failure began; empty if it is not known."""
+    """Node on which the failure was seen first; empty if it is not known. Only a failure of class node blames it."""
     rank: int | None = None
     """Rank that failed or stopped first; None if it is not known."""
+    fault: Fault = "code"
+    """Class of a failure."""
+    is_lost: bool = False
+    """True if the scheduler has lost the node."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Result of a look at the nodes before a start."""
+
+    problem: str = ""
+    """Reason why no rank can run, on whatever nodes; empty if there is none."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Reason why a node must not be used, by node."""
 
 
 class Ranks(Protocol):
@@ -43,12 +58,27 @@ class Site(Protocol):
     job: str
     """The scheduler's id of the job."""
     nodes: Sequence[str]
-    """Names of the nodes."""
+    """Names of the nodes that train."""
+    spares: Sequence[str]
+    """Names of the nodes that wait to take the place of others."""
     has_others: bool
     """Whether the job can be given other nodes."""
 
-    def why_unusable(self) -> str:
-        """Return why no rank can run here; empty if ranks can run."""
+    def seconds_left(self) -> float:
+        """Return the seconds until the ranks would be asked to stop because of the job's time limit."""
+
+    def examine(self) -> Examination:
+        """Look at all nodes, with the spares.
+
+        Raises:
+            OSError: no node can use the run folder.
+        """
+
+    def leave(self, nodes: Sequence[str]) -> bool:
+        """Use spares instead of some nodes from the next start on; return whether there are enough.
+
+        If there are not, nothing changes.
+        """
 
     def start(self, plan: LaunchPlan, folder: Path, name: str) -> Ranks:
         """Start one rank for each processor.

@@ -6,13 +6,15 @@ Names are imported when they are first used: some need torch, which takes second
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from byteloom.core.locations import Location, Url, locate
-from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
+from byteloom.core.storage.locations import Location, Url, locate
+from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError, NotFiniteError
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.data import metadata_of_files, read, read_metadata, verify
+    from pretrain.checkpoint.config import CheckpointConfig
+    from pretrain.checkpoint.data import metadata_of_files, read_metadata, verify
     from pretrain.checkpoint.format import Metadata, StoredTensor
-    from pretrain.checkpoint.store import CheckpointConfig, CheckpointStore
+    from pretrain.checkpoint.loading import read
+    from pretrain.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointConfig",
@@ -21,6 +23,7 @@ __all__ = [
     "InvalidCheckpointError",
     "Location",
     "Metadata",
+    "NotFiniteError",
     "StoredTensor",
     "Url",
     "locate",
@@ -31,9 +34,11 @@ __all__ = [
 ]
 
 _WITH_TORCH = {
-    **dict.fromkeys(("metadata_of_files", "read", "read_metadata", "verify"), "data"),
+    **dict.fromkeys(("metadata_of_files", "read_metadata", "verify"), "data"),
     **dict.fromkeys(("Metadata", "StoredTensor"), "format"),
-    **dict.fromkeys(("CheckpointConfig", "CheckpointStore"), "store"),
+    "CheckpointConfig": "config",
+    "CheckpointStore": "store",
+    "read": "loading",
 }
 """The modules of names that are imported when they are first used."""
 

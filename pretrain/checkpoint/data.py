@@ -7,23 +7,21 @@
 Live tensors change only after all blocks were verified. If ranks load together, all of them must have verified theirs.
 """
 
-import contextlib
-import mmap
-import os
+import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from byteloom.core.locations import Location, locate
 from byteloom.core.progress import Progress, Tally, ignore
-from byteloom.core.step_folders import MARKER
+from byteloom.core.storage.locations import Location, locate
+from byteloom.core.storage.step_folders import MARKER, is_checkpoint_name
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import (
@@ -37,24 +35,30 @@ from pretrain.checkpoint.format import (
     decode_metadata,
     digest_of,
     file_from,
-    plan_reads,
 )
 from pretrain.checkpoint.home import Home, open_home
-from pretrain.distributed.fragments import Fragment
+from pretrain.checkpoint.identity import fault_of_place
+from pretrain.checkpoint.staging import CHUNK_BYTES, bytes_in
+from pretrain.checkpoint.values import StoredValues
 
 WINDOW_BYTES = 16 * BLOCK_BYTES
 """Bytes of one write, and of the largest read."""
-COPY_ELEMENTS = 4 << 20
-"""Elements that a thread copies at a time."""
 
 
-def write_file(home: Home, path: str, content: memoryview) -> tuple[str, ...]:
-    """Write a file, which is durable when this returns; return the digests of its blocks."""
+def write_file(home: Home, path: str, *chunks: memoryview) -> tuple[str, ...]:
+    """Write a file, which is durable when this returns; return the digests of its blocks.
+
+    Args:
+        home: of the checkpoint.
+        path: of the new file.
+        chunks: its content. All but the last are a multiple of the blocks.
+    """
     with home.create(path) as file, ThreadPoolExecutor(1) as hasher:
-        digests = hasher.submit(digests_of, content)
-        for begin in range(0, len(content), WINDOW_BYTES):
-            file.write(content[begin : begin + WINDOW_BYTES])
-        return digests.result()
+        digests = [hasher.submit(digests_of, chunk) for chunk in chunks]
+        for chunk in chunks:
+            for begin in range(0, len(chunk), WINDOW_BYTES):
+                file.write(chunk[begin : begin + WINDOW_BYTES])
+        return tuple(digest for of_chunk in digests for digest in of_chunk.result())
 
 
 def bytes_of(values: Tensor) -> memoryview:
@@ -66,7 +70,7 @@ def read_metadata(path: str | Location) -> Metadata:
     """Return the metadata of the checkpoint at a path or URL, checked against its digests. The data is not read.
 
     Raises:
-        InvalidCheckpointError: it is missing or damaged.
+        InvalidCheckpointError: it is missing or damaged, or not what its name says.
         CheckpointError: it cannot be read, or has another format.
     """
     place = locate(path)
@@ -75,16 +79,65 @@ def read_metadata(path: str | Location) -> Metadata:
 
 def metadata_in(home: Home, name: str) -> Metadata:
     """Return the metadata of a checkpoint, by its home and name. Raise as `read_metadata` does."""
-    place = home.location / name
-    with _checkpoint_errors(place / MARKER):
-        stored = decode_metadata(home.read(f"{name}/{MARKER}"), place / MARKER)
-    layout = file_from(stored["layout"])
+    return metadata_from(home, name, *metadata_texts(home, name))
+
+
+def metadata_texts(home: Home, name: str) -> tuple[str, str]:
+    """Return metadata.json and layout.json, which agree with their digests. Raise as `read_metadata` does."""
+    marker, stored = _checked_marker(home, name)
+    layout, place = file_from(stored["layout"]), home.location / name
+    _refuse_link(home, name, layout.name)
     with _checkpoint_errors(place / layout.name):
         content = home.read(f"{name}/{layout.name}")
     if digests_of(memoryview(content)) != layout.digests:
         raise InvalidCheckpointError(f"{place / layout.name} is damaged")
+    return marker.decode(), content.decode()
+
+
+def metadata_from(home: Home, name: str, marker: str, layout: str) -> Metadata:
+    """Return the metadata of a checkpoint, given what `metadata_texts` returned for it, maybe on another rank."""
+    stored = json.loads(marker)
     files = tuple(file_from(file) for file in stored["files"])
-    return Metadata(home, name, stored["written"], files, decode_layout(content), stored["state"])
+    return Metadata(
+        home, name, stored["written"], files, decode_layout(layout), stored["state"], stored.get("not_finite")
+    )
+
+
+def marker_in(home: Home, name: str) -> dict[str, Any]:
+    """Return the content of metadata.json, by the home and name of a checkpoint. Raise as `read_metadata` does."""
+    return _checked_marker(home, name)[1]
+
+
+def _checked_marker(home: Home, name: str) -> tuple[bytes, dict[str, Any]]:
+    """Return metadata.json, and what it says."""
+    place = home.location / name
+    _refuse_link(home, name)
+    _refuse_link(home, name, MARKER)
+    with _checkpoint_errors(place / MARKER):
+        content = home.read(f"{name}/{MARKER}")
+        stored = decode_metadata(content, place / MARKER)
+    if fault := fault_of_place(name, stored["state"]):
+        raise InvalidCheckpointError(f"{place} {fault}")
+    return content, stored
+
+
+def state_in(home: Home, name: str) -> dict[str, Any] | None:
+    """Return the state that a checkpoint holds; None if its metadata is not valid or cannot be read."""
+    try:
+        state: dict[str, Any] = marker_in(home, name)["state"]
+    except CheckpointError:
+        return None
+    return state
+
+
+def _refuse_link(home: Home, name: str, *file: str) -> None:
+    """Raise InvalidCheckpointError if a checkpoint, or a file of it, is a symbolic link: others may change its target.
+
+    A person may give a link of another name to a command.
+    """
+    if is_checkpoint_name(name) and home.is_link("/".join((name, *file))):
+        place = home.location / name
+        raise InvalidCheckpointError(f"{'/'.join((str(place), *file))} is a symbolic link, which is not followed")
 
 
 def metadata_of_files(
@@ -94,7 +147,7 @@ def metadata_of_files(
 
     Args:
         folder: the folder.
-        files: names of its files, whose digests are computed now.
+        files: names of its files, whose digests are computed now. All values are finite.
         tensors: the ranges of files that make up each tensor.
         state: state of the run.
     """
@@ -103,11 +156,13 @@ def metadata_of_files(
     for file in files:
         content = home.read(f"{folder.name}/{file}")
         stored.append(StoredFile(file, len(content), digests_of(memoryview(content))))
-    return Metadata(home, folder.name, "", tuple(stored), tensors, state)
+    return Metadata(home, folder.name, "", tuple(stored), tensors, state, not_finite={})
 
 
 def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progress = ignore) -> Metadata:
-    """Check a checkpoint, or one part of it, against its digests; return its metadata.
+    """Check a checkpoint, or one part of it, against its digests, and look at its values.
+
+    Returns its metadata. `not_finite` is what was found in this part; values that are not finite are no error here.
 
     Args:
         path: path or URL of the checkpoint.
@@ -116,88 +171,23 @@ def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progre
         progress: called with bytes verified and bytes in all, of this part.
 
     Raises:
-        InvalidCheckpointError: it is damaged or incomplete.
+        InvalidCheckpointError: it is damaged or incomplete, or not what its name says.
         CheckpointError: it cannot be read.
     """
-    metadata = read_metadata(path)
-    verify_data(metadata, part, parts, progress)
-    return metadata
+    return verify_data(read_metadata(path), part, parts, progress)
 
 
-def verify_data(metadata: Metadata, part: int = 0, parts: int = 1, progress: Progress = ignore) -> None:
+def verify_data(metadata: Metadata, part: int = 0, parts: int = 1, progress: Progress = ignore) -> Metadata:
     """Check data as `verify` does, for metadata that has been read."""
     windows = [
         BlockWindow(file, begin // BLOCK_BYTES, blocks_of(min(begin + WINDOW_BYTES, stored.bytes)), [])
         for file, stored in enumerate(metadata.files)
         for begin in range(0, stored.bytes, WINDOW_BYTES)
     ]
-    _check_sizes(metadata, range(part, len(metadata.files), parts))
-    _read_windows(metadata, windows[part::parts], np.empty(0, np.uint8), progress)
-
-
-def read(metadata: Metadata, fragments: Sequence[Fragment], progress: Progress = ignore) -> None:
-    """Fill live fragments from a checkpoint, after all that they need was verified.
-
-    The fragments may be other ranges than those in which the checkpoint was written.
-
-    Args:
-        metadata: of the checkpoint.
-        fragments: what to fill.
-        progress: called with bytes read and bytes in all.
-
-    Raises:
-        InvalidCheckpointError: a part that they need is damaged; no fragment was changed.
-        CheckpointError: the checkpoint is of another model or optimizer, or cannot be read; no fragment was changed.
-    """
-    values = host_buffer(sum(len(fragment.data) for fragment in fragments))
-    read_verified(metadata, fragments, values, progress)
-    fill(fragments, values)
-
-
-def read_verified(
-    metadata: Metadata, fragments: Sequence[Fragment], values: Tensor, progress: Progress = ignore
-) -> None:
-    """Read the values of fragments into a buffer, one after another, and verify them. Raise as `read` does."""
-    ranges = plan_reads(metadata, fragments)
-    _check_sizes(metadata, {each.file for each in ranges})
-    _read_windows(metadata, windows_of(ranges), values.numpy().view(np.uint8), progress)
-
-
-def fill(fragments: Sequence[Fragment], values: Tensor) -> None:
-    """Copy the values that `read_verified` read into the fragments."""
-    own = torch.from_numpy(values.numpy().view(ELEMENT).astype(np.float32, copy=False))
-    copy([fragment.data for fragment in fragments], own.split([len(fragment.data) for fragment in fragments]))
-
-
-def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy flat tensors to others: in a few threads in host memory, on a stream of its own on a GPU."""
-    here: list[tuple[Tensor, Tensor]] = []
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    for target, source in zip(targets, sources, strict=True):
-        device = target.device if target.is_cuda else source.device
-        if device.type != "cuda":
-            here += zip(target.split(COPY_ELEMENTS), source.split(COPY_ELEMENTS), strict=True)
-            continue
-        if device not in streams:
-            streams[device] = torch.cuda.Stream(device)
-            streams[device].wait_stream(torch.cuda.default_stream(device))
-        with torch.cuda.stream(streams[device]):
-            target.copy_(source, non_blocking=True)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda part: np.copyto(part[0].numpy(), part[1].numpy()), here):
-            pass
-    for stream in streams.values():
-        stream.synchronize()
-
-
-def host_buffer(length: int) -> Tensor:
-    """Return a buffer of fp32 values in huge pages, which the kernel allocates in less than half the time."""
-    if not length:
-        return torch.empty(0)
-    pages = mmap.mmap(-1, 4 * length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # the kernel has no huge pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32)
+    check_sizes(metadata, range(part, len(metadata.files), parts))
+    found = StoredValues(metadata.tensors)
+    read_windows(metadata, windows[part::parts], [], progress, found)
+    return replace(metadata, not_finite=found.counts)
 
 
 class BlockWindow(NamedTuple):
@@ -222,7 +212,8 @@ def windows_of(ranges: Sequence[ReadRange]) -> list[BlockWindow]:
             taken = min(length, (number + 1) * WINDOW_BYTES - offset)
             of_window = wanted.setdefault((file, number), [])
             last = of_window[-1] if of_window else None
-            if last and last.offset + last.length == offset and last.target + last.length == target:
+            follows = last and last.offset + last.length == offset and last.target + last.length == target
+            if last and follows and target % CHUNK_BYTES:
                 of_window[-1] = last._replace(length=last.length + taken)
             else:
                 of_window.append(ReadRange(file, offset, taken, target))
@@ -233,8 +224,47 @@ def windows_of(ranges: Sequence[ReadRange]) -> list[BlockWindow]:
     ]
 
 
-def _read_windows(metadata: Metadata, windows: Sequence[BlockWindow], target: np.ndarray, progress: Progress) -> None:
-    """Read windows in several threads, verify them, and copy the ranges that are needed.
+def share_starts(metadata: Metadata, parts: int) -> np.ndarray:
+    """Return where each of several shares of a checkpoint's data begins, and where the last ends, at starts of blocks.
+
+    The numbers count the bytes of all files, one after another.
+    """
+    ends = np.cumsum([0, *(file.bytes for file in metadata.files)])
+    places = np.array([int(ends[-1]) * part // parts for part in range(parts)], np.int64)
+    files = np.searchsorted(ends, places, side="right") - 1
+    whole_blocks = (places - ends[files]) // BLOCK_BYTES * BLOCK_BYTES
+    return np.append(ends[files] + whole_blocks, ends[-1])
+
+
+def share_of(metadata: Metadata, part: int, parts: int) -> list[ReadRange]:
+    """Return the ranges of a share of a checkpoint's data. Their targets follow each other, each in one chunk."""
+    begin, end = share_starts(metadata, parts)[part : part + 2].tolist()
+    ranges, target, file_begin = [], 0, 0
+    for number, file in enumerate(metadata.files):
+        offset, last = max(begin - file_begin, 0), min(end - file_begin, file.bytes)
+        while offset < last:
+            taken = min(last - offset, CHUNK_BYTES - target % CHUNK_BYTES)
+            ranges.append(ReadRange(number, offset, taken, target))
+            offset, target = offset + taken, target + taken
+        file_begin += file.bytes
+    return ranges
+
+
+def read_windows(
+    metadata: Metadata,
+    windows: Sequence[BlockWindow],
+    chunks: Sequence[Tensor],
+    progress: Progress,
+    found: StoredValues | None = None,
+) -> None:
+    """Read windows in several threads, verify them, and copy the ranges that are needed to staging.
+
+    Args:
+        metadata: of the checkpoint.
+        windows: what to read.
+        chunks: staging, where the targets of ranges are.
+        progress: called with bytes read and bytes in all.
+        found: looks at all values that are read, if given.
 
     Raises:
         InvalidCheckpointError: a window is damaged.
@@ -250,7 +280,7 @@ def _read_windows(metadata: Metadata, windows: Sequence[BlockWindow], target: np
         length = _length_of(metadata, window)
         whole = len(ranges) == 1 and ranges[0].offset == offset and ranges[0].length == length
         if whole:
-            buffer = target[ranges[0].target : ranges[0].target + length]
+            buffer = bytes_in(chunks, ranges[0].target, length)
         else:
             if not hasattr(own, "scratch"):
                 own.scratch = np.empty(WINDOW_BYTES, np.uint8)
@@ -262,10 +292,12 @@ def _read_windows(metadata: Metadata, windows: Sequence[BlockWindow], target: np
             raise InvalidCheckpointError(f"{path} is shorter than the file that was written")
         if digests_of(buffer.data) != stored.digests[begin:end]:
             raise InvalidCheckpointError(f"{path} is damaged between bytes {offset:,} and {offset + length:,}")
+        if found is not None:
+            found.look(file, offset, buffer)
         if not whole:
             for each in ranges:
                 place = each.offset - offset
-                target[each.target : each.target + each.length] = buffer[place : place + each.length]
+                bytes_in(chunks, each.target, each.length)[:] = buffer[place : place + each.length]
         done.add(length)
 
     with ThreadPoolExecutor(metadata.home.readers) as pool:
@@ -283,9 +315,16 @@ def _length_of(metadata: Metadata, window: BlockWindow) -> int:
     return end - window.begin * BLOCK_BYTES
 
 
-def _check_sizes(metadata: Metadata, files: Iterable[int]) -> None:
+def check_sizes(metadata: Metadata, files: Iterable[int]) -> None:
+    """Check that files have the lengths that they were written with, and that none is a link.
+
+    Raises:
+        InvalidCheckpointError: one is missing, or is not what was written.
+        CheckpointError: one cannot be read.
+    """
     for stored in (metadata.files[file] for file in files):
         path = metadata.folder / stored.name
+        _refuse_link(metadata.home, metadata.name, stored.name)
         with _checkpoint_errors(path):
             size = metadata.home.size(f"{metadata.name}/{stored.name}")
         if size != stored.bytes:

@@ -12,9 +12,10 @@ import uuid
 from pathlib import Path
 from typing import NoReturn
 
-from byteloom.core.files import replace_file
-from byteloom.core.locations import Location, Url
-from byteloom.core.state_files import StateFileError
+from byteloom.core.errors import CorrectableError
+from byteloom.core.storage.files import create_file, replace_file
+from byteloom.core.storage.locations import Location, Url
+from byteloom.core.storage.state_files import StateFileError
 from pretrain.checkpoint.bucket import BucketHome
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ PAUSE = 1.0
 """Seconds between two checks of a rank that writes nothing."""
 
 
-class FencedError(Exception):
+class FencedError(CorrectableError):
     """A newer start of the run has taken over."""
 
 
@@ -43,6 +44,21 @@ class Note:
             return self._bucket.read(self.place.name).decode(errors="replace")
         except FileNotFoundError:
             return None
+
+    def create(self, text: str) -> bool:
+        """Write the text if there is none; return whether there was none."""
+        try:
+            if isinstance(self.place, Path):
+                self.place.parent.mkdir(parents=True, exist_ok=True)
+                create_file(self.place, text)
+            else:
+                assert self._bucket is not None
+                self._bucket.create_once(self.place.name, text.encode())
+        except OSError:  # a server has its own error for an object that exists
+            if self.read() is None:
+                raise
+            return False
+        return True
 
     def replace(self, text: str) -> None:
         """Write the text; readers find the old text or the new one."""
@@ -70,8 +86,16 @@ class Fence:
         """Mark of this start, the same on all ranks."""
         self._looked = float("-inf")
 
-    def claim(self) -> str:
+    @property
+    def generation(self) -> int | None:
+        """Number of this start; None without a mark."""
+        return None if self.mark is None else _generation_in(self.mark)
+
+    def claim(self, after: int = 0) -> str:
         """Take the next generation, and return its mark. The first rank calls this once it holds the run folder.
+
+        Args:
+            after: generation of the newest checkpoint, which counts if a note is lost.
 
         If two starts do so at the same time, the one that writes last has it. A damaged note is replaced: a start
         writes only if it finds its own mark, with its own random word, so an older start cannot continue to write.
@@ -81,7 +105,7 @@ class Fence:
         """
         notes = (*self._far, self._near)
         try:
-            mark = f"{1 + max(_counted_in(note) for note in notes)} {uuid.uuid4().hex}"
+            mark = f"{1 + max(after, *(_counted_in(note) for note in notes))} {uuid.uuid4().hex}"
             for note in notes:
                 note.replace(f"{mark}\n")
         except OSError as error:
@@ -164,7 +188,7 @@ def _counted_in(note: Note) -> int:
     try:
         return _starts_noted_in(note)
     except StateFileError as error:
-        log.warning("%s; this start does so, and the count of starts begins again", error)
+        log.warning("%s; this start does so, and counts on from the newest checkpoint", error)
         return 0
 
 

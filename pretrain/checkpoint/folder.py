@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import uuid
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from byteloom.core.files import sync
-from byteloom.core.locations import Location
-from byteloom.core.step_folders import DELETING, INVALID, MARKER, PARTIAL, REASON, step_names
+from byteloom.core.storage.files import sync
+from byteloom.core.storage.locations import Location
+from byteloom.core.storage.step_folders import DELETING, INVALID, MARKER, PARTIAL, REASON, step_names
 
 PAGE_BYTES = 4096
 """Alignment of addresses and lengths that O_DIRECT requires."""
@@ -43,7 +44,8 @@ class FolderHome:
         if (self._path / name).exists():
             raise FileExistsError(f"{self._path / name} exists already")
         draft = f"{name}.{uuid.uuid4().hex[:12]}{PARTIAL}"
-        (self._path / draft).mkdir(parents=True)
+        self._path.mkdir(exist_ok=True)  # its parent is there, or the run's folder was removed
+        (self._path / draft).mkdir()
         return f"{draft}/"
 
     def stored_name(self, name: str, draft: str, file: str) -> str:
@@ -71,6 +73,10 @@ class FolderHome:
         """Remove the folder of a draft."""
         shutil.rmtree(self._path / draft, ignore_errors=True)
 
+    def is_link(self, path: str) -> bool:
+        """Return whether a file or folder is a symbolic link."""
+        return (self._path / path).is_symlink()
+
     def size(self, path: str) -> int:
         """Return the length of a file in bytes."""
         return (self._path / path).stat().st_size
@@ -89,13 +95,15 @@ class FolderHome:
             return done
 
     def set_aside(self, name: str, reason: str) -> str:
-        """Rename an invalid checkpoint, and write the reason into it."""
+        """Rename an invalid checkpoint, and write the reason into it, or next to it if it is a link."""
+        numbers = itertools.count(2)
         aside = self._path / f"{name}{INVALID}"
-        if aside.exists():
-            shutil.rmtree(aside)
+        while os.path.lexists(aside):
+            aside = self._path / f"{name}.{next(numbers)}{INVALID}"
         (self._path / name).rename(aside)
+        note = aside.with_name(f"{aside.name}.txt") if aside.is_symlink() else aside / REASON
         with contextlib.suppress(OSError):  # a full disk; the log has the reason too
-            (aside / REASON).write_text(f"{reason}\n", encoding="utf-8")
+            note.write_text(f"{reason}\n", encoding="utf-8")
         return aside.name
 
     def delete(self, name: str) -> None:
@@ -111,7 +119,10 @@ class FolderHome:
         """Rename a folder, then delete it: no other process can commit it, or take a half of it for a checkpoint."""
         doomed = folder.with_name(f"{folder.name.removesuffix(DELETING)}{DELETING}")
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
 
 
 class DirectFile:

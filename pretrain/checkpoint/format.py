@@ -2,7 +2,8 @@
 
     rank-00000.bin     the ranges one rank owned, back to back, little-endian fp32
     layout.json        the shape of every tensor, and the ranges of files that make it up
-    metadata.json      the files and the digests of their blocks; the run's state; a digest of itself
+    metadata.json      the files and the digests of their blocks; the run's state; the count of values that are not
+                       finite; a digest of itself
 
 This module encodes and decodes; data.py reads and writes the files, in a home that home.py describes.
 
@@ -18,21 +19,24 @@ Exports for other programs are safetensors.
 
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import blake3
 import numpy as np
 
-from byteloom.core.locations import Location
+from byteloom.core.storage.locations import Location
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
 from pretrain.checkpoint.home import Home
 from pretrain.distributed.fragments import MODEL, Fragment, fragment_name, split_name
 
-FORMAT = "byteloom-checkpoint/2"
+FORMAT = "byteloom-checkpoint/4"
+EARLIER_FORMATS = ("byteloom-checkpoint/2", "byteloom-checkpoint/3")
+"""Formats that are read too. Format 2 does not say whether the values are finite. Neither knows skipped sequences."""
 ELEMENT = np.dtype("<f4")
 BLOCK_BYTES = 1 << 20
 """Length of the blocks that have a digest each. It is about the least that a reader of a small range reads."""
@@ -75,6 +79,8 @@ class Metadata:
     tensors: dict[str, StoredTensor]
     state: dict[str, Any]
     """State, besides tensors, that a run needs to resume, as JSON values."""
+    not_finite: Mapping[str, int] | None = None
+    """Count of NaN and infinite values by tensor, of those that have any; None if nobody has looked."""
 
     @property
     def folder(self) -> Location:
@@ -82,52 +88,64 @@ class Metadata:
         return self.home.location / self.name
 
 
-class Owned(TypedDict):
-    """Ranges in a rank's file, in their order, as columns: JSON that is fast to parse for many ranks."""
+def owned_ranges(fragments: Sequence[Fragment]) -> bytes:
+    """Return the ranges that a rank owns, in the order of its file, for `encode_layout`.
 
-    tensors: list[str]
-    """Shape and name of each range's tensor, such as "7x5 model/a"."""
-    starts: list[int]
-    """Start of each range in the flattened tensor, in elements."""
-    lengths: list[int]
-    """Length of each range, in elements."""
-
-
-def owned_ranges(fragments: Sequence[Fragment]) -> Owned:
-    """Return the ranges that a rank owns, for the layout."""
-    return Owned(
-        tensors=[f"{'x'.join(map(str, fragment.shape))} {fragment.name}" for fragment in fragments],
-        starts=[fragment.start for fragment in fragments],
-        lengths=[len(fragment.data) for fragment in fragments],
-    )
+    Tensors are text, a line each, such as "7x5 model/a", and compressed. Starts and lengths are columns of int64.
+    """
+    tensors = "\n".join(f"{'x'.join(map(str, fragment.shape))} {fragment.name}" for fragment in fragments)
+    names = zlib.compress(tensors.encode(), 1)
+    columns = np.array([[f.start for f in fragments], [len(f.data) for f in fragments]], "<i8")
+    return len(names).to_bytes(8, "little") + names + columns.tobytes()
 
 
-def encode_layout(of_ranks: Sequence[Owned]) -> bytes:
-    """Return layout.json for the ranges that all ranks own.
+def encode_layout(of_ranks: Sequence[bytes]) -> bytes:
+    """Return layout.json for the ranges that all ranks own, as `owned_ranges` returns them.
 
     Raises:
         CheckpointError: an element of a tensor is owned by no rank, or by two.
     """
     numbers: dict[str, int] = {}
-    columns = []
+    known: dict[bytes, np.ndarray] = {}
+    of_files = []
     for file, owned in enumerate(of_ranks):
-        of_rank = [numbers.setdefault(tensor, len(numbers)) for tensor in owned["tensors"]]
-        lengths = np.array(owned["lengths"], np.int64)
+        end = 8 + int.from_bytes(owned[:8], "little")
+        if (names := owned[8:end]) not in known:  # ranks of most engines have ranges of the same tensors
+            tensors = zlib.decompress(names).decode().split("\n")
+            known[names] = np.array([numbers.setdefault(t, len(numbers)) for t in tensors if t], np.int64)
+        starts, lengths = np.frombuffer(owned, "<i8", offset=end).reshape(2, -1)
         offsets = (np.cumsum(lengths) - lengths) * ELEMENT.itemsize
-        columns.append(np.array([of_rank, owned["starts"], np.full(len(lengths), file), offsets, lengths], np.int64))
-    table = np.concatenate(columns, 1)
+        of_files.append(np.stack([known[names], starts, np.full(len(lengths), file), offsets, lengths]))
+    table = np.concatenate(of_files, 1)
     table = table[:, table[4] > 0]
     table = table[:, np.lexsort((table[1], table[0]))]
     bounds = np.searchsorted(table[0], np.arange(len(numbers) + 1))
-    layout = {}
+    layout, texts = [], dict[bytes, str]()
     for tensor, begin, end in zip(numbers, bounds[:-1], bounds[1:], strict=True):
         shape_text, _, name = tensor.partition(" ")
         shape = [int(size) for size in shape_text.split("x") if size]
         _, starts, files, offsets, lengths = table[:, begin:end]
         _check_once(name, math.prod(shape), starts, starts + lengths)
-        ranges = {"files": files.tolist(), "offsets": offsets.tolist(), "lengths": lengths.tolist()}
-        layout[name] = {"shape": shape, "dtype": "float32", **ranges}
-    return json.dumps(layout, separators=(",", ":")).encode()
+        columns = {"files": files, "offsets": offsets, "lengths": lengths}
+        shape_json = json.dumps(shape, separators=(",", ":"))
+        ranges = ",".join(f'"{key}":{_json(column, texts)}' for key, column in columns.items())
+        layout.append(f'{json.dumps(name)}:{{"shape":{shape_json},"dtype":"float32",{ranges}}}')
+    return f"{{{','.join(layout)}}}".encode()
+
+
+def _json(numbers: np.ndarray, texts: dict[bytes, str]) -> str:
+    """Return a JSON list of integers. Equal numbers and equal lists are common, and become text once.
+
+    Args:
+        numbers: the integers.
+        texts: earlier lists by their bytes.
+    """
+    key = numbers.tobytes()
+    if key not in texts:
+        different, places = np.unique(numbers, return_inverse=True)
+        each = np.array([str(number) for number in different.tolist()], object)
+        texts[key] = f"[{','.join(each[places].tolist())}]"
+    return texts[key]
 
 
 def _check_once(name: str, length: int, starts: np.ndarray, ends: np.ndarray) -> None:
@@ -140,7 +158,7 @@ def _check_once(name: str, length: int, starts: np.ndarray, ends: np.ndarray) ->
         raise CheckpointError(f"element {min(start, end)} of {name} is owned by {ranks}")
 
 
-def decode_layout(content: bytes) -> dict[str, StoredTensor]:
+def decode_layout(content: str | bytes) -> dict[str, StoredTensor]:
     """Return the tensors that layout.json describes, by name."""
     return {
         name: StoredTensor(
@@ -151,14 +169,20 @@ def decode_layout(content: bytes) -> dict[str, StoredTensor]:
     }
 
 
-def encode_metadata(files: Sequence[StoredFile], layout: StoredFile, state: dict[str, Any]) -> bytes:
-    """Return metadata.json, with a digest of itself."""
+def encode_metadata(
+    files: Sequence[StoredFile],
+    layout: StoredFile,
+    state: dict[str, Any],
+    not_finite: Mapping[str, int] | None = None,
+) -> bytes:
+    """Return metadata.json, with a digest of itself. The arguments are the fields of `Metadata`."""
     metadata = {
         "format": FORMAT,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "block_bytes": BLOCK_BYTES,
         "files": [file._asdict() for file in files],
         "layout": layout._asdict(),
+        "not_finite": not_finite,
         "state": state,
     }
     return json.dumps(metadata | {"blake3": digest_of(_canonical(metadata))}, indent=1).encode()
@@ -182,7 +206,7 @@ def decode_metadata(content: bytes, path: Location) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format {metadata.get('format')!r}; this version reads {FORMAT!r}")
     if digest != digest_of(_canonical(metadata)):
         raise InvalidCheckpointError(f"{path} is damaged: its digest is not the one it was written with")
-    if metadata["format"] != FORMAT:
+    if metadata["format"] not in (FORMAT, *EARLIER_FORMATS):
         raise CheckpointError(f"{path} has format {metadata['format']!r}; this version reads {FORMAT!r}")
     return metadata
 

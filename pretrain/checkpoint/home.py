@@ -10,7 +10,7 @@ belongs to one save alone: a process that was cut off and returns touches no fil
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from byteloom.core.locations import Location, Url, locate
+from byteloom.core.storage.locations import Location, Url, locate
 from pretrain.checkpoint.bucket import BucketHome
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.folder import FolderHome
@@ -62,6 +62,9 @@ class Home(Protocol):
     def abandon(self, draft: str) -> None:
         """Remove the created files."""
 
+    def is_link(self, path: str) -> bool:
+        """Return whether a file or folder is a symbolic link, which is not followed."""
+
     def size(self, path: str) -> int:
         """Return the length of a file in bytes."""
 
@@ -72,7 +75,7 @@ class Home(Protocol):
         """Fill a buffer from a file, starting at an offset; return the number of bytes read."""
 
     def set_aside(self, name: str, reason: str) -> str:
-        """Quarantine an invalid checkpoint; return where a person finds it."""
+        """Quarantine an invalid checkpoint, and return its new place."""
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint. It stops being one before its first file is deleted."""

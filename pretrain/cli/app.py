@@ -1,41 +1,75 @@
 """The `byteloom` command, assembled from the commands of this folder."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from pretrain.cli import (
-    checkpoints,
-    config,
-    conformance,
-    corpora,
-    evaluate,
-    generate,
-    inspection,
-    models,
-    runs,
-    submit,
-    sweep,
-    tracking,
-    train,
-)
-from pretrain.cli.arguments import MODELS_PANEL, RUNS_PANEL
-from pretrain.cli.faults import FAULTS
+from pretrain.cli.lazy import LazyCommand
 from pretrain.cli.versions import print_versions
-from pretrain.terminal.console import run
+
+PANELS = {
+    "Corpora": (
+        LazyCommand("prepare", "corpora.prepare", "Turn files into a corpus of tar shards."),
+        LazyCommand("verify", "corpora.maintain", "Check every byte of a corpus, or repair it."),
+        LazyCommand("withdraw", "corpora.maintain", "Exclude documents of a corpus from all future reading."),
+        LazyCommand("inspect", "corpora.inspect", "Show the contents of a corpus, or the data that a run read."),
+    ),
+    "Training": (
+        LazyCommand("train", "train", "Train a run, or resume it from its newest checkpoint."),
+        LazyCommand("branch", "runs.branch", "Make a new run that continues a checkpoint of another run."),
+        LazyCommand("submit", "runs.submit", "Submit a run to a cluster, or resume it there."),
+        LazyCommand("sweep", "runs.sweep", "Train one run for each combination of values."),
+    ),
+    "Runs": (
+        LazyCommand("status", "runs.status", "Show the state, progress and restarts of runs."),
+        LazyCommand("logs", "runs.status", "Print the log of one rank of a run."),
+        LazyCommand("cancel", "runs.status", "Stop a run."),
+        LazyCommand("health", "runs.health", "Show the bad batches of a run, with their documents and the actions."),
+        LazyCommand(
+            "report",
+            "runs.report",
+            "Write one HTML page about runs: loss, speed, events, recipe, corpora and evaluations.",
+        ),
+        LazyCommand("track", "runs.tracking", "Send the metrics and files that MLflow lacks of a run."),
+        LazyCommand(
+            "checkpoint", "runs.checkpoints", "List, verify, show, prune, roll back to and export checkpoints."
+        ),
+    ),
+    "Models and recipes": (
+        LazyCommand("eval", "models.evaluate", "Measure the bits per byte of a checkpoint on a corpus or a file."),
+        LazyCommand("generate", "models.generate", "Continue a prompt with bytes from a model."),
+        LazyCommand("surprise", "models.surprise", "Show the bits of each byte of a file as shades."),
+        LazyCommand("chat", "models.chat", "Type a text, and the model continues it."),
+        LazyCommand("import", "models.exchange", "Import weights of the authors' code as an export folder."),
+        LazyCommand("export", "models.exchange", "Export the weights of a model in a format of the authors' code."),
+        LazyCommand("models", "models.estimate", "List model families and recipes, with size, cost and memory."),
+        LazyCommand("config", "config", "Show, copy, check and explain recipes."),
+        LazyCommand("check-family", "models.conformance", "Check that a model family works with everything else."),
+    ),
+}
+"""Commands by their panel in `byteloom --help`. A test compares each summary with the help of its command."""
+
+
+class ByteloomGroup(TyperGroup):
+    """Group of all commands."""
+
+    def __init__(self, **options: Any) -> None:
+        """Add the commands of `PANELS`."""
+        super().__init__(**options)
+        for panel, commands in PANELS.items():
+            for command in commands:
+                command.rich_help_panel = panel
+                self.add_command(command)
+
 
 app = typer.Typer(
     name="byteloom",
+    cls=ByteloomGroup,
     help="Pretrain models on raw bytes: turn files into shards, train, resume, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (corpora, inspection, train, submit, sweep, runs, tracking, evaluate, generate):
-    app.add_typer(group.app)
-app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel=RUNS_PANEL)
-app.add_typer(models.app, name="models", rich_help_panel=MODELS_PANEL)
-app.add_typer(config.app, name="config", rich_help_panel=MODELS_PANEL)
-app.add_typer(conformance.app)
 
 
 def _show_versions(wanted: bool) -> None:
@@ -57,12 +91,3 @@ def _options(
     ] = False,
 ) -> None:
     """Accept the options of `byteloom` itself."""
-
-
-def main() -> None:
-    """Run the command that the arguments name."""
-    run(app, FAULTS)
-
-
-if __name__ == "__main__":
-    main()

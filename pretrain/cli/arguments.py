@@ -1,4 +1,4 @@
-"""Arguments that several commands share, their parsers, and the panels of the help text.
+"""Arguments that several commands share and their parsers.
 
 A shell expands `~` only at the beginning of a word, so `--out=~/x` reaches the command unexpanded.
 """
@@ -12,13 +12,10 @@ from typing import Annotated
 import typer
 
 from byteloom.core.configs import recipe_names
-from byteloom.core.locations import expand_home
+from byteloom.core.storage.locations import expand_home
 
 BYTELOOM_COMMAND = (sys.executable, "-P", "-m", "pretrain.cli.entry")
 """Command line that runs this Byteloom in another process."""
-
-CORPORA_PANEL, TRAINING_PANEL, RUNS_PANEL, MODELS_PANEL = "Corpora", "Training", "Runs", "Models and recipes"
-"""Groups of commands in `byteloom --help`."""
 
 
 def parse_location(text: str | Path) -> str:
@@ -60,6 +57,9 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
+RunFolderArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False, parser=parse_path)
+]
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -77,4 +77,18 @@ OverridesArgument = Annotated[
         help="Overrides, such as train.steps=50 model.patch_size=4.",
         show_default=False,
     ),
+]
+NodesOption = Annotated[str | None, typer.Option(help="Number of nodes of a run: 4, or 2-4.")]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--processes-per-node", help="Number of ranks on each node. Default: one for each GPU."),
+]
+GpusOption = Annotated[
+    str | None, typer.Option("--gpus-per-node", help="GPUs of each node: a number, or a type and a number: h100:8.")
+]
+PartitionOption = Annotated[str | None, typer.Option(help="Slurm partition.")]
+AccountOption = Annotated[str | None, typer.Option(help="Slurm account to charge.")]
+TimeOption = Annotated[
+    str | None,
+    typer.Option("--time", help="Time limit of a job: 90 (minutes), 12:00:00 or 2-00:00:00. A longer run restarts."),
 ]

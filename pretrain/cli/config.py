@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument, complete_recipe, parse_location, parse_path
+from pretrain.config.annotation import annotated
 from pretrain.config.checks.findings import print_findings
 from pretrain.config.checks.recipe import check_recipe
 from pretrain.config.explanation import explain
@@ -20,9 +21,14 @@ app = typer.Typer(help="Show, copy, check and explain recipes.", no_args_is_help
 
 
 @app.command("show")
-def config_show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def config_show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    explained: Annotated[bool, typer.Option("--explain", help="Explain each field in a comment.")] = False,
+) -> None:
     """Print a recipe with its overrides and all defaults."""
-    typer.echo(load(recipe, overrides or []).as_yaml(), nl=False)
+    config = load(recipe, overrides or [])
+    typer.echo(annotated(config) if explained else config.as_yaml(), nl=False)
 
 
 @app.command("new")

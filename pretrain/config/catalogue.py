@@ -24,7 +24,7 @@ COMMENT_PATTERN = "^# {}: (.+?)\\.$"
 class CatalogueEntry:
     """A recipe, its size and cost, and the figures of its paper.
 
-    Task, printed size and result come from lines of the recipe's opening comment, such as
+    Task, printed size, result and evaluation come from lines of the recipe's opening comment, such as
     `# Printed size: 758M + 262M (why it is not the true one).`
     """
 
@@ -45,6 +45,8 @@ class CatalogueEntry:
     """Bytes of weights, gradients, masters and moments in one process, in the recipe's precision on a GPU."""
     activations: int | None
     """Bytes that the forward pass over a micro-batch keeps for the backward pass. None: not measured."""
+    evaluation: str | None = None
+    """Mode, stride and split of the printed result, or what of them the paper does not state."""
 
     @property
     def training_flops_per_byte(self) -> float:
@@ -72,7 +74,7 @@ def _read(path: Path, micro_batch: int | None) -> CatalogueEntry:
     config = load(path)
     dtype = compute_dtype(gpu_precision(config.engine.precision))
     model = on_meta(config.model)
-    (alone,) = shardings(model, dtype, gpus=1)
+    (alone,) = shardings(model, config.optimizer.entry, dtype, gpus=1)
     text = path.read_text(encoding="utf-8")
     size = _comment(text, "Printed size") or ""
     printed, _, remark = size.partition(" (")
@@ -83,6 +85,7 @@ def _read(path: Path, micro_batch: int | None) -> CatalogueEntry:
         printed=printed or None,
         printed_remark=remark.removesuffix(")") or None,
         result=_comment(text, "Result"),
+        evaluation=_comment(text, "Evaluation"),
         parameters=model.parameter_count(),
         flops_per_byte=model.flops(config.model.sequence_length) / config.model.sequence_length,
         states=alone.bytes,

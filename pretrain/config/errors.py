@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from byteloom.core.registered_nodes import NOT_REGISTERED
+from byteloom.core.errors import CorrectableError
+from byteloom.core.registries.nodes import NOT_REGISTERED
 from byteloom.core.validation import (
     Fault,
     Mismatch,
@@ -19,7 +20,7 @@ from pretrain.config.fields import FieldPath, FieldWalk, entries_of, nodes_at
 from pretrain.config.schema import Config
 
 
-class ConfigError(Exception):
+class ConfigError(CorrectableError):
     """A recipe or an override is wrong; the message has a line for each fault."""
 
     def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from byteloom.core.registered_names import RegisteredName
+from byteloom.core.registries.names import RegisteredName
 from byteloom.core.validation import nearest
 from pretrain.config.errors import ConfigError
 from pretrain.config.fields import FieldPath, all_fields, entries_of, nodes_at, registered_in

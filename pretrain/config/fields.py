@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from byteloom.core.registered_nodes import RegisteredNodes
+from byteloom.core.registries.nodes import RegisteredNodes
 from pretrain.config.schema import Config
 
 FieldPath = tuple[str, ...]

@@ -65,6 +65,18 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str], source: str) 
     return _overridden(copy.deepcopy(tree), overrides, ValueOrigins(source))
 
 
+def tree_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of overrides as a tree, which is not checked.
+
+    Raises:
+        ConfigError: an override is not of the form section.field=value.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(override, tree, ValueOrigins("the command line"))
+    return tree
+
+
 def _overridden(tree: dict[str, Any], overrides: Sequence[str], origins: ValueOrigins) -> Config:
     for override in overrides:
         _apply(override, tree, origins)

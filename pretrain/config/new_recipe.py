@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from byteloom.core.configs import is_shipped, name_of
-from byteloom.core.files import replace_file
+from byteloom.core.storage.files import replace_file
 from byteloom.core.text import printable
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import find, load

@@ -4,6 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, model_validator
 
+from byteloom.core.text import count
 from byteloom.core.validation import Fault, Mismatch, MismatchError
 from data_pipeline.stream.loader import LoaderConfig
 from data_pipeline.stream.mixture import MOST_SEQUENCES
@@ -14,11 +15,12 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch
 from pretrain.evaluation.config import ValidationConfig
-from pretrain.models import ModelConfig, all_families, carries_memory, default_family
+from pretrain.models import ModelConfig, all_families, carries_memory, default_family, row_parts
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
-from pretrain.training.config import ProfileConfig, TrainConfig
+from pretrain.training.config import ProfileConfig, ReportConfig, TrainConfig
+from pretrain.training.health.config import HealthConfig
 from pretrain.training.run_folder import RunConfig
 from pretrain.training.weights import InitializeConfig
 
@@ -36,10 +38,12 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     engine: EngineConfig = EngineConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
     supervise: SuperviseConfig = SuperviseConfig()
     profile: ProfileConfig = ProfileConfig()
+    report: ReportConfig = ReportConfig()
     callbacks: CallbackNodes = {}
     """Callbacks of other packages, each by its name with its own fields."""
 
@@ -47,9 +51,11 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     def _fields_go_together(self) -> Self:
         checked = (
             self._memory_without_rows(),
+            self._documents_without_separators(),
             optimizer_mismatch(self.engine, self.optimizer),
             schedule_mismatch(self.optimizer.schedule, self.train.steps),
             self._too_many_sequences(),
+            self._context_without_parts(),
         )
         if found := [mismatch for mismatch in checked if mismatch]:
             raise MismatchError(found)
@@ -72,6 +78,19 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             )
         return None
 
+    def _documents_without_separators(self) -> Mismatch | None:
+        if getattr(self.model, "attention_across_documents", True):
+            return None
+        for name, source in self.data.sources().items():
+            if source.packing == "concatenate" and not source.separate_documents:
+                field = f"data.mixture.{name}.separate_documents" if self.data.mixture else "data.separate_documents"
+                return Mismatch(
+                    f"model.attention_across_documents false stops attention at separators, and {field} false writes "
+                    f"none; set {field} to true",
+                    ("model.attention_across_documents", field),
+                )
+        return None
+
     def _too_many_sequences(self) -> Mismatch | None:
         sequences = self.train.steps * self.train.global_batch
         if sequences <= MOST_SEQUENCES:
@@ -82,13 +101,50 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             ("train.steps", "train.global_batch"),
         )
 
+    def _context_without_parts(self) -> Mismatch | None:
+        context, name, parts = self.engine.context, self.model.family, row_parts(self.model)
+        if context == 1:
+            return None
+        if parts is None:
+            *others, last = [name for name, family in all_families().items() if family.row_parts is not None]
+            return Mismatch(
+                f"engine.context cuts rows over ranks, which {', '.join(others)} and {last} support, not {name}; set "
+                "it to 1",
+                ("engine.context", "model.family"),
+            )
+        if parts % context:
+            return Mismatch(
+                f"engine.context ({context}) does not divide the {count(parts, 'part')} into which ranks can cut a row "
+                f"of this {name} model",
+                ("engine.context", "model.sequence_length"),
+            )
+        return None
+
     def warnings(self) -> list[Fault]:
         """Return values that are valid but most often a mistake."""
         train, found = self.train, optimizer_warnings(self.optimizer)
         if train.micro_batch > train.global_batch:
             text = f"train.micro_batch ({train.micro_batch}) is more than train.global_batch ({train.global_batch})"
             found.append(Fault("train.micro_batch", f"{text}, so a step is one pass over the global batch"))
-        return found
+        return [*found, *self._no_checkpoint_before_decay()]
+
+    def _no_checkpoint_before_decay(self) -> list[Fault]:
+        """Return a hint if a finished run has no checkpoint from which `byteloom branch` could decay again."""
+        schedule, steps, every = self.optimizer.schedule, self.train.steps, self.checkpoint.every
+        if schedule.shape != "wsd":
+            return []
+        begin = int(steps - schedule.decay_length(steps))
+        if begin <= schedule.warmup_steps or self.checkpoint.oldest_kept(steps) <= begin:
+            return []
+        best = begin // every * every
+        advice = f"set checkpoint.keep_every, such as {best}" if best else f"set checkpoint.every to at most {begin}"
+        return [
+            Fault(
+                "checkpoint.keep_every",
+                f"the learning rate decays after step {begin}, and the run keeps no checkpoint up to that step, "
+                f"so `byteloom branch` cannot decay again from there; {advice}",
+            )
+        ]
 
     def as_tree(self) -> dict[str, Any]:
         """Return the whole tree as JSON values."""

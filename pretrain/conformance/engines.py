@@ -1,4 +1,4 @@
-"""Laws of a model under engines: every engine trains alike, from the same first values, and reads every checkpoint.
+"""Laws of a model under engines: each engine trains equally from the same first values, and reads every checkpoint.
 
 one process:  6 steps, a checkpoint after 3 ──▶ its losses are what every engine must reach
 each engine, 2 ranks:  6 steps, a checkpoint after 3 ──▶ one process does the last 3 from it
@@ -39,6 +39,8 @@ RELATIVE_TOLERANCE = 1e-5
 SECONDS = 600.0
 """Deadline of the ranks of one law."""
 CHECKED_ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])  # ranks are forks of one process that has imported torch and this module
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,9 @@ def on_ranks(size: int, *arguments: Any) -> list[Training]:
     Raises:
         RuntimeError: a rank failed or did not answer before the deadline.
     """
-    context = multiprocessing.get_context("spawn")
-    answers, port = context.Queue(), free_port()
+    answers, port = CONTEXT.Queue(), free_port()
     ranks = [
-        context.Process(
+        CONTEXT.Process(
             target=_answer, daemon=True, args=(answers, rank, rank_environment(rank, size, port), arguments)
         )
         for rank in range(size)
@@ -195,7 +196,7 @@ def _answer(answers: Any, rank: int, environment: Mapping[str, str], arguments: 
     os.environ.update({**environment, "DS_ACCELERATOR": "cpu"})
     torch.set_num_threads(1)
     try:
-        world = World.join("cpu")
+        world = World.join(torch.device("cpu"))
         answer: Training | str = train_on_rank(world, *arguments)
         world.leave()
     except Exception:

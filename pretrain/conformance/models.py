@@ -12,10 +12,14 @@ from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.conformance.subject import SEED, Law, Subject, require
 from pretrain.evaluation.modes import Mode, evaluate_model
-from pretrain.models import Decoder
+from pretrain.models import Decoder, family
+from pretrain.models.references import load_reference
 
 TOLERANCE = 1e-6
 """Absolute, of negative log-likelihoods in float64: what a sum in another order changes."""
+
+REFERENCE_TOLERANCE = 1e-5
+"""Absolute, of negative log-likelihoods in float64 whose angles or sinusoids may be in fp32."""
 
 
 def check_output(subject: Subject, folder: Path) -> None:
@@ -77,10 +81,28 @@ def check_padding(subject: Subject, folder: Path) -> None:
         require(worst <= TOLERANCE, f"padding after {kept} bytes changes a score before it by {worst:.3g}")
 
 
+def check_documents(subject: Subject, folder: Path) -> None:
+    """Check that what precedes a separator changes no score after it, if attention does not cross documents."""
+    subject = subject.within_documents()
+    model, length = subject.build(torch.float64), subject.sequence_length
+    if model.attends_across_documents:
+        return
+    places = torch.arange(length)
+    later = places > places[:, None]
+    later &= torch.isin(places, places[model.scored(length)])
+    ids = subject.short_documents(1).repeat(length, 1).fill_diagonal_(SEPARATOR)  # row p has a separator at p
+    other = torch.where(places < places[:, None], subject.short_documents(length, seed=SEED + 1), ids)
+    differs = ((forward(model, ids) - forward(model, other)).abs() > TOLERANCE) & later
+    for place in differs.any(1).nonzero().flatten().tolist():
+        leaks = differs[place].nonzero().flatten().tolist()
+        require(False, f"bytes before the separator at {place} change the scores after it at {leaks}")
+
+
 def check_decoder(subject: Subject, folder: Path) -> None:
     """Check that a primed decoder predicts as `forward` for every prefix, as do its steps while all are scored."""
     model, length = subject.build(torch.float64), subject.sequence_length
-    ids, all_scored = subject.ids(2), len(range(length)[model.scored(length)])
+    ids = torch.cat([subject.ids(2), subject.short_documents(2)])
+    all_scored = len(range(length)[model.scored(length)])
     expected = [forward(model, ids[:, : prefix + 1])[:, -1] for prefix in range(length)]
 
     def compare(logits: Tensor, prefix: int, name: str) -> None:
@@ -113,6 +135,20 @@ def _refuses(decoder: Decoder, ids: Tensor) -> bool:
     return False
 
 
+def check_reference(subject: Subject, folder: Path) -> None:
+    """Check that the family's reference, if it has one, gives the scores of the model with the same weights."""
+    if (reference := family(subject.config.family).reference) is None:
+        return
+    model, ids = subject.build(torch.float64), subject.short_documents(2)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    logits = load_reference(reference, subject.config.model_dump(mode="json"), weights).logits(ids)
+    scored = range(subject.sequence_length)[model.scored(subject.sequence_length)]
+    require(logits.shape[1] == len(scored), f"the reference scores {logits.shape[1]} ids, and the model {len(scored)}")
+    nats = F.cross_entropy(logits.transpose(1, 2), ids[:, scored], reduction="none")
+    worst = (nats - forward(model, ids)[:, scored]).abs().max().item()
+    require(worst <= REFERENCE_TOLERANCE, f"the scores of the reference differ from the model's by {worst:.3g}")
+
+
 def check_flops(subject: Subject, folder: Path) -> None:
     """Check that `flops` is what torch counts."""
     model = subject.build(torch.bfloat16)  # its attention is plain matrix products, which torch counts
@@ -125,7 +161,7 @@ def check_flops(subject: Subject, folder: Path) -> None:
 
 
 def check_first_values(subject: Subject, folder: Path) -> None:
-    """Check that first values are a function of seed, name and shape, and that no two blocks share a parameter."""
+    """Check that first values are a function of seed, name and place, and that no two blocks share a parameter."""
     model, again = subject.build(), subject.build()
     for name, parameter in model.named_parameters():
         values = model.first_values(name, tuple(parameter.shape), SEED)
@@ -133,6 +169,10 @@ def check_first_values(subject: Subject, folder: Path) -> None:
         require(values.dtype == torch.float32, f"first values of {name} are {values.dtype}, not torch.float32")
         same = again.first_values(name, tuple(parameter.shape), SEED)
         require(torch.equal(values, same), f"first values of {name} differ between two models of one seed")
+        middle = len(values) // 3
+        parts = [(0, middle), (middle, None)]
+        drawn = [again.first_values(name, tuple(parameter.shape), SEED, begin=b, end=e) for b, e in parts]
+        require(torch.equal(values, torch.cat(drawn)), f"first values of {name} depend on the range that is drawn")
     in_blocks = [id(parameter) for unit in model.units() for parameter in unit.parameters()]
     require(len(in_blocks) == len(set(in_blocks)), "two blocks share a parameter")
 
@@ -184,7 +224,9 @@ MODEL_LAWS = tuple(
             check_distribution,
             check_causality,
             check_padding,
+            check_documents,
             check_decoder,
+            check_reference,
             check_flops,
             check_first_values,
             check_gradients,

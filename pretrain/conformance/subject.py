@@ -1,7 +1,7 @@
 """A model family at small size, and the form of a law about it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from data_pipeline.vocabulary import SEPARATOR
 from pretrain.models import ByteModel, ModelConfig, build_model, small_config
 
 SEED = 3
+OPTION = "attention_across_documents"
+"""Config field of families in which attention may stop at separators."""
 
 
 class BrokenLawError(AssertionError):
@@ -34,7 +36,7 @@ class Subject:
             changes: other values of config fields.
 
         Raises:
-            FamilyError: there is no family of this name, or it cannot be used.
+            RegistryError: there is no family of this name, or it cannot be used.
             pydantic.ValidationError: the family declares no valid small model.
         """
         return cls(small_config(name, **changes))
@@ -59,10 +61,22 @@ class Subject:
         """T: bytes of a training sequence."""
         return self.config.sequence_length
 
+    def within_documents(self) -> "Subject":
+        """Return the family with a model whose attention does not cross documents, if its config has the option."""
+        if OPTION not in type(self.config).model_fields:
+            return self
+        return replace(self, config=type(self.config).model_validate(self.config.model_dump() | {OPTION: False}))
+
     def ids(self, rows: int, length: int | None = None, seed: int = SEED) -> Tensor:
         """Return (rows, length) random bytes and separators."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, SEPARATOR + 1, (rows, length or self.sequence_length), generator=generator)
+
+    def short_documents(self, rows: int, seed: int = SEED) -> Tensor:
+        """Return (rows, sequence_length) random bytes in documents of some four bytes."""
+        ids = self.ids(rows, seed=seed)
+        ends = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+        return ids.masked_fill(ends, SEPARATOR)
 
 
 @dataclass(frozen=True)

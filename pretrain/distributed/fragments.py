@@ -33,8 +33,11 @@ class Fragment:
 
     def share(self, part: int, parts: int) -> "Fragment":
         """Return one of several parts of about equal length, which together make up the fragment."""
-        first, last = (len(self.data) * number // parts for number in (part, part + 1))
-        return Fragment(self.name, self.shape, self.start + first, self.data[first:last])
+        return self.part(*(len(self.data) * number // parts for number in (part, part + 1)))
+
+    def part(self, begin: int, end: int) -> "Fragment":
+        """Return a range of the fragment, in elements of it."""
+        return Fragment(self.name, self.shape, self.start + begin, self.data[begin:end])
 
 
 def whole(name: str, tensor: Tensor) -> Fragment:

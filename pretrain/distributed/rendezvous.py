@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from byteloom.core.errors import CorrectableError
 from launchers.slurm.hosts import expand_hosts
 
 HANDSHAKE_SECONDS = 20.0
-"""Deadline of the listener at the rendezvous to answer like a rank."""
+"""Deadline of the listener at the rendezvous to answer like a rank, if the ranks have that much time."""
 
 
-class WorldError(Exception):
+class WorldError(CorrectableError):
     """The ranks of a run cannot connect, or have lost each other."""
 
 
@@ -115,7 +116,7 @@ def meet(place: Place, listens: bool, limit: timedelta) -> dist.Store:
     deadline = time.monotonic() + limit.total_seconds()
     if not listens:
         _wait_for_listener(place, deadline)
-    store = _connect(place, listens)
+    store = _connect(place, listens, deadline)
     store.set(f"here/{place.rank}", "")
     left = max(deadline - time.monotonic(), 1.0)
     try:
@@ -126,7 +127,7 @@ def meet(place: Place, listens: bool, limit: timedelta) -> dist.Store:
     return store
 
 
-def _connect(place: Place, listens: bool) -> dist.Store:
+def _connect(place: Place, listens: bool, deadline: float) -> dist.Store:
     """Return the store of the listener.
 
     Raises:
@@ -143,7 +144,7 @@ def _connect(place: Place, listens: bool) -> dist.Store:
     # In a thread, because torch waits for a silent listener without a deadline.
     threading.Thread(target=connect, daemon=True).start()
     try:
-        answer = answers.get(timeout=HANDSHAKE_SECONDS)
+        answer = answers.get(timeout=min(HANDSHAKE_SECONDS, max(deadline - time.monotonic(), 1.0)))
     except queue.Empty:
         answer = RuntimeError("no answer")
     if not isinstance(answer, RuntimeError):

@@ -3,9 +3,16 @@
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import builtin  # noqa: F401 its engines register themselves
 from pretrain.engines.base import choose_device
-from pretrain.engines.config import CheckpointingConfig, EngineConfig, check_ranks, optimizer_mismatch
-from pretrain.engines.engine import Engine, EngineError, NonFiniteError, StepResult
-from pretrain.engines.phases import RankStep, peak_memory_bytes
+from pretrain.engines.config import (
+    CheckpointingConfig,
+    EngineConfig,
+    check_context,
+    check_ranks,
+    optimizer_mismatch,
+    remark_on_idle_ranks,
+)
+from pretrain.engines.engine import Engine, EngineError, NonFiniteError, RowLoss, StepResult, UpdateLimits
+from pretrain.engines.phases import RankStep, peak_resident_bytes
 from pretrain.engines.precision import (
     choose_precision,
     compute_dtype,
@@ -27,9 +34,12 @@ __all__ = [
     "EngineError",
     "NonFiniteError",
     "RankStep",
+    "RowLoss",
     "StateSharding",
     "StepResult",
+    "UpdateLimits",
     "build_engine",
+    "check_context",
     "check_ranks",
     "choose_device",
     "choose_precision",
@@ -37,8 +47,9 @@ __all__ = [
     "gpu_precision",
     "has_native_bf16",
     "optimizer_mismatch",
-    "peak_memory_bytes",
+    "peak_resident_bytes",
     "register_engine",
+    "remark_on_idle_ranks",
     "remark_on_precision",
     "scoring_precision",
 ]

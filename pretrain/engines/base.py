@@ -4,13 +4,16 @@
     rank 0 of 2     0     2     4
     rank 1 of 2        1     3     –     joins the last pass with weight zero
 
+With context parallelism, a group of ranks takes a micro-batch together, and each computes a part of its positions.
+
 Engines differ in how they hold parameters, in the backward pass and in the update.
 """
 
 import math
-import time
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,16 +24,26 @@ from byteloom.core.seeds import seed_of
 from byteloom.core.text import count
 from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.loader import MicroBatch
-from data_pipeline.stream.rows import Ids, Rows
-from data_pipeline.vocabulary import PADDING, SEPARATOR, count_bytes
+from data_pipeline.stream.mixture import RowSources
+from data_pipeline.stream.rows import Ids
+from data_pipeline.vocabulary import count_bytes
+from pretrain.distributed.context import Context, group_of
 from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_name, split_name
+from pretrain.distributed.transfers import Transfers
 from pretrain.distributed.world import World
 from pretrain.engines.config import EngineConfig
-from pretrain.engines.engine import EngineError, NonFiniteError, StepResult
-from pretrain.engines.phases import Clock, PassTimes, RankStep, peak_memory_bytes
+from pretrain.engines.engine import NO_LIMITS, EngineError, NonFiniteError, RowLoss, StepResult, UpdateLimits
+from pretrain.engines.phases import Clock, PassTimes, StepMarks, StepTimes, device_memory
 from pretrain.engines.precision import compute_dtype
-from pretrain.engines.process_state import keep_freed_memory, seed_generators
+from pretrain.engines.process_state import keep_freed_memory, seed_generators, set_up_cuda
+from pretrain.engines.source_losses import SourceLosses
+from pretrain.engines.staging import stage
+from pretrain.engines.step_numbers import numbers_of_device, numbers_of_host, result_of
 from pretrain.models.base import ByteModel, Memory
+from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING
+
+DRAWN_VALUES = 1 << 24
+"""First values that are drawn at a time, and then sent to the device."""
 
 
 class BaseEngine(ABC):
@@ -56,18 +69,25 @@ class BaseEngine(ABC):
         micro_batch: int,
     ) -> None:
         self.device = choose_device(config.device, world.local_rank)
-        if self.device.type == "cpu":
+        if self.device.type == "cuda":
+            set_up_cuda(deterministic=config.deterministic)
+        else:
             keep_freed_memory()
         self.dtype = compute_dtype(config.precision)
         self.model = model
         self._seed = seed
         self._world = world
-        self._passes = len(deal(global_batch, micro_batch, 0, world.size))
-        self._rows_of = deal(global_batch, micro_batch, world.rank, world.size)
+        self._context = Context.of(world, config.context)
+        model.set_context(self._context)
+        group, groups = group_of(world.rank, world.size, config.context)
+        self._passes = len(deal(global_batch, micro_batch, 0, groups))
+        self._rows_of = deal(global_batch, micro_batch, group, groups)
         """Rows of the global batch, by this rank's micro-batches."""
         self._global_batch = global_batch
         self._memory: dict[int, Memory] = {}
+        self._transfers = Transfers(self.device)
         self._clock = Clock(self.device)
+        self._step_times = StepTimes(self._clock)
         self._pass_times = PassTimes(self._clock)
         """Times of the current step."""
 
@@ -84,11 +104,16 @@ class BaseEngine(ABC):
         """Add the gradient of a loss to the accumulated gradient."""
 
     @abstractmethod
-    def _update(self, learning_rate: float) -> float:
-        """Clip the gradient, step, and drop the gradient; return the global norm before clipping.
+    def _clip(self) -> Tensor:
+        """Clip the gradient, unless the update does. Return its global norm before clipping: a scalar."""
 
-        If the norm is not finite, do not step.
-        """
+    @abstractmethod
+    def _update(self, learning_rate: float, is_fit: Tensor) -> None:
+        """Step if `is_fit`, a boolean scalar on the device, is true; else change nothing."""
+
+    def _after_update(self) -> None:
+        """Drop the gradient, once the host knows that the update is done."""
+        self._drop_gradient()
 
     @abstractmethod
     def _not_finite(self) -> list[str]:
@@ -106,14 +131,22 @@ class BaseEngine(ABC):
     def restore(self, counters: dict[str, int]) -> None:
         """Set the counters (see `Engine`)."""
 
-    def begin(self) -> None:
-        """Give every parameter its first values."""
+    def begin(self, version: int = FIRST_VALUES) -> None:
+        """Give every parameter its first values (see `Engine`). This rank draws only what it holds."""
         for fragment in self.fragments():
             kind, name = split_name(fragment.name)
             if kind == MODEL:
-                values = self.model.first_values(name, fragment.shape, self._seed).view(-1)
-                fragment.data.copy_(values[fragment.start : fragment.start + len(fragment.data)])
+                self._begin_parameter(fragment, name, version)
         self.restore({"optimizer_steps": 0})
+
+    def _begin_parameter(self, fragment: Fragment, name: str, version: int) -> None:
+        length = len(fragment.data)
+        window = length if version == WHOLE_DRAWING else DRAWN_VALUES
+        for first in range(0, length, window):
+            begin = fragment.start + first
+            end = min(begin + window, fragment.start + length)
+            values = self.model.first_values(name, fragment.shape, self._seed, begin=begin, end=end, version=version)
+            fragment.data[first : first + window].copy_(values)
 
     def rehearse(self, rows: int) -> None:
         """Run the passes of a made-up micro-batch, and drop its gradient.
@@ -121,6 +154,7 @@ class BaseEngine(ABC):
         Raises:
             EngineError: there is too little memory.
         """
+        self._begin_passes(True)
         ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
         try:
             self._prepare(last=True)
@@ -141,57 +175,107 @@ class BaseEngine(ABC):
         step: int,
         learning_rate: float,
         before_update: Callable[[], None] = lambda: None,
+        sources: RowSources | None = None,
+        limits: UpdateLimits = NO_LIMITS,
     ) -> StepResult:
         """Do one optimizer step (see `Engine`)."""
+        self._begin_passes(True)
         scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
         own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
-        counted = time.perf_counter()
-        target_bytes = int(self._world.sum(own_bytes)[0])
-        waited = time.perf_counter() - counted
-        scale = self._world.size / max(target_bytes, 1)  # engines average over ranks, and the loss is a sum
+        by_source = SourceLosses(sources, micro_batches, scored_targets, self.device)
+        staged = stage(self._transfers, micro_batches, scored_targets, by_source.of_rows)
+        counting = self._clock.mark()
+        target_bytes = self._target_bytes(own_bytes)
+        counted = self._clock.mark()
+        scale = self._world.size / target_bytes.clamp(min=1)  # engines average over ranks, and the loss is a sum
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        by_row: list[Tensor] = []
         carried: dict[int, Memory] = {}
         times = self._pass_times = PassTimes(self._clock)
-        for number, (micro_batch, scored) in enumerate(zip(micro_batches, scored_targets, strict=True), 1):
+        for number, (micro_batch, rows) in enumerate(zip(micro_batches, staged, strict=True), 1):
             self._prepare(last=number == self._passes)
             seed_generators(self._seed_of(micro_batch, step))
-            ids = _widened(micro_batch.rows, self.device)
-            targets = torch.from_numpy(scored).to(self.device)
-            row_nats, carried[micro_batch.index] = self._forward(ids, self._memory.get(micro_batch.index, {}))
-            batch_nats = torch.where(targets, row_nats, 0.0).sum()
-            self._backward_watched(batch_nats * scale)
+            row_nats, carried[micro_batch.index] = self._forward(rows.ids, self._memory.get(micro_batch.index, {}))
+            target_nats = torch.where(rows.targets, row_nats, 0.0)
+            batch_nats = target_nats.sum()
+            self._backward_watched(batch_nats * scale.to(batch_nats.dtype))
             nats += batch_nats.detach()
+            by_source.add(rows.sources, target_nats)
+            by_row.append(target_nats.detach().sum(1))
         for number in range(len(micro_batches) + 1, self._passes + 1):
             self._idle_pass(last=number == self._passes)
         passed = self._clock.mark()
         before_update()
-        norm = self._update(learning_rate)
-        updated = self._clock.mark()
-        own = RankStep(
-            nats=nats.item(),
-            forward_backward=self._clock.seconds(times.begin, times.computed) - times.waited,
-            optimizer=self._clock.seconds(passed, updated),
-            communication=waited + times.waited + self._clock.seconds(times.computed, passed),
-            peak_memory_bytes=peak_memory_bytes(self.device),
-        )
-        ranks = own.gathered(self._world)
-        all_nats = math.fsum(rank.nats for rank in ranks)
-        if not np.isfinite(norm):
-            fault = self._describe_non_finite(all_nats)
+        norm = self._clip().to(self.device)
+        is_fit = self._fits(limits, nats, target_bytes, norm)
+        own = numbers_of_device(nats, norm, is_fit, by_source)
+        decided = self._transfers.mark()
+        self._update(learning_rate, is_fit)
+        marks = StepMarks(counting, counted, times, passed, self._clock.mark())
+        of_host = numbers_of_host(self._step_times.known(marks), device_memory(self.device), own_bytes, by_source)
+        with self._transfers.on_own_stream(decided, own):
+            sent = self._transfers.send(np.array(of_host, np.float64)).take()[0]
+            numbers = self._transfers.fetch(self._world.gather_tensor(torch.cat([own, sent])))
+        result = result_of(numbers.wait().tolist(), self._world.rank, self._context.size)
+        self._step_times.read(marks)
+        if not result.is_updated:
+            result = replace(result, rows=self._row_losses(micro_batches, scored_targets, by_row))
+            fault = "" if np.isfinite(result.gradient_norm) else self._describe_non_finite(result.nats)
             self._drop_gradient()
-            raise NonFiniteError(fault)
+            if fault:
+                raise NonFiniteError(fault, result)
+            return result
+        self._after_update()
         for index, memory in carried.items():
             for name, tensor in memory.items():
                 self._memory[index][name].copy_(tensor)
-        return StepResult(all_nats, target_bytes, norm, ranks)
+        return result
+
+    def _target_bytes(self, own_bytes: int) -> Tensor:
+        """Return the target bytes of the global batch: an fp64 scalar on the device. The host does not wait on CUDA."""
+        total = self._transfers.send(np.array([own_bytes], np.float64)).take()[0]
+        self._world.sum_in_place(total)
+        return total[0] / self._context.size
+
+    def _fits(self, limits: UpdateLimits, nats: Tensor, target_bytes: Tensor, norm: Tensor) -> Tensor:
+        """Return whether the numbers of the global batch are within limits: a boolean scalar on the device.
+
+        Without limits, each rank sees by itself whether the norm is finite. With limits, rounding may differ between
+        ranks, so they use the mean of their norms.
+        """
+        finite = torch.isfinite(norm)
+        if limits == NO_LIMITS:
+            return finite
+        numbers = torch.stack([nats, norm.double()])
+        self._world.sum_in_place(numbers)
+        loss, mean_norm = numbers[0] / target_bytes.clamp(min=1), numbers[1] / self._world.size
+        return finite & (loss <= limits.nats_per_byte) & (mean_norm <= limits.gradient_norm)
+
+    def _row_losses(
+        self, micro_batches: Sequence[MicroBatch], scored: Sequence[NDArray[np.bool_]], nats: Sequence[Tensor]
+    ) -> list[RowLoss]:
+        """Return the loss of each row of the global batch, from the nats of this rank's rows by micro-batch."""
+        own = [
+            (row, row_nats, count_bytes(m.ids[i : i + 1], targets[i : i + 1]))
+            for m, targets, own_nats in zip(micro_batches, scored, nats, strict=True)
+            for i, (row, row_nats) in enumerate(zip(self._rows_of[m.index], own_nats.tolist(), strict=False))
+        ]
+        rows: dict[int, RowLoss] = {}
+        for row, row_nats, target_bytes in (each for of_rank in self._world.gather(own) for each in of_rank):
+            rows[row] = RowLoss(row, (rows[row].nats if row in rows else 0.0) + row_nats, target_bytes)
+        return [rows[row] for row in sorted(rows)]
 
     def nats(self, ids: Ids) -> Tensor:
         """Return the nats of ids, without gradient, dropout and memory."""
-        self.model.eval()
+        self._begin_passes(False)
         with torch.no_grad():
             result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
-        self.model.train()
-        return result.cpu()
+            return self._context.sum(result).cpu()
+
+    def _begin_passes(self, training: bool) -> None:
+        """Prepare the passes of a step, or a scoring pass: set the mode of the model."""
+        if self.model.training is not training:  # setting it visits every module
+            self.model.train(training)
 
     def forget(self) -> None:
         """Empty the memory that the model carries."""
@@ -252,13 +336,8 @@ def materialize(model: ByteModel, device: torch.device) -> None:
         model.to(device)
 
 
-def _widened(rows: Rows, device: torch.device) -> Tensor:
-    """Return (rows, T) int16 ids on the device. They are sent as bytes."""
-    ids = torch.from_numpy(rows.bytes).to(device).to(torch.int16, memory_format=torch.contiguous_format)
-    ids.view(-1)[torch.from_numpy(rows.separators).to(device)] = SEPARATOR
-    if rows.padding is not None:
-        ids[torch.from_numpy(rows.padding).to(device)] = PADDING
-    return ids
+ONE_DEVICE_A_RANK = {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND"}
+"""Variables of `srun` by which each rank may see its own device alone, as number 0."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -277,6 +356,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise EngineError("the device is set to cuda, but torch finds none on this machine; set it to cpu or auto")
+    if ONE_DEVICE_A_RANK & os.environ.keys() and torch.cuda.device_count() == 1:
+        local_rank = 0
     if local_rank >= torch.cuda.device_count():
         raise EngineError(
             f"rank {local_rank} of this machine has no CUDA device: the machine has "

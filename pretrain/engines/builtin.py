@@ -1,14 +1,15 @@
 """Byteloom's own engines, and what each supports. Their libraries are imported when an engine is built."""
 
+from dataclasses import replace
+
 from pretrain.engines.registry import EngineBuilder, EngineEntry, StateSharding, register_engine
 
 REPLICATED = StateSharding("ddp")
 SHARDED_OPTIMIZER = StateSharding("zero-1", optimizer=True, copies_weights=True)
 SHARDED_GRADIENTS = StateSharding("zero-2", gradients=True, optimizer=True, copies_weights=True)
-FULLY_SHARDED = StateSharding("zero-3, fsdp2", weights=True, gradients=True, optimizer=True, copies_weights=True)
-SHARDED_IN_GROUPS = StateSharding(
-    "hsdp", weights=True, gradients=True, optimizer=True, copies_weights=True, within_groups=True
-)
+SHARDED_COPIES = StateSharding("zero-3", weights=True, gradients=True, optimizer=True, copies_weights=True)
+FULLY_SHARDED = StateSharding("fsdp", weights=True, gradients=True, optimizer=True, sums_in_last_pass=True)
+SHARDED_IN_GROUPS = replace(FULLY_SHARDED, label="hsdp", within_groups=True)
 ALL_CHECKPOINTING = frozenset({"none", "full", "selective", "budget"})
 
 
@@ -24,7 +25,7 @@ def _load_deepspeed() -> EngineBuilder:
     return DeepSpeedEngine
 
 
-def _pytorch(name: str, sharding: StateSharding, *fields: str, whole_parameters: bool = False, **reasons: str) -> None:
+def _pytorch(name: str, sharding: StateSharding, *fields: str, **reasons: str) -> None:
     register_engine(
         EngineEntry(
             name=name,
@@ -32,9 +33,10 @@ def _pytorch(name: str, sharding: StateSharding, *fields: str, whole_parameters:
             sharding=sharding,
             precisions=frozenset({"fp32", "bf16", "fp8"}),
             checkpointing=ALL_CHECKPOINTING,
-            fields=frozenset({"compile", *fields}),
+            fields=frozenset({"compile", "context", *fields}),
             reasons=reasons,
-            whole_parameters=whole_parameters,
+            whole_parameters=not sharding.weights,
+            dtensors=sharding.weights,
         )
     )
 
@@ -56,9 +58,9 @@ def _deepspeed(name: str, sharding: StateSharding, *fields: str, **reasons: str)
     )
 
 
-_pytorch("ddp", REPLICATED, whole_parameters=True, offload="which holds everything on every rank")
+_pytorch("ddp", REPLICATED, offload="which holds everything on every rank")
 _pytorch("fsdp", FULLY_SHARDED, "offload", "reshard_after_forward")
 _pytorch("hsdp", SHARDED_IN_GROUPS, "shards", "offload", "reshard_after_forward")
 _deepspeed("zero1", SHARDED_OPTIMIZER, "compile")
 _deepspeed("zero2", SHARDED_GRADIENTS, "compile")
-_deepspeed("zero3", FULLY_SHARDED, compile="which gathers parameters from within a block's call")
+_deepspeed("zero3", SHARDED_COPIES, compile="which gathers parameters from within a block's call")

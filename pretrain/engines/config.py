@@ -13,7 +13,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from byteloom.core.registered_names import RegisteredName, validated_options
+from byteloom.core.registries.names import RegisteredName, validated_options
+from byteloom.core.text import count
 from byteloom.core.validation import Mismatch, describe_value
 from pretrain.engines.engine import EngineError
 from pretrain.engines.registry import ENGINES, OPTIONAL_FIELDS, EngineEntry, engines_where
@@ -29,16 +30,16 @@ class CheckpointingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_
     """
 
     mode: CheckpointingMode = "none"
-    """What is computed again. none: nothing. full: all of a block, from its input, for a third more work. selective:
-    what lies between matrix products and attention, whose outputs are kept. budget: what torch.compile finds the
-    cheapest; it needs engine.compile. selective does not work with engine.compile."""
+    """Activations that are computed again. none: nothing. full: all of a block, from its input, for a third more work.
+    selective: what lies between matrix products and attention, whose outputs are kept. budget: what torch.compile finds
+    the cheapest; it needs engine.compile. selective does not work with engine.compile."""
     every: int = Field(default=1, ge=1)
     """For full and selective: only every k-th block of a stack, the first included."""
     stacks: tuple[str, ...] = ()
     """For full and selective: only blocks of these stacks; [] is all. MEGABYTE has global and local, other models
     blocks."""
     budget: float = Field(default=0.5, ge=0, le=1)
-    """For budget: the share of activations to keep, of those that compiled blocks keep by default."""
+    """For budget: share to keep of the activations that compiled blocks keep by default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,28 +65,36 @@ class CheckpointingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_
 
 
 class EngineConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How ranks hold and update a model."""
+    """Placement and precision of a model."""
 
     name: Annotated[str, RegisteredName(ENGINES)] = "ddp"
-    """What each rank holds. ddp: everything; it also runs in one process. fsdp: a share of parameters, gradients and
-    moments (PyTorch's FSDP2). hsdp: the same within groups of `shards` ranks, each of which holds all. zero1, zero2,
-    zero3: DeepSpeed's stages: a share of masters and moments, of gradients too, of parameters too."""
+    """Engine of the run. It decides what each rank holds. ddp: everything; it also runs in one process. fsdp: a share
+    of parameters, gradients and moments (PyTorch's FSDP2). hsdp: the same within groups of `shards` ranks, each of
+    which holds all. zero1, zero2, zero3: DeepSpeed's stages: a share of masters and moments, of gradients too, of
+    parameters too."""
     shards: int | None = Field(default=None, ge=1)
     """For hsdp: ranks that hold one whole model together. It must divide the number of ranks."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each row (context parallelism); they compute equal parts of it. It must divide the number of
+    ranks. Losses are those of one process. On CUDA, the dropout of attention weights differs. For ddp, fsdp and hsdp.
+    """
     reshard_after_forward: bool = True
-    """For fsdp and hsdp: drop a block's gathered parameters after its forward pass, and gather them again for backward.
-    If false, each rank holds the model in the precision of the passes, and communicates a third less."""
+    """For fsdp and hsdp: drop a block's gathered parameters after its forward pass. They are gathered again for
+    backward. If false, each rank holds the model in the precision of the passes, and communicates a third less."""
     offload: bool = False
     """Keep the optimizer's tensors (masters, gradients, moments) in the host's memory. Not for ddp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto is CUDA if there is a CUDA device, else the CPU."""
+    """Device to compute on. auto is CUDA if there is a CUDA device, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """Precision of parameters and activations in forward and backward passes. Masters, moments, accumulated gradients,
-    sums over ranks and the loss are always fp32. auto is bf16 on a device that multiplies bf16 natively (CUDA of
-    capability 8.0 or more, CPUs with AMX or AVX512_BF16), else fp32; a run keeps its first choice on every machine.
-    fp8 is bf16 whose linear maps within blocks multiply in float8, scaled by tensor, through torchao; it needs CUDA of
-    capability 8.9 and ddp, fsdp or hsdp. It is faster only with `compile`."""
+    """Precision of forward and backward passes, for parameters and activations. Masters, moments, accumulated
+    gradients, sums over ranks and the loss are always fp32. auto is bf16 on a device that multiplies bf16 natively
+    (CUDA of capability 8.0 or more, CPUs with AMX or AVX512_BF16), else fp32; a run keeps its first choice on every
+    machine. fp8 is bf16 whose linear maps within blocks multiply in float8, scaled by tensor, through torchao; it needs
+    CUDA of capability 8.9 and ddp, fsdp or hsdp. It is faster only with `compile`."""
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
+    deterministic: bool = False
+    """On CUDA, use deterministic algorithms only. A run that repeats or resumes with as many ranks is then equal bit
+    for bit. It is slower, and an operation without such an algorithm is an error. On a CPU, all are deterministic."""
     compile: bool = False
     """Compile each block with torch.compile. It takes a minute or more at the start, and needs a C++ compiler on a CPU.
     The gradient then differs by roundings. Not for zero3."""
@@ -171,20 +180,48 @@ def check_ranks(config: EngineConfig, ranks: int) -> None:
         raise EngineError(f"engine.name {config.name} needs several ranks, but this run has one; set launch.processes")
     if config.shards is not None and ranks % config.shards:
         raise EngineError(f"engine.shards is {config.shards}, which does not divide the {ranks} ranks of the run")
+    check_context(config, ranks)
+
+
+def check_context(config: EngineConfig, ranks: int) -> None:
+    """Check that the context groups of an engine cover a number of ranks.
+
+    Raises:
+        EngineError: they do not.
+    """
+    if ranks % config.context:
+        raise EngineError(f"engine.context is {config.context}, which does not divide {count(ranks, 'rank')}")
+
+
+def remark_on_idle_ranks(config: EngineConfig, global_batch: int, micro_batch: int, ranks: int) -> str | None:
+    """Return how many ranks would have no row of a global batch, and what to change; None if all have one."""
+    passes, groups = -(-global_batch // micro_batch), ranks // config.context
+    if groups <= passes:
+        return None
+    remedies = [
+        "raise train.global_batch",
+        *(["lower train.micro_batch"] if micro_batch > 1 else []),
+        *(["let ranks share rows with engine.context"] if "context" in config.entry.fields else []),
+    ]
+    return (
+        f"{(groups - passes) * config.context:,} of {ranks:,} ranks are idle: they only join the passes of the others, "
+        f"since a global batch of {count(global_batch, 'row')} has {count(passes, 'micro-batch', 'micro-batches')}; "
+        f"{', or '.join(remedies)}"
+    )
 
 
 def optimizer_mismatch(engine: EngineConfig, optimizer: OptimizerConfig) -> Mismatch | None:
     """Return why an engine does not support an optimizer; None if it does."""
     name, fields = optimizer.name, ("optimizer.name", "engine.name")
-    if not (optimizer.entry.works_on_shards or engine.entry.whole_parameters):
-        whole = engines_where(lambda entry: entry.whole_parameters)
+    if not engine.entry.holds_parameters_for(optimizer.entry):
+        supporting = engines_where(lambda entry: entry.supports(optimizer.entry))
         return Mismatch(
-            f"optimizer.name {name} works on whole matrices, which engine.name {engine.name} shards; set the "
-            f"engine to {whole}, or the optimizer to adamw",
+            f"optimizer.name {name} works on whole matrices, which engine.name {engine.name} shards; it is for "
+            f"{supporting}; set one of them, or the optimizer to adamw",
             fields,
         )
     if engine.entry.optimizers is not None and name not in engine.entry.optimizers:
-        supporting = engines_where(lambda entry: entry.optimizers is None or name in entry.optimizers)
+        supporting = engines_where(lambda entry: entry.supports(optimizer.entry))
         supported = " or ".join(sorted(engine.entry.optimizers))
         return Mismatch(
             f"optimizer.name {name} is for engine.name {supporting}, not for {engine.name}; set the optimizer to "

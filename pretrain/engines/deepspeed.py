@@ -13,19 +13,20 @@ ranks sum gradients after each pass, some blocks at a time, and each rank sums i
 are fp32.
 
 DeepSpeed keeps masters and moments in flat ranges that ignore the boundaries of parameters.
-tests/distributed/test_deepspeed.py lists the internals that are used here, so another version fails there first.
+tests/distributed/engines/test_deepspeed.py lists the internals that are used here, so another version fails there
+first.
 """
 
 import copy
 import importlib
 import io
-import math
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from byteloom.core.packages import needed_by
 from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
@@ -165,15 +166,21 @@ class DeepSpeedEngine(BaseEngine):
     def _backward(self, loss: Tensor) -> None:
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
-    def _update(self, learning_rate: float) -> float:
-        # DeepSpeed would not step either, but it would drop the gradient, which shows where the fault is.
-        finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients()]).all().item()
-        if self._world.sum(not finite)[0]:
-            return math.inf
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm())
+    def _clip(self) -> Tensor:
+        squares = get_total_norm(self._gradients()).double().square()
+        self._world.sum_in_place(squares)
+        return squares.sqrt().float()
+
+    def _update(self, learning_rate: float, is_fit: Tensor) -> None:
+        # DeepSpeed decides about non-finite gradients by itself, on the host, and drops them, which hides their place.
+        # It knows no other condition, so the host decides here.
+        if is_fit:
+            for group in self._zero.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._deepspeed.step()
+
+    def _after_update(self) -> None:
+        pass  # DeepSpeed's step has dropped the gradient
 
     def _gradients(self) -> list[Tensor]:
         """Return this rank's share of the accumulated gradient, after the last pass."""

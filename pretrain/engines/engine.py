@@ -1,24 +1,48 @@
 """Contract of the engines: an engine owns device, precision, sharding, accumulation and the optimizer step."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from byteloom.core.errors import CorrectableError
 from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.mixture import RowSources
 from data_pipeline.stream.rows import Ids
 from pretrain.distributed.fragments import Fragment
 from pretrain.engines.phases import RankStep
+from pretrain.models.initial import FIRST_VALUES
 
 
-class EngineError(Exception):
+class EngineError(CorrectableError):
     """An engine does not run here, or not as configured."""
 
 
-class NonFiniteError(Exception):
-    """A gradient is infinite or not a number. The step has changed no parameter and no optimizer state."""
+@dataclass(frozen=True)
+class UpdateLimits:
+    """Largest numbers of a global batch with which its update is done."""
+
+    nats_per_byte: float = math.inf
+    """Loss."""
+    gradient_norm: float = math.inf
+    """Global norm of the gradient before clipping."""
+
+
+NO_LIMITS = UpdateLimits()
+"""Limits that every finite gradient keeps."""
+
+
+class RowLoss(NamedTuple):
+    """Loss of one row of a global batch."""
+
+    row: int
+    """Number of the row in the global batch."""
+    nats: float
+    """Negative log-likelihood of its target bytes."""
+    target_bytes: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,25 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     ranks: list[RankStep] = field(compare=False)
     """Times and memory of the step on each rank, by rank."""
+    by_source: list[tuple[float, int]] = field(default_factory=list)
+    """Nats and target bytes of the rows of each source; empty unless the sources were given."""
+    is_updated: bool = True
+    """Whether the update was done. False: a number exceeds its limit, and the step changed nothing."""
+    rows: list[RowLoss] = field(default_factory=list)
+    """Loss of each row of the global batch, if the update was not done."""
+
+
+class NonFiniteError(Exception):
+    """A gradient is infinite or not a number. The step has changed no parameter and no optimizer state.
+
+    Args:
+        fault: description.
+        result: numbers of the step.
+    """
+
+    def __init__(self, fault: str, result: StepResult) -> None:
+        super().__init__(fault)
+        self.result = result
 
 
 class Engine(Protocol):
@@ -42,8 +85,12 @@ class Engine(Protocol):
     dtype: torch.dtype
     """Type of parameters and activations in forward and backward passes."""
 
-    def begin(self) -> None:
-        """Give every parameter its first values: a function of seed and name, the same on any number of ranks."""
+    def begin(self, version: int = FIRST_VALUES) -> None:
+        """Give every parameter its first values: a function of seed and name, the same on any number of ranks.
+
+        Args:
+            version: of the generator of first values.
+        """
 
     def rehearse(self, rows: int) -> None:
         """Run the passes of a made-up micro-batch of `rows` rows, without effect on training.
@@ -61,6 +108,8 @@ class Engine(Protocol):
         step: int,
         learning_rate: float,
         before_update: Callable[[], None] = lambda: None,
+        sources: RowSources | None = None,
+        limits: UpdateLimits = NO_LIMITS,
     ) -> StepResult:
         """Do one optimizer step on this rank's micro-batches of the global batch.
 
@@ -72,6 +121,9 @@ class Engine(Protocol):
             step: number of the step; random numbers are seeded by it.
             learning_rate: of the update.
             before_update: called after the passes. Before it, no fragment changes.
+            sources: sources of the rows, if losses by source are wanted; given on all ranks or on none.
+            limits: largest numbers with which the update is done, the same on all ranks. The ranks agree before the
+                update: either all of them do it or none.
 
         Raises:
             NonFiniteError: the gradient is not finite; on all ranks, before any parameter is changed.

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from byteloom.core.files import replace_file
-from byteloom.core.locations import user_cache
+from byteloom.core.storage.files import replace_file
+from byteloom.core.storage.locations import user_cache
 from byteloom.core.torch_compat import cpu_capabilities
 
 log = logging.getLogger(__name__)

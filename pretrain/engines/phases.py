@@ -4,24 +4,21 @@
       │                        │                                │                      │
     communication       forward_backward                  communication            optimizer
 
-Times on a CPU are the host's. On CUDA they are marked on the stream, and read after the step's own synchronization.
+Times on a CPU are the host's. On CUDA they are marked on the stream, and read one step late.
 """
 
 import resource
 import sys
 import time
-from dataclasses import astuple, dataclass
-from typing import Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from byteloom.core.torch_compat import call_after_backward
-from pretrain.distributed.world import World
 
 
-@dataclass(frozen=True)
-class RankStep:
+class RankStep(NamedTuple):
     """Numbers of one rank in one step. Times are disjoint parts of the step, in seconds."""
 
     nats: float
@@ -37,11 +34,27 @@ class RankStep:
     until all sums over ranks are done, and on a CPU in FSDP's gathers and sums. The exchange of these numbers is not
     included."""
     peak_memory_bytes: float
-    """Result of the function `peak_memory_bytes`."""
+    """Peak memory of its process: allocated on a CUDA device, or else resident."""
+    reserved_memory_bytes: float = 0
+    """Device memory that torch's allocator holds; 0 on a CPU."""
+    allocation_retries: float = 0
+    """Times that the allocator had to free its cache to find memory, since the start; 0 on a CPU."""
 
-    def gathered(self, world: World) -> list[Self]:
-        """Return the numbers of all ranks, by rank."""
-        return [type(self)(*numbers) for numbers in world.gather_numbers(*astuple(self))]
+
+class PhaseTimes(NamedTuple):
+    """Times of `RankStep`."""
+
+    forward_backward: float
+    optimizer: float
+    communication: float
+
+
+class DeviceMemory(NamedTuple):
+    """Memory of `RankStep`."""
+
+    peak: float
+    reserved: float
+    retries: float
 
 
 Mark = float | torch.cuda.Event
@@ -51,21 +64,21 @@ class Clock:
     """Clock of a device's work: marks moments, and measures the seconds between them when the work is done."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_stream = device.type == "cuda"
+        self.is_on_stream = device.type == "cuda"
+        """Marks are moments of a stream. False: they are moments of the host."""
 
     def mark(self) -> Mark:
         """Return a mark of the current moment of the device's work."""
-        if not self._on_stream:
+        if not self.is_on_stream:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, begin: Mark, end: Mark) -> float:
-        """Return the seconds between two marks; wait for the second one."""
+        """Return the seconds between two marks of work that is done."""
         if isinstance(begin, torch.cuda.Event):
             assert isinstance(end, torch.cuda.Event)
-            end.synchronize()
             return begin.elapsed_time(end) / 1000
         assert isinstance(end, float)
         return end - begin
@@ -99,9 +112,61 @@ class PassTimes:
         self.waited = self._waited
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak of this process's memory: on a CUDA device, or else resident memory."""
+class StepMarks(NamedTuple):
+    """Moments of a step."""
+
+    counting: Mark
+    """Begin of the sum of target bytes over ranks."""
+    counted: Mark
+    passes: PassTimes
+    passed: Mark
+    """End of all passes, sums of gradients over ranks included."""
+    updated: Mark
+
+
+class StepTimes:
+    """Times of steps, which the host reads without waiting for the device.
+
+    On CUDA, a step's marks are read once its numbers have arrived. Its update may still run then, so the optimizer's
+    time is that of the step before. Both become known one step late.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._before: StepMarks | None = None
+        self._known = PhaseTimes(0.0, 0.0, 0.0)
+
+    def known(self, marks: StepMarks) -> PhaseTimes:
+        """Return the times of a step, given its marks; on CUDA the newest that are known, 0 in the first step."""
+        return self._known if self._clock.is_on_stream else self._times(marks, marks)
+
+    def read(self, marks: StepMarks) -> None:
+        """Read the marks of a step whose numbers have arrived."""
+        if self._clock.is_on_stream:
+            self._known = self._times(marks, self._before)
+            self._before = marks
+
+    def _times(self, marks: StepMarks, updated: StepMarks | None) -> PhaseTimes:
+        seconds, passes = self._clock.seconds, marks.passes
+        return PhaseTimes(
+            forward_backward=seconds(passes.begin, passes.computed) - passes.waited,
+            optimizer=0.0 if updated is None else seconds(updated.passed, updated.updated),
+            communication=seconds(marks.counting, marks.counted)
+            + passes.waited
+            + seconds(passes.computed, marks.passed),
+        )
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Return the memory of this process: on a CUDA device, or else resident memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        of_torch = torch.cuda.memory_stats(device)
+        names = ("allocated_bytes.all.peak", "reserved_bytes.all.current", "num_alloc_retries")
+        return DeviceMemory(*(of_torch.get(name, 0) for name in names))
+    return DeviceMemory(peak_resident_bytes(), 0, 0)
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak of this process's resident memory."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024

@@ -3,6 +3,8 @@
                         changed                                      undone
     malloc              kept memory, by an engine on a CPU           no: it changes no result
     random generators   seeded before each pass of a step            no: every pass seeds them again
+    CUDA arithmetic     no TF32; deterministic algorithms            no: each engine on CUDA sets it
+    CUDA allocator      expandable segments                          no
     warnings            two messages of libraries are ignored        no
     DeepSpeed           environment, one switch, its communication   no: it reads them at any time
 
@@ -17,8 +19,12 @@ from typing import Any
 
 import torch
 
+from byteloom.core.torch_compat import set_allocator
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt."""
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""Variables with which a user sets torch's allocator."""
 LARGEST_KEPT = 32 << 20
 """Size of the largest tensor whose memory is kept, in bytes. Larger ones return to the kernel, because a fragmented
 heap may be twice as large as its contents."""
@@ -37,6 +43,26 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)
     mallopt(_TRIM_THRESHOLD, -1)
     mallopt(_TOP_PAD, 64 << 20)
+
+
+def set_up_cuda(*, deterministic: bool) -> None:
+    """Set how CUDA computes and allocates. Call it before the first matrix product.
+
+    fp32 products and convolutions are computed in fp32, not in TF32. Segments that can grow leave fewer holes in device
+    memory, since the sizes of a step vary; a user's own setting of the allocator stays.
+
+    Args:
+        deterministic: whether equal inputs give equal results, bit for bit.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    if not ALLOCATOR_VARIABLES & os.environ.keys():
+        set_allocator("expandable_segments:True")
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with its first handle
+    # Deterministic mode fills new memory, which takes time. Nothing reads memory that is not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_generators(seed: int) -> None:

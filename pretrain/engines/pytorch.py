@@ -1,13 +1,14 @@
 """PyTorch engine: one process, DDP, FSDP2 and HSDP.
 
-The model's own parameters are the fp32 masters. In one process and under DDP, each pass runs on copies in the compute
-precision. The cast is part of the graph, so gradients reach the masters in fp32 and accumulate there. FSDP2 casts
-when it gathers, and sums over ranks and passes in fp32.
+The model's own parameters are the fp32 masters. In one process and under DDP, the passes of a step run on the same
+copies in the compute precision, and gradients accumulate in fp32 (copies.py). FSDP2 casts when it gathers, and sums
+over ranks and passes in fp32.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from byteloom.core.torch_compat import all_gather_single, reduce_scatter_single
+from data_pipeline.stream.rows import Ids
 from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.config import EngineConfig
+from pretrain.engines.copies import Copies
 from pretrain.engines.process_state import ignore_view_warnings
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig, build_optimizers
@@ -47,13 +50,13 @@ class PyTorchEngine(BaseEngine):
         model.train()
         prepare_blocks(config, model, self.device)
         shards = {"ddp": 1, "hsdp": config.shards}.get(config.name)
+        self._copies: Copies | None = None
+        """Weights of the passes of one process and of DDP, if these are not fp32."""
         self._shards = shards or world.size
         """Number of ranks that hold one whole model together."""
         if config.name == "ddp":
             materialize(model, self.device)
-            for unit in model.units():
-                unit.cast = self.dtype
-            self._module: nn.Module = _Cast(model, self.dtype)
+            self._module: nn.Module = model if self.dtype == torch.float32 else self._on_copies()
             if world.size > 1:
                 self._module = DistributedDataParallel(self._module, gradient_as_bucket_view=True, init_sync=False)
         else:
@@ -61,8 +64,21 @@ class PyTorchEngine(BaseEngine):
             materialize(model, torch.device("cpu") if config.offload else self.device)
         self._optimizers = build_optimizers(optimizer, model)
         self._optimizer_steps = 0
+        self._selects_on_device = (
+            self.device.type == "cuda"
+            and not config.offload
+            and all(getattr(each, "_step_supports_amp_scaling", False) for each in self._optimizers)
+        )
+        """Whether the device decides about an update, so that the host need not wait for the norm."""
         self._clip_norm = optimizer.clip_norm
         self.forget()
+
+    def _on_copies(self) -> nn.Module:
+        """Return the model, which runs on copies of its parameters: each block on its own."""
+        self._copies = Copies(self.dtype)
+        for unit in self.model.units():
+            unit.weights = self._copies.of(unit.named_parameters())
+        return _WithWeights(self.model, self._copies.of(self.model.outside_units().items()))
 
     def _sharded(self, config: EngineConfig) -> nn.Module:
         """Return the model, sharded: each block is gathered when it is used, and the other parameters together."""
@@ -78,9 +94,16 @@ class PyTorchEngine(BaseEngine):
             if config.offload
             else OffloadPolicy(),
         }
-        for unit in self.model.units():
+        units: list[Any] = self.model.units()
+        for unit in units[:-1]:
             fully_shard(unit, **how)
+        how["reshard_after_forward"] = False  # backward begins with the last block and the parameters outside
+        fully_shard(units[-1], **how)
         fully_shard(self.model, **how)
+        if self.device.type == "cuda":  # gloo's gathers block the host, so they cannot run ahead
+            for unit, following in pairwise(units):
+                unit.set_modules_to_forward_prefetch([following])
+                following.set_modules_to_backward_prefetch([unit])
         if self.device.type == "cpu":
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
@@ -90,6 +113,14 @@ class PyTorchEngine(BaseEngine):
                     module.set_custom_reduce_scatter(scatter)
         ignore_view_warnings()
         return self.model
+
+    def nats(self, ids: Ids) -> Tensor:
+        """Return the nats of ids (see `Engine`). No backward pass follows, so what was gathered is dropped here."""
+        result = super().nats(ids)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return result
 
     def _waited(self, seconds: float) -> None:
         self._pass_times.wait(seconds)
@@ -138,7 +169,14 @@ class PyTorchEngine(BaseEngine):
             return self._module(ids, memory)
         return self._module(ids), {}
 
+    def _begin_passes(self, training: bool) -> None:
+        super()._begin_passes(training)
+        if self._copies is not None:
+            self._copies.refresh()
+
     def _prepare(self, *, last: bool) -> None:
+        if self._copies is not None:
+            self._copies.sums_in_place = not last or self._world.size == 1
         if isinstance(self._module, FSDPModule):
             self._module.set_requires_gradient_sync(last)
         elif isinstance(self._module, DistributedDataParallel):
@@ -147,17 +185,22 @@ class PyTorchEngine(BaseEngine):
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def _update(self, learning_rate: float) -> float:
+    def _clip(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm):
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _update(self, learning_rate: float, is_fit: Tensor) -> None:
+        if self._selects_on_device or is_fit:
             for optimizer in self._optimizers:
+                if self._selects_on_device:  # fused optimizers select on the device, as for a GradScaler
+                    optimizer.found_inf = (~is_fit).float()  # type: ignore[attr-defined]
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
-            self._optimizer_steps += 1
-            self._drop_gradient()
-        return norm.item()
+
+    def _after_update(self) -> None:
+        self._optimizer_steps += 1
+        super()._after_update()
 
     def _not_finite(self) -> list[str]:
         return [
@@ -186,18 +229,16 @@ class _Blocking:
         return work
 
 
-class _Cast(nn.Module):
-    """Model that runs on copies of its parameters in another type. Units cast their own."""
+class _WithWeights(nn.Module):
+    """Model that runs on other weights in place of its parameters outside all blocks."""
 
-    def __init__(self, model: ByteModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: ByteModel, weights: Callable[[], dict[str, Tensor]]) -> None:
         super().__init__()
         self.model = model
-        self._dtype = dtype
-        self._outside = list(model.outside_units())
+        self._weights = weights
 
     def forward(self, *arguments: Any) -> Any:
-        parameters = {name: self.model.get_parameter(name).to(self._dtype) for name in self._outside}
-        return functional_call(self.model, parameters, arguments)
+        return functional_call(self.model, self._weights(), arguments)
 
 
 def _local_part(tensor: Tensor) -> Tensor:

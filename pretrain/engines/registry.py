@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel
 
-from byteloom.core.registry import Registry
+from byteloom.core.registries.registry import Registry
 from pretrain.distributed.world import World
 from pretrain.models.base import ByteModel
-from pretrain.optim import OptimizerConfig
+from pretrain.optim import OptimizerConfig, OptimizerEntry
 
 if TYPE_CHECKING:
     from pretrain.engines.config import EngineConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateSharding:
-    """How an engine spreads a model's states over ranks. `byteloom estimate` has a row for each."""
+    """Distribution of a model's states over the ranks of an engine. `byteloom estimate` has a row for each."""
 
     label: str
     """Name of its row. Engines that share a label hold the same."""
@@ -38,6 +38,8 @@ class StateSharding:
     """Whether each rank holds a share of masters and moments."""
     copies_weights: bool = False
     """Whether a rank holds a copy of the weights besides the masters, also in fp32."""
+    sums_in_last_pass: bool = False
+    """A rank holds whole gradients until the last of several passes sums them over ranks."""
     within_groups: bool = False
     """Whether states are sharded within groups of `engine.shards` ranks only, so that each group holds everything."""
 
@@ -81,6 +83,8 @@ class EngineEntry:
     """Config node of `engine.options`; None if it has no options of its own."""
     whole_parameters: bool = False
     """Whether its optimizers work on whole parameters, so that it supports those that cannot work on shards."""
+    dtensors: bool = False
+    """Its optimizers get parameters as DTensors. It supports optimizers that work on DTensors."""
     optimizers: frozenset[str] | None = None
     """Names of the optimizers that it supports; None is all that work on what it holds."""
     needs_several_ranks: bool = False
@@ -88,8 +92,17 @@ class EngineEntry:
     package: str | None = None
     """Optional package that it imports."""
 
+    def holds_parameters_for(self, optimizer: OptimizerEntry) -> bool:
+        """Return whether it holds parameters in a form that an optimizer works on."""
+        return optimizer.works_on_shards or self.whole_parameters or (self.dtensors and optimizer.works_on_dtensors)
 
-OPTIONAL_FIELDS = ("shards", "offload", "reshard_after_forward", "compile", "deepspeed")
+    def supports(self, optimizer: OptimizerEntry) -> bool:
+        """Return whether it supports an optimizer."""
+        is_named = self.optimizers is None or optimizer.name in self.optimizers
+        return is_named and self.holds_parameters_for(optimizer)
+
+
+OPTIONAL_FIELDS = ("shards", "context", "offload", "reshard_after_forward", "compile", "deepspeed")
 """Fields of EngineConfig that only some engines support, in the order in which they are checked."""
 
 ENGINES: Registry[EngineEntry] = Registry("engine", "byteloom.engines")

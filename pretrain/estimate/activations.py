@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from byteloom.core.torch_compat import TorchDispatchMode, flash_attention, tree_leaves
+from pretrain.distributed.context import Context
 from pretrain.engines import CheckpointingConfig
 from pretrain.engines.blocks import recompute
 from pretrain.models import ByteModel, ModelConfig, build_model
-from pretrain.models.blocks.nats import CHUNK
+from pretrain.models.blocks.nats import CUDA_CHUNK
 from pretrain.models.blocks.unit import Unit
 
 MANY_ROWS = 64
@@ -29,6 +30,8 @@ MANY_ROWS = 64
 percent."""
 MOST_ROWS = 1 << 40
 """Upper bound of the search for the largest micro-batch; no memory holds it."""
+SUM_WIDTH = 4
+"""Bytes of an element in sums of gradients over ranks, in any precision."""
 KEEP_ALL = CheckpointingConfig()
 """Config without activation checkpointing."""
 
@@ -41,6 +44,40 @@ class Activations:
     """Bytes that the backward pass needs, at the end of the forward pass."""
     peak: int
     """Largest number of bytes at any time, with logits, temporary gradients and recomputed activations."""
+    gathering: int
+    """The same of a fully sharded model, with the blocks that a rank has gathered at that time (`GatheredBlocks`)."""
+
+
+class GatheredBlocks:
+    """Bytes of gathered parameters and their gradients on a rank of a fully sharded model, as FSDP2 holds them.
+
+    The parameters outside the blocks are whole throughout. A block's forward pass also holds the block, the buffer in
+    which it was gathered, and the buffer of the next block. Its backward pass holds the block, the buffer of the block
+    before it, the gradients that it has computed, and the fp32 buffer in which the gradient of the block after it is
+    summed over ranks. At its end, its own gradient is copied to such a buffer.
+    """
+
+    def __init__(self, model: ByteModel) -> None:
+        """Count the parameters of a model in the precision of the passes."""
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.units()]
+        self._width = next(model.parameters()).element_size()
+        self._outside = model.parameter_count() - sum(blocks)
+        self._blocks = [0, *blocks, 0]
+
+    def in_forward(self, number: int) -> int:
+        """Return the bytes during the forward pass of a block, by its place in `units()`, and until the next one."""
+        _, own, following = self._blocks[number : number + 3]
+        return self._width * (self._outside + 2 * own + following)
+
+    def in_backward(self, number: int) -> int:
+        """Return the bytes during the backward pass of a block, by its place in `units()`, without its gradients."""
+        before, own, following = self._blocks[number : number + 3]
+        return self._width * (self._outside + own + before) + SUM_WIDTH * following
+
+    def at_sum(self, number: int) -> int:
+        """Return the bytes when the gradient of a block is about to be summed over ranks."""
+        before, own, _ = self._blocks[number : number + 3]
+        return self._width * (self._outside + 2 * own + before) + SUM_WIDTH * own
 
 
 @dataclass(frozen=True)
@@ -61,17 +98,41 @@ class ActivationLine:
         return bisect_right(range(1, MOST_ROWS), size, key=self.at)
 
 
-def activation_line(config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig) -> ActivationLine:
-    """Measure activations for 1 row, for the rows of one chunk of the loss, and for many rows."""
-    chunk = -(-CHUNK // config.sequence_length)
-    rows = sorted({1, chunk, max(MANY_ROWS, 2 * chunk)})
-    return ActivationLine(
-        tuple((count, measure_activations(config, count, dtype, checkpointing).peak) for count in rows)
+@dataclass(frozen=True)
+class ActivationLines:
+    """Peak bytes of activations by rows."""
+
+    whole: ActivationLine
+    """With the whole model on each rank: `Activations.peak`."""
+    gathering: ActivationLine
+    """With a fully sharded model: `Activations.gathering`."""
+
+    def of(self, *, gathers: bool) -> ActivationLine:
+        """Return the line of a sharding, given whether it gathers blocks."""
+        return self.gathering if gathers else self.whole
+
+
+def activation_lines(
+    config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig, context: int = 1
+) -> ActivationLines:
+    """Measure activations for 1 row, a quarter of the rows of one chunk of the loss, all of these, and many rows."""
+    chunk = -(-CUDA_CHUNK * context // config.sequence_length)
+    measured = {
+        rows: measure_activations(config, rows, dtype, checkpointing, context)
+        for rows in sorted({1, -(-chunk // 4), chunk, max(MANY_ROWS, 2 * chunk)})
+    }
+    return ActivationLines(
+        ActivationLine(tuple((rows, found.peak) for rows, found in measured.items())),
+        ActivationLine(tuple((rows, found.gathering) for rows, found in measured.items())),
     )
 
 
 def measure_activations(
-    config: ModelConfig, rows: int, dtype: torch.dtype, checkpointing: CheckpointingConfig = KEEP_ALL
+    config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    checkpointing: CheckpointingConfig = KEEP_ALL,
+    context: int = 1,
 ) -> Activations:
     """Measure the activations of a micro-batch of full rows on the meta device.
 
@@ -80,8 +141,10 @@ def measure_activations(
         rows: of the micro-batch.
         dtype: type of parameters and activations.
         checkpointing: of any mode except budget, whose result only a compiler knows.
+        context: ranks that share each row. The temporary tensors of attention over ranks are not counted.
     """
     model = on_meta(config).to(dtype)
+    model.set_context(Context(index=context - 1, size=context))
     recompute(checkpointing, model)
     return activations_of(model, torch.empty(rows, config.sequence_length, dtype=torch.int16, device="meta"))
 
@@ -91,16 +154,19 @@ def activations_of(model: ByteModel, ids: Tensor) -> Activations:
 
     Blocks keep for backward what `Unit.keeps` says. The model cannot be used for anything else afterwards.
     """
+    live = _LiveTensors()
+    gathered = GatheredBlocks(model)
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    if ids.is_meta:
-        for block in model.units():
-            block.forward = partial(_with_fused_attention, block.forward)  # also when backward runs it again
-    with _LiveTensors() as live:
+        parameter.register_post_accumulate_grad_hook(live.drop_gradient)
+    for number, block in enumerate(model.units()):
+        forward = partial(fused_attention, block.forward) if ids.is_meta else block.forward
+        block.forward = partial(_in_block, live, gathered, number, forward)  # also when backward runs it again
+    with live:
         loss = mean_loss(model, ids)
         kept = live.bytes
         loss.backward()
-    return Activations(kept, live.peak)
+    live.note_gathered(gathered.at_sum(0))
+    return Activations(kept, live.peak, live.gathering)
 
 
 def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
@@ -130,13 +196,29 @@ def on_meta(config: ModelConfig) -> ByteModel:
         return build_model(config)
 
 
-def _with_fused_attention(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def fused_attention(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Run a block with attention that keeps what a GPU's fused kernel keeps, and has shapes only."""
     with _FusedAttentionMode():
         return forward(*arguments)
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
+def _in_block(
+    live: "_LiveTensors", gathered: GatheredBlocks, number: int, forward: Callable[..., Tensor], *arguments: Any
+) -> Tensor:
+    """Run a block, and set what is gathered during its forward and its backward pass."""
+
+    def begin_backward(_: Tensor) -> None:
+        if live.in_backward:
+            live.note_gathered(gathered.at_sum(number + 1))
+        live.in_backward = True
+        live.note_gathered(gathered.in_backward(number))
+
+    if live.in_backward:  # it computes activations again
+        return forward(*arguments)
+    live.note_gathered(gathered.in_forward(number))
+    result = forward(*arguments)
+    result.register_hook(begin_backward)
+    return result
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -144,8 +226,24 @@ class _LiveTensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.gathering = 0
+        self.in_backward = False
+        """The backward pass of a block has begun."""
+        self._gathered = 0
+        """Bytes that a fully sharded model has gathered at this time."""
         self._known: set[int] = set()
+
+    def note_gathered(self, size: int) -> None:
+        """Set the bytes that a fully sharded model has gathered."""
+        self._gathered = size
+        self.gathering = max(self.gathering, self.bytes + size)
+
+    def drop_gradient(self, parameter: Tensor) -> None:
+        """Drop the gradient of a parameter, which a sharded model keeps until the block's gradients are summed."""
+        assert parameter.grad is not None
+        size = parameter.grad.nbytes if self.in_backward else 0
+        parameter.grad = None
+        self.note_gathered(self._gathered + size)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -162,6 +260,7 @@ class _LiveTensors(TorchDispatchMode):
         self._known.add(address)
         self.bytes += storage.nbytes()
         self.peak = max(self.peak, self.bytes)
+        self.gathering = max(self.gathering, self.bytes + self._gathered)
         weakref.finalize(storage, self._forget, address, storage.nbytes())
 
     def _forget(self, address: int, size: int) -> None:

@@ -6,11 +6,15 @@ Bytes of each for one parameter, on each of N GPUs, in bf16:
     ddp                 2          4          4         8
     zero-1              2          4         4/N       8/N
     zero-2              2         4/N        4/N       8/N
-    zero-3, FSDP2      2/N        4/N        4/N       8/N     and what is gathered at a time
-    hsdp            as zero-3, N the GPUs of one node
+    zero-3             2/N        4/N        4/N       8/N
+    fsdp                0         4/N        4/N       8/N
+    hsdp            as fsdp, N the GPUs of one node
 
-In fp32 the weights of ZeRO have 4 bytes; one process and DDP compute with the masters themselves. The rows follow from
-what engines declare (`StateSharding`).
+With several passes a step, fsdp and hsdp hold whole gradients until the last one. In fp32 the weights of ZeRO have 4
+bytes; one process and DDP compute with the masters themselves. Muon keeps 4 bytes of moments for a parameter of a
+matrix within blocks. The rows follow from what engines declare (`StateSharding`), and the moments from what optimizers
+declare (`OptimizerEntry`). Blocks that zero-3, fsdp and hsdp gather for a time count with the activations
+(`activations.GatheredBlocks`).
 """
 
 from dataclasses import dataclass
@@ -20,22 +24,22 @@ import torch
 
 from pretrain.engines import ENGINES, EngineConfig, StateSharding
 from pretrain.models import ByteModel
+from pretrain.optim import OptimizerEntry
 
 USABLE = 0.9
 """Share of a GPU's memory that may be filled. The rest is for what estimates leave out: the CUDA context, workspaces of
-kernels, communication buffers, and memory that the allocator cannot use. CUDA also has no fused attention kernel for
-65,536 patches or more in a micro-batch (`attention.LARGEST_FUSED_BATCH`)."""
+kernels, communication buffers, and memory that the allocator cannot use."""
 NODE = 8
 """GPUs of a node, within which HSDP shards."""
-GRADIENT, MASTER, MOMENTS = 4, 4, 8
-"""Bytes per parameter, in any precision."""
+GRADIENT, MASTER, MOMENT = 4, 4, 4
+"""Bytes of a number, in any precision."""
 
 
 class States(NamedTuple):
     """Bytes on each GPU that do not depend on the micro-batch."""
 
     weights: int
-    """Copies in the precision of the passes, and those that are gathered for a time."""
+    """Copies in the precision of the passes."""
     gradients: int
     masters: int
     moments: int
@@ -46,8 +50,10 @@ class ShardedStates:
     """States on each GPU under one sharding."""
 
     name: str
-    """Name of the row that shows them."""
+    """Name of the row in the table."""
     states: States
+    gathers: bool
+    """Ranks gather each block before they use it."""
 
     @property
     def bytes(self) -> int:
@@ -55,69 +61,82 @@ class ShardedStates:
         return sum(self.states)
 
 
-def shardings(model: ByteModel, dtype: torch.dtype, gpus: int) -> list[ShardedStates]:
-    """Return the states on each GPU under every sharding of the registered engines.
+def shardings(
+    model: ByteModel, optimizer: OptimizerEntry, dtype: torch.dtype, gpus: int, passes: int = 1
+) -> list[ShardedStates]:
+    """Return the states on each GPU under every sharding of the registered engines that support an optimizer.
 
     Args:
         model: of any precision.
+        optimizer: what the optimizer declares.
         dtype: type of parameters in the passes.
         gpus: number of GPUs.
+        passes: micro-batches of a step on each GPU.
     """
+    moments = MOMENT * optimizer.count_moments(model)
     if gpus == 1:
-        return [ShardedStates("one process", _states(model, dtype))]
-    distinct = {entry.sharding.label: entry.sharding for entry in ENGINES.entries().values()}
+        return [ShardedStates("one process", _states(model, moments, dtype), gathers=False)]
+    supporting = [entry.sharding for entry in ENGINES.entries().values() if entry.supports(optimizer)]
+    distinct = {sharding.label: sharding for sharding in supporting}
     rows = []
     for sharding in sorted(distinct.values(), key=_order):
         if not sharding.within_groups:
-            rows.append(ShardedStates(sharding.label, _states(model, dtype, sharding, gpus)))
+            label, holders = sharding.label, gpus
         elif gpus > NODE and gpus % NODE == 0:
-            label = f"{sharding.label}, {gpus // NODE} x {NODE}"
-            rows.append(ShardedStates(label, _states(model, dtype, sharding, NODE)))
+            label, holders = f"{sharding.label}, {gpus // NODE} x {NODE}", NODE
+        else:
+            continue
+        rows.append(ShardedStates(label, _states(model, moments, dtype, sharding, holders, passes), sharding.weights))
     return rows
 
 
-def states_on_rank(engine: EngineConfig, model: ByteModel, dtype: torch.dtype, ranks: int) -> States:
+def states_on_rank(
+    engine: EngineConfig, optimizer: OptimizerEntry, model: ByteModel, dtype: torch.dtype, ranks: int, passes: int = 1
+) -> States:
     """Return the states on each rank of a run.
 
     Args:
         engine: of the run.
+        optimizer: what the run's optimizer declares.
         model: of any precision.
         dtype: type of parameters in the passes.
         ranks: number of ranks.
+        passes: micro-batches of a step on each rank.
     """
     sharding = engine.entry.sharding
     holders = engine.shards or ranks if sharding.within_groups else ranks
-    return _states(model, dtype) if holders == 1 else _states(model, dtype, sharding, holders)
+    moments = MOMENT * optimizer.count_moments(model)
+    if holders == 1:
+        return _states(model, moments, dtype)
+    return _states(model, moments, dtype, sharding, holders, passes)
 
 
-def _states(model: ByteModel, dtype: torch.dtype, sharding: StateSharding | None = None, holders: int = 1) -> States:
+def _states(
+    model: ByteModel,
+    moments: int,
+    dtype: torch.dtype,
+    sharding: StateSharding | None = None,
+    holders: int = 1,
+    passes: int = 1,
+) -> States:
     """Return the states on each of some GPUs that share a model; without a sharding, in one process."""
     parameters, width = model.parameter_count(), dtype.itemsize
     sharding = sharding or StateSharding("one process")
-    copy = width if sharding.copies_weights or dtype != torch.float32 else 0
-    gathered = width * _gathered_parameters(model) if sharding.weights else 0
+    casts_masters = dtype != torch.float32 and not sharding.weights
+    copy = width if sharding.copies_weights or casts_masters else 0
 
     def share(is_sharded: bool) -> float:
         return 1 / holders if is_sharded else 1
 
     return States(
-        round(parameters * (copy * share(sharding.weights))) + gathered,
-        round(parameters * GRADIENT * share(sharding.gradients)),
+        round(parameters * copy * share(sharding.weights)),
+        round(parameters * GRADIENT * share(sharding.gradients and not (sharding.sums_in_last_pass and passes > 1))),
         round(parameters * MASTER * share(sharding.optimizer)),
-        round(parameters * MOMENTS * share(sharding.optimizer)),
+        round(moments * share(sharding.optimizer)),
     )
 
 
 def _order(sharding: StateSharding) -> tuple[bool, ...]:
     """Return the sort key that lists shardings from the least sharded to the most, groups last."""
-    return sharding.within_groups, sharding.weights, sharding.gradients, sharding.optimizer
-
-
-def _gathered_parameters(model: ByteModel) -> int:
-    """Return the number of parameters that a fully sharded model holds whole at a time.
-
-    These are all parameters outside the blocks, those of the current block and of the block that is fetched next, and
-    the gradient of the current block before each rank takes its share.
-    """
-    blocks = sorted((sum(p.numel() for p in block.parameters()) for block in model.units()), reverse=True)
-    return model.parameter_count() - sum(blocks) + sum(blocks[:2]) + sum(blocks[:1])
+    is_sharded = sharding.within_groups, sharding.weights, sharding.gradients, sharding.optimizer
+    return *is_sharded, not sharding.copies_weights

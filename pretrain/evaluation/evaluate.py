@@ -3,21 +3,37 @@
 The result is a sum of nats in whole units (scores.py), so it does not depend on how windows are batched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.documents import Piece
 from data_pipeline.stream.rows import Ids
+from pretrain.distributed.context import group_of
 from pretrain.evaluation.scores import Evaluation, GroupOf
-from pretrain.evaluation.windows import ScoredWindow, batched, document_windows, padded
+from pretrain.evaluation.windows import ScoredWindow, batched, document_windows, padded, windows_of
 from pretrain.models import ByteModel
 from pretrain.models.base import Memory
 
+WHOLE_DOCUMENT = 1 << 62
+"""Length of a window that holds any document."""
 Progress = Callable[[int], None]
 """Callback with the number of bytes scored since the last call."""
+Batches = Iterator[list[ScoredWindow]]
+"""Windows that are passed at once, again and again."""
+Part = tuple[list[ScoredWindow], bool]
+"""Windows that a rank passes at once, and whether it counts their scores: each window counts on one rank."""
+Scored = Iterator[tuple[list[ScoredWindow], Tensor]]
+"""Windows that were passed at once, with the (rows, T) fp32 nats of their ids, again and again."""
+
+
+def everything(batches: Batches) -> Iterator[Part]:
+    """Yield the share of a process without other ranks."""
+    return ((batch, True) for batch in batches)
 
 
 def evaluate(
@@ -29,12 +45,10 @@ def evaluate(
     progress: Progress = lambda done: None,
     stride: int | None = None,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    after_separator: bool = False,
+    share: Callable[[Batches], Iterator[Part]] = everything,
 ) -> Evaluation:
-    """Score every byte of a corpus once, or this rank's part of it.
-
-    All ranks call `nats_of` equally often, as sharded models require.
+    """Score every byte of a corpus once, or this rank's share of it.
 
     Args:
         nats_of: maps (rows, T) int16 ids, padded at the end, to (rows, T) fp32 nats on the CPU.
@@ -44,39 +58,67 @@ def evaluate(
         group_of: maps a document's key to its group.
         progress: called with the bytes scored.
         stride: bytes scored at the end of a window; all of it if None. See `stride_of` for the stride of a model.
-        rank: rank of this process.
-        world_size: number of ranks.
+        after_separator: whether a separator, which is not scored, precedes each document.
+        share: yields this rank's share of the windows; see `share_of_rank`.
     """
     evaluation = Evaluation()
-    batches = batched(document_windows(corpus, sequence_length, stride), rows)
-    while batch := list(islice(batches, world_size)):
-        if rank < len(batch):
-            windows = batch[rank]
-            progress(evaluation.add(windows, nats_of(padded(windows)), group_of))
-        else:
-            nats_of(padded(batch[0]))  # a batch of another rank
+    batches = batched(document_windows(corpus, sequence_length, stride, after_separator=after_separator), rows)
+    for windows, is_own in share(batches):
+        nats = nats_of(padded(windows))
+        if is_own:
+            progress(evaluation.add(windows, nats, group_of))
     return evaluation
 
 
-def evaluate_with_memory(
-    model: ByteModel,
-    corpus: Corpus,
-    rows: int,
-    group_of: GroupOf = lambda key: "all",
-    progress: Progress = lambda done: None,
-) -> Evaluation:
-    """Score every byte of a corpus once: segments of a document in order, with the memory of earlier segments.
+def share_of_rank(batches: Batches, rank: int, world_size: int, context: int = 1) -> Iterator[Part]:
+    """Yield the batches that a rank passes. All ranks have equally many, as sharded models require.
+
+    In the last round a rank may pass a batch of another rank, which it does not count. The ranks of a context group
+    pass the same batches, which the first of them counts.
+    """
+    group, groups = group_of(rank, world_size, context)
+    while batch := list(islice(batches, groups)):
+        has_own = group < len(batch)
+        yield batch[group if has_own else 0], has_own and rank % context == 0
+
+
+def score_windows(nats_of: Callable[[Ids], Tensor], windows: Iterable[ScoredWindow], rows: int) -> Scored:
+    """Yield windows, `rows` at once, with the nats of their ids."""
+    for batch in batched(windows, rows):
+        yield batch, nats_of(padded(batch))
+
+
+def add_up(scored: Scored, group_of: GroupOf = lambda key: "all", progress: Progress = lambda done: None) -> Evaluation:
+    """Return the sums over scored windows.
+
+    Args:
+        scored: the windows with their nats.
+        group_of: maps a document's key to its group.
+        progress: called with the bytes scored.
+    """
+    evaluation = Evaluation()
+    for windows, nats in scored:
+        progress(evaluation.add(windows, nats, group_of))
+    return evaluation
+
+
+def score_with_memory(model: ByteModel, pieces: Iterable[Piece], rows: int, *, after_separator: bool = False) -> Scored:
+    """Yield the segments of each document in order, scored with the memory of earlier segments.
 
     `rows` documents are held in memory and scored side by side. A row ends with its document. The model carries memory.
     """
-    evaluation = Evaluation()
     device, length = next(model.parameters()).device, model.sequence_length
-    for documents in batched(document_windows(corpus, corpus.raw_bytes), rows):
+    for documents in batched(windows_of(pieces, WHOLE_DOCUMENT, after_separator=after_separator), rows):
         documents.sort(key=lambda document: -len(document.ids))
         memory: Memory = {}
         for start in range(0, len(documents[0].ids), length):
             segments = [
-                ScoredWindow(document.key, document.modality, document.ids[start : start + length], start, context=0)
+                replace(
+                    document,
+                    ids=document.ids[start : start + length],
+                    offset=document.offset + start,
+                    context=0 if start else document.context,
+                )
                 for document in documents
                 if len(document.ids) > start
             ]
@@ -84,8 +126,7 @@ def evaluate_with_memory(
             with torch.no_grad():
                 memory = {name: tensor[: len(segments)] for name, tensor in memory.items()}
                 nats, memory = model(ids, memory)
-            progress(evaluation.add(segments, nats.cpu(), group_of))
-    return evaluation
+            yield segments, nats.cpu()
 
 
 def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from byteloom.core.errors import CorrectableError
 from byteloom.core.seeds import seed_of
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.models.base import ByteModel, Decoder
 
 
-class SamplingError(Exception):
+class SamplingError(CorrectableError):
     """A sampling option is out of bounds."""
 
 
@@ -27,43 +28,54 @@ class Sampling:
     top_p: float = 1.0
     """Probability that the likeliest bytes to draw from must add up to."""
     seed: int = 0
+    separators: bool = True
+    """Whether the model may end the document. A model that never saw a separator in training must not."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise SamplingError(f"--temperature is {self.temperature}; it must be at least 0, and finite")
+            raise SamplingError(f"temperature is {self.temperature}; it must be at least 0, and finite")
         if self.top_k is not None and self.top_k < 1:
-            raise SamplingError(f"--top-k is {self.top_k}; it must be at least 1")
+            raise SamplingError(f"top-k is {self.top_k}; it must be at least 1")
         if not 0 < self.top_p <= 1:
-            raise SamplingError(f"--top-p is {self.top_p}; it must be more than 0 and at most 1")
-
-
-def generate(model: ByteModel, prompt: bytes, count: int, sampling: Sampling) -> Iterator[int]:
-    """Yield the bytes that `generate_rows` draws for one prompt."""
-    return (byte for _, byte in generate_rows(model, [prompt], count, sampling))
+            raise SamplingError(f"top-p is {self.top_p}; it must be more than 0 and at most 1")
 
 
 def generate_rows(
-    model: ByteModel, prompts: Sequence[bytes], count: int, sampling: Sampling
+    model: ByteModel,
+    prompts: Sequence[bytes],
+    counts: Sequence[int],
+    sampling: Sampling,
+    *,
+    after_separator: bool = False,
 ) -> Iterator[tuple[int, int]]:
-    """Yield at most `count` bytes that follow each prompt; fewer if the model ends the document.
+    """Yield at most as many bytes after each prompt as `counts` says; fewer if the model ends the document.
 
-    Rows with prompts of equal length are decoded together, so that one parallel pass reads each prompt. The draws of a
-    row depend on its prompt, its number and the seed; other rows change at most the rounding of its logits.
+    Rows with prompts of equal length and equal counts are decoded together, so that one parallel pass reads each
+    prompt. The draws of a row depend on its prompt, its number and the seed; other rows change at most the rounding of
+    its logits.
 
     When the context is full, a new decoder reads its last half as the prompt. A prompt that is longer than the context
     is cut in the same way. A model that decodes without end needs neither.
 
+    Args:
+        model: the model, in evaluation mode.
+        prompts: the prompts.
+        counts: most bytes after each prompt.
+        sampling: how bytes are drawn.
+        after_separator: whether a separator precedes each prompt, as it precedes documents in training.
+
     Yields:
         (row, byte): the bytes of each row in their order.
     """
-    histories = {row: list(prompt) for row, prompt in enumerate(prompts)}
+    before = [SEPARATOR] if after_separator else []
+    histories = {row: before + list(prompt) for row, prompt in enumerate(prompts)}
     if not model.decodes_without_end:
         histories = {
             row: history if len(history) < model.sequence_length else _last_half(model, history)
             for row, history in histories.items()
         }
-    for length in sorted({len(history) for history in histories.values()}):
-        batch = {row: history for row, history in histories.items() if len(history) == length}
+    for length, count in sorted({(len(history), counts[row]) for row, history in histories.items()}):
+        batch = {row: history for row, history in histories.items() if (len(history), counts[row]) == (length, count)}
         yield from _side_by_side(model, batch, count, sampling)
 
 
@@ -112,6 +124,8 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """
     logits = logits.detach().float().cpu().clone()
     logits[:, PADDING] = float("-inf")
+    if not sampling.separators:
+        logits[:, SEPARATOR] = float("-inf")
     if sampling.temperature == 0:
         return logits.argmax(1).tolist()
     logits = logits / sampling.temperature

@@ -3,18 +3,21 @@
 Results name their mode and stride; results of different modes or strides are not comparable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.documents import Piece
 from data_pipeline.stream.rows import Ids
-from pretrain.evaluation.evaluate import Progress, evaluate, evaluate_with_memory, scorer
+from pretrain.evaluation.evaluate import Progress, Scored, add_up, score_windows, score_with_memory, scorer
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
-from pretrain.models import ByteModel
+from pretrain.evaluation.windows import windows_of
+from pretrain.models import ByteModel, ModelConfig, family
 
 
 class Mode(StrEnum):
@@ -50,8 +53,10 @@ def evaluate_model(
     group_of: GroupOf = lambda key: "all",
     progress: Progress = lambda done: None,
     stride: int | None = None,
+    *,
+    after_separator: bool = False,
 ) -> Evaluation:
-    """Score every byte of a corpus once, in a mode.
+    """Return the sums over every byte of a corpus, scored in a mode.
 
     Args:
         model: the model, in evaluation mode.
@@ -61,23 +66,53 @@ def evaluate_model(
         group_of: maps a document's key to its group.
         progress: called with the bytes scored.
         stride: bytes scored at the end of a window; `stride_of` the mode if None.
+        after_separator: whether a separator, which is not scored, precedes each document.
+
+    Raises:
+        EvaluationError: the model does not support the mode or the stride, or a loss is not a usable number.
+    """
+    scored = score_documents(model, corpus.pieces(), mode, rows, stride, after_separator=after_separator)
+    return add_up(scored, group_of, progress)
+
+
+def score_documents(
+    model: ByteModel,
+    pieces: Iterable[Piece],
+    mode: Mode,
+    rows: int,
+    stride: int | None = None,
+    *,
+    after_separator: bool = False,
+) -> Scored:
+    """Return an iterator over the windows of documents with the nats of their ids. Each byte is scored once.
+
+    Args:
+        model: the model, in evaluation mode.
+        pieces: the documents in order, each in consecutive pieces.
+        mode: the bytes that each byte is predicted from.
+        rows: windows scored at once.
+        stride: bytes scored at the end of a window; `stride_of` the mode if None.
+        after_separator: whether a separator, which is not scored, precedes each document.
 
     Raises:
         EvaluationError: the model does not support the mode or the stride.
     """
     check_mode(model, mode)
     length, most = model.sequence_length, stride_of(model)
+    if stride is not None and stride < 1:
+        raise EvaluationError(f"stride is {stride}; it must be at least 1")
     if stride is not None and stride > most:
-        raise EvaluationError(f"--stride is {stride}; this model scores at most {count(most, 'byte')} of a window")
+        raise EvaluationError(f"stride is {stride}; this model scores at most {count(most, 'byte')} of a window")
     if mode is Mode.memory:
         if stride not in (None, length):
-            raise EvaluationError(f"--stride is {stride}; mode {mode} takes no stride: windows follow each other")
-        return evaluate_with_memory(model, corpus, rows, group_of, progress)
+            raise EvaluationError(f"stride is {stride}; mode {mode} takes no stride: windows follow each other")
+        return score_with_memory(model, pieces, rows, after_separator=after_separator)
     nats_of = scorer(model)
     if mode.is_strided:
         assert model.patch_size is not None
         nats_of = strided(nats_of, model.patch_size)
-    return evaluate(nats_of, corpus, length, rows, group_of, progress, stride or stride_of(model, mode))
+    stride = stride or stride_of(model, mode)
+    return score_windows(nats_of, windows_of(pieces, length, stride, after_separator=after_separator), rows)
 
 
 def check_mode(model: ByteModel, mode: Mode) -> None:
@@ -89,6 +124,21 @@ def check_mode(model: ByteModel, mode: Mode) -> None:
         raise EvaluationError(f"mode {mode} needs a model that carries memory; this one carries none")
     if mode.is_strided and model.patch_size is None:
         raise EvaluationError(f"mode {mode} needs a model with patches; this one has none")
+
+
+def check_usage(config: ModelConfig, usage: Mapping[str, Any], mode: Mode) -> None:
+    """Raise EvaluationError if a usage option has no effect in a mode.
+
+    Args:
+        config: config of the model.
+        usage: values by the names of usage options of the model's family.
+        mode: the mode of the evaluation.
+    """
+    for option in family(config.family).usage_options:
+        if option.name in usage and option.mode not in (None, mode):
+            raise EvaluationError(
+                f"--{option.name} has no effect in mode {mode}; add --mode {option.mode}, or leave the option out"
+            )
 
 
 def stride_of(model: ByteModel, mode: Mode = Mode.windows) -> int:

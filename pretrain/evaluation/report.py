@@ -1,9 +1,11 @@
 """Report of an evaluation: a table, JSON, and curves by position as CSV files and a picture.
 
-All of them name the mode and the stride, because results of different modes or strides are not comparable.
+All of them name the mode, the stride, the context of first bytes and the options of the model's use, because results
+that differ in one of them are not comparable.
 """
 
 import csv
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any
 
 from byteloom.core.packages import needed_by
 from byteloom.core.text import count
+from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.scores import Evaluation, Score
 from pretrain.terminal.console import printable
@@ -30,6 +33,8 @@ class EvaluationReport:
     mode: Mode
     sequence_length: int
     stride: int
+    begin: Beginning
+    """Context of the first byte of each document; never auto."""
     evaluation: Evaluation
     patch_size: int | None = None
     """Bytes of a patch. None: the model has no patches."""
@@ -37,19 +42,26 @@ class EvaluationReport:
     """Number of words of the corpus, for perplexity per word. 0: not requested, or there are none."""
     words_of_groups: Mapping[str, int] = field(default_factory=dict)
     """Number of words of each group, if they were counted."""
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    """Values of all usage options of the model's family, by their names."""
+    typed_usage: Mapping[str, Any] = field(default_factory=dict)
+    """The usage options that differ from the run, as the user typed them."""
 
     @property
     def name(self) -> str:
         """Name of the folder of the figures, unique among evaluations of a checkpoint."""
         corpus = "-".join(self.corpus.rstrip("/").split("/")[-2:])
-        return f"{re.sub(r'[^A-Za-z0-9._-]', '_', corpus)}-{self.mode}-{self.stride}"
+        typed = [f"{name}-{value}" for name, value in self.typed_usage.items()]
+        return "-".join([re.sub(r"[^A-Za-z0-9._-]", "_", corpus), self.mode, str(self.stride), self.begin, *typed])
 
     @property
     def title(self) -> str:
-        """Sentence that names the model, the corpus, the mode and the stride."""
+        """Sentence that names the model, the corpus, the mode, the stride, the beginning and the typed options."""
+        place = "the separator before" if self.begin is Beginning.separator else "the start of"
         return (
             f"{self.model} on {self.corpus}, mode {self.mode}: windows of {count(self.sequence_length, 'byte')} from "
-            f"the start of each document, the last {count(self.stride, 'byte')} of each are scored"
+            f"{place} each document, the last {count(self.stride, 'byte')} of each are scored"
+            + "".join(f", {name} {value}" for name, value in self.typed_usage.items())
         )
 
     @property
@@ -82,6 +94,8 @@ class EvaluationReport:
             "mode": self.mode.value,
             "sequence_length": self.sequence_length,
             "stride": self.stride,
+            "begin": self.begin.value,
+            "options": dict(self.usage),
             "total": _as_json(self.evaluation.total, self.words),
             "groups": {
                 name: _as_json(score, self.words_of_groups.get(name, 0))
@@ -96,16 +110,26 @@ class EvaluationReport:
 
     def write_curves(self, folder: Path) -> None:
         """Write NAME-positions.csv for each curve, and positions.png of all."""
+        self.write_tables(folder)
+        self._draw(folder / "positions.png")
+
+    def write_figures(self, folder: Path) -> None:
+        """Write figures.json."""
+        (folder / "figures.json").write_text(json.dumps(self.as_json(), indent=1), encoding="utf-8")
+
+    def write_tables(self, folder: Path) -> None:
+        """Write NAME-positions.csv for each curve."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, scores in self.curves.items():
             with (folder / f"{name}-positions.csv").open("w", newline="", encoding="utf-8") as file:
                 out = csv.writer(file)
-                out.writerow(["mode", "sequence_length", "stride", "position", "bytes", "nats", "bits_per_byte"])
-                how = (self.mode.value, self.sequence_length, self.stride)
+                columns = ("mode", "sequence_length", "stride", "begin", "options")
+                out.writerow([*columns, "position", "bytes", "nats", "bits_per_byte"])
+                typed = " ".join(f"{name}={value}" for name, value in self.typed_usage.items())
+                how = (self.mode.value, self.sequence_length, self.stride, self.begin.value, typed)
                 out.writerows(
                     (*how, p, s.bytes, s.nats, s.bits_per_byte if s.bytes else "") for p, s in enumerate(scores)
                 )
-        self._draw(folder / "positions.png")
 
     def _draw(self, path: Path) -> None:
         with needed_by("--curves", "matplotlib"):

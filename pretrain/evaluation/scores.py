@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from byteloom.core.errors import CorrectableError
 from pretrain.evaluation.windows import ScoredWindow
 
 UNITS_PER_NAT = 2**32
@@ -19,7 +20,7 @@ HIGHEST_NATS = 2.0**20
 """Largest loss of a byte, in nats. A higher loss or NaN is an error."""
 
 SAMPLE_BYTES = ("low byte", "high byte")
-"""The bytes of a sample of sound, in order."""
+"""Names of the bytes of a sample of sound, in order."""
 
 GroupOf = Callable[[str], str]
 """Function from the key of a document to its group."""
@@ -95,7 +96,7 @@ class Curve:
         ]
 
 
-class EvaluationError(Exception):
+class EvaluationError(CorrectableError):
     """A model cannot be evaluated as asked."""
 
 

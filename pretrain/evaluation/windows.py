@@ -10,7 +10,10 @@ are scored:
                      [         |new]        ...
 
 With a stride of the sequence length, windows do not overlap and no byte has context from an earlier window. A model
-that scores only the last N bytes of a window (Perceiver AR) needs a stride of N or less. Separators are not read.
+that scores only the last N bytes of a window (Perceiver AR) needs a stride of N or less.
+
+A separator may precede the first byte of each document, as in training on concatenated documents. It is in the first
+window, and not scored.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,11 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.documents import Piece
 from data_pipeline.stream.rows import Ids
-from data_pipeline.vocabulary import PADDING
-
-BLOCKS_AHEAD = 7
-"""Blocks after the one being read that a request to a remote corpus also brings."""
+from data_pipeline.vocabulary import PADDING, SEPARATOR
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class ScoredWindow:
     modality: str
     ids: Ids
     offset: int
-    """Position of the first id in the document."""
+    """Position of the first id in the document; -1 is the separator before it."""
     context: int
-    """Number of leading ids that earlier windows have scored."""
+    """Number of leading ids that are not scored here: a separator, and what earlier windows have scored."""
 
     @property
     def begins_document(self) -> bool:
@@ -45,36 +46,45 @@ class ScoredWindow:
         return self.offset + self.context == 0
 
 
-def document_windows(corpus: Corpus, length: int, stride: int | None = None) -> Iterator[ScoredWindow]:
+def document_windows(
+    corpus: Corpus, length: int, stride: int | None = None, *, after_separator: bool = False
+) -> Iterator[ScoredWindow]:
+    """Yield the windows of each document of a corpus; see `windows_of`. Withdrawn documents are skipped."""
+    return windows_of(corpus.pieces(), length, stride, after_separator=after_separator)
+
+
+def windows_of(
+    pieces: Iterable[Piece], length: int, stride: int | None = None, *, after_separator: bool = False
+) -> Iterator[ScoredWindow]:
     """Yield the windows of each document in order; the last window scores the bytes that remain.
 
-    Withdrawn documents are skipped.
-
     Args:
-        corpus: the corpus to read.
+        pieces: the documents in order, each in consecutive pieces.
         length: most bytes of a window.
         stride: bytes scored at the end of a window; `length` if None.
+        after_separator: whether a separator precedes each document. Windows of one byte have no room for it.
     """
     stride = stride or length
-    withdrawn = {entry.key for entry in corpus.withdrawn}
-    data, scored = b"", 0  # of the current document: bytes held, and how many are scored
-    for number in range(len(corpus)):
-        block = corpus.read(number, through=number + BLOCKS_AHEAD)
-        for part in block.slices:
-            if part.key in withdrawn:
-                continue
-            offset = part.document_offset - len(data)
-            data += block.content[part.start : part.start + part.length]
-            while len(data) - scored >= (1 if part.ends else stride):
-                begin, end = max(0, scored + stride - length), min(scored + stride, len(data))
-                ids = np.frombuffer(data[begin:end], np.uint8).astype(np.int16)
-                yield ScoredWindow(part.key, part.modality, ids, offset + begin, scored - begin)
-                scored = end
-            if part.ends:
-                data, scored = b"", 0
-            else:
-                begin = max(0, scored + stride - length)
-                data, scored = data[begin:], scored - begin
+    before = bytes(1) if after_separator and length > 1 else b""  # the place of the separator
+    data, scored = before, len(before)  # of the current document: bytes held, and how many are not to be scored
+    for piece in pieces:
+        offset = piece.offset - len(data)
+        data += piece.content
+        while True:
+            # A first window of `length` new bytes would have no room for the separator.
+            new = min(stride, length - scored) if scored <= len(before) else stride
+            begin, end = max(0, scored + new - length), min(scored + new, len(data))
+            if len(data) - scored < (1 if piece.ends else new):
+                break
+            ids = np.frombuffer(data[begin:end], np.uint8).astype(np.int16)
+            if offset + begin < 0:
+                ids[0] = SEPARATOR
+            yield ScoredWindow(piece.key, piece.modality, ids, offset + begin, scored - begin)
+            scored = end
+        if piece.ends:
+            data, scored = before, len(before)
+        else:
+            data, scored = data[begin:], scored - begin
 
 
 def padded(windows: list[ScoredWindow]) -> Ids:

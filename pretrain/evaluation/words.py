@@ -12,15 +12,10 @@ def count_words(corpus: Corpus, group_of: Callable[[str], str]) -> Mapping[str, 
     Words are bytes between ASCII white space, as `wc -w` counts them in the C locale. Withdrawn documents are skipped.
     """
     words: Counter[str] = Counter()
-    withdrawn = {entry.key for entry in corpus.withdrawn}
-    ends_within_word = False  # whether the previous slice ended within a word
-    for number in range(len(corpus)):
-        block = corpus.read(number)
-        for part in block.slices:
-            if part.key in withdrawn:
-                continue
-            text = block.content[part.start : part.start + part.length]
-            begins_within_word = part.document_offset > 0 and ends_within_word and not text[:1].isspace()
-            words[group_of(part.key)] += len(text.split()) - begins_within_word
-            ends_within_word = not text[-1:].isspace()
+    ends_within_word = False  # whether the previous piece ended within a word
+    for piece in corpus.pieces():
+        text = piece.content
+        begins_within_word = piece.offset > 0 and ends_within_word and not text[:1].isspace()
+        words[group_of(piece.key)] += len(text.split()) - begins_within_word
+        ends_within_word = not text[-1:].isspace()
     return words

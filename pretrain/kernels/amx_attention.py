@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from byteloom.core.locations import user_cache
-from byteloom.core.locks import lock_file
+from byteloom.core.storage.locations import user_cache
+from byteloom.core.storage.locks import lock_file
 from byteloom.core.torch_compat import compiled_as_constant, cpu_capabilities
 
 log = logging.getLogger(__name__)

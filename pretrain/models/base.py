@@ -1,16 +1,17 @@
 """Contract of every model: bytes in, negative log-likelihood of every byte out."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byteloom.core.seeds import seed_of
+from pretrain.distributed.context import WHOLE_ROWS, Context
 from pretrain.models.blocks.nats import linear_nats
 from pretrain.models.blocks.unit import Unit
-from pretrain.models.initial import DeclaresInitial, Initial
+from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING, DeclaresInitial, Initial, draw, draw_whole
 
 
 class Decoder(Protocol):
@@ -50,16 +51,35 @@ Memory = dict[str, Tensor]
 They have no gradient. Engines and checkpoints keep them in fp32, which holds them exactly."""
 
 
+@runtime_checkable
+class FusesMatrices(Protocol):
+    """Module with parameters that hold several logical matrices, one below the other, such as queries and keys."""
+
+    def own_fused_matrices(self) -> dict[str, int]:
+        """Return how many matrices of equally many rows each such parameter holds, by its name within the module."""
+
+
 class ByteModel(nn.Module, ABC):
-    """Autoregressive model of bytes. Its mathematics is that of one device; it knows no process group."""
+    """Autoregressive model of bytes. Its mathematics is that of one device.
+
+    A family that supports context parallelism computes the positions of its rank, and lets `context` exchange what
+    depends on others.
+    """
+
+    context: Context = WHOLE_ROWS
+    """Part of the rows that this process computes."""
 
     sequence_length: int
     """Longest context, in bytes, that the model can read."""
     patch_size: int | None = None
     """Bytes of a patch, if the model reads patches of one size."""
+    attends_across_documents: bool = True
+    """Whether the score of a byte may depend on earlier documents of its row. Separators end documents."""
     evaluation_modes: ClassVar[frozenset[str]] = frozenset({"windows", "sliding"})
     """Modes of evaluation that the model supports; `strided` and `sliding-strided` need a patch size, `memory` needs a
     memory."""
+    z_loss: float = 0.0
+    """Factor of the z-loss in the gradient of `nats`; see `linear_nats`."""
     decodes_without_end: ClassVar[bool] = False
     """Whether a decoder continues past sequence_length bytes, with a memory of earlier ones."""
 
@@ -75,7 +95,8 @@ class ByteModel(nn.Module, ABC):
 
         Returns:
             (rows, T) fp32 nats. Value t depends on the ids before t, and on id t as the target; it depends on no later
-            id. Values at unscored positions are undefined.
+            id. Values at unscored positions are undefined. If rows are cut over ranks, the values of other ranks'
+            positions are 0.
         """
 
     def empty_memory(self, rows: int) -> Memory:
@@ -104,7 +125,17 @@ class ByteModel(nn.Module, ABC):
         Returns:
             (rows, n) fp32 nats.
         """
-        return linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights()).view(ids.shape).float()
+        nats = linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights(), self.z_loss)
+        return nats.view(ids.shape).float()
+
+    def set_context(self, context: Context) -> None:
+        """Set the part of the rows that this process computes. Families that declare `row_parts` override this.
+
+        Raises:
+            ValueError: the rows of this model cannot be cut.
+        """
+        if context.size > 1:
+            raise ValueError(f"the rows of a {type(self).__name__} cannot be cut over ranks")
 
     def units(self) -> list[Unit]:
         """Return the model's blocks, which are compiled and recomputed one at a time."""
@@ -118,6 +149,15 @@ class ByteModel(nn.Module, ABC):
         """Return the parameters outside all blocks, by name."""
         within = {id(parameter) for unit in self.units() for parameter in unit.parameters()}
         return {name: parameter for name, parameter in self.named_parameters() if id(parameter) not in within}
+
+    def fused_matrices(self) -> dict[str, int]:
+        """Return the parameters that hold several logical matrices, and how many, as their modules declare it."""
+        return {
+            f"{path}.{parameter}": number
+            for path, module in self.named_modules()
+            if isinstance(module, FusesMatrices)
+            for parameter, number in module.own_fused_matrices().items()
+        }
 
     @abstractmethod
     def scored(self, length: int) -> slice:
@@ -149,7 +189,7 @@ class ByteModel(nn.Module, ABC):
         """Return the floating-point operations of all matrix products of a forward pass over one row.
 
         A product of (a, b) by (b, c) counts 2abc. Attention counts in full, as in torch's FlopCounterMode. Products
-        with a memory count too.
+        with a memory count too. A model in training counts a training pass, which may drop inputs.
 
         Args:
             length: ids of the row.
@@ -165,18 +205,33 @@ class ByteModel(nn.Module, ABC):
     def model_initial(self, name: str) -> Initial:
         """Return the distribution of the first values of a parameter whose module does not declare one."""
 
-    def first_values(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Return a parameter's values before training: fp32, on the CPU.
+    def first_values(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        seed: int,
+        *,
+        begin: int = 0,
+        end: int | None = None,
+        version: int = FIRST_VALUES,
+    ) -> Tensor:
+        """Return a range of a flattened parameter before training: fp32, on the CPU.
 
-        They depend only on the seed and the name, so each rank can draw its part of any model.
+        The values depend only on the seed, the name and the version, so each rank can draw its part of any model.
+
+        Args:
+            name: of the parameter.
+            shape: of the whole parameter.
+            seed: of the run.
+            begin: of the range.
+            end: of the range, exclusive; None is the end of the parameter.
+            version: of the generator: FIRST_VALUES, or that of an earlier run.
         """
         initial = self.initial(name)
-        if not initial.std:
-            return torch.full(shape, initial.mean)
-        generator = torch.Generator().manual_seed(seed_of("parameter", seed, name))
-        values = torch.empty(shape)
-        low, high = initial.mean - 2 * initial.std, initial.mean + 2 * initial.std
-        return nn.init.trunc_normal_(values, initial.mean, initial.std, low, high, generator=generator)
+        end = math.prod(shape) if end is None else end
+        if version == WHOLE_DRAWING:
+            return draw_whole(initial, seed, name, shape).view(-1)[begin:end]
+        return draw(initial, seed, name, begin, end)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -184,7 +239,7 @@ class ByteModel(nn.Module, ABC):
         seed = int(torch.randint(2**62, (), device="cpu"))
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
-                parameter.copy_(self.first_values(name, tuple(parameter.shape), seed))
+                parameter.copy_(self.first_values(name, tuple(parameter.shape), seed).view_as(parameter))
 
     def check_length(self, length: int) -> None:
         """Raise ValueError if a row of `length` bytes is longer than the model can read."""

@@ -15,37 +15,49 @@ An entry point that cannot be used is reported when its family is requested, or 
 families work without it.
 """
 
-import importlib
-import logging
-import pkgutil
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union, cast, get_args
 
 from pydantic import BaseModel, Discriminator, Tag, TypeAdapter, ValidationError
 
-from byteloom.core.validation import nearest
+from byteloom.core.errors import CorrectableError
+from byteloom.core.registries.registry import Registry
 from pretrain.models.base import ByteModel
-
-log = logging.getLogger(__name__)
 
 PACKAGE = "pretrain.models.families"
 """Package that holds Byteloom's own families, one module each."""
-GROUP = "byteloom.families"
-"""Entry point group of the families of other packages."""
-
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+USABLE = ({int}, {float}, {str}, {bool})
+"""Types of the fields that usage options set, apart from None."""
 
 
-class FamilyError(Exception):
-    """A model family cannot be registered, or cannot be used."""
+class FamilyError(CorrectableError):
+    """A model family is declared wrong, or a model is used in a way that its family does not support."""
 
 
 def _carries_none(_: BaseModel) -> bool:
     return False
+
+
+def _reads_any(_: BaseModel) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class UsageOption:
+    """Option of `eval` and `generate` that changes how a trained model is used. No parameter depends on it."""
+
+    name: str
+    """Name on the command line, without the hyphens in front: clamp-length."""
+    field: str
+    """Config field that it sets. The field's type is the option's: int, float, str or bool, or one of them or None."""
+    help: str
+    """One sentence for the help of the commands."""
+    mode: str | None = None
+    """Mode of evaluation that the option needs; None: it has an effect in every mode."""
 
 
 @dataclass(frozen=True)
@@ -59,168 +71,117 @@ class Family(Generic[AnyConfig]):
     build: Callable[[AnyConfig], ByteModel]
     """Builds a model whose parameters are drawn from torch's default generator."""
     free_fields: frozenset[str] = frozenset()
-    """Config fields that a resumed run may change, because they do not change what the weights mean."""
-    usage_fields: frozenset[str] = frozenset()
-    """Config fields that may be changed when a trained model is used, because no parameter depends on them. The
-    commands eval and generate take an option for them."""
+    """Config fields that a resumed run may change, because the function that the weights compute does not depend on
+    them: dropout, first values, and the like. All others must stay."""
+    usage_options: tuple[UsageOption, ...] = ()
+    """Options of the commands `eval` and `generate` for models of this family."""
     carries_memory: Callable[[AnyConfig], bool] = _carries_none
     """Whether a model of this config carries a memory from each training sequence to the next one of its lane."""
+    image_of: Callable[[AnyConfig], tuple[int, int, int] | None] = _reads_any
+    """Height, width and channels of the image, in raster order, that every sequence of a model of this config must be;
+    None if it reads any bytes."""
+    row_parts: Callable[[AnyConfig], int] | None = None
+    """Number of equal parts into which ranks can cut a row of a model of this config; engine.context must divide it.
+    None: the family does not support context parallelism."""
     is_default: bool = False
-    """Whether a recipe that names no family means this one."""
+    """Whether this is the family of a recipe that names none."""
+    reference: Path | None = None
+    """Python file with the forward pass in plain torch, which exports carry as model.py; see `references`. Its class
+    `Model` takes the section `model` of a recipe and the weights by name. Its `logits` maps (rows, T) ids to the logits
+    of those that are scored. None: exports have no model.py."""
     small: Mapping[str, Any] = field(default_factory=dict)
     """Config fields, besides the defaults, of a model that is small enough to check in seconds (`check-family`)."""
 
+    @property
+    def usage_fields(self) -> frozenset[str]:
+        """Config fields that the usage options set."""
+        return frozenset(option.field for option in self.usage_options)
 
-class FamilyRegistry:
-    """Families by name: those of a package's modules, and those of an entry point group."""
-
-    def __init__(self, package: str, group: str) -> None:
-        self._package, self._group = package, group
-        self._families: dict[str, Family[Any]] = {}
-        self._unusable: dict[str, FamilyError] = {}
-        """Families that entry points name and that cannot be used, with the reason."""
-        self._is_loaded = False
-
-    def register(self, family: Family[AnyConfig]) -> Family[AnyConfig]:
-        """Add a family, and return it.
-
-        Raises:
-            FamilyError: the name is taken, or the declaration is wrong.
-        """
-        if family.name in self._families:
-            owner = self._families[family.name].config.__module__
-            raise FamilyError(
-                f"{family.config.__module__} registers the model family {family.name}, which {owner} has registered"
-            )
-        _check_declaration(family)
-        for other in self._families.values():
-            if family.is_default and other.is_default:
-                raise FamilyError(f"the model family {family.name} is declared the default, which {other.name} is")
-        self._families[family.name] = family
-        return family
-
-    def all_families(self) -> dict[str, Family[Any]]:
-        """Return all usable families by name. Log a warning for each that cannot be used."""
-        usable = self.usable()
-        for error in self._unusable.values():
-            log.warning("%s", error)
-        return usable
-
-    def usable(self) -> dict[str, Family[Any]]:
-        """Return all usable families by name: Byteloom's own in alphabetical order, then those of other packages."""
-        self.load()
-        return dict(sorted(self._families.items(), key=lambda item: (not self._is_own(item[1]), item[0])))
-
-    def family(self, name: str) -> Family[Any]:
-        """Return a family.
-
-        Raises:
-            FamilyError: there is no family of this name, or it cannot be used.
-        """
-        self.load()
-        self.refuse_unusable(name)
-        if name not in self._families:
-            known = list(self.usable())
-            hint = nearest(name, known) or f"; the families are {', '.join(known)}"
-            raise FamilyError(f"{name} is not a model family{hint}")
-        return self._families[name]
-
-    def refuse_unusable(self, name: object) -> None:
-        """Raise the FamilyError of a family that an entry point names and that cannot be used."""
-        if isinstance(name, str) and name in self._unusable:
-            raise self._unusable[name]
-
-    def default(self) -> str:
-        """Return the family of a model section that names none."""
-        return next(name for name, family in self.usable().items() if family.is_default)
-
-    def load(self) -> None:
-        """Import all families once: Byteloom's own, then those of other packages."""
-        if self._is_loaded:
-            return
-        self._is_loaded = True
-        try:
-            self._load_own()
-        except BaseException:
-            self._is_loaded = False
-            raise
-        found: dict[str, list[EntryPoint]] = defaultdict(list)
-        for entry in sorted(entry_points(group=self._group), key=lambda entry: (entry.name, _package_of(entry))):
-            found[entry.name].append(entry)
-        for name, entries in found.items():
-            try:
-                self._load_entry(name, entries)
-            except FamilyError as error:
-                self._unusable[name] = error
-
-    def _is_own(self, family: Family[Any]) -> bool:
-        return family.config.__module__.startswith(f"{self._package}.")
-
-    def _load_own(self) -> None:
-        package = importlib.import_module(self._package)
-        for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-            importlib.import_module(f"{self._package}.{name}")
-
-    def _load_entry(self, name: str, entries: list[EntryPoint]) -> None:
-        """Import the module that registers a family.
-
-        Args:
-            name: of the family.
-            entries: all entry points of this name.
-        """
-        packages = " and ".join(_package_of(entry) for entry in entries)
-        is_own = name in self._families and self._is_own(self._families[name])
-        if is_own or len(entries) > 1:
-            owners = f"Byteloom and {packages}" if is_own else packages
-            raise FamilyError(f"the model family {name} is registered by {owners}; remove all but one")
-        where = f"the entry point {name} = {entries[0].value} of the package {packages} (group {self._group})"
-        try:
-            entries[0].load()
-        except Exception as error:
-            raise FamilyError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
-        if name not in self._families:
-            raise FamilyError(f"{where} registers no model family named {name}")
+    def type_of(self, option: UsageOption) -> type:
+        """Return the type of a usage option's value."""
+        annotation = self.config.model_fields[option.field].annotation
+        (kind,) = {*(get_args(annotation) or (annotation,))} - {type(None)}
+        return cast(type, kind)
 
 
-def _package_of(entry: EntryPoint) -> str:
-    """Return the name of the distribution package that declares an entry point."""
-    return entry.dist.name if entry.dist is not None else "unknown"
+FAMILIES: Registry[Family[Any]] = Registry("model family", "byteloom.families", PACKAGE)
+
+
+def register_family(family: Family[AnyConfig]) -> Family[AnyConfig]:
+    """Add a family, and return it.
+
+    Raises:
+        RegistryError: the name is taken.
+        FamilyError: the declaration is wrong.
+    """
+    _check_declaration(family)
+    FAMILIES.register(family.name, family)
+    return family
+
+
+def all_families() -> dict[str, Family[Any]]:
+    """Return all usable families by name. Log a warning for each that cannot be used."""
+    return _in_order(FAMILIES.entries())
+
+
+def family(name: str) -> Family[Any]:
+    """Return a family.
+
+    Raises:
+        RegistryError: there is no family of this name, or it cannot be used.
+    """
+    return FAMILIES.get(name)
+
+
+def default_family() -> str:
+    """Return the family of a model section that names none."""
+    (name,) = (name for name, family in FAMILIES.usable().items() if family.is_default)
+    return name
+
+
+def _in_order(families: Mapping[str, Family[Any]]) -> dict[str, Family[Any]]:
+    """Return Byteloom's own families in alphabetical order, then those of other packages."""
+    return dict(sorted(families.items(), key=lambda item: (not _is_own(item[1]), item[0])))
+
+
+def _is_own(family: Family[Any]) -> bool:
+    return family.config.__module__.startswith(f"{PACKAGE}.")
 
 
 def _check_declaration(family: Family[Any]) -> None:
     """Raise FamilyError if a family declares what its config does not have."""
     fields, place = family.config.model_fields, f"{family.config.__module__}.{family.config.__name__}"
+    if family.is_default and not _is_own(family):
+        raise FamilyError(f"{place} declares the model family {family.name} the default; only Byteloom has a default")
     if "family" not in fields or fields["family"].default != family.name:
         raise FamilyError(f'{place} has no field family: Literal["{family.name}"] = "{family.name}"')
     if "sequence_length" not in fields:
         raise FamilyError(f"{place} has no field sequence_length, which every model family has")
-    for declared, names in (("free_fields", family.free_fields), ("usage_fields", family.usage_fields)):
+    for declared, names in (("free_fields", family.free_fields), ("usage_options", family.usage_fields)):
         if unknown := sorted(names - fields.keys()):
             raise FamilyError(f"{declared} of the model family {family.name}: {place} has no field {unknown[0]}")
-
-
-_REGISTRY = FamilyRegistry(PACKAGE, GROUP)
-register_family = _REGISTRY.register
-all_families = _REGISTRY.all_families
-family = _REGISTRY.family
-default_family = _REGISTRY.default
+    for option in family.usage_options:
+        if {*(get_args(annotation := fields[option.field].annotation) or (annotation,))} - {type(None)} not in USABLE:
+            raise FamilyError(
+                f"usage_options of the model family {family.name}: {place}.{option.field} is not of type int, float, "
+                "str or bool"
+            )
 
 
 def _family_named_by(tree: Any) -> Any:
     """Return the family that a recipe's section or a config names; None if it is neither.
 
     Raises:
-        FamilyError: an entry point names this family, and it cannot be used.
+        RegistryError: an entry point names this family, and it cannot be used.
     """
     name = tree.get("family", default_family()) if isinstance(tree, Mapping) else getattr(tree, "family", None)
-    _REGISTRY.refuse_unusable(name)
-    return name
+    return FAMILIES.get(name).name if name in FAMILIES.names() else name
 
 
 @cache
 def _config_union() -> Any:
     """Return the type of the config of any family: a pydantic union that the field `family` discriminates."""
-    members = tuple(Annotated[entry.config, Tag(name)] for name, entry in _REGISTRY.usable().items())
+    members = tuple(Annotated[entry.config, Tag(name)] for name, entry in _in_order(FAMILIES.usable()).items())
     return Annotated[Union[members], Discriminator(_family_named_by)]  # noqa: UP007 its members are a tuple
 
 
@@ -248,7 +209,7 @@ def model_config(tree: Mapping[str, Any]) -> "ModelConfig":
 
     Raises:
         pydantic.ValidationError: the section is wrong.
-        FamilyError: an entry point names its family, and it cannot be used.
+        RegistryError: an entry point names its family, and it cannot be used.
     """
     config: ModelConfig = _adapter().validate_python(tree)
     return config
@@ -268,7 +229,7 @@ def small_config(name: str, **changes: Any) -> "ModelConfig":
 
     Raises:
         pydantic.ValidationError: the family declares no valid small model, or a changed value is wrong.
-        FamilyError: there is no family of this name, or it cannot be used.
+        RegistryError: there is no family of this name, or it cannot be used.
     """
     return model_config({"family": name, **family(name).small, **changes})
 
@@ -278,26 +239,56 @@ def carries_memory(config: "ModelConfig") -> bool:
     return family(config.family).carries_memory(config)
 
 
+def image_of(config: "ModelConfig") -> tuple[int, int, int] | None:
+    """Return height, width and channels of the image that every sequence must be; None if a model reads any bytes."""
+    return family(config.family).image_of(config)
+
+
+def row_parts(config: "ModelConfig") -> int | None:
+    """Return the number of equal parts into which ranks can cut a row; None if the family does not support it."""
+    parts = family(config.family).row_parts
+    return None if parts is None else parts(config)
+
+
 def build_model(config: "ModelConfig") -> ByteModel:
     """Return the model of a config. Its parameters are drawn from torch's default generator."""
     return family(config.family).build(config)
 
 
-def change_usage_fields(config: "ModelConfig", changes: Mapping[str, Any]) -> "ModelConfig":
-    """Return a config with other values of fields that no parameter depends on.
+def with_usage_options(config: "ModelConfig", given: Mapping[str, Any]) -> "ModelConfig":
+    """Return the config of a trained model that is used with options.
 
     Args:
-        config: of a trained model.
-        changes: new values by field.
+        config: of the trained model.
+        given: values by the names of usage options.
 
     Raises:
-        FamilyError: the family does not declare a field in `usage_fields`, or a value is wrong.
+        FamilyError: the family does not declare an option, or a value is wrong.
     """
-    for name in changes:
-        if name not in family(config.family).usage_fields:
-            raise FamilyError(f"a {config.family} model takes no {name}")
+    fields = {option.name: option.field for option in family(config.family).usage_options}
+    for name in given:
+        if name not in fields:
+            takes = f"it takes {', '.join(f'--{known}' for known in fields)}" if fields else "it takes no such option"
+            raise FamilyError(f"a {config.family} model takes no --{name}; {takes}")
+    if not given:
+        return config
     try:
-        return type(config).model_validate(config.model_dump() | dict(changes))
+        return type(config).model_validate(config.model_dump() | {fields[name]: value for name, value in given.items()})
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        raise FamilyError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from error
+        shown = " ".join(f"--{name} {value}" for name, value in given.items())
+        raise FamilyError(f"{shown}: {fault.get('ctx', {}).get('error', fault['msg'])}") from error
+
+
+def usage_of(config: "ModelConfig") -> dict[str, Any]:
+    """Return the value of each usage option of a model's family, by the option's name."""
+    return {option.name: getattr(config, option.field) for option in family(config.family).usage_options}
+
+
+def options_by_name() -> dict[str, list[tuple[Family[Any], UsageOption]]]:
+    """Return the families that declare each usage option, with their declarations, by the option's name."""
+    found: dict[str, list[tuple[Family[Any], UsageOption]]] = {}
+    for entry in _in_order(FAMILIES.usable()).values():
+        for option in entry.usage_options:
+            found.setdefault(option.name, []).append((entry, option))
+    return found

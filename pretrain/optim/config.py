@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from byteloom.core.registered_names import RegisteredName, validated_options
+from byteloom.core.registries.names import RegisteredName, validated_options
 from byteloom.core.validation import Fault, describe_value
 from pretrain.optim.registry import OPTIMIZERS, OptimizerEntry
 from pretrain.optim.schedules import ScheduleConfig
@@ -15,13 +15,14 @@ COMMON_FIELDS = frozenset({"name", "learning_rate", "clip_norm", "schedule", "op
 
 
 class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """The optimizer. The defaults are those of the MEGABYTE paper (A.1)."""
+    """Optimizer and its learning-rate schedule. The defaults are those of the MEGABYTE paper (A.1)."""
 
     name: Annotated[str, RegisteredName(OPTIMIZERS)] = "adamw"
     """Name of the optimizer. adamw: with decoupled decay (Loshchilov and Hutter 2019), which the MEGABYTE paper's code
     calls Adam. adam: Kingma and Ba 2015, as Perceiver AR's and Transformer-XL's, without decay. muon: Muon (Jordan
     2024) for the matrices within blocks, at updates of AdamW's size (Liu et al. 2025), so that one rate serves both,
-    and AdamW for the other parameters. It needs whole matrices: engine.name ddp."""
+    and AdamW for the other parameters. It is for ddp, fsdp and hsdp. Queries, keys and values have their own updates,
+    and so have both maps of SwiGLU."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -33,10 +34,10 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """For muon: decay per step of the mean of its matrices' gradients."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Decay of matrices, and of tables if `decay_embeddings`; norms, biases and pads have none. It is decoupled from
-    the gradient; with adam it is part of the gradient (L2). Null is 0.1, and 0 with adam."""
+    """Decay of matrices, and of tables if `decay_embeddings`. Norms, biases and pads have none. The decay is decoupled
+    from the gradient; with adam it is part of the gradient (L2). Null is 0.1, and 0 with adam."""
     decay_embeddings: bool = True
-    """Whether tables decay too: embeddings, most of which are also the output layer, and learned positions."""
+    """Whether tables decay too: embeddings and learned positions. Most embeddings are also the output layer."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient. A larger gradient is scaled down to it."""
     schedule: ScheduleConfig = ScheduleConfig()

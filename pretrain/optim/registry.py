@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 from torch.optim import Optimizer
 
-from byteloom.core.registry import Registry
+from byteloom.core.registries.registry import Registry
 from byteloom.core.validation import Fault
 from pretrain.models.base import ByteModel
 
@@ -44,10 +44,20 @@ class OptimizerEntry:
     """Config node of `optimizer.options`; None if it has no options of its own."""
     works_on_shards: bool = False
     """Whether its update of an element needs no other element of the parameter, so that engines may shard it."""
+    works_on_dtensors: bool = False
+    """Whether it updates parameters that are DTensors, and gathers what the update of a shard needs."""
+    moment_values: Callable[[ByteModel], int] | None = None
+    """Returns how many numbers the moments of a model hold. None: every parameter has all moments."""
     default_decay: float = 0.1
     """Value of `optimizer.weight_decay` null."""
     warnings: Callable[["OptimizerConfig"], Sequence[Fault]] = _no_warnings
     """Returns values that are valid but most often a mistake."""
+
+    def count_moments(self, model: ByteModel) -> int:
+        """Return how many numbers the moments of a model hold."""
+        if self.moment_values is None:
+            return len(self.moments) * model.parameter_count()
+        return self.moment_values(model)
 
 
 OPTIMIZERS: Registry[OptimizerEntry] = Registry("optimizer", "byteloom.optimizers")

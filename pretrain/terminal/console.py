@@ -5,17 +5,30 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
-from byteloom.core.packages import MissingPackageError
-from byteloom.core.state_files import StateFileError
+from byteloom.core.errors import CorrectableError
+from byteloom.core.faults import is_of_storage
 from byteloom.core.text import printable
 from pretrain.terminal import crash
 from pretrain.terminal.progress import Display
 
-messages = Console(stderr=True)
+
+class _Messages(Console):
+    """Console that drops a message when a disk refuses it: output in a file on a full disk must not end a run."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if not is_of_storage(error):
+                raise
+
+
+messages = _Messages(stderr=True)
 display = Display(messages)
 """Progress of work that takes more than a few seconds."""
 
@@ -35,28 +48,26 @@ def say(text: str) -> None:
     messages.print(printable(_handler.prefix + text), markup=False, highlight=False, soft_wrap=True)
 
 
-def run(command: Callable[[], Result], faults: tuple[type[Exception], ...]) -> Result:
+def run(command: Callable[[], Result], code_of: Callable[[Exception], int] = lambda error: 1) -> Result:
     """Run a command and show what it logs.
 
-    An error that a user can correct becomes one line and exit code 1. Any other error becomes one line, a crash file
+    An error that a user can correct becomes one line and an exit code. Any other error becomes one line, a crash file
     with the traceback, and exit code 70. Such an error in another thread does not end the process.
 
     Args:
         command: the function to run.
-        faults: errors that a user can correct, besides OSError, MissingPackageError and StateFileError.
+        code_of: returns the exit code for an error that a user can correct.
 
     Raises:
         SystemExit: the command failed.
     """
-    # OSError is a full disk or a folder that cannot be written.
-    correctable: tuple[type[Exception], ...] = (*faults, MissingPackageError, StateFileError, OSError)
     try:
-        with _logs_shown(), _threads_reporting():
+        with logs_shown(), _threads_reporting():
             return command()
-    except correctable as error:
+    except (CorrectableError, OSError) as error:  # OSError is a full disk or a folder that cannot be written
         for line in _explanation(error).splitlines():
             say(f"error: {line}")
-        sys.exit(1)
+        sys.exit(code_of(error))
     except Exception as error:
         _say_crash(error)
         sys.exit(crash.EXIT_CODE)
@@ -74,9 +85,9 @@ def _say_crash(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def _logs_shown() -> Iterator[None]:
+def logs_shown() -> Iterator[None]:
     """Show what all packages log."""
-    loggers = [logging.getLogger(name) for name in ("pretrain", "data_pipeline", "launchers")]
+    loggers = [logging.getLogger(name) for name in ("byteloom", "pretrain", "data_pipeline", "launchers")]
     earlier = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.DEBUG)

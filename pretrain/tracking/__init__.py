@@ -14,6 +14,7 @@ from pretrain.tracking.config import TrackingConfig
 from pretrain.tracking.delivery import Delivery, Start
 from pretrain.tracking.evaluations import store_evaluation
 from pretrain.tracking.journal import Journal
+from pretrain.tracking.mlflow_tracker import deliver_all
 from pretrain.tracking.parent import ParentRun
 from pretrain.tracking.recorder import Recorder, open_recorder
 from pretrain.tracking.shipper import MlflowShipper
@@ -32,6 +33,7 @@ __all__ = [
     "TrackerEntry",
     "TrackingConfig",
     "TrackingError",
+    "deliver_all",
     "fault_of",
     "open_recorder",
     "register_tracker",

@@ -22,7 +22,7 @@ def join_within_limit(thread: threading.Thread, begin: float, is_hurried: Callab
     Args:
         thread: to wait for.
         begin: of the delivery, by time.monotonic.
-        is_hurried: whether the process has been asked to stop; asked again and again.
+        is_hurried: returns whether the process was asked to stop; called repeatedly.
     """
     while thread.is_alive():
         limit = HURRIED_DELIVERY_SECONDS if is_hurried() else FINAL_DELIVERY_SECONDS

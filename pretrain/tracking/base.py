@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
-from byteloom.core.registered_nodes import RegisteredNodes
-from byteloom.core.registry import Registry
+from byteloom.core.registries.nodes import RegisteredNodes
+from byteloom.core.registries.registry import Registry
 
 
 @dataclass(frozen=True)

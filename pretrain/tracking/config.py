@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel
 
-from byteloom.core.locations import expand_home
+from byteloom.core.storage.locations import expand_home
 from pretrain.tracking.base import TrackerNodes
 
 
@@ -23,7 +23,7 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
     """Trackers that receive the numbers of metrics.jsonl."""
 
     enabled: bool = True
-    """Send them to MLflow. metrics.jsonl is written either way."""
+    """Send the numbers to MLflow. metrics.jsonl is written either way."""
     uri: TrackingUri | None = None
     """MLflow tracking URI, such as http://host:5000. Without one: an sqlite store, mlflow.db, under run.root."""
     experiment: str = "byteloom"

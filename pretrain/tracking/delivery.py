@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from byteloom.core.files import replace_file
-from byteloom.core.state_files import read_json
+from byteloom.core.storage.files import replace_file
+from byteloom.core.storage.state_files import read_json
 
 
 @dataclass(frozen=True)

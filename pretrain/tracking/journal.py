@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from byteloom.core.files import replace_file, sync
-from byteloom.core.state_files import read_lines
+from byteloom.core.storage.files import replace_file, sync
+from byteloom.core.storage.state_files import read_lines
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,13 @@ log = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000
 LOG_BYTES = 200_000
-"""How much of the end of train.log is an artifact."""
+"""Largest part of the end of train.log that is an artifact, in bytes."""
 RUNS_TAG = "byteloom.runs"
 """Tag of a run that groups others; its value is their number."""
 STARTS = "starts"
 """Metric that counts the starts, at the step from which each continues."""
+PARENT_RUN_TAG = "branch.parent"
+"""Tag of a branch; its value is the identity of the run that it continues."""
 STARTS_DESCRIBED = 20
 """Newest starts that the run's description lists; each start has a tag too."""
 
@@ -35,13 +37,17 @@ class MlflowShipper:
         state: mlflow.json.
         recipe: config.yaml, an artifact from the first delivery on.
         train_log: train.log; its end is an artifact when the start ends.
+        report: report.html, an artifact whenever it has changed.
     """
 
-    def __init__(self, journal: Path, state: Path, recipe: Path, train_log: Path) -> None:
+    def __init__(self, journal: Path, state: Path, recipe: Path, train_log: Path, report: Path) -> None:
         self.journal = journal
         self._state = state
         self._recipe = recipe
         self._train_log = train_log
+        self._report = report
+        self._sent_report: float | None = None
+        """Modification time of the report that was sent last."""
         loaded = Delivery.load(state)
         if loaded is None:
             raise FileNotFoundError(f"{state} does not exist: the run was started without tracking")
@@ -75,6 +81,7 @@ class MlflowShipper:
         if not self._recipe_was_sent:
             self._recipe_was_sent = True
             self._send_files(store, run_id, with_log=False)
+        self._send_report(store, run_id)
         return steps
 
     def finish(self) -> None:
@@ -130,6 +137,16 @@ class MlflowShipper:
         except Exception as error:  # artifact stores have kinds of errors of their own
             log.warning("files of the run were not stored as MLflow artifacts: %s", fault_of(error))
 
+    def _send_report(self, store: MlflowStore, run_id: str) -> None:
+        """Store the report as an artifact, if it has changed. A failure is a warning."""
+        try:
+            changed = self._report.stat().st_mtime if self._report.exists() else None
+            if changed != self._sent_report:
+                self._sent_report = changed  # before it is sent: a failure is not repeated at each delivery
+                store.client.log_artifact(run_id, str(self._report))
+        except Exception as error:  # artifact stores have kinds of errors of their own
+            log.warning("%s was not stored as an MLflow artifact: %s", self._report.name, fault_of(error))
+
     def _connected(self) -> tuple[MlflowStore, str]:
         """Return the MLflow store and the run's id, with the run there and described."""
         if self._store is not None and self.delivery.run_id is not None:
@@ -159,9 +176,8 @@ class MlflowShipper:
         changed = _changed(params, run.data.params, run.data.tags)
         unreported = [start for start in starts if f"start.{start.number}" not in run.data.tags]
         store.log_values(run_id, [Value(STARTS, start.number, start.time, max(start.after, 0)) for start in unreported])
-        store.set_tags(
-            run_id, self.delivery.tags | _tags_of(unreported) | {f"now.{key}": params[key] for key in changed}
-        )
+        tags = self._parent_tag(store, run) | self.delivery.tags | _tags_of(unreported)
+        store.set_tags(run_id, tags | {f"now.{key}": params[key] for key in changed})
         self._describe(store, run, starts, [key for key in changed if params[key] != run.data.params.get(key)])
         self._mark_as_training(store, run)
         if page := store.page_of(run):
@@ -178,6 +194,13 @@ class MlflowShipper:
             self.delivery.note = _description(starts, now)
             store.set_tags(run.info.run_id, {NOTE_TAG: self.delivery.note})
             self._save()
+
+    def _parent_tag(self, store: MlflowStore, run: Any) -> dict[str, str]:
+        """Return the tag that shows a branch under its parent run, if MLflow has the parent in the same experiment."""
+        if PARENT_RUN_TAG not in self.delivery.tags:
+            return {}
+        parent = store.find_run(run.info.experiment_id, self.delivery.tags[PARENT_RUN_TAG])
+        return {} if parent is None else {PARENT_TAG: parent}
 
     def _mark_as_training(self, store: MlflowStore, run: Any) -> None:
         """List the run under model training, where the server has models; MLflow has them since version 3."""

@@ -11,8 +11,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from byteloom.core.locks import lock_file
+from byteloom.core.faults import FaultClass, chain_of
 from byteloom.core.packages import needed_by
+from byteloom.core.storage.locks import lock_file
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ REQUEST_SECONDS = 10
 
 class TrackingError(Exception):
     """MLflow cannot be used; the message says why and what to do."""
+
+    fault = FaultClass.FORBIDDEN
 
 
 class Value(NamedTuple):
@@ -57,7 +60,7 @@ class MlflowStore:
     """
 
     def __init__(self, uri: str) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the shipper retries after a pause of its own
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # deliveries are retried as a whole
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run contacts the server it was given
         with needed_by("tracking.enabled", "mlflow"):
@@ -96,12 +99,17 @@ class MlflowStore:
             name: of a new run.
             started: seconds since 1970; now, if None.
         """
-        known = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=1)
-        if known:
-            return str(known[0].info.run_id)
+        known = self.find_run(experiment_id, identity)
+        if known is not None:
+            return known
         start_time = None if started is None else int(started * 1000)
         run = self.client.create_run(experiment_id, start_time, tags={RUN_TAG: identity}, run_name=name)
         return str(run.info.run_id)
+
+    def find_run(self, experiment_id: str, identity: str) -> str | None:
+        """Return the id of the run of an experiment that has an identity; None if there is none."""
+        known = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=1)
+        return str(known[0].info.run_id) if known else None
 
     def run(self, run_id: str) -> Any:
         """Return a run.
@@ -202,7 +210,7 @@ def _models_of(run: Any) -> list[Any]:
 
 def fault_of(error: BaseException) -> str:
     """Return in a few words why MLflow could not be used."""
-    chain = list(_chain(error))
+    chain = list(chain_of(error, with_context=True))
     for cause in chain:
         if words := _words(cause):
             return words
@@ -233,13 +241,6 @@ def _words(cause: BaseException) -> str:
     return cause.strerror or "" if isinstance(cause, OSError) else ""
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _artifacts_of(uri: str) -> str | None:
     """Return the folder of artifacts next to an sqlite store. A server has its own."""
     database = _sqlite_file(uri)
@@ -263,6 +264,20 @@ def _sqlite_ready(uri: str) -> Iterator[None]:
         yield
         return
     with lock_file(database.with_name(database.name + ".lock")):
-        with closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA schema_version")
+        if _is_half_made(database):
+            aside = database.with_name(f"{database.name}.half-made")
+            log.warning("%s has no experiment: its maker was killed. It was moved to %s", database, aside.name)
+            database.replace(aside)
         yield
+
+
+def _is_half_made(database: Path) -> bool:
+    """Return whether a process was killed while it made the tables of a store. MLflow cannot open such a store.
+
+    The first thing that MLflow writes into the tables is its default experiment.
+    """
+    with closing(sqlite3.connect(database)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "alembic_version" not in tables:
+            return False
+        return "experiments" not in tables or not connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone()

@@ -8,25 +8,27 @@ from pydantic import BaseModel, Field
 from byteloom.core.validation import Fault
 from data_pipeline.stream.config import DataConfig
 from data_pipeline.stream.loader import LoaderConfig
+from launchers.supervision.plan import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import ModelConfig
 from pretrain.optim.config import OptimizerConfig
 from pretrain.tracking import TrackingConfig
+from pretrain.training.health.config import HealthConfig
 from pretrain.training.run_folder import RunConfig
 from pretrain.training.weights import InitializeConfig
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How long a run trains, and how much at a time."""
+    """Length of a run and size of a step."""
 
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
     global_batch: int = Field(ge=1)
     """Sequences of one optimizer step."""
     micro_batch: int = Field(ge=1)
-    """Sequences of one forward and backward pass; gradients add up over the micro-batches of a global batch. Lower it
+    """Sequences of one forward and backward pass. Gradients add up over the micro-batches of a global batch. Lower it
     when memory is short: the order of bytes does not depend on it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of dropout."""
@@ -40,8 +42,16 @@ class ProfileConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     steps: int = Field(default=3, ge=1)
     """Steps to record. Each takes longer than others do, and writes a trace of some MB."""
     memory: bool = False
-    """Record allocations too: by operator in the table, over time in the trace, and on CUDA in a snapshot with their
+    """Record allocations too. The table has them by operator, the trace over time, and on CUDA a snapshot has their
     stacks."""
+
+
+class ReportConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Page about the run, RUN/report.html, as `byteloom report` writes it."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two refreshes of the page; null writes none. Another process writes it. It is also written at the
+    end of each start, and is an artifact in MLflow."""
 
 
 class TrainingRecipe(Protocol):
@@ -88,12 +98,24 @@ class TrainingRecipe(Protocol):
         """Section `checkpoint`: checkpoints."""
 
     @property
+    def health(self) -> HealthConfig:
+        """Section `health`: bad batches."""
+
+    @property
     def tracking(self) -> TrackingConfig:
         """Section `tracking`: MLflow and other trackers."""
 
     @property
+    def supervise(self) -> SuperviseConfig:
+        """Section `supervise`: ranks that hang, fail or are slow."""
+
+    @property
     def profile(self) -> ProfileConfig:
         """Section `profile`: steps to record with the profiler."""
+
+    @property
+    def report(self) -> ReportConfig:
+        """Section `report`: the page about the run."""
 
     @property
     def callbacks(self) -> Mapping[str, BaseModel]:

@@ -3,25 +3,28 @@
     Reading ─▶ Loader ─▶ Engine.train_step ─▶ numbers ─▶ callbacks: tracking, validation, checkpoint, …
 
 Every rank runs this loop. Before each step the ranks agree on whether all have data and none is asked to stop, so all
-end at the same step. Only the first rank writes numbers.
+end at the same step. They also agree on the damaged blocks that the step's batch skips. Only the first rank writes
+numbers.
 
-start.py prepares a run; callbacks/base.py lists the events that this file calls.
+starting/ prepares a run; callbacks/base.py lists the events that this file calls.
 """
 
+import gc
 import logging
-import signal
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
-from data_pipeline.stream.loader import Batch
-from pretrain.distributed.world import ALONE, World
-from pretrain.engines import NonFiniteError
+from data_pipeline.errors import CorpusError
+from pretrain.checkpoint import NotFiniteError
+from pretrain.distributed.world import ALONE, COLLECTIVE_TIMEOUT, STEP_TIMEOUT, World
+from pretrain.engines import NonFiniteError, StepResult
 from pretrain.optim import learning_rate_at
 from pretrain.terminal.progress import size
+from pretrain.training.agreement import AgreedBatch, next_batch
 from pretrain.training.callbacks import CallbackList
 from pretrain.training.config import TrainingRecipe
+from pretrain.training.health.response import BadBatch, respond_to_batch, respond_to_values
 from pretrain.training.run import TrainingError, TrainingRun
-from pretrain.training.start import start
+from pretrain.training.starting.start import start
 from pretrain.training.stop import CONTINUE, FINISHED, Decision, StoppedError, StopRequest
 
 log = logging.getLogger(__name__)
@@ -39,14 +42,22 @@ def train(
         recipe: of the run.
         world: the ranks of the run.
         source: tags that say where the recipe and the code come from; see provenance.py.
-        stop: a request that may come at any time; none can come if left out.
+        stop: request that may come at any time. Without it, the run cannot be stopped.
 
     Raises:
         TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError, WorldError: the run cannot start or
             continue; the message says why.
     """
+    stop = stop or StopRequest()
+    while (decision := _train_from_newest(recipe, world, source or {}, stop)).rewinds:
+        gc.collect()  # frees the model before the next start makes one
+    return decision.exit_code
+
+
+def _train_from_newest(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop: StopRequest) -> Decision:
+    """Make one start of a run; return the decision that ended it."""
     callbacks = CallbackList(recipe)
-    with start(recipe, world, source or {}, stop or StopRequest()) as run:
+    with start(recipe, world, source, stop) as run:
         status = "FAILED"
         try:
             decision = _train(run, callbacks)
@@ -57,39 +68,50 @@ def train(
             log.info("peak memory by rank: %s", ", ".join(size(peak) for peak in run.meter.peak_memory_by_rank))
         world.gather(None)  # a launcher may end the others as soon as one has ended
         _log_end(run, decision)
-        return decision.exit_code
+        return decision
 
 
 def _train(run: TrainingRun, callbacks: CallbackList) -> Decision:
     """Take the steps of a start; let callbacks save on every end at which all ranks are at the same step."""
     callbacks.on_start(run)
-    with run.loader:
-        all_are_here = run.world.size == 1
-        try:
-            decision = _take_steps(run, callbacks, iter(run.loader))
-            all_are_here = True
-        except TrainingError:
-            all_are_here = True
+    decision = CONTINUE
+    try:
+        with run.loader:
+            all_are_here = run.world.size == 1
+            try:
+                decision = _take_steps(run, callbacks)
+                all_are_here = True
+            except (TrainingError, NotFiniteError):
+                all_are_here = True
+                raise
+            finally:
+                run.reading.close()  # so that the loader's threads stop waiting
+                if all_are_here and run.fence.holds:
+                    callbacks.on_stop(run)
+    except NotFiniteError as error:
+        if decision is not FINISHED:
             raise
-        finally:
-            run.reading.close()  # so that the loader's threads stop waiting
-            if all_are_here and run.fence.holds:
-                callbacks.on_stop(run)
+        return respond_to_values(run, error)  # the last save found them
     return decision
 
 
-def _take_steps(run: TrainingRun, callbacks: CallbackList, batches: Iterator[Batch]) -> Decision:
+def _take_steps(run: TrainingRun, callbacks: CallbackList) -> Decision:
     """Take steps until all are done, or a rank is asked to stop."""
     decision = CONTINUE
     if run.checkpoint is None or run.unlogged:
         decision = _publish(run, callbacks, run.unlogged)
+    run.world.limit_device_waits(COLLECTIVE_TIMEOUT)  # the first step may compile
+    is_first = True
     while decision is CONTINUE and not run.is_done:
         callbacks.before_step(run)
         run.meter.start()
-        batch = _next_batch(run, batches)
-        if isinstance(batch, Decision):
-            return batch
-        numbers = _take_step(run, batch)
+        numbers = _take_step(run)
+        if isinstance(numbers, Decision):
+            decision = numbers
+            continue
+        if is_first:
+            is_first = False
+            run.world.limit_device_waits(STEP_TIMEOUT)
         run.stop.defer()
         callbacks.after_step(run, numbers)
         decision = _publish(run, callbacks, numbers)
@@ -97,67 +119,34 @@ def _take_steps(run: TrainingRun, callbacks: CallbackList, batches: Iterator[Bat
 
 
 def _publish(run: TrainingRun, callbacks: CallbackList, numbers: dict[str, float]) -> Decision:
-    """Complete the numbers of a step and let callbacks log them; a stop leaves both to the next start."""
+    """Complete the numbers of a step and let callbacks log them; a stop or a fault leaves both to the next start."""
     run.unlogged = {}
     try:
         callbacks.measure(run, numbers)
-    except StoppedError as stopped:
+    except (StoppedError, TrainingError, CorpusError) as error:
         run.unlogged = numbers
-        return Decision.stopped_by(stopped.signal)
+        if isinstance(error, StoppedError):
+            return Decision.stopped_by(error.signal)
+        raise
     if numbers:
         callbacks.on_numbers(run, numbers)
     return CONTINUE
 
 
-class AgreedBatch(NamedTuple):
-    """Batch whose parts all ranks have."""
-
-    own: Batch
-    """Part of this rank."""
-    masked: int
-    """Bytes masked in it, on all ranks."""
-    data_seconds: list[float]
-    """Seconds that each rank waited for it."""
-
-
-def _next_batch(run: TrainingRun, batches: Iterator[Batch]) -> AgreedBatch | Decision:
-    """Return the next batch; on all ranks the decision to stop once one of them is asked to.
+def _take_step(run: TrainingRun) -> dict[str, float] | Decision:
+    """Take an optimizer step, and return its numbers; or the decision to end, or to continue without a bad batch.
 
     Raises:
-        TrainingError: a rank cannot read any further; on all of them.
+        TrainingError, NotFiniteError: the run stops because of its health; on all ranks.
     """
-    batch, fault = None, None
     try:
-        run.fence.look()
-        batch = None if run.stop.signal else next(batches, None)  # None if asked to stop while it waited
-    except Exception as error:
-        if run.world.size == 1:
-            raise
-        fault = error
-    run.meter.data_is_here()
-    stops, faults, masked, data_seconds = zip(
-        *run.world.gather_numbers(
-            batch is None and fault is None, fault is not None, batch.masked if batch else 0, run.meter.data_seconds
-        ),
-        strict=True,
-    )
-    if any(faults):
-        texts = run.world.gather(str(fault) if fault else None)
-        rank = next(rank for rank, text in enumerate(texts) if text is not None)
-        raise TrainingError(f"rank {rank} of {run.world.size}: {texts[rank]}") from fault
-    if batch is None or any(stops):
-        run.stop.signal = signal.Signals(max(run.world.gather(run.stop.signal or 0)))
-        return Decision.stopped_by(run.stop.signal)
-    return AgreedBatch(batch, int(sum(masked)), list(data_seconds))
-
-
-def _take_step(run: TrainingRun, batch: AgreedBatch) -> dict[str, float]:
-    """Take an optimizer step, and return its numbers.
-
-    Raises:
-        TrainingError: the gradient is not finite; no parameter was changed.
-    """
+        batch = next_batch(run)
+    except NotFiniteError as error:
+        return respond_to_values(run, error)
+    if isinstance(batch, Decision):
+        return batch
     rate = learning_rate_at(run.recipe.optimizer, run.step, run.recipe.train.steps)
+    rate *= run.health.rate_factor(run.step + 1)
     if not run.reading.goes_on:
         run.engine.forget()
     try:
@@ -166,22 +155,36 @@ def _take_step(run: TrainingRun, batch: AgreedBatch) -> dict[str, float]:
             step=run.step,
             learning_rate=rate,
             before_update=run.store.wait_for_copy,
+            sources=run.reading.sources_of(batch.own),
+            limits=run.health.limits,
         )
     except NonFiniteError as error:
-        raise TrainingError(
-            f"step {run.step + 1}, sequences {run.reading.record.next_sequence} to {batch.own.next_sequence - 1}: "
-            f"{error}; no parameter was changed. Try a lower optimizer.learning_rate or a longer warm-up"
-        ) from error
+        return respond_to_batch(run, BadBatch(batch.own, error.result, str(error)))
+    if not result.is_updated:
+        return respond_to_batch(run, BadBatch(batch.own, result))
+    run.health.accept(result, len(run.reading.record.stages))
+    return _numbers_of_step(run, batch, result, rate)
+
+
+def _numbers_of_step(run: TrainingRun, batch: AgreedBatch, result: StepResult, rate: float) -> dict[str, float]:
+    """Record that a step has used its batch, and return the step's numbers."""
+    weights = run.reading.weights
     run.reading.advance(batch.own)
-    numbers = run.meter.numbers(result, batch.data_seconds)
+    numbers = run.meter.numbers(result, batch.data_seconds, list(run.reading.mixture.streams))
     numbers |= {"learning_rate": rate, "masked_bytes": batch.masked, "holes": run.reading.holes}
+    numbers |= run.health.numbers(run.step)
+    if skipped := run.reading.skips.before(run.reading.record.next_sequence):
+        numbers["health/skipped_sequences"] = skipped
     epochs = run.reading.epochs()  # of each source of a mixture
     if run.recipe.data.mixture:
+        numbers |= {f"weight/{name}": weight for name, weight in weights.items()}
         return numbers | {f"epoch/{name}": epoch for name, epoch in epochs.items()}
     return numbers | {"epoch": next(iter(epochs.values()))}
 
 
 def _log_end(run: TrainingRun, decision: Decision) -> None:
+    if decision.rewinds:
+        return
     if decision.signal is None:
         log.info("finished at step %d; all files are in %s", run.step, run.folder.path)
         return

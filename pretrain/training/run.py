@@ -1,7 +1,9 @@
 """State of a run in the process of one rank, which the loop and its callbacks share."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from byteloom.core.errors import CorrectableError
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.reading import Reading
@@ -13,12 +15,13 @@ from pretrain.engines import Engine
 from pretrain.models import ByteModel
 from pretrain.tracking import Recorder
 from pretrain.training.config import TrainingRecipe
+from pretrain.training.health.monitor import Monitor
 from pretrain.training.meter import Meter
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.stop import StopRequest
 
 
-class TrainingError(Exception):
+class TrainingError(CorrectableError):
     """A run cannot continue."""
 
 
@@ -34,6 +37,10 @@ class TrainingRun:
     heartbeat: Heartbeat
     identity: str
     """Identity of the run, the same in every start."""
+    first_values: int
+    """Version of the generator of first values."""
+    ancestry: list[dict[str, Any]]
+    """Fields of each Ancestor of the run, oldest first; see ancestry.py."""
     fingerprint: str
     """Digest of the stream of bytes that the run reads."""
     precision: str
@@ -46,12 +53,17 @@ class TrainingRun:
     """Data of the run, and the record of what it has read."""
     loader: Loader
     """Batches of this rank, from the next step on."""
-    validation: Corpus | None
+    validation: dict[str, Corpus]
+    """Validation corpora by name; the name of a single one is empty."""
     checkpoint: Metadata | None
     """Checkpoint that this start resumes from; None for a start without one."""
+    health: Monitor
+    """Statistics of recent steps, and the events of bad batches."""
     meter: Meter
     recorder: Recorder | None
     """Journal and trackers; None on every rank but the first."""
+    has_diverged: bool = False
+    """Whether the gradient of the next batch is not finite."""
     unlogged: dict[str, float] = field(default_factory=dict)
     """Numbers of a step whose validation a stop cut short. They wait in the checkpoint for the next start."""
 

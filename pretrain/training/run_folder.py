@@ -6,10 +6,14 @@ ROOT/NAME/
     train.log          log of the first rank; train.rank-00001.log and so on, of the other ranks
     metrics.jsonl      one line a step
     run.json           the run's identity
+    health.jsonl       bad batches and what was done about them; see health/events.py
     generation         number of starts of the run; see fence.py
     mlflow.json        what MLflow has received
+    coverage.json      what an epoch reads of each source
     checkpoints/       step-00001200/, …, unless the recipe has another home for them
     profile/           rank-00000/, …, if the recipe asks for it
+    evaluations/       step-00001200/NAME/figures.json and curves, of each `byteloom eval`
+    report.html        page about the run, if the recipe asks for it
 
 launchers/submission.py describes the files that `byteloom submit` adds.
 """
@@ -18,17 +22,20 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, RootModel, field_validator
 
-from byteloom.core.files import replace_file
-from byteloom.core.locations import LocationText
-from byteloom.core.locks import LockHeldError, LockHolder, holder_of, lock_file
-from byteloom.core.state_files import StateFileError, read_json, read_yaml
+from byteloom.core.errors import CorrectableError
+from byteloom.core.storage.files import replace_file
+from byteloom.core.storage.locations import LocationText
+from byteloom.core.storage.locks import LockHeldError, LockHolder, holder_of, lock_file
+from byteloom.core.storage.state_files import StateFileError, read_json, read_yaml
+from data_pipeline.stream.coverage import Coverage
+from pretrain.training.ancestry import ANCESTRY, Ancestor
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +62,48 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings
         return name
 
 
-class RunFolderError(Exception):
+class RunFolderError(CorrectableError):
     """The run folder cannot be used."""
+
+
+class Rollback(BaseModel, frozen=True, use_attribute_docstrings=True):
+    """A return of a run to an earlier checkpoint, by `byteloom checkpoint rollback`."""
+
+    to_step: int
+    """Step from which the next start resumes."""
+    from_step: int
+    """Step of the newest checkpoint that was set aside."""
+    reason: str
+    """Reason that a person gave."""
+    time: float
+    """Seconds since 1970."""
+    generation: int
+    """Generation that the rollback took; the next start has a later one."""
+
+    def __str__(self) -> str:
+        return f"rolled back from step {self.from_step} to step {self.to_step}: {self.reason}"
 
 
 class _StoredRunIdentity(BaseModel, extra="allow"):
     """Content of run.json: what a run began as."""
 
     id: str
-    """Identity by which trackers find the run again."""
+    """Identity by which trackers find the run."""
     model: dict[str, Any]
     data: dict[str, Any]
     fingerprint: str
     precision: str | None = None
     """Precision of the last start."""
+    first_values: int | None = None
+    """Version of the generator of first values; not set for a run that began before it had a version."""
+    ancestry: tuple[Ancestor, ...] = ()
+    """Runs that this one continues, oldest first."""
+    rollbacks: tuple[Rollback, ...] = ()
+    """Rollbacks of the run, oldest first."""
+
+
+class _StoredCoverage(RootModel[dict[str, Coverage]]):
+    """Content of coverage.json."""
 
 
 class _StoredTrain(BaseModel):
@@ -89,6 +124,17 @@ class StoredRecipe(BaseModel):
     train: _StoredTrain
     engine: _StoredEngine = _StoredEngine()
     checkpoint: _StoredCheckpoint = _StoredCheckpoint()
+
+
+def rollback_before(identity: Mapping[str, Any], generation: int) -> Rollback | None:
+    """Return the rollback after which a start is the first; None if there was none.
+
+    Args:
+        identity: what run.json holds.
+        generation: of the start.
+    """
+    rollbacks = [Rollback.model_validate(each) for each in identity.get("rollbacks", ())]
+    return rollbacks[-1] if rollbacks and rollbacks[-1].generation == generation - 1 else None
 
 
 def read_recipe(path: Path) -> StoredRecipe | None:
@@ -113,7 +159,24 @@ class RunFolder:
         self.generation = path / "generation"
         self.metrics = path / "metrics.jsonl"
         self.mlflow = path / "mlflow.json"
+        self.health = path / "health.jsonl"
+        self.evaluations = path / "evaluations"
+        self.report = path / "report.html"
         self.lock = path / ".lock"
+
+    def write_coverage(self, coverage: Mapping[str, Coverage]) -> None:
+        """Write the coverage of each source."""
+        tree = {name: each.model_dump() for name, each in coverage.items()}
+        replace_file(self.path / "coverage.json", json.dumps(tree, indent=1))
+
+    def read_coverage(self) -> dict[str, Coverage]:
+        """Return what an epoch reads of each source; nothing for a run that has not started.
+
+        Raises:
+            StateFileError: coverage.json cannot be read, or is damaged.
+        """
+        stored = read_json(self.path / "coverage.json", _StoredCoverage, "start the run again, which writes it")
+        return {} if stored is None else stored.root
 
     def log_of(self, rank: int) -> Path:
         """Return the log of a rank."""
@@ -185,28 +248,48 @@ class RunFolder:
         """
         advice = (
             "restore it from a copy, or remove it and start with the recipe in config.yaml beside it: the run then "
-            "continues from its checkpoints, and is a new run in MLflow"
+            "continues from its checkpoints"
         )
         stored = read_json(self.path / "run.json", _StoredRunIdentity, advice)
-        return None if stored is None else stored.model_dump(exclude_unset=True)
+        return None if stored is None else stored.model_dump(mode="json", exclude_unset=True)
 
-    def identity(self, made_of: dict[str, Any]) -> dict[str, Any]:
+    def run_id(self) -> str | None:
+        """Return the id of the run; None if run.json is missing or damaged, which is logged."""
+        try:
+            stored = self.stored_identity()
+        except StateFileError as error:
+            log.warning("%s", error)
+            return None
+        return None if stored is None else stored["id"]
+
+    def identity(self, made_of: dict[str, Any], run_id: str | None, first_values: int) -> dict[str, Any]:
         """Return what the run was when its first number was written, with the id by which trackers find it again.
 
         Args:
-            made_of: model, data and fingerprint of this start; stored unless an earlier start has written numbers.
+            made_of: model, data and fingerprint of this start; stored unless the run has begun (see `has_begun`).
+            run_id: id of a run that began in another folder; of no use if this folder has one. None is a new id.
+            first_values: version of the generator of first values, if this folder has no run.
 
         Raises:
             StateFileError: run.json cannot be read, or is damaged.
         """
         stored = self.stored_identity()
-        if stored is not None:
-            begun = self.metrics.exists() and self.metrics.stat().st_size
-            if begun or made_of.items() <= stored.items():
-                return stored
-        identity = {"id": uuid.uuid4().hex, **made_of}
-        replace_file(self.path / "run.json", json.dumps(identity, indent=1))
+        if stored is not None and (self.has_begun(stored) or made_of.items() <= stored.items()):
+            return stored
+        known = run_id if stored is None else stored["id"]
+        identity = {"id": known or uuid.uuid4().hex, **made_of}
+        if stored is None or "first_values" in stored:
+            identity["first_values"] = first_values if stored is None else stored["first_values"]
+        self.write_identity(identity)
         return identity
+
+    def has_begun(self, stored: Mapping[str, Any]) -> bool:
+        """Return whether a run has written numbers or continues another run, so that its identity no longer changes.
+
+        Args:
+            stored: what run.json holds.
+        """
+        return bool(stored.get(ANCESTRY)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def earlier_precision(self, identity: dict[str, Any]) -> str | None:
         """Return the precision of the run's last start; None if there was none, or if it had chosen none."""
@@ -219,7 +302,6 @@ class RunFolder:
             return None
         return None if recipe is None or recipe.engine.precision == "auto" else recipe.engine.precision
 
-    def keep_precision(self, identity: dict[str, Any], precision: str) -> None:
-        """Store the precision of this start in run.json, for later starts."""
-        if identity.get("precision") != precision:
-            replace_file(self.path / "run.json", json.dumps(identity | {"precision": precision}, indent=1))
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        replace_file(self.path / "run.json", json.dumps(identity, indent=1))

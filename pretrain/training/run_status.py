@@ -20,16 +20,18 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from byteloom.core.provenance import read_source
-from byteloom.core.state_files import StateFileError, read_yaml
-from byteloom.core.step_folders import step_of
+from byteloom.core.storage.state_files import StateFileError, read_yaml
+from byteloom.core.storage.step_folders import step_of
 from launchers.slurm import scheduler
 from launchers.slurm.scheduler import Job, JobPhase, SchedulerError
 from launchers.supervision.machine import is_elsewhere, is_running
 from launchers.supervision.record import Launch, LaunchRecord, last_submission
+from launchers.supervision.slow_ranks import read_slow_ranks
 from pretrain.checkpoint import CheckpointError, Location, locate
 from pretrain.checkpoint.fence import starts_noted_at
 from pretrain.checkpoint.home import committed, open_home
 from pretrain.tracking.journal import lines, read_journal
+from pretrain.training.ancestry import ANCESTRY
 from pretrain.training.run_folder import RunFolder, RunFolderError, read_recipe
 
 T = TypeVar("T")
@@ -93,6 +95,15 @@ class RunStatus:
     """Reason of the newest restart or ending."""
     history: list[dict[str, Any]]
     """Lines of launches.jsonl."""
+    ancestry: list[dict[str, Any]]
+    """Fields of each Ancestor of the run, oldest first."""
+    rollbacks: list[dict[str, Any]]
+    """Fields of each Rollback of the run, oldest first."""
+    coverage: dict[str, dict[str, Any]]
+    """Coverage of each source by an epoch: the fields of Coverage, its share of the bytes, and a
+    sentence."""
+    slow_ranks: list[dict[str, Any]]
+    """Fields of each SlowRank of the last window of steps; empty while no process trains the run."""
     problems: list[str]
     """Files that are damaged or cannot be read, a line each."""
 
@@ -120,7 +131,8 @@ def status_of(path: Path) -> RunStatus:
     """
     check_run(path)
     folder, problems = RunFolder(path), _Problems()
-    problems.read(folder.stored_identity, None)
+    identity = problems.read(folder.stored_identity, None) or {}
+    ancestry, rollbacks = identity.get(ANCESTRY, []), identity.get("rollbacks", [])
     launches = problems.read(lambda: LaunchRecord(path).read(problems.lines.append), list[Launch]())
     submission = last_submission(path)
     is_local = submission is not None and problems.read(lambda: _scheduler(submission), "") == "local"
@@ -128,7 +140,7 @@ def status_of(path: Path) -> RunStatus:
     holder = problems.read(folder.holder, None)
     recent = problems.read(lambda: _recent(folder.metrics, problems.lines.append), list[dict[str, Any]]())
     trained = [line for line in recent if line.keys() >= NUMBERS_OF_A_STEP][-RECENT_STEPS:]
-    step = recent[-1]["step"] if recent else 0
+    step = recent[-1]["step"] if recent else ancestry[-1]["step"] if ancestry else 0
     resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
     recipe = problems.read(lambda: read_recipe(resolved), None)
     steps = recipe.train.steps if recipe else None
@@ -156,10 +168,14 @@ def status_of(path: Path) -> RunStatus:
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=_age(newest),
-        starts=max(starts, len(started)) - restarts,
+        starts=max(starts - len(rollbacks), len(started)) - restarts,
         restarts=restarts,
         why=endings[-1].summary if endings else "",
         history=[asdict(launch) for launch in launches],
+        ancestry=ancestry,
+        rollbacks=rollbacks,
+        coverage=problems.read(lambda: _coverage(folder), {}),
+        slow_ranks=[asdict(rank) for rank in read_slow_ranks(path)] if state == JobPhase.RUNNING else [],
         problems=problems.lines,
     )
 
@@ -293,6 +309,13 @@ def _recent(journal: Path, report: Callable[[str], None]) -> list[dict[str, Any]
             file.seek(end - TAIL_BYTES)
             begin = end - TAIL_BYTES + len(file.readline())
     return read_journal(journal, report, begin)
+
+
+def _coverage(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    return {
+        name: each.model_dump() | {"share": each.share, "text": str(each), "leaves_out": each.leaves_out}
+        for name, each in folder.read_coverage().items()
+    }
 
 
 def _age(checkpoint: Location | None) -> float | None:

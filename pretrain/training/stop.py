@@ -16,18 +16,13 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from signal import Signals
 
-from pretrain.distributed.world import World
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Signals that request a stop."""
-VOTE_SECONDS = 1.0
-"""Approximate time between two votes of the ranks."""
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +148,8 @@ class Decision:
     """Decision of all ranks: take another step, or end."""
 
     ends: bool
+    rewinds: bool = False
+    """Whether another start follows in the same processes, from an earlier checkpoint."""
     signal: Signals | None = None
     """Signal of the request to stop; None where there is none."""
 
@@ -163,8 +160,8 @@ class Decision:
 
     @property
     def status(self) -> str:
-        """How a start ended, in a word: FINISHED or KILLED."""
-        return "FINISHED" if self.signal is None else "KILLED"
+        """State of the start after this decision: FINISHED or KILLED."""
+        return "FINISHED" if self.signal is None and not self.rewinds else "KILLED"
 
     @property
     def exit_code(self) -> int:
@@ -174,40 +171,7 @@ class Decision:
 
 CONTINUE = Decision(ends=False)
 """Take another step."""
+REWIND = Decision(ends=True, rewinds=True)
+"""End this start, and begin another one from an earlier checkpoint."""
 FINISHED = Decision(ends=True)
 """End: all steps of the run are done."""
-
-
-class Vote:
-    """Vote of the ranks on whether to stop, for a loop that every rank repeats equally often.
-
-    The ranks exchange about once a second. The number of calls between two exchanges follows from the time that the
-    slowest rank took for the calls before, so it is the same on all ranks.
-
-    Args:
-        stop: of this rank.
-        world: ranks that vote.
-    """
-
-    def __init__(self, stop: StopRequest, world: World) -> None:
-        self._stop, self._world = stop, world
-        self._calls = self._calls_left = 1
-        self._last = time.monotonic()
-
-    def check(self) -> None:
-        """Return if no rank was asked to stop.
-
-        Raises:
-            StoppedError: a rank was asked to stop; on all ranks.
-        """
-        self._calls_left -= 1
-        if self._calls_left > 0 and self._world.size > 1:
-            return
-        now = time.monotonic()
-        asked, seconds = zip(*self._world.gather_numbers(self._stop.signal or 0, now - self._last), strict=True)
-        self._last = now
-        self._calls = max(1, min(2 * self._calls, int(self._calls * VOTE_SECONDS / max(*seconds, 1e-9))))
-        self._calls_left = self._calls
-        if any(asked):
-            self._stop.signal = Signals(int(max(asked)))
-            raise StoppedError(self._stop.signal)

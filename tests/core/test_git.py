@@ -1,4 +1,4 @@
-"""State of git repositories: what is recorded, and that git can never hold up a start."""
+"""Recorded state of git repositories, and the deadline for git."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from byteloom.core.provenance import read_source, save_resolved, trace
 from tests.test_project import ROOT
 
 GIT = shutil.which("git")
-pytestmark = pytest.mark.skipif(GIT is None, reason="no git here")
+pytestmark = pytest.mark.skipif(GIT is None, reason="git is not installed")
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git without the settings of this machine; return what it prints."""
+    """Run git without the settings of this machine; return its output."""
     who = ["-c", "user.name=tester", "-c", "user.email=tester"]
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull}
     done = subprocess.run([GIT, *who, *arguments], cwd=folder, env=environment, capture_output=True, check=True)
@@ -26,7 +26,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository with one commit, in a folder whose name has a space and is not UTF-8."""
+    """Make a repository with one commit, in a folder whose name has a space and is not UTF-8."""
     folder = tmp_path / os.fsdecode(b"caf\xe9 au lait")
     folder.mkdir()
     git(folder, "init", "--quiet")
@@ -51,19 +51,19 @@ def fake_git(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_commit_and_cleanliness_are_of_the_repository_that_holds_the_file(
+def test_tags_describe_the_repository_that_holds_the_file(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     commit = git(repository, "rev-parse", "HEAD")
-    monkeypatch.chdir(ROOT)  # what one stands in does not count
-    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # nor what a git hook has set
+    monkeypatch.chdir(ROOT)  # the working directory does not count
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # nor does a variable that a git hook sets
     assert tags(repository / "recipe.yaml", tracked=True) == {"git.commit": commit, "git.clean": "True"}
     (repository / "recipe.yaml").write_text("run: {name: b}\n")
     assert tags(repository / "recipe.yaml") == {"git.commit": commit, "git.clean": "False"}
     assert tags(tmp_path / "recipe.yaml") == {}
 
 
-def test_a_file_that_is_not_tracked_or_is_ignored_has_no_repository(repository: Path):
+def test_untracked_and_ignored_files_have_no_repository(repository: Path):
     for name in ("new.yaml", "ignored.yaml"):
         (repository / name).write_text("run: {name: b}\n")
     assert tags(repository / "new.yaml")["git.clean"] == "False"
@@ -71,7 +71,8 @@ def test_a_file_that_is_not_tracked_or_is_ignored_has_no_repository(repository: 
     assert tags(repository / "ignored.yaml") == {}
 
 
-def test_a_git_that_hangs_is_ended_at_the_deadline(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_hanging_git_is_killed_at_the_deadline(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     started = tmp_path / "started"
     fake_git(tmp_path / "bin", f"echo $$ >> {started}\nsleep 1000", monkeypatch)
     repositories = [Repository(repository / "recipe.yaml"), Repository(Path(__file__), tracked=True)]
@@ -82,7 +83,8 @@ def test_a_git_that_hangs_is_ended_at_the_deadline(repository: Path, tmp_path: P
             time.sleep(0.01)
 
 
-def test_a_slow_git_gives_what_it_has_answered_by_the_deadline(
+@pytest.mark.slow
+def test_answers_of_a_slow_git_before_the_deadline_are_kept(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fake_git(tmp_path / "bin", f'case "$*" in *status*) sleep 1000;; *) exec {GIT} "$@";; esac', monkeypatch)
@@ -93,36 +95,36 @@ def test_a_slow_git_gives_what_it_has_answered_by_the_deadline(
 
 
 @pytest.mark.parametrize("script", [r"printf '\377\376\n'", "echo not-a-commit", "exit 128"])
-def test_answers_that_are_not_a_commit_are_left_out(
+def test_answer_that_is_not_a_commit_is_dropped(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 ):
     fake_git(tmp_path / "bin", script, monkeypatch)
     assert tags(repository / "recipe.yaml") == {}
 
 
-def test_without_git_and_in_a_repository_of_another_user_nothing_is_recorded(
+def test_no_tags_without_git_or_in_a_repository_of_another_user(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-        patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own test suite has it
+        patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # a variable of git's own test suite
         assert tags(repository / "recipe.yaml") == {}
     monkeypatch.setenv("PATH", str(tmp_path))
     assert tags(repository / "recipe.yaml") == {}
 
 
-def test_a_recipe_and_byteloom_have_commits_of_their_own(repository: Path, monkeypatch: pytest.MonkeyPatch):
+def test_recipe_and_byteloom_are_recorded_with_separate_commits(repository: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(repository)
     own = tags(ROOT / "byteloom/core/provenance.py", tracked=True)
-    of_recipe = {f"recipe.{name}": value for name, value in tags(repository / "recipe.yaml").items()}
-    assert of_recipe["recipe.git.clean"] == "True"
+    recipe_tags = {f"recipe.{name}": value for name, value in tags(repository / "recipe.yaml").items()}
+    assert recipe_tags["recipe.git.clean"] == "True"
     path = os.fsencode(repository / "recipe.yaml").decode("utf-8", "backslashreplace")
-    assert trace(Path("recipe.yaml")) == {"recipe": path, **of_recipe, **own}
+    assert trace(Path("recipe.yaml")) == {"recipe": path, **recipe_tags, **own}
     debug = trace(ROOT / "configs/debug.yaml")
     assert debug == {"recipe": "debug", **{f"recipe.{name}": value for name, value in own.items()}, **own}
 
 
-def test_a_resolved_recipe_keeps_its_source_until_it_is_changed(repository: Path, tmp_path: Path):
+def test_resolved_recipe_keeps_its_source_until_it_changes(repository: Path, tmp_path: Path):
     source = trace(repository / "recipe.yaml")
     resolved = tmp_path / "config.yaml"
     save_resolved(resolved, "run: {name: a}\n", source)
@@ -135,7 +137,7 @@ def test_a_resolved_recipe_keeps_its_source_until_it_is_changed(repository: Path
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"[]", b"{}", b"null", b'{"sha256": 3}', b"\xff\xfe"])
-def test_a_damaged_source_file_counts_as_none(tmp_path: Path, content: bytes):
+def test_damaged_source_file_is_ignored(tmp_path: Path, content: bytes):
     (tmp_path / "config.yaml").write_text("run: {name: a}\n")
     (tmp_path / "config.source.json").write_bytes(content)
     assert read_source(tmp_path / "config.yaml") == {}

@@ -1,4 +1,4 @@
-"""State files of every kind of damage give one clear line, with the file's name and what to do."""
+"""Error messages for damaged state files: one line with the file, the fault and the advice."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from byteloom.core.state_files import StateFileError, read_json, read_lines, read_yaml
+from byteloom.core.storage.state_files import StateFileError, read_json, read_lines, read_yaml
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("content", "fault"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_file_is_one_line_with_its_name_the_fault_and_the_advice(content: bytes, fault: str, tmp_path: Path):
+def test_damaged_json_file_gives_one_line_with_file_fault_and_advice(content: bytes, fault: str, tmp_path: Path):
     path = tmp_path / "note.json"
     path.write_bytes(content)
     with pytest.raises(StateFileError) as caught:
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_one_line_with_its_name_the_fault_and_the_advice(conte
     assert re.fullmatch(rf"{path} is damaged: {re.escape(fault)}.*; write it again", str(caught.value))
 
 
-def test_a_whole_file_is_read_with_fields_of_a_newer_version(tmp_path: Path):
+def test_intact_file_is_read_and_fields_of_a_newer_version_are_ignored(tmp_path: Path):
     path = tmp_path / "note.json"
     path.write_text('{"name": "é", "count": 7, "hosts": ["a\\udcff"], "mood": "good"}', encoding="utf-8")
     assert read_json(path, Note, "") == Note("é", 7, ["a\udcff"])  # the name of a file that is no UTF-8
@@ -69,7 +69,7 @@ def test_a_whole_file_is_read_with_fields_of_a_newer_version(tmp_path: Path):
         ),
     ],
 )
-def test_a_damaged_yaml_file_is_one_line(content: bytes, fault: str, tmp_path: Path):
+def test_damaged_yaml_file_gives_one_line(content: bytes, fault: str, tmp_path: Path):
     path = tmp_path / "note.yaml"
     path.write_bytes(content)
     with pytest.raises(StateFileError) as caught:
@@ -79,7 +79,7 @@ def test_a_damaged_yaml_file_is_one_line(content: bytes, fault: str, tmp_path: P
     assert read_yaml(path, Note, "") == Note("a", 7)
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path):
+def test_unreadable_path_is_named(tmp_path: Path):
     with pytest.raises(StateFileError, match=f"{tmp_path} cannot be read: Is a directory"):
         read_json(tmp_path, Note, "")
     with pytest.raises(StateFileError, match=f"{tmp_path} cannot be read: Is a directory"):
@@ -87,13 +87,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
-def test_a_file_of_another_user_is_named(tmp_path: Path):
+def test_file_of_another_user_is_named(tmp_path: Path):
     path = tmp_path / "note.json"
     path.write_text("{}")
     path.chmod(0o600)
     script = """
 import os, pathlib
-from byteloom.core.state_files import StateFileError, read_json
+from byteloom.core.storage.state_files import StateFileError, read_json
 os.seteuid(65534)
 try:
     read_json(pathlib.Path("note.json"), dict, "")
@@ -104,8 +104,8 @@ except StateFileError as error:
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
-    told = "note.json cannot be read: Permission denied; get the right to read it from its owner\n"
-    assert done.stdout == told, done.stderr
+    message = "note.json cannot be read: Permission denied; get the right to read it from its owner\n"
+    assert done.stdout == message, done.stderr
 
 
 ONE, TWO, THREE = (f'{{"name": "{name}", "count": {n}}}'.encode() for n, name in enumerate("abc", 1))
@@ -131,14 +131,16 @@ ONE, TWO, THREE = (f'{{"name": "{name}", "count": {n}}}'.encode() for n, name in
         (b"", [], []),
     ],
 )
-def test_damaged_lines_are_numbered_and_hide_no_other(content: bytes, counts: list, faults: list, tmp_path: Path):
+def test_damaged_lines_are_numbered_and_the_other_lines_are_read(
+    content: bytes, counts: list, faults: list, tmp_path: Path
+):
     path = tmp_path / "notes.jsonl"
     path.write_bytes(content)
     lines = list(read_lines(path, Note))
     assert [line.value.count for line in lines if line.value is not None] == counts
-    told = [line.fault for line in lines if line.fault]
-    assert len(told) == len(faults)
-    for fault, expected in zip(told, faults, strict=True):
+    found = [line.fault for line in lines if line.fault]
+    assert len(found) == len(faults)
+    for fault, expected in zip(found, faults, strict=True):
         assert fault.startswith(f"{path} is damaged in {expected}")
-    for line, after in pairwise(lines):  # each end is where the next line begins
+    for line, after in pairwise(lines):  # the end of a line is the start of the next
         assert next(read_lines(path, Note, line.end)) == after

@@ -1,8 +1,10 @@
-"""Interfaces of torch that may change between versions: what each does, and that nothing else of ours uses any."""
+"""Private interfaces of torch: each works with this version, and only torch_compat uses them."""
 
 import re
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,17 @@ def test_private_interfaces_of_torch_are_used_in_one_place():
     assert users == {"torch_compat.py"}
 
 
-def test_collectives_do_the_same_under_the_names_of_torch_2_11():
+def test_limit_of_device_waits_is_not_for_groups_of_gloo():
+    ALONE.ensure_group("cpu")
+    try:
+        torch_compat.limit_device_waits(timedelta(minutes=1))
+        gloo: Any = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        assert gloo.options._timeout > timedelta(minutes=1)
+    finally:
+        ALONE.leave()
+
+
+def test_collectives_equal_those_under_the_names_of_torch_2_11():
     ALONE.ensure_group("cpu")
     try:
         pairs = [
@@ -40,38 +52,38 @@ def test_collectives_do_the_same_under_the_names_of_torch_2_11():
         ALONE.leave()
 
 
-def test_capabilities_agree_with_what_torch_uses():
+def test_cpu_capabilities_agree_with_those_torch_uses():
     capabilities = torch_compat.cpu_capabilities()
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert capabilities["avx2"]
 
 
-def test_a_torch_that_does_not_tell_its_capabilities_has_none(monkeypatch: pytest.MonkeyPatch):
+def test_torch_without_capabilities_function_has_no_capabilities(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not torch_compat.cpu_capabilities()
 
 
-def test_the_budget_of_activations_is_that_of_the_compiler(monkeypatch: pytest.MonkeyPatch):
+def test_activation_budget_sets_the_budget_of_the_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
     torch_compat.set_activation_memory_budget(0.25)
     assert torch._functorch.config.activation_memory_budget == 0.25
 
 
-def test_the_callback_comes_after_all_gradients():
-    x, seen = torch.ones(2, requires_grad=True), []
+def test_callback_after_backward_sees_all_gradients():
+    x, gradients = torch.ones(2, requires_grad=True), []
     loss = (x * x).sum()
-    loss.register_hook(lambda _: torch_compat.call_after_backward(lambda: seen.append(x.grad.tolist())))
+    loss.register_hook(lambda _: torch_compat.call_after_backward(lambda: gradients.append(x.grad.tolist())))
     loss.backward()
-    assert seen == [[2.0, 2.0]]
+    assert gradients == [[2.0, 2.0]]
 
 
-def test_the_mark_of_a_constant_is_the_compilers_own():
+def test_compiled_as_constant_sets_the_mark_of_torch_compiler():
     ours = torch_compat.compiled_as_constant(lambda: True)
-    theirs = torch.compiler.assume_constant_result(lambda: True)
-    assert vars(ours) == vars(theirs)
+    expected = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(ours) == vars(expected)
 
 
-def test_attention_is_known_by_its_operations_and_arguments():
+def test_attention_operations_have_the_expected_arguments():
     q = torch.ones(1, 1, 2, 8)
     output, normalizer = torch_compat.flash_attention(q, q, q, 0.0)
     assert output.shape == q.shape

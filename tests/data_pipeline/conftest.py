@@ -1,4 +1,4 @@
-"""Real corpora for tests: books, photographs, speech and multilingual text, where they are to be had."""
+"""Real corpora for tests, if available: books, photographs, speech and multilingual text."""
 
 import os
 import tarfile
@@ -14,7 +14,7 @@ Real = Callable[[str], list[Path]]
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    """Files of a real corpus, by the start of their paths in it: photographs, speech, books."""
+    """Return a function that lists files of a real corpus by a prefix of their paths."""
     unpacked = os.environ.get("BYTELOOM_CORPORA")
     archives = Path(__file__).parents[3] / "shared/corpora"
 

@@ -9,6 +9,8 @@ from data_pipeline.corpus.blocks import pack_documents
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.index import ShardIndex, write_shard
 from data_pipeline.corpus.manifest import write_index
+from data_pipeline.corpus.repair import repair
+from data_pipeline.corpus.verify import verify
 from data_pipeline.documents import Document
 
 
@@ -23,7 +25,7 @@ def documents() -> Iterator[Document]:
 
 
 def write_shards(folder: Path, block_bytes: int = 6_000, blocks_per_shard: int = 11) -> list[ShardIndex]:
-    """Write the shards of a corpus, and no index."""
+    """Write the shards of a corpus without an index."""
     folder.mkdir(parents=True)
     blocks = pack_documents(documents(), block_bytes, lambda document, error: None)
     shards = []
@@ -54,3 +56,18 @@ def damage_block(folder: Path, block: int) -> None:
         record = corpus.index[block]
         name = corpus.manifest["shards"][int(record["shard"])]["name"]
         flip(folder / name, int(record["frame_offset"] + record["frame_bytes"] // 2))
+
+
+def faults(folder: Path) -> list[str]:
+    """Return the faults that `verify` finds in a corpus."""
+    return verify(folder, threads=2, progress=lambda done, total: None)
+
+
+def mend(folder: Path, mirror: Corpus | None = None) -> list[str]:
+    """Repair a corpus; return what was done."""
+    return repair(folder, mirror.location if mirror else None, threads=2, progress=lambda done, total: None)
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """Return the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

@@ -1,7 +1,8 @@
-"""The same training on any engine and any number of ranks: what tests run on each rank."""
+"""The same training on any engine and any number of ranks: functions that tests run on each rank."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 
 from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.vocabulary import SEPARATOR
 from pretrain.checkpoint import CheckpointStore, read, verify
+from pretrain.distributed.context import group_of
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
@@ -19,51 +22,56 @@ from tests.pretrain.models.rows import rows_of
 
 T, ROWS, MICRO_BATCH = 32, 7, 2
 """Four micro-batches, the last of one row."""
-WARM_UP = 10
-"""Steps. Without it Adam's first ones divide by next to nothing, and make much of a rounding."""
+WARM_UP = 6
+"""Warm-up steps. Without them, Adam's first steps divide by almost nothing and magnify rounding."""
 FAMILIES = tuple(all_families())
 
 
-def model(family: str) -> ByteModel:
-    """On the meta device, dropout on."""
+def model(family: str, **changes: Any) -> ByteModel:
+    """Return a small model of a family on the meta device, with dropout."""
     with torch.device("meta"):
-        return build_model(small_config(family))
+        return build_model(small_config(family, **changes))
 
 
-def build(family: str, world: World = ALONE, **engine: Any) -> Engine:
-    """An engine with the first values in it."""
+def build(
+    family: str, world: World = ALONE, optimizer: str = "adamw", changes: Mapping[str, Any] = {}, **engine: Any
+) -> Engine:
+    """Build an engine that holds the initial values of a small model, whose config may have changes."""
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
-    it = build_engine(config, model(family), OptimizerConfig(), 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
-    it.begin()
-    return it
+    small, how = model(family, **changes), OptimizerConfig.model_validate({"name": optimizer})
+    built = build_engine(config, small, how, 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
+    built.begin()
+    return built
 
 
-def micro_batches(step: int, world: World = ALONE) -> list[MicroBatch]:
-    """A rank's part of the batch of a step, in which some positions are no targets."""
+def micro_batches(step: int, world: World = ALONE, context: int = 1) -> list[MicroBatch]:
+    """Return a rank's part of the batch of a step, in which some positions are not targets."""
     ids = np.random.default_rng(step).integers(0, 257, (ROWS, T)).astype(np.int16)
+    ids[np.random.default_rng(2000 + step).random((ROWS, T)) < 0.05] = SEPARATOR
     targets = np.random.default_rng(1000 + step).random((ROWS, T)) < 0.7
     parts = [slice(first, first + MICRO_BATCH) for first in range(0, ROWS, MICRO_BATCH)]
     batch = [MicroBatch(index, rows_of(ids[part]), targets[part]) for index, part in enumerate(parts)]
-    return batch[world.rank :: world.size]
+    group, groups = group_of(world.rank, world.size, context)
+    return batch[group::groups]
 
 
-def losses(it: Engine, steps: range, world: World = ALONE) -> list[float]:
-    """Nats a byte of each step."""
-    told = []
+def losses(engine: Engine, steps: range, world: World = ALONE, context: int = 1) -> list[float]:
+    """Train for some steps and return the nats per byte of each."""
+    nats_per_byte = []
     for step in steps:
         learning_rate = 1e-3 * min(1.0, (step + 1) / WARM_UP)
-        result = it.train_step(micro_batches(step, world), step=step, learning_rate=learning_rate)
-        told.append(result.nats / result.target_bytes)
-    return told
+        result = engine.train_step(micro_batches(step, world, context), step=step, learning_rate=learning_rate)
+        nats_per_byte.append(result.nats / result.target_bytes)
+    return nats_per_byte
 
 
 def newest(folder: Path) -> Path:
-    """The newest checkpoint of a folder of them."""
+    """Return the newest checkpoint of a folder of checkpoints."""
     return CheckpointStore(folder, keep=1).committed()[-1]
 
 
 def content(checkpoint: Path) -> dict[str, bytes]:
-    """All bits of its tensors, by name."""
+    """Return the bytes of all tensors of a checkpoint, by name."""
     metadata = verify(checkpoint)
     tensors = {name: torch.full(stored.shape, math.nan) for name, stored in metadata.tensors.items()}
     read(metadata, [whole(name, tensor) for name, tensor in tensors.items()])
@@ -71,25 +79,27 @@ def content(checkpoint: Path) -> dict[str, bytes]:
 
 
 def losses_of_all(
-    world: World, cases: dict[str, dict[str, Any]], families: Sequence[str], steps: int
-) -> dict[str, list[float]]:
-    """The losses of every family under each of some engine configs."""
+    world: World, engines: dict[str, dict[str, Any]], cases: Sequence[tuple[str, str]], steps: int, optimizer: str
+) -> dict[tuple[str, str], list[float]]:
+    """Return the losses of each case, which is a family and the name of an engine config."""
     return {
-        f"{family} {name}": losses(build(family, world, **engine), range(steps), world)
-        for family in families
-        for name, engine in cases.items()
+        (family, name): losses(build(family, world, optimizer, **engines[name]), range(steps), world)
+        for family, name in cases
     }
 
 
-def checkpointing_of_all(world: World, modes: Sequence[str], precision: str) -> dict[str, tuple[list[float], bytes]]:
-    """The losses of a few steps of every family under FSDP2 with each mode of activation checkpointing.
+def checkpointing_of_all(
+    world: World, modes: Sequence[str], families_by_precision: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, str], list[tuple[list[float], bytes]]]:
+    """Return the results of families under FSDP2 with each mode of activation checkpointing, by family and precision.
 
-    And all bits of this rank's masters and moments after them.
+    A result is the losses, and the bytes of this rank's masters and moments after the last step.
     """
-    told = {}
-    for family in FAMILIES:
-        for mode in modes:
-            it = build(family, world, name="fsdp", precision=precision, activation_checkpointing=mode)
-            of_steps = losses(it, range(4), world)
-            told[f"{family} {mode}"] = of_steps, b"".join(f.data.numpy().tobytes() for f in it.fragments())
-    return told
+    results: dict[tuple[str, str], list[tuple[list[float], bytes]]] = {}
+    for precision, families in families_by_precision.items():
+        for family, mode in itertools.product(families, modes):
+            engine = build(family, world, name="fsdp", precision=precision, activation_checkpointing=mode)
+            step_losses = losses(engine, range(4), world)
+            state = b"".join(fragment.data.numpy().tobytes() for fragment in engine.fragments())
+            results.setdefault((family, precision), []).append((step_losses, state))
+    return results

@@ -1,6 +1,6 @@
-"""Real ranks: processes that meet over gloo on this machine.
+"""Real ranks: processes connected by gloo on this machine.
 
-They are forks of one process that has imported what they need (warm.py), which takes as long as all else together.
+They are forks of one process that has imported the needed modules (warm.py), because the imports take most of the time.
 """
 
 import multiprocessing
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import pretrain.conformance.engines  # noqa: F401 - it sets imports of the same process, which CONTEXT replaces
 from launchers.processes import free_port
 from pretrain.distributed.world import World
 
@@ -19,10 +20,10 @@ CONTEXT.set_forkserver_preload(["tests.distributed.warm"])
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function of a world, which can be imported by name, returns on each of so many ranks.
+    """Call an importable function of a world on each rank, and return the results by rank.
 
     Raises:
-        AssertionError: it raised something on one of them; says what.
+        AssertionError: the function raised an exception on a rank; the message has its traceback.
     """
     answers = CONTEXT.Queue()
     port = free_port()
@@ -33,31 +34,31 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     for process in processes:
         process.start()
     try:
-        told = {}
+        values = {}
         for _ in processes:
             rank, fault, value = answers.get(timeout=900)
             assert fault is None, f"rank {rank}:\n{fault}"
-            told[rank] = value
+            values[rank] = value
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [0] * size
-        return [told[rank] for rank in range(size)]
+        return [values[rank] for rank in range(size)]
     finally:
         for process in processes:
             process.kill()
 
 
-def take_place(rank: int, size: int, port: int) -> None:
-    """Makes this process a rank, as a launcher does by the environment."""
+def become_rank(rank: int, size: int, port: int) -> None:
+    """Make this process a rank by environment variables, as a launcher does."""
     torch.set_num_threads(1)
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"})
 
 
 def _rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: Any, answers: Any) -> None:
-    take_place(rank, size, port)
+    become_rank(rank, size, port)
     try:
-        world = World.join("cpu")
+        world = World.join(torch.device("cpu"))
         value = function(world, *arguments)
         world.leave()
         answers.put((rank, None, value))

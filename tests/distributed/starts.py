@@ -1,4 +1,4 @@
-"""Starts of the train entry in real ranks: what a launcher does, by forks (ranks.py)."""
+"""Starts of the train entry in real ranks, which are forks (ranks.py) instead of a launcher's processes."""
 
 import contextlib
 import faulthandler
@@ -15,41 +15,41 @@ import yaml
 
 from launchers.processes import free_port
 from pretrain.cli.train import start as train_entry
-from tests.distributed.ranks import CONTEXT, take_place
+from tests.distributed.ranks import CONTEXT, become_rank
 
 PATIENCE = 120
-"""Looks at a start, a second apart, until it must have ended; the time in which the machine stands still is one."""
-WHERE_ARE_YOU = signal.SIGUSR1
-"""Has a rank say where each of its threads is."""
+"""Number of waits of one second until a start must have ended. A pause of the machine counts as one wait."""
+PRINT_STACKS = signal.SIGUSR1
+"""Signal that makes a rank print the stack of each thread."""
 
 
 class Start:
-    """The ranks of one start of a run.
+    """Ranks of one start of a run.
 
     Args:
-        said: a new folder, for what each of them says.
-        prepare: called in each rank before it trains, with its number and what will be the process ids of all.
+        output: a new folder for the output of each rank.
+        prepare: called in each rank before it trains, with its number and the process ids of all ranks.
     """
 
     def __init__(
-        self, recipe: Path, ranks: int, said: Path, prepare: Callable[[int, Sequence[int]], None] | None = None
+        self, recipe: Path, ranks: int, output: Path, prepare: Callable[[int, Sequence[int]], None] | None = None
     ) -> None:
-        said.mkdir(parents=True)
-        self._said = said
+        output.mkdir(parents=True)
+        self._output = output
         pids, port = CONTEXT.RawArray("i", ranks), free_port()
         self.processes = [
-            CONTEXT.Process(target=_train, args=(rank, ranks, port, recipe, said, prepare, pids), daemon=True)
+            CONTEXT.Process(target=_train, args=(rank, ranks, port, recipe, output, prepare, pids), daemon=True)
             for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
 
     def wait(self, seconds: float) -> None:
-        """Until so much time has passed, or one has ended."""
+        """Wait until some time has passed or a rank has ended."""
         wait([process.sentinel for process in self.processes if process.exitcode is None], seconds)
 
     def finish(self, grace: float = 0.0) -> list[int | None]:
-        """The exit codes, when all have ended; when one has failed, the others are ended after so many seconds."""
+        """Wait until all ranks have ended and return their exit codes; kill the others some seconds after a failure."""
         for _ in range(PATIENCE):
             self.wait(1.0)
             if any(process.exitcode for process in self.processes):
@@ -58,24 +58,24 @@ class Start:
             if all(process.exitcode is not None for process in self.processes):
                 break
         else:
-            raise AssertionError(f"has not ended: {self._where_they_are()}\n{self.said}")
+            raise AssertionError(f"has not ended: {self._print_stacks()}\n{self.output}")
         for process in self.processes:
             process.kill()
             process.join()
         return [process.exitcode for process in self.processes]
 
-    def _where_they_are(self) -> str:
-        """The ranks that have not ended, each of which says where its threads are."""
-        late = {rank: process.pid for rank, process in enumerate(self.processes) if process.exitcode is None}
-        for pid in late.values():
+    def _print_stacks(self) -> str:
+        """Return the ranks that have not ended, after each has printed the stacks of its threads."""
+        running = {rank: process.pid for rank, process in enumerate(self.processes) if process.exitcode is None}
+        for pid in running.values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, WHERE_ARE_YOU)
+                os.kill(pid, PRINT_STACKS)
         time.sleep(1)
-        return ", ".join(f"rank {rank}" for rank in late)
+        return ", ".join(f"rank {rank}" for rank in running)
 
     @property
-    def said(self) -> str:
-        return "".join(path.read_text() for path in sorted(self._said.iterdir()))
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted(self._output.iterdir()))
 
 
 def _train(
@@ -83,37 +83,37 @@ def _train(
     ranks: int,
     port: int,
     recipe: Path,
-    said: Path,
+    output: Path,
     prepare: Callable[[int, Sequence[int]], None] | None,
     pids: Any,
 ) -> None:
-    """A rank's process."""
+    """Run a rank in its process."""
     pids[rank] = os.getpid()
-    with (said / f"{rank}").open("wb") as file:
+    with (output / f"{rank}").open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-        faulthandler.register(WHERE_ARE_YOU, os.dup(file.fileno()))
-    take_place(rank, ranks, port)
+        faulthandler.register(PRINT_STACKS, os.dup(file.fileno()))
+    become_rank(rank, ranks, port)
     if prepare is not None:
         prepare(rank, pids)
     sys.exit(train_entry(recipe))
 
 
 def train(tree: Any, folder: Path, ranks: int = 1) -> str:
-    """Trains the recipe of a tree, with files of its own in a folder; returns what was said.
+    """Train the recipe of a tree, with new files in a folder, and return the output.
 
     Raises:
-        AssertionError: it did not come to its end.
+        AssertionError: a rank failed.
     """
-    codes, said = start(tree, folder, ranks)
-    assert not any(codes), said
-    return said
+    codes, output = start(tree, folder, ranks)
+    assert not any(codes), output
+    return output
 
 
 def start(tree: Any, folder: Path, ranks: int = 1) -> tuple[list[int | None], str]:
-    """As `train`, with the exit codes."""
+    """Train like `train`, and return the exit codes and the output."""
     number = len(list(folder.glob("recipe-*.yaml")))
     recipe = folder / f"recipe-{number}.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    it = Start(recipe, ranks, folder / f"said-{number}")
-    return it.finish(grace=1.0), it.said
+    ranks_of_start = Start(recipe, ranks, folder / f"output-{number}")
+    return ranks_of_start.finish(grace=1.0), ranks_of_start.output

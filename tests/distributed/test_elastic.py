@@ -1,4 +1,4 @@
-"""A run that is started again under another engine, on another number of ranks, goes on with all that it had."""
+"""A run resumes with its whole state under another engine and on another number of ranks."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ from tests.conftest import recipe_tree
 from tests.distributed.starts import train
 
 STACK = {"width": 32, "layers": 2, "heads": 2}
-STARTS = [(4, 3, {"name": "fsdp"}), (7, 1, {"name": "ddp"}), (12, 2, {"name": "zero2"})]
-"""Last step, ranks and engine of each."""
+LATER = [(7, 1, {"name": "ddp", "context": 1}), (12, 2, {"name": "zero2", "context": 1})]
+"""Last step, ranks and engine of each start but the first in `make test-long`; `make test` leaves the first one out."""
 
 
 def with_memory(tree: Any, corpus: Path) -> None:
-    """A Transformer-XL's, in each row; with dropout. The epoch, at whose end it is forgotten, ends on the way."""
+    """Set a Transformer-XL with dropout, whose memory is forgotten at an end of epoch within the run."""
     tree["model"] = {"family": "transformer_xl", "sequence_length": 128, "memory_length": 48, "dropout": 0.1} | STACK
     tree["data"] = {"shards": str(corpus / "validation"), "lanes": 40}
     tree["train"] |= {"global_batch": 40, "micro_batch": 12}
 
 
 def mixed(tree: Any, corpus: Path) -> None:
-    """Two sources whose weights change on the way, with crops and dropout that are drawn."""
+    """Set two sources whose weights change within the run, with random crops and dropout."""
     latents = {"latents": 32, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3, "dropout": 0.1}
     tree["model"] = {"family": "perceiver_ar", "sequence_length": 128} | latents
     sources = {"books": {"shards": str(corpus / "train"), "weight": 3}, "code": {"shards": str(corpus / "validation")}}
@@ -33,19 +33,26 @@ def mixed(tree: Any, corpus: Path) -> None:
 
 
 def finished(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The journal, and the state of the last checkpoint."""
+    """Return the journal, and the state of the last checkpoint."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return records, read_metadata(CheckpointStore(run / "checkpoints", keep=1).committed()[-1]).state
 
 
-@pytest.mark.parametrize("recipe", [with_memory, mixed])
-def test_whatever_trains_it_a_run_goes_on(recipe: Any, corpus_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("later", [LATER[1:], pytest.param(LATER, marks=pytest.mark.long)], ids=["two", "three"])
+@pytest.mark.parametrize(
+    ("recipe", "first"),
+    [(with_memory, (4, 3, {"name": "fsdp"})), (mixed, (4, 4, {"name": "fsdp", "context": 2}))],
+    ids=["memory", "mixture, context"],
+)
+def test_run_resumes_under_another_engine_and_number_of_ranks(
+    recipe: Any, first: Any, later: Any, corpus_folder: Path, tmp_path: Path
+):
     tree: Any = recipe_tree(corpus_folder)
     recipe(tree, corpus_folder)
     tree["optimizer"]["schedule"] = {"shape": "constant", "warmup_steps": 3}
     tree["validation"] = {"shards": None}
     tree["run"] = {"root": str(tmp_path), "name": "moved"}
-    for steps, ranks, engine in STARTS:
+    for steps, ranks, engine in [first, *later]:
         tree["train"]["steps"] = steps
         tree["engine"] |= engine
         train(tree, tmp_path, ranks)
@@ -57,7 +64,9 @@ def test_whatever_trains_it_a_run_goes_on(recipe: Any, corpus_folder: Path, tmp_
     assert state["reading"] == expected["reading"]
     assert state["counters"] == expected["counters"]
     exact = [name for name in alone[0] if name.startswith("epoch") or name in ("learning_rate", "masked_bytes")]
+    losses = [name for name in alone[-1] if name.startswith("train/")]
+    assert len(losses) == (3 if "mixture" in tree["data"] else 1)
     for own, other in zip(moved, alone, strict=True):
-        assert own["train/bits_per_byte"] == pytest.approx(other["train/bits_per_byte"], rel=1e-5)
+        assert [own[name] for name in losses] == pytest.approx([other[name] for name in losses], rel=1e-5)
         assert own["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
         assert {name: own[name] for name in exact} == {name: other[name] for name in exact}

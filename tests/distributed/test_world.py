@@ -1,5 +1,6 @@
-"""What ranks tell each other, and what all of them do together, on real ranks."""
+"""Communication between real ranks, and work that all ranks do together."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,13 +10,13 @@ from data_pipeline.stream.loader import Loader, LoaderConfig
 from data_pipeline.stream.reading import DataConfig, Reading, Record, open_streams, replay
 from data_pipeline.stream.record import merged
 from pretrain.distributed.world import ALONE, World, WorldError
-from pretrain.evaluation.evaluate import evaluate
+from pretrain.evaluation.evaluate import evaluate, share_of_rank
 from pretrain.evaluation.scores import Score
 from tests.distributed.parity import T, build
 from tests.distributed.ranks import on_ranks
 
 
-def talk(world: World) -> dict[str, Any]:
+def exchange(world: World) -> dict[str, Any]:
     def fails() -> None:
         raise OSError("the disk is full")
 
@@ -31,40 +32,42 @@ def talk(world: World) -> dict[str, Any]:
     }
 
 
-def test_ranks_tell_each_other():
-    told = on_ranks(3, talk)
-    for rank, of_rank in enumerate(told):
-        assert of_rank["sum"] == [3, 3 * 2**50 + 3]
-        assert of_rank["gathered"] == [{"rank": r, "text": "ä" * r} for r in range(3)]
-        assert of_rank["of first"] == "rank 0"
-        assert of_rank["fault"] == ("WorldError: rank 0: " if rank else "OSError: ") + "the disk is full"
+def test_ranks_exchange_sums_values_and_faults():
+    results = on_ranks(3, exchange)
+    for rank, result in enumerate(results):
+        assert result["sum"] == [3, 3 * 2**50 + 3]
+        assert result["gathered"] == [{"rank": r, "text": "ä" * r} for r in range(3)]
+        assert result["of first"] == "rank 0"
+        assert result["fault"] == ("WorldError: rank 0: " if rank else "OSError: ") + "the disk is full"
 
 
-def test_alone_everything_is_ones_own():
+def test_one_process_exchanges_only_with_itself():
     assert ALONE.sum(1, 2) == [1, 2]
     assert ALONE.gather("x") == ["x"]
     assert ALONE.on_first(lambda: 5) == 5
 
 
-def scores(world: World, corpus: str) -> list[int]:
-    engine = build("megabyte", world, name="fsdp" if world.size > 1 else "ddp")
-    score = evaluate(engine.nats, Corpus(corpus), T, 5, rank=world.rank, world_size=world.size).total
+def scores(world: World, corpus: str, context: int = 1) -> list[int]:
+    engine = build("megabyte", world, name="fsdp" if world.size > 1 else "ddp", context=context)
+    share = partial(share_of_rank, rank=world.rank, world_size=world.size, context=context)
+    score = evaluate(engine.nats, Corpus(corpus), T, 5, share=share).total
     return [score.units, score.bytes, score.documents]
 
 
-def test_ranks_score_every_byte_once_between_them(mixed: Corpus):
-    """Documents are few, so in the last round a rank has no windows of its own."""
+@pytest.mark.parametrize(("ranks", "context"), [(3, 1), (4, 2)])
+def test_ranks_together_score_every_byte_once(mixed: Corpus, ranks: int, context: int):
+    """There are few documents, so one rank has no windows in the last round."""
     alone = Score(*scores(ALONE, mixed.location))
     total = Score()
-    for of_rank in on_ranks(3, scores, mixed.location):
-        total.add(Score(*of_rank))
+    for rank_scores in on_ranks(ranks, scores, mixed.location, context):
+        total.add(Score(*rank_scores))
     assert (total.bytes, total.documents) == (alone.bytes, alone.documents) == (mixed.raw_bytes, 8)
     assert total.nats == pytest.approx(alone.nats, rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_merged_record_is_that_of_one_process(corpus: Corpus, ranks: int):
-    """Also where the ranks go on from a record, and replaying it reads the same bytes."""
+def test_merged_record_equals_that_of_one_process(corpus: Corpus, ranks: int):
+    """This holds also after a resume from a record, and a replay of the record reads the same bytes."""
     config = DataConfig(shards=corpus.location, lanes=4)
     state = None
     for _ in range(2):
@@ -89,13 +92,5 @@ def test_the_merged_record_is_that_of_one_process(corpus: Corpus, ranks: int):
             states.append(reading.state())
         state = merged(states)
     assert state is not None and state["step"] == 6
-    again = Reading(config, open_streams(config, 64), Record.from_state(state), None)
-    assert replay(again, 1, lambda done: None) == state["digest"]
-
-
-def test_holes_are_merged_by_their_first_sequence():
-    states = [
-        {"digest": "0", "holes": {"a": [(1, 30), (4, 9)]}},
-        {"digest": "0", "holes": {"a": [(1, 20)], "b": [(2, 5)]}},
-    ]
-    assert merged(states)["holes"] == {"a": [(1, 20), (4, 9)], "b": [(2, 5)]}
+    replayed = Reading(config, open_streams(config, 64), Record.from_state(state), None)
+    assert replay(replayed, 1, lambda done: None) == state["digest"]

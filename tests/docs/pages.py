@@ -1,4 +1,4 @@
-"""The pages of the documentation, and the shell blocks in them."""
+"""Pages of the documentation and their shell blocks."""
 
 import re
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ MARKER = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\s*$")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of shell commands."""
+    """Fenced block of shell commands."""
 
     page: Path
     line: int
     text: str
     reason: str | None
-    """Why no test runs it; None if a test does."""
+    """Reason why no test runs the block, or None if a test runs it."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"

@@ -1,4 +1,4 @@
-"""The documentation is true: its commands run or parse, its links lead somewhere, and its names exist."""
+"""Checks of the documentation: its commands run or parse, its links have targets, and its names exist."""
 
 import ast
 import os
@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from pretrain.cli.app import app
+from pretrain.cli.lazy import LazyCommand
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
 from tests import commands
@@ -23,9 +24,9 @@ from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, prose
 COMMANDS: Any = typer.main.get_command(app)
 WITH_OVERRIDES = {"train", "submit", "sweep", "config check", "config show"}
 MADE_BY_A_READER = ("runs/", "mine.yaml", "my.yaml")
-"""Beginnings of runs and recipes that no checkout has."""
-GENERATED = {"commands.md", "config.md", "recipes.md"}
-"""Pages of docs/reference that the build of the site makes."""
+"""Prefixes of runs and recipes that only a reader makes."""
+GENERATED = {"commands.md", "config.md", "notebook.md", "recipes.md"}
+"""Pages of docs/reference that the site build generates."""
 
 
 def byteloom_commands() -> Iterator[tuple[Block, list[str]]]:
@@ -45,6 +46,7 @@ def parsed(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     while words and words[0] in getattr(command, "commands", ()):
         names.append(words.pop(0))
         command = command.commands[names[-1]]
+        command = command.load() if isinstance(command, LazyCommand) else command
     with command.make_context(names[-1], words) as context:
         return " ".join(names[1:]), context.params
 
@@ -52,8 +54,9 @@ def parsed(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 SHOWN = [(block, words) for block, words in byteloom_commands() if words and not words[0].startswith("--")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "words"), SHOWN, ids=[f"{block} {' '.join(words[:2])}" for block, words in SHOWN])
-def test_every_command_shown_has_options_recipes_and_fields_that_exist(block: Block, words: list[str]):
+def test_every_shown_command_has_existing_options_recipes_and_fields(block: Block, words: list[str]):
     name, params = parsed(words)
     if name not in WITH_OVERRIDES or params["recipe"].startswith(MADE_BY_A_READER):
         return
@@ -66,8 +69,9 @@ def test_every_command_shown_has_options_recipes_and_fields_that_exist(block: Bl
 RUNNABLE = [page for page in PAGES if any(block.reason is None for block in blocks(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_shell_blocks_of_a_page_run_one_after_another(page: Path, tmp_path: Path):
+def test_shell_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in (command for block in blocks(page) if block.reason is None for command in block.commands()):
         name, _, rest = command.partition(" ")
@@ -87,19 +91,19 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_to_a_page_and_a_heading(page: Path):
+def test_every_link_has_an_existing_page_and_heading(page: Path):
     broken = []
     for path, anchor in links(page):
         target = (page.parent / path).resolve() if path else page
         if target.name in GENERATED and target.parent.name == "reference":
-            continue  # the build of the site checks these
+            continue  # the site build checks these
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(f"{path}#{anchor}")
     assert not broken
 
 
 def definition(module: ast.AST | None, name: str) -> ast.AST | None:
-    """Return what a dotted name defines in a module: a class, a function or a variable."""
+    """Return the definition of a dotted name in a module: a class, a function or a variable."""
     for part in name.split("."):
         module = next((node for node in ast.iter_child_nodes(module) if part in names_of(node)), None)
         if module is None:
@@ -113,7 +117,8 @@ def names_of(node: ast.AST) -> set[str]:
     return {getattr(node, "name", "")} | {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def test_every_file_and_name_of_the_code_exists():
+@pytest.mark.slow
+def test_every_file_and_code_name_in_the_docs_exists():
     missing = []
     for page in PAGES:
         if "lab" in page.parts or page.name == "CHANGELOG.md":  # history
@@ -130,19 +135,20 @@ def test_every_file_and_name_of_the_code_exists():
     assert not missing
 
 
-def test_every_test_that_a_page_names_exists():
+def test_every_test_named_in_the_docs_exists():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+?)_?…?`", prose(page))}
     missing = [name for name in named if f"def {name}" not in sources]
     assert sorted(missing) == ["test_batch_is_the_same_for_every_world_size"]  # an example of a name
 
 
-def test_every_field_that_a_page_names_exists():
+def test_every_config_field_named_in_the_docs_exists():
     sections = "|".join(Config.model_fields)
     field = re.compile(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)(?:=[^`]*|: [^`]*)?`")
     schema = Config.model_json_schema()
     named = {name for page in PAGES if page.name != "CHANGELOG.md" for name in field.findall(prose(page))}
-    files = {name for name in named if name.endswith((".json", ".log", ".safetensors", ".yaml"))}
+    suffixes = (".html", ".json", ".jsonl", ".log", ".pt", ".py", ".safetensors", ".yaml")
+    files = {name for name in named if name.endswith(suffixes)}
     assert sorted(name for name in named - files if not is_field(schema, name.split("."), schema["$defs"])) == []
 
 
@@ -160,7 +166,7 @@ def is_field(node: Any, path: Sequence[str], definitions: dict[str, Any]) -> boo
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly: a warning is an error."""
+    """Build the site strictly, so that a warning is an error, and return its folder."""
     if find_spec("mkdocs") is None or find_spec("material") is None or find_spec("mkdocstrings") is None:
         pytest.skip("mkdocs-material and mkdocstrings are not installed: make setup")
     out = tmp_path_factory.mktemp("site")
@@ -177,7 +183,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_no_page_of_the_site_loads_anything_from_another_host(site: Path):
+@pytest.mark.slow
+def test_no_page_of_the_site_loads_from_another_host(site: Path):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     loading = re.compile(
@@ -186,7 +193,7 @@ def test_no_page_of_the_site_loads_anything_from_another_host(site: Path):
     assert not [page.name for page in pages if loading.search(page.read_text(encoding="utf-8"))]
 
 
-def test_the_references_hold_every_section_command_and_recipe(site: Path):
+def test_reference_pages_list_every_section_command_and_recipe(site: Path):
     reference = site / "reference"
     config, commands, recipes = (
         (reference / f"{name}.html").read_text(encoding="utf-8") for name in ("config", "commands", "recipes")

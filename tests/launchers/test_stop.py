@@ -1,4 +1,4 @@
-"""Requests to stop: whichever rank gets them, however often, and whatever it is at."""
+"""Stop requests to any rank, repeated or not, in any phase."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ from launchers.supervision.heartbeat import read_beat
 from pretrain.checkpoint import verify
 from tests import commands
 from tests.commands import BYTELOOM
-from tests.end_to_end.test_resume import STEPS, RunUnderTest
-from tests.launchers.test_local import assert_trained_as_one_process, start_and_wait
+from tests.end_to_end.runs.test_resume import STEPS, RunUnderTest
+from tests.launchers.test_local import assert_trained_as_one_process, is_alive, start_and_wait
 
 USR2_CODE = 128 + signal.SIGUSR2
 
@@ -27,31 +27,32 @@ def signal_all_many_times(ranks: list[int]) -> None:
             os.kill(rank, number)
 
 
-def test_one_rank_signalled_all_of_them_often_or_while_saving_no_step_is_lost(recipe: Path, tmp_path: Path):
+def test_no_step_is_lost_when_one_rank_or_all_are_signalled_even_during_a_save(recipe: Path, tmp_path: Path):
     run = RunUnderTest(recipe, tmp_path, "two", "launch.processes=2", "checkpoint.every=1")
-    for send in (signal_one, signal_all_many_times, while_saving(run)):
+    for send in (signal_one, signal_all_many_times, signal_during_save(run)):
         launcher, ranks = start_and_wait(run, steps=2)
         send(ranks)
-        _, said = launcher.communicate(timeout=120)
-        assert launcher.returncode in (USR2_CODE, 128 + signal.SIGTERM), said
-        assert f"stopped after step {run.last_step()} of {STEPS}, with a checkpoint" in said
+        _, stderr = launcher.communicate(timeout=120)
+        assert launcher.returncode in (USR2_CODE, 128 + signal.SIGTERM), stderr
+        assert f"stopped after step {run.last_step()} of {STEPS}, with a checkpoint" in stderr
         verify(run.folder / "checkpoints" / f"step-{run.last_step():08d}")
     run.finish()
 
     assert_trained_as_one_process(run, recipe, tmp_path)
 
 
-def while_saving(run: RunUnderTest) -> Callable[[list[int]], None]:
+def signal_during_save(run: RunUnderTest) -> Callable[[list[int]], None]:
     def send(ranks: list[int]) -> None:
         while not list((run.folder / "checkpoints").glob("*.partial")):
+            assert any(map(is_alive, ranks)), "the run has ended before a save was seen"
             time.sleep(0.0005)
         os.kill(ranks[0], signal.SIGUSR2)
 
     return send
 
 
-def test_a_supervised_rank_that_is_signalled_during_its_imports_stops_with_an_exit_code(recipe: Path, tmp_path: Path):
-    """A rank that a signal kills would count as failed, so it blocks signals until it listens."""
+def test_supervised_rank_signalled_during_imports_stops_with_an_exit_code(recipe: Path, tmp_path: Path):
+    """A rank blocks signals until it handles them, because a rank killed by a signal would count as failed."""
     beats = tmp_path / "beats"
     beats.mkdir()
     run = RunUnderTest(recipe, tmp_path, "early")
@@ -70,7 +71,7 @@ def test_a_supervised_rank_that_is_signalled_during_its_imports_stops_with_an_ex
         assert rank.poll() is None
         time.sleep(0.01)
     rank.send_signal(signal.SIGUSR2)
-    _, said = rank.communicate(timeout=120)
-    assert rank.returncode == USR2_CODE, said
-    assert said.splitlines()[-1] == "SIGUSR2: stopped before the first step; there was nothing to save"
+    _, stderr = rank.communicate(timeout=120)
+    assert rank.returncode == USR2_CODE, stderr
+    assert stderr.splitlines()[-1] == "SIGUSR2: stopped before the first step; there was nothing to save"
     assert read_beat(beats, 0) is not None

@@ -1,17 +1,18 @@
-"""A real Slurm cluster on this machine, from Debian's packages, for as long as a test needs it.
+"""A real Slurm cluster on this machine, from Debian's packages, for the duration of a test.
 
     with running_cluster(folder) as cluster:      munged, slurmctld, and a slurmd for each node
         cluster.run("sbatch", script)
 
-Each node has its own host name, processes, /etc/hosts and node-local folder; with `network`, its own address behind a
-link that can be cut as well. Nodes share the machine's files. Everything lies in the cluster's folder, on ports that
-were free. When the block ends, or the process that started it dies, no process is left: a node's processes live in a
-namespace and die with its first one.
+Each node has its own host name, processes, /etc/hosts and node-local folder. With `network` it also has its own
+address, behind a link that can be cut. Nodes share the machine's files. All files of the cluster are in its folder, and
+its ports were free. No process remains when the block ends, or when the process that started the cluster dies: the
+processes of a node are in one namespace and die with its first process.
 
-There is no accounting unless it is asked for: `sacct` says so, as on many small clusters, and slurmctld remembers jobs
-that ended for ten minutes.
+There is no accounting by default: `sacct` reports that, as on many small clusters, and slurmctld remembers ended jobs
+for ten minutes.
 """
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -37,13 +38,17 @@ NEEDED = {
     "ip": "iproute2",
     "nsenter": "util-linux",
 }
-"""Commands, and the packages that have them."""
-OF_ACCOUNTING = {"slurmdbd": "slurmdbd slurm-wlm-mysql-plugin", "mariadbd": "mariadb-server-core"}
+"""Debian packages by the command that they provide."""
+NEEDED_FOR_ACCOUNTING = {"slurmdbd": "slurmdbd slurm-wlm-mysql-plugin", "mariadbd": "mariadb-server-core"}
 SYSTEM_TABLES = [Path(f"/usr/share/mysql/mysql_system_tables{part}.sql") for part in ("", "_data")]
-"""MariaDB's own, which its server makes from them."""
+"""Files from which a MariaDB server makes its system tables."""
 CONTROLLER = "ctl"
 NETWORK = "10.231.17"
-"""Of nodes with a network of their own; nobody else can reach it, so any number of clusters may use it."""
+"""Network of nodes with `network`. It is isolated, so any number of clusters may use the same one."""
+CONTROLLER_ADDRESS = f"{NETWORK}.254"
+"""Address of the controller in that network."""
+CLONE_NEWNET = 0x40000000
+"""Kind of namespace for setns(2)."""
 INIT = """
 set -e
 hostname "$1"
@@ -51,8 +56,8 @@ mount --bind "$2/etc/hosts" /etc/hosts
 mkdir -p "$2/nodes/$1"
 mount --bind "$2/nodes/$1" "$2/local"
 """
-"""What is a host's own. $1 is its name, $2 the cluster's folder."""
-# bash is the first process of the node: it takes in orphans, and when it dies, the kernel ends all of the node's.
+"""Script that sets up a host. $1 is its name, $2 the cluster's folder."""
+# bash is the first process of the node. It adopts orphans, and when it dies, the kernel kills the node's processes.
 NODE = f"""{INIT}
 if [ "$3" = network ]; then ip link set lo up; until ip -o link show up | grep -q eth0; do sleep 0.05; done; fi
 set +e
@@ -63,7 +68,7 @@ HOLDER = f"""{INIT}
 if [ "$3" = network ]; then
     ip link set lo up
     ip link add name bridge0 type bridge
-    ip address add {NETWORK}.254/24 dev bridge0
+    ip address add {CONTROLLER_ADDRESS}/24 dev bridge0
     ip link set bridge0 up
 fi
 touch "$2/run/ready"
@@ -74,10 +79,10 @@ Found = TypeVar("Found")
 
 
 def require_slurm(needed: Mapping[str, str] = NEEDED) -> None:
-    """Installs Slurm where that is possible; skips the test where it is not, and says what is missing."""
+    """Install Slurm if possible; otherwise skip the test and name what is missing."""
     packages = " ".join(needed.values())
     with (Path(tempfile.gettempdir()) / "byteloom-tests-apt.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes may want it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may try at once
         if _missing(needed) and os.geteuid() == 0 and shutil.which("apt-get"):
             for command in (["update"], ["install", "-y", "--no-install-recommends", *packages.split()]):
                 subprocess.run(
@@ -91,7 +96,7 @@ def require_slurm(needed: Mapping[str, str] = NEEDED) -> None:
         pytest.skip(f"no Slurm: {', '.join(missing)} missing (apt-get install {packages})")
     own = ["unshare", "--uts", "--mount", "--pid", "--fork", "true"]
     if os.geteuid() != 0 or subprocess.run(own, check=False).returncode:
-        pytest.skip("no Slurm: only root may make the namespaces of its nodes")
+        pytest.skip("no Slurm: only root may create the namespaces of its nodes")
 
 
 def _missing(needed: Mapping[str, str]) -> list[str]:
@@ -107,15 +112,16 @@ def running_cluster(
     grace: int = 20,
     accounting: bool = False,
 ) -> Iterator["Cluster"]:
-    """A cluster while the block lasts. Skips the test where there can be none.
+    """Run a cluster during a `with` block, or skip the test if no cluster can run here.
 
     Args:
-        folder: made anew; a short path, for there are sockets in it.
-        network: whether each node has its own; then `Cluster.cut` cuts it, and commands must run in `Cluster.inside`.
-        grace: seconds between the signal of a preemption and the end.
-        accounting: by slurmdbd, with a database of the cluster's own.
+        folder: folder that is deleted and created. Its path must be short, because it holds sockets.
+        nodes: number of nodes.
+        network: whether each node has its own network, which `Cluster.cut` cuts; commands then run in `Cluster.inside`.
+        grace: seconds between the signal of a preemption and the end of the job.
+        accounting: whether slurmdbd keeps accounting, in a database of this cluster.
     """
-    require_slurm(NEEDED | OF_ACCOUNTING if accounting else NEEDED)
+    require_slurm(NEEDED | NEEDED_FOR_ACCOUNTING if accounting else NEEDED)
     names = [f"n{number}" for number in range(1, nodes + 1)]
     cluster = Cluster(folder, names, network, accounting)
     try:
@@ -126,24 +132,24 @@ def running_cluster(
 
 
 class Cluster:
-    """Its nodes have four processors and two made-up GPUs each; jobs of partition `high` preempt those of `low`."""
+    """Slurm cluster whose nodes have four processors and two fake GPUs; partition `high` preempts `low`."""
 
     def __init__(self, folder: Path, nodes: Sequence[str], network: bool, accounting: bool) -> None:
         self.folder = folder
         self.nodes = nodes
         self.local = folder / "local"
-        """A folder that each node has for itself."""
+        """Path of a folder with separate content on each node."""
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "etc/slurm.conf")}
-        """For commands that speak to the cluster."""
+        """Environment of commands that contact the cluster."""
         self.inside: list[str] = []
-        """Before a command, runs it where the cluster can be reached; empty where that is everywhere."""
+        """Prefix of a command that must reach the cluster; empty if every process can."""
         self._network, self._accounting = network, accounting
         self._controller: list[str] = []
-        """Before a command, runs it on the controller's host."""
+        """Prefix of a command that must run on the controller's host."""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *command: object, check: bool = True) -> str:
-        """What a command that speaks to the cluster says on standard output; with `check`, it must succeed."""
+        """Run a command that contacts the cluster and return its output; with `check`, it must succeed."""
         done = subprocess.run(
             [*self.inside, *map(str, command)],
             env=self.environment,
@@ -157,19 +163,20 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """Fields of a job, as `scontrol show job` names them."""
+        """Return the fields of a job, with the names of `scontrol show job`."""
         words = self.run("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, job: str, *states: str, seconds: float = 60) -> None:
-        """Until a job is in one of Slurm's states."""
+    def wait_for(self, job: str, *states: str, seconds: float = 240) -> None:
+        """Wait until a job is in one of Slurm's states."""
         wait_until(lambda: self.job(job)["JobState"] in states, f"job {job} is {' or '.join(states)}", seconds)
 
     def processes(self, job: str, rank: int | None = None) -> list[int]:
-        """Processes of a job's ranks, or of one rank, eldest first, by their numbers on this machine.
+        """Return the ids on this machine of the processes of a job's ranks, or of one rank, oldest first.
 
         Args:
-            job: its id, or that of an element of an array: 12_3.
+            job: id of a job, or of an array element: 12_3.
+            rank: rank whose processes are returned, or None for all ranks.
         """
         array, _, element = job.partition("_")
         wanted = (
@@ -177,7 +184,7 @@ class Cluster:
         )
         if rank is not None:
             wanted.add(f"SLURM_PROCID={rank}")
-        # The batch script has a rank too, but no step.
+        # The batch script also has a rank, but no step.
         return [
             pid
             for pid, words in self.all_processes().items()
@@ -185,38 +192,46 @@ class Cluster:
         ]
 
     def crash(self, node: str) -> None:
-        """As a power cut: all processes of a node are gone."""
+        """Kill all processes of a node, as a power cut does."""
         self._end(node)
 
     def kill_slurmd(self, node: str) -> None:
-        """A node is lost to Slurm; its ranks live on."""
+        """Kill only the slurmd of a node, so that Slurm loses the node but its ranks continue."""
         wanted = ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node]
         [pid] = [pid for pid, _ in self.all_processes().items() if _read(pid, "cmdline") == wanted]
         os.kill(pid, signal.SIGKILL)
 
     def start_node(self, node: str) -> None:
-        """Starts a node that is down, with none of its earlier processes."""
+        """Start a node that is down, without its earlier processes."""
         if node in self._daemons:
             self._end(node)
         self._spawn(node, "unshare", *self._new("--pid"), "bash", "-c", NODE, "node", node, self.folder, self._kind)
         if not self._network:
             return
-        [init] = wait_until(lambda: _children(self._daemons[node].pid), f"{node} has begun", 10)
+        [init] = wait_until(lambda: children_of(self._daemons[node].pid), f"{node} has started", 10)
         number = self.nodes.index(node) + 1
         link = f"v{number}"
-        self.run("sh", "-c", f"ip link delete {link} 2>/dev/null || true")  # of a node that has just died
+        self.run("sh", "-c", f"ip link delete {link} 2>/dev/null || true")  # left by a node that has just died
         self.run("ip", "link", "add", "name", link, "type", "veth", "peer", "name", "eth0", "netns", init)
         self.run("ip", "link", "set", link, "master", "bridge0", "up")
         node_network = ["nsenter", "-t", init, "--net", "--"]
         self.run(*node_network, "ip", "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
         self.run(*node_network, "ip", "link", "set", "eth0", "up")
 
+    def join_network(self) -> None:
+        """Move this thread, and what it starts from now on, into the network of the cluster, to the controller."""
+        with Path(f"/proc/{self._daemons[CONTROLLER].pid}/ns/net").open("rb") as namespace:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "this thread cannot join the network")
+        self.inside = []
+
     def cut(self, node: str) -> None:
-        """Cuts a node's network; its processes live on."""
+        """Cut a node's network; its processes continue."""
         self.run("ip", "link", "set", f"v{self.nodes.index(node) + 1}", "down")
 
     def mend(self, node: str) -> None:
-        """Undoes `cut`."""
+        """Restore the network that `cut` cut."""
         self.run("ip", "link", "set", f"v{self.nodes.index(node) + 1}", "up")
 
     @property
@@ -224,7 +239,7 @@ class Cluster:
         return "network" if self._network else "host"
 
     def _new(self, *more: str) -> list[str]:
-        """Arguments of unshare: everything that is a host's own."""
+        """Return arguments of unshare for the namespaces of a host."""
         own = [*more, "--uts", "--mount", *(["--net"] if self._network else [])]
         return [*own, *(["--fork", "--kill-child", "--mount-proc"] if "--pid" in more else [])]
 
@@ -260,16 +275,28 @@ class Cluster:
         )
 
     def restart_controller(self) -> None:
-        """Starts slurmctld anew, with no memory of any job that has ended."""
+        """Restart slurmctld without its memory of ended jobs."""
         self._end("slurmctld")
         self._start_controller()
         self._wait(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
 
-    def _start_controller(self) -> None:
-        self._spawn("slurmctld", *self._controller, "slurmctld", "-D", "-i", "-c", "-f", self.environment["SLURM_CONF"])
+    def stop_controller(self) -> None:
+        """Let slurmctld save what it knows, and end it."""
+        self._daemons["slurmctld"].terminate()
+        self._daemons["slurmctld"].wait(30)
+        self._end("slurmctld")
+
+    def continue_controller(self) -> None:
+        """Start slurmctld with what it saved."""
+        self._start_controller("-D", "-i")
+        self._wait(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+
+    def _start_controller(self, *options: str) -> None:
+        options = options or ("-D", "-i", "-c")
+        self._spawn("slurmctld", *self._controller, "slurmctld", *options, "-f", self.environment["SLURM_CONF"])
 
     def _start_accounting(self) -> None:
-        """A database that only its socket leads to, and slurmdbd before it."""
+        """Start a database that listens only on a socket, and slurmdbd."""
         (self.folder / "mysql").mkdir()
         server = [
             *("mariadbd", "--no-defaults", "--user=root", f"--datadir={self.folder}/mysql", "--skip-networking"),
@@ -289,7 +316,7 @@ class Cluster:
 
     def _configure(self, grace: int) -> None:
         own = [f"{NETWORK}.{number}" if self._network else "127.0.0.1" for number in range(1, len(self.nodes) + 1)]
-        controller = f"{NETWORK}.254" if self._network else "127.0.0.1"
+        controller = CONTROLLER_ADDRESS if self._network else "127.0.0.1"
         ports = _free_ports(len(self.nodes) + 2)
         hosts = [("127.0.0.1", "localhost"), (controller, CONTROLLER), *zip(own, self.nodes, strict=True)]
         lines = [
@@ -328,18 +355,19 @@ class Cluster:
         (etc / "slurmdbd.conf").chmod(0o600)
         (etc / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts))
         (etc / "cgroup.conf").write_text("CgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\n")
-        for number in range(2):  # stand for GPUs: Slurm then sets CUDA_VISIBLE_DEVICES
+        for number in range(2):  # fake GPUs, for which Slurm sets CUDA_VISIBLE_DEVICES
             os.mknod(etc / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (etc / "gres.conf").write_text(f"NodeName={','.join(self.nodes)} Name=gpu File={etc}/gpu[0-1]\n")
         (etc / "munge.key").write_bytes(os.urandom(1024))
         (etc / "munge.key").chmod(0o600)
 
     def _spawn(self, name: str, *command: object) -> None:
-        """Starts a process that dies with this one; it is known by the name."""
+        """Start a named process that dies with this one. A core file of it stays in the cluster's folder."""
         with (self.folder / "log" / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *map(str, command)],
                 env=self.environment,
+                cwd=self.folder / "log",
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -347,44 +375,45 @@ class Cluster:
             )
 
     def _end(self, name: str) -> None:
-        """Kills a process by its name; of a node, all that it has: they are gone on return."""
+        """Kill a named process, or all processes of a node, and wait until they are gone."""
         process = self._daemons.pop(name)
-        for pid in _children(process.pid) if name in self.nodes else []:
-            os.kill(pid, signal.SIGKILL)  # the parent ends after it, and after those which live in its namespace
+        for pid in children_of(process.pid) if name in self.nodes else []:
+            os.kill(pid, signal.SIGKILL)  # the parent ends after it and after the other processes of its namespace
         if name not in self.nodes:
             process.kill()
         process.wait(30)
 
-    def _wait(self, condition: Callable[[], object], what: str) -> None:
+    def _wait(self, condition: Callable[[], object], description: str) -> None:
         def check() -> object:
             for name, process in self._daemons.items():
                 if process.poll() is not None:
                     raise AssertionError(f"{name} died:\n{(self.folder / 'log' / f'{name}.out').read_text()[-2000:]}")
             return condition()
 
-        wait_until(check, what, 90)
+        wait_until(check, description, 90)
 
     def _stop(self) -> None:
         for name in reversed(list(self._daemons)):
             self._end(name)
 
     def all_processes(self) -> dict[int, set[str]]:
-        """Processes of this cluster by their numbers on this machine, eldest first, and their environments."""
-        mine = f"SLURM_CONF={self.environment['SLURM_CONF']}"
+        """Return the environments of this cluster's processes by process id on this machine, oldest first."""
+        marker = f"SLURM_CONF={self.environment['SLURM_CONF']}"
         found = {int(path.name): set(_read(int(path.name), "environ")) for path in Path("/proc").glob("[0-9]*")}
-        return {pid: words for pid, words in sorted(found.items()) if mine in words and pid != os.getpid()}
+        return {pid: words for pid, words in sorted(found.items()) if marker in words and pid != os.getpid()}
 
 
-def wait_until(condition: Callable[[], Found], what: str, seconds: float) -> Found:
-    """What the condition returns when that is true for the first time."""
+def wait_until(condition: Callable[[], Found], description: str, seconds: float) -> Found:
+    """Wait until a condition returns something true, and return it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain: {what}"
+        assert time.monotonic() < deadline, f"not true after {seconds:.0f} s: {description}"
         time.sleep(0.05)
     return found
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """Return the process ids of the children of a process; nothing if it is gone."""
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -392,7 +421,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _read(pid: int, name: str) -> list[str]:
-    """The words of a file of /proc; none if the process is gone."""
+    """Return the words of a file of /proc, or nothing if the process is gone."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
@@ -400,7 +429,7 @@ def _read(pid: int, name: str) -> list[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that the system gives to clients, so that none is taken before it is used."""
+    """Return free ports below the range of the system's ephemeral ports, so that none is taken before its use."""
     for first in range(12_000 + os.getpid() * 37 % 18_000, 32_000, 16):
         sockets = [socket.socket() for _ in range(count)]
         try:

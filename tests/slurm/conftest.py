@@ -1,4 +1,4 @@
-"""Shared by the tests that need a cluster."""
+"""Fixtures of the tests that need a Slurm cluster."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,6 @@ from tests.slurm.cluster import Cluster, running_cluster
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes of four processors, for the tests of a file."""
+    """Run a cluster of four nodes with four processors each, shared by the tests of a file."""
     with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster

@@ -1,4 +1,4 @@
-"""Runs that are submitted to a real cluster with the real command, and what is known about how they fared."""
+"""Runs submitted to a real cluster with the real command, and their records."""
 
 import json
 import subprocess
@@ -10,18 +10,19 @@ import pytest
 import yaml
 
 from launchers.supervision.record import Launch, LaunchRecord
+from tests import commands
 from tests.commands import BYTELOOM, environment
 from tests.conftest import recipe_tree
 from tests.slurm.cluster import Cluster, wait_until
 
 STEPS = 40
-SAME = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm")
+COMPARED_METRICS = ("train/bits_per_byte", "validation/bits_per_byte", "gradient_norm")
 PATIENCE = 240.0
-"""Seconds that a loaded machine may take for anything."""
+"""Deadline in seconds for any wait on a loaded machine."""
 
 
 def write_recipe(folder: Path, corpus_folder: Path) -> Path:
-    """A run that is soon over."""
+    """Write the recipe of a short run."""
     tree: dict[str, Any] = recipe_tree(corpus_folder)
     tree["train"]["steps"] = STEPS
     tree["engine"]["name"] = "fsdp"
@@ -33,10 +34,13 @@ def write_recipe(folder: Path, corpus_folder: Path) -> Path:
 
 
 class SubmittedRun:
-    def __init__(self, cluster: Cluster, recipe: Path, name: str, *arguments: str) -> None:
-        """Args:
+    """Run submitted to a cluster.
+
+    Args:
         arguments: overrides and options of the submission.
-        """
+    """
+
+    def __init__(self, cluster: Cluster, recipe: Path, name: str, *arguments: str) -> None:
         self.cluster = cluster
         self.cwd = recipe.parent
         self.folder = self.cwd / "runs" / name
@@ -53,18 +57,18 @@ class SubmittedRun:
         return [launch.event for launch in self.launches()]
 
     def wait_for(self, event: str, count: int = 1) -> Launch:
-        """The count-th event of a kind."""
+        """Wait for the count-th event of a kind and return it."""
 
         def found() -> Launch | None:
-            told = [launch for launch in self.launches() if launch.event == event]
-            return told[count - 1] if len(told) >= count else None
+            matching = [launch for launch in self.launches() if launch.event == event]
+            return matching[count - 1] if len(matching) >= count else None
 
         return self._wait(found, f"{event} in {self.folder}")
 
     def wait_for_step(self, step: int) -> None:
         self._wait(lambda: self.last_step() >= step, f"step {step} in {self.folder}")
 
-    def _wait(self, condition: Callable[[], Any], what: str) -> Any:
+    def _wait(self, condition: Callable[[], Any], description: str) -> Any:
         def check() -> Any:
             if found := condition():
                 return found
@@ -72,15 +76,15 @@ class SubmittedRun:
             return None
 
         try:
-            return wait_until(check, what, PATIENCE)
+            return wait_until(check, description, PATIENCE)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.story()}") from error
+            raise AssertionError(f"{error}\n{self.logs()}") from error
 
-    def story(self) -> str:
-        """What is known, for a test that fails."""
-        logs = sorted(self.folder.glob("jobs/*/batch.log")) + sorted(self.folder.glob("jobs/*/ranks/*.log"))
-        told = [f"{path}:\n{path.read_text()[-1500:]}" for path in [self.record.path, *logs] if path.exists()]
-        return "\n".join([*told, self.cluster.run("scontrol", "show", "job", self.job, check=False)])
+    def logs(self) -> str:
+        """Return the records and logs of the run, for the message of a failed test."""
+        files = sorted(self.folder.glob("jobs/*/batch.log")) + sorted(self.folder.glob("jobs/*/ranks/*.log"))
+        texts = [f"{path}:\n{path.read_text()[-1500:]}" for path in [self.record.path, *files] if path.exists()]
+        return "\n".join([*texts, self.cluster.run("scontrol", "show", "job", self.job, check=False)])
 
     def last_step(self) -> int:
         return last_step_of(self.folder)
@@ -93,31 +97,30 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 def last_step_of(folder: Path) -> int:
     try:
         return int(steps_of(folder)[-1]["step"])
-    except (FileNotFoundError, ValueError, IndexError):  # not there yet, or caught in the middle of a line
+    except (FileNotFoundError, ValueError, IndexError):  # missing, or read in the middle of a write
         return -1
 
 
 def byteloom(
     cluster: Cluster, cwd: Path, *arguments: object, check: bool = True, extra: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The real command, where it can reach the cluster."""
-    done = subprocess.run(
-        [*cluster.inside, "env", f"--chdir={cwd}", BYTELOOM, *map(str, arguments)],  # another host begins in /
-        cwd=cwd,
-        env={**cluster.environment, **environment(), "SLURM_CONF": cluster.environment["SLURM_CONF"], **(extra or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run a command where it can reach the cluster: the real one in a cluster with a network, else a fork."""
+    env = {**cluster.environment, **environment(), "SLURM_CONF": cluster.environment["SLURM_CONF"], **(extra or {})}
+    if cluster.inside:
+        command = [*cluster.inside, "env", f"--chdir={cwd}", BYTELOOM, *map(str, arguments)]
+        # A command on another host starts in /.
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    else:
+        done = commands.run(arguments, cwd=cwd, env=env, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
-def assert_trained_as(folder: Path, reference: Path, relative: float = 0.0) -> None:
-    """Every step is there once, with the numbers of the uninterrupted run."""
-    told, theirs = steps_of(folder), steps_of(reference)
-    assert [line["step"] for line in told] == [line["step"] for line in theirs] == list(range(STEPS + 1))
-    for name in SAME:
-        ours = [line[name] for line in told if name in line]
-        expected = [line[name] for line in theirs if name in line]
-        assert ours == (pytest.approx(expected, rel=relative) if relative else expected), name
+def assert_trained_as(folder: Path, reference: Path, relative: float = 0.0, steps: int = STEPS) -> None:
+    """Check that a run has every step once, with the metrics of the uninterrupted run."""
+    own, uninterrupted = steps_of(folder), steps_of(reference)
+    assert [line["step"] for line in own] == [line["step"] for line in uninterrupted] == list(range(steps + 1))
+    for name in COMPARED_METRICS:
+        values = [line[name] for line in own if name in line]
+        expected = [line[name] for line in uninterrupted if name in line]
+        assert values == (pytest.approx(expected, rel=relative) if relative else expected), name

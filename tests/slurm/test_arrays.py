@@ -1,4 +1,4 @@
-"""Arrays on a real cluster: corpora prepared by tasks that are killed, and grids of runs."""
+"""Job arrays on a real cluster: preparation of a corpus by tasks that are killed, and sweeps."""
 
 import os
 import signal
@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import prepare
@@ -15,6 +14,7 @@ from launchers.slurm.scheduler import JobPhase
 from pretrain.training.run_status import status_of
 from tests.commands import BYTELOOM
 from tests.conftest import STDLIB, prepare_options
+from tests.mlflow_server import client_of
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.submitted import PATIENCE, STEPS, byteloom, write_recipe
 
@@ -22,29 +22,29 @@ SOURCES = [STDLIB / name for name in ("asyncio", "email", "idlelib")]
 
 
 @pytest.fixture(autouse=True)
-def the_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def _use_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
 
 
-def test_a_preparation_array_with_killed_tasks_ends_in_the_manifest_of_one_process(cluster: Cluster, tmp_path: Path):
+def test_preparation_array_with_killed_tasks_writes_the_manifest_of_one_process(cluster: Cluster, tmp_path: Path):
     options = {"include": ["*.py"], "holdout": 0.1, "shard_bytes": 100_000, "block_bytes": 20_000, "level": 19}
     prepare(SOURCES, tmp_path / "alone", prepare_options(**options), lambda done, total: None)
     out = tmp_path / "out"
     words = ["--include=*.py", "--holdout=0.1", "--shard-bytes=100000", "--block-bytes=20000", "--level=19"]
-    said = cluster.run(BYTELOOM, "prepare", *SOURCES, f"--out={out}", *words, "--slurm", "--tasks=6", "--parallel=2")
-    array, merge = said.split()
-    killed, most = set[str](), 0
+    printed = cluster.run(BYTELOOM, "prepare", *SOURCES, f"--out={out}", *words, "--slurm", "--tasks=6", "--parallel=2")
+    array, merge = printed.split()
+    killed, most_running = set[str](), 0
     while scheduler.job(merge).phase.is_alive:
         time.sleep(0.1)
         running = [job.id for job in scheduler.jobs(array) if job.phase is JobPhase.RUNNING]
-        most = max(most, len(running))
+        most_running = max(most_running, len(running))
         if len(killed) < 2 and list(tmp_path.glob("out.partial/shards/*.json")):
             for task in [task for task in running if task not in killed][: 2 - len(killed)]:
                 for process in cluster.processes(task)[:1]:
                     os.kill(process, signal.SIGKILL)
                     killed.add(task)
     assert scheduler.job(merge).phase is JobPhase.FINISHED
-    assert len(killed) == most == 2
+    assert len(killed) == most_running == 2
     assert {job.id for job in scheduler.jobs(array) if job.restarts} == killed
     assert {job.phase for job in scheduler.jobs(array)} == {JobPhase.FINISHED}
     for part in ("train", "validation"):
@@ -53,9 +53,10 @@ def test_a_preparation_array_with_killed_tasks_ends_in_the_manifest_of_one_proce
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "out.jobs"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, corpus_folder: Path, tmp_path: Path):
-    """One of them is sent back to the queue; `status` says so, and never that it is over."""
+def test_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, corpus_folder: Path, tmp_path: Path):
+    """One run is requeued; `status` reports the requeue, and never that the run has ended."""
     recipe = write_recipe(tmp_path, corpus_folder)
     grid = ("train.seed=0,1", "engine.name=ddp", "validation.every=60", "checkpoint.every=60", "tracking.enabled=true")
     options = ("--cluster=cpu", "--processes-per-node=1", "--partition=low", "--parallel=2")
@@ -64,23 +65,27 @@ def test_a_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, c
     assert jobs == [f"{array}_0", f"{array}_1"]
     runs = [tmp_path / f"runs/run-seed-{seed}" for seed in (0, 1)]
 
-    wait_until(lambda: status_of(runs[0]).step >= 8, "it trains", PATIENCE)
-    told = status_of(runs[0])
-    assert (told.state, told.steps, told.job) == ("running", STEPS, jobs[0])
-    assert told.seconds_left is not None
+    wait_until(lambda: status_of(runs[0]).step >= 8, "the first run trains", PATIENCE)
+    status = status_of(runs[0])
+    assert (status.state, status.steps, status.job) == ("running", STEPS, jobs[0])
+    assert status.seconds_left is not None
     scheduler.requeue(jobs[0])
-    seen = list[str]()
-    wait_until(lambda: seen.append(status_of(runs[0]).state) or seen[-1] == "finished", "it is over", PATIENCE)
-    assert set(seen) <= {"running", "ending", "requeued", "finished"}
-    assert "requeued" in seen
-    told = status_of(runs[0])
-    assert (told.step, told.restarts, told.checkpoint_step) == (STEPS, 1, STEPS)
-    assert told.why.startswith("stopped: ")
-    wait_until(lambda: status_of(runs[1]).state == "finished", "the other is over", PATIENCE)
+    states = list[str]()
+    wait_until(
+        lambda: states.append(status_of(runs[0]).state) or states[-1] == "finished",
+        "the first run has finished",
+        PATIENCE,
+    )
+    assert set(states) <= {"running", "ending", "requeued", "finished"}
+    assert "requeued" in states
+    status = status_of(runs[0])
+    assert (status.step, status.restarts, status.checkpoint_step) == (STEPS, 1, STEPS)
+    assert status.why.startswith("stopped: ")
+    wait_until(lambda: status_of(runs[1]).state == "finished", "the second run has finished", PATIENCE)
     assert status_of(runs[1]).restarts == 0
     assert str(runs[1].name) in byteloom(cluster, tmp_path, "status").stdout
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = client_of(f"sqlite:///{tmp_path}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("byteloom")
     known = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = known.pop("run")

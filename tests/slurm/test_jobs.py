@@ -1,4 +1,4 @@
-"""What is told of jobs and runs on a real cluster: the truth, also while Slurm ends a job and starts it again."""
+"""Reported phases of jobs on a real cluster, also while Slurm ends a job and restarts it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.slurm.cluster import Cluster, running_cluster, wait_until
 
 
 @pytest.fixture(autouse=True)
-def the_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def _use_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
 
 
@@ -19,74 +19,75 @@ def submit(cluster: Cluster, script: str, *options: str) -> str:
     return cluster.run("sbatch", "--parsable", output, *options, f"--wrap={script}")
 
 
-def until(job: str, *phases: JobPhase, seconds: float = 60) -> list[JobPhase]:
-    """Waits for one of the phases; returns what was seen on the way, each once."""
-    seen: list[JobPhase] = []
+def phases_until(job: str, *phases: JobPhase, seconds: float = 60) -> list[JobPhase]:
+    """Wait for one of the phases; return the sequence of phases that were observed."""
+    phases_seen: list[JobPhase] = []
 
     def look() -> bool:
         phase = scheduler.job(job).phase
-        if phase not in seen[-1:]:
-            seen.append(phase)
+        if phase not in phases_seen[-1:]:
+            phases_seen.append(phase)
         return phase in phases
 
     wait_until(look, f"job {job} is {' or '.join(phases)}", seconds)
-    return seen
+    return phases_seen
 
 
-def test_a_job_is_queued_running_and_over(cluster: Cluster):
+def test_job_is_queued_then_running_then_ended(cluster: Cluster):
     good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
     waiting = submit(cluster, "true", "--begin=now+1hour")
     held = submit(cluster, "true", "--hold")
-    until(endless, JobPhase.RUNNING)
+    phases_until(endless, JobPhase.RUNNING)
     assert scheduler.job(endless).nodes in cluster.nodes
-    assert until(good, JobPhase.FINISHED)[-1:] == [JobPhase.FINISHED]
-    until(bad, JobPhase.FAILED)
+    assert phases_until(good, JobPhase.FINISHED)[-1:] == [JobPhase.FINISHED]
+    phases_until(bad, JobPhase.FAILED)
     assert (scheduler.job(waiting).phase, scheduler.job(waiting).reason) == (JobPhase.QUEUED, "BeginTime")
     assert scheduler.job(held).phase is JobPhase.HELD
     for job in (endless, waiting, held):
         scheduler.cancel(job)
-        until(job, JobPhase.CANCELLED)
+        phases_until(job, JobPhase.CANCELLED)
     with pytest.raises(SchedulerError, match=f"job {endless} is cancelled"):
         scheduler.cancel(endless)
 
 
-def test_every_element_of_an_array_has_its_own_state(cluster: Cluster):
+def test_every_array_element_has_its_own_phase(cluster: Cluster):
     array = submit(cluster, "test $SLURM_ARRAY_TASK_ID = 1 && exit 1; sleep $SLURM_ARRAY_TASK_ID", "--array=0-3%2")
     assert [job.id for job in scheduler.jobs(array)] == [f"{array}_{number}" for number in range(4)]
-    until(f"{array}_1", JobPhase.FAILED)
-    until(f"{array}_0", JobPhase.FINISHED)
-    until(f"{array}_2", JobPhase.RUNNING)
+    phases_until(f"{array}_1", JobPhase.FAILED)
+    phases_until(f"{array}_0", JobPhase.FINISHED)
+    phases_until(f"{array}_2", JobPhase.RUNNING)
     scheduler.cancel(f"{array}_2")
-    until(f"{array}_3", JobPhase.FINISHED)
-    until(f"{array}_2", JobPhase.CANCELLED)
+    phases_until(f"{array}_3", JobPhase.FINISHED)
+    phases_until(f"{array}_2", JobPhase.CANCELLED)
 
 
-def test_a_job_that_is_requeued_is_never_said_to_be_over(cluster: Cluster):
+def test_requeued_job_is_never_reported_as_ended(cluster: Cluster):
     job = submit(cluster, "sleep 600")
-    until(job, JobPhase.RUNNING)
+    phases_until(job, JobPhase.RUNNING)
     scheduler.requeue(job)
-    scheduler.requeue(job)  # it waits already, or is about to
-    seen = until(job, JobPhase.REQUEUED)
+    scheduler.requeue(job)  # the job waits already, or is about to wait
+    phases_seen = phases_until(job, JobPhase.REQUEUED)
     scheduler.exclude(job, [scheduler.job(job).nodes or "n1", "n2"])
-    seen += until(job, JobPhase.RUNNING)
-    assert set(seen) <= {JobPhase.RUNNING, JobPhase.ENDING, JobPhase.REQUEUED}
+    phases_seen += phases_until(job, JobPhase.RUNNING)
+    assert set(phases_seen) <= {JobPhase.RUNNING, JobPhase.ENDING, JobPhase.REQUEUED}
     assert scheduler.job(job).restarts == 1
     assert scheduler.job(job).nodes != "n2"
     scheduler.cancel(job)
 
 
-def test_a_job_that_lost_its_node_comes_back(cluster: Cluster):
+@pytest.mark.long
+def test_job_that_lost_its_node_runs_again(cluster: Cluster):
     job = submit(cluster, "sleep 600", "--nodelist=n3")
-    until(job, JobPhase.RUNNING)
+    phases_until(job, JobPhase.RUNNING)
     cluster.crash("n3")
-    seen = until(job, JobPhase.REQUEUED)
+    phases_seen = phases_until(job, JobPhase.REQUEUED)
     cluster.start_node("n3")
-    seen += until(job, JobPhase.RUNNING)
-    assert set(seen) <= {JobPhase.RUNNING, JobPhase.ENDING, JobPhase.RETURNING, JobPhase.REQUEUED}
+    phases_seen += phases_until(job, JobPhase.RUNNING)
+    assert set(phases_seen) <= {JobPhase.RUNNING, JobPhase.ENDING, JobPhase.RETURNING, JobPhase.REQUEUED}
     scheduler.cancel(job)
 
 
-def test_what_cannot_be_known_is_said_in_a_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+def test_forgotten_job_and_missing_slurm_are_reported_in_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     assert scheduler.job("1").phase is JobPhase.FORGOTTEN
     assert scheduler.job("1").reason == "Slurm has forgotten it, and keeps no accounting"
     with pytest.raises(SchedulerError, match="job 1 is forgotten: Slurm has forgotten it, and keeps no accounting"):
@@ -103,14 +104,14 @@ def test_what_cannot_be_known_is_said_in_a_line(cluster: Cluster, monkeypatch: p
 
 
 @pytest.mark.long
-def test_accounting_tells_of_jobs_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_accounting_reports_jobs_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with running_cluster(tmp_path / "cluster", nodes=1, accounting=True) as cluster:
         monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         good, bad, endless = (submit(cluster, script) for script in ("true", "exit 3", "sleep 600"))
-        until(good, JobPhase.FINISHED)
-        until(bad, JobPhase.FAILED)
+        phases_until(good, JobPhase.FINISHED)
+        phases_until(bad, JobPhase.FAILED)
         scheduler.cancel(endless)
-        until(endless, JobPhase.CANCELLED)
+        phases_until(endless, JobPhase.CANCELLED)
         wait_until(lambda: "CANCELLED" in cluster.run("sacct", "-X", "-j", endless), "sacct knows of it", 30)
         cluster.restart_controller()
         assert [scheduler.job(job).phase for job in (good, bad, endless)] == [
@@ -119,7 +120,7 @@ def test_accounting_tells_of_jobs_that_slurm_has_forgotten(tmp_path: Path, monke
         assert scheduler.job("1").reason == "Slurm does not know it"
 
 
-def test_a_cluster_leaves_no_process_behind(tmp_path: Path):
+def test_cluster_leaves_no_process_behind(tmp_path: Path):
     with running_cluster(tmp_path / "cluster", nodes=1) as cluster:
         cluster.wait_for(submit(cluster, "sleep 600"), "RUNNING")
         assert len(cluster.all_processes()) > 5

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream
+from data_pipeline.stream.coverage import coverage_of
 from data_pipeline.stream.reading import Reading, Record, open_stream
 from pretrain.checkpoint import Metadata
 from pretrain.config.checks.findings import Check
-from pretrain.models import carries_memory
+from pretrain.models import carries_memory, image_of
 from pretrain.terminal.progress import size
-from pretrain.training.checks import check_lanes
+from pretrain.training.starting.checks import check_images, check_lanes
 
 
 def open_streams(check: Check) -> dict[str, ByteStream] | None:
@@ -23,6 +24,9 @@ def open_streams(check: Check) -> dict[str, ByteStream] | None:
     if carries_memory(check.config.model):
         with check.refusals("data.lanes"):
             check_lanes(streams, check.config.train.global_batch)
+    if (image := image_of(check.config.model)) is not None:
+        with check.refusals("model.positions"):
+            check_images(streams, image)
     return streams if len(streams) == len(check.data.sources()) else None
 
 
@@ -37,23 +41,27 @@ def check_reading(check: Check, streams: dict[str, ByteStream], checkpoint: Meta
             field, sequences = check.source_field(name), stream.sequences_per_epoch
             of_length = f"{sequences:,} sequences of {stream.sequence_length:,} bytes per epoch"
             check.add("ok", field, f"{_describe(stream.corpus)}, {of_length}; the run reads {epochs[name]:.2f} epochs")
+            check.add("ok", field, str(coverage_of(stream)))
             if sequences < train.global_batch:
                 check.add("warning", field, f"its {sequences:,} sequences are fewer than train.global_batch")
 
 
 def check_validation(check: Check, streams: Mapping[str, ByteStream] | None) -> None:
-    """Report the validation corpus, and whether the run also trains on it."""
+    """Report the validation corpora, and whether the run also trains on one of them."""
     validation = check.config.validation
-    if validation.shards is None:
+    if not validation.by_name():
         check.add("ok", "validation.shards", "none, so only the training loss is measured")
-        return
-    with check.refusals("validation.shards"):
-        corpus = check.opened.enter_context(Corpus(validation.shards, remote=check.data.remote))
-        check.add("ok", "validation.shards", f"{_describe(corpus)}, scored every {validation.every:,} steps")
-        for name, stream in (streams or {}).items():
-            if stream.corpus.content_sha256 == corpus.content_sha256:
-                trained = check.source_field(name)
-                check.add("warning", "validation.shards", f"it has the content of {trained}, which the run trains on")
+    for name, named in validation.by_name().items():
+        field = f"validation.corpora.{name}" if name else "validation.shards"
+        with check.refusals(field):
+            corpus = check.opened.enter_context(
+                Corpus(named.shards, remote=check.data.remote, digest=named.shards_sha256)
+            )
+            check.add("ok", field, f"{_describe(corpus)}, scored every {validation.every:,} steps")
+            for source, stream in (streams or {}).items():
+                if stream.corpus.content_sha256 == corpus.content_sha256:
+                    trained = check.source_field(source)
+                    check.add("warning", field, f"it has the content of {trained}, which the run trains on")
 
 
 def _describe(corpus: Corpus) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pretrain.checkpoint import CheckpointStore, locate
 from pretrain.config.checks.findings import Check
-from pretrain.estimate.states import MASTER, MOMENTS
+from pretrain.estimate.states import MASTER, MOMENT
 from pretrain.models import ByteModel
+from pretrain.optim import OptimizerEntry
 from pretrain.terminal.progress import size
 
 
@@ -38,7 +39,7 @@ def _check_writable(check: Check, field: str, path: Path) -> None:
 def check_disk(check: Check, model: ByteModel) -> None:
     """Report whether the checkpoints that are kept fit on the disk."""
     config, place = check.config.checkpoint, locate(check.folder.checkpoints_in(check.config.checkpoint.home))
-    one = checkpoint_bytes(model, check.config.train.global_batch)
+    one = checkpoint_bytes(model, check.config.optimizer.entry, check.config.train.global_batch)
     saves = -(-check.config.train.steps // config.every)
     if not isinstance(place, Path):
         check.add("ok", "checkpoint.keep", f"{size(one)} a checkpoint; the free space of {place} is not known")
@@ -55,10 +56,11 @@ def check_disk(check: Check, model: ByteModel) -> None:
         check.add("ok", "checkpoint.keep", text)
 
 
-def checkpoint_bytes(model: ByteModel, global_batch: int) -> int:
+def checkpoint_bytes(model: ByteModel, optimizer: OptimizerEntry, global_batch: int) -> int:
     """Return the bytes of a checkpoint: masters, moments and the memory of each row, in fp32."""
     carried = sum(tensor[0].numel() for tensor in model.empty_memory(1).values())
-    return model.parameter_count() * (MASTER + MOMENTS) + MASTER * carried * global_batch
+    of_model = MASTER * model.parameter_count() + MOMENT * optimizer.count_moments(model)
+    return of_model + MASTER * carried * global_batch
 
 
 def _nearest_folder(path: Path) -> Path:

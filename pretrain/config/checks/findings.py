@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from byteloom.core.packages import MissingPackageError
-from byteloom.core.state_files import StateFileError
+from byteloom.core.storage.state_files import StateFileError
 from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.config import ONLY_SOURCE
@@ -61,7 +61,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 class Check:
-    """The check of one config: what is checked, and the findings so far."""
+    """Config under check, and the findings so far."""
 
     def __init__(self, config: Config, opened: ExitStack) -> None:
         """Start without findings.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from byteloom.core.packages import missing
-from byteloom.core.text import count
+from data_pipeline.stream.dealing import deal
 from pretrain.config.checks.disk import checkpoint_bytes
 from pretrain.config.checks.findings import Check, Level
 from pretrain.engines import (
@@ -20,6 +20,7 @@ from pretrain.engines import (
     choose_device,
     choose_precision,
     compute_dtype,
+    remark_on_idle_ranks,
     remark_on_precision,
 )
 from pretrain.engines.blocks import check_float8
@@ -47,10 +48,9 @@ def check_device(check: Check) -> torch.device | None:
         check.add("ok", "engine.device", f"{name}, in {'one process' if ranks == 1 else f'{ranks} processes'}")
         if device.type == "cpu" and ranks > (cores := len(os.sched_getaffinity(0))):
             check.add("warning", "launch.processes", f"{ranks} processes share {cores} processors")
-        passes = -(-check.config.train.global_batch // check.config.train.micro_batch)
-        if ranks > passes:
-            work = count(passes, "micro-batch", "micro-batches")
-            check.add("warning", "train.micro_batch", f"a step has {work} for {ranks} processes, so some are idle")
+        train = check.config.train
+        if remark := remark_on_idle_ranks(engine, train.global_batch, train.micro_batch, ranks):
+            check.add("warning", "train.global_batch", remark)
         return device
     return None
 
@@ -90,11 +90,13 @@ def check_memory(check: Check, model: ByteModel, device: torch.device, dtype: to
     if checkpointing.mode == "budget":  # only the compiler knows what is kept
         checkpointing = CheckpointingConfig()
     with check.refusals("engine.activation_checkpointing"):
-        activations = measure_activations(config.model, rows, dtype, checkpointing).peak
-        states = states_on_rank(config.engine, model, dtype, ranks)
+        measured = measure_activations(config.model, rows, dtype, checkpointing, config.engine.context)
+        activations = measured.gathering if config.engine.entry.sharding.weights and ranks > 1 else measured.peak
+        passes = len(deal(config.train.global_batch, rows, 0, max(ranks // config.engine.context, 1)))
+        states = states_on_rank(config.engine, config.optimizer.entry, model, dtype, ranks, passes)
         offloaded = sum(states) - states.weights if config.engine.offload else 0
         own = sum(states) - offloaded + activations
-        copied = checkpoint_bytes(model, config.train.global_batch)
+        copied = checkpoint_bytes(model, config.optimizer.entry, config.train.global_batch)
         parts = f"a micro-batch of {rows:,}: {size(activations)} of activations, {size(sum(states))} of states"
         if device.type == "cuda":
             _compare(check, field, f"{parts}, on each GPU", own, torch.cuda.mem_get_info(device)[1])

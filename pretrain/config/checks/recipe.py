@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from data_pipeline.stream.mixture import as_begun
 from pretrain.config.checks.data import check_reading, check_validation, open_streams
 from pretrain.config.checks.disk import check_disk, check_folders
 from pretrain.config.checks.findings import Check, Finding
@@ -17,6 +18,7 @@ from pretrain.config.checks.machine import build_model, check_device, check_memo
 from pretrain.config.checks.run import check_run, check_weights, newest_checkpoint, stored_identity
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
+from pretrain.training.starting.checks import stream_of_state
 
 
 def check_recipe(recipe: str | Path, overrides: Sequence[str]) -> list[Finding]:
@@ -40,6 +42,8 @@ def _check_run(check: Check) -> None:
         checkpoint = newest_checkpoint(check)
         check.home_is_known = True
     if streams is not None:
+        if checkpoint is not None:
+            streams = as_begun(streams, *stream_of_state(checkpoint.state))
         check_reading(check, streams, checkpoint)
     check_validation(check, streams)
     with check.refusals("run.name"):

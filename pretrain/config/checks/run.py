@@ -3,13 +3,14 @@
 from typing import Any
 
 from byteloom.core.provenance import changes
-from byteloom.core.step_folders import step_of
+from byteloom.core.storage.step_folders import step_of
 from data_pipeline.stream.byte_stream import ByteStream
-from data_pipeline.stream.mixture import fingerprint_of
+from data_pipeline.stream.mixture import as_begun
 from pretrain.checkpoint import CheckpointStore, InvalidCheckpointError, Metadata, read_metadata
 from pretrain.config.checks.findings import Check, Finding
 from pretrain.models import ByteModel
-from pretrain.training.checks import check_resumes, check_same_run
+from pretrain.training.home_owner import find_owner
+from pretrain.training.starting.checks import check_resumes, check_same_run, stream_of_identity
 from pretrain.training.weights import find_initial_weights
 
 
@@ -25,14 +26,13 @@ def newest_checkpoint(check: Check) -> Metadata | None:
 
 
 def stored_identity(check: Check) -> dict[str, Any] | None:
-    """Return the identity of a run that has written metrics; None for a new run.
+    """Return the identity of a run that has begun; None for a new run.
 
     Raises:
         StateFileError: run.json is damaged.
     """
-    metrics = check.folder.metrics
     began = check.folder.stored_identity()
-    return began if metrics.exists() and metrics.stat().st_size else None
+    return began if began is not None and check.folder.has_begun(began) else None
 
 
 def check_run(
@@ -46,11 +46,14 @@ def check_run(
     if holder := check.folder.holder():
         check.add("error", "run.name", f"{holder} is training in {check.folder.path}")
     if streams is not None:
-        fingerprint = fingerprint_of(streams)
         if began is not None:
-            check_same_run(check.folder.path, began, check.config, fingerprint)
+            streams = as_begun(streams, *stream_of_identity(began))
+        if check.home_is_known:
+            find_owner(check.config, check.folder, streams)
+        if began is not None:
+            check_same_run(check.folder.path, began, check.config, streams)
         if checkpoint is not None:
-            check_resumes(checkpoint, check.config, fingerprint)
+            check_resumes(checkpoint, check.config, streams)
     elif began is not None or checkpoint is not None:
         check.add("warning", "run.name", "its corpora are missing; whether this recipe resumes the run is not known")
     if check.home_is_known:

@@ -1,14 +1,22 @@
 """Multi-head attention layers: the linear maps around attention."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from pretrain.models.blocks.attention import CausalMask, attention, causal_attention, window_attention
+from pretrain.models.blocks.attention_over_ranks import attention_over_ranks, window_attention_over_ranks
 from pretrain.models.blocks.cache import LayerCache
-from pretrain.models.blocks.positions import Rotary, rotate
+from pretrain.models.blocks.context import InContext
+from pretrain.models.blocks.merged_attention import merged_attention
+from pretrain.models.blocks.positions import Rotary, rotate, rotate_alike
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
-class MultiHead(nn.Module):
+class MultiHead(InContext):
     """Linear maps around any multi-head self-attention."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool = False) -> None:
@@ -24,6 +32,10 @@ class MultiHead(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query_key_value = nn.Linear(width, 3 * width, bias)
         self.output = nn.Linear(width, width, bias)
+
+    def own_fused_matrices(self) -> dict[str, int]:
+        """Return the matrices of queries, keys and values; see `FusesMatrices`."""
+        return {"query_key_value.weight": 3}
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (rows, length, width) to queries, keys and values, each (rows, heads, length, width / heads)."""
@@ -70,29 +82,44 @@ class Attention(MultiHead):
         super().__init__(width, heads, dropout, bias)
         self.rotary, self.window = rotary, window
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, visible: "Tensor | BlockMask | None" = None
+    ) -> Tensor:
         """Attend to the positions before each position, and to those in a cache.
 
         Args:
             x: (rows, length, width); with a cache, the positions that follow the cached ones.
-            cache: an empty cache, or any cache if x is one position long. With a window of w, its limit is w - 1.
+            cache: an empty cache, or any cache if x is one position long or has a mask. With a window of w, its limit
+                is w - 1.
+            visible: mask over the cached positions and these, as `attention` takes it; with a window, as
+                `window_attention` takes it. None: all positions before, within the window.
 
         Returns:
             (rows, length, width)
         """
         q, k, v = self.project(x)
         if self.rotary:
-            first = cache.length if cache is not None else 0
+            first = cache.length if cache is not None else self.context.first(x.shape[1])
             places = torch.arange(first, first + x.shape[1], device=x.device)
-            q, k = rotate(q, places, self.rotary), rotate(k, places, self.rotary)
+            q, k = rotate_alike((q, k), places, self.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        if self.window is None:
-            return self.merge(causal_attention(q, k, v, self.dropout_now))
-        return self.merge(window_attention(q, k, v, self.window, self.dropout_now))
+        if self.context.cuts_positions:
+            return self.merge(self._attention_over_ranks(q, k, v, visible))
+        if self.window is not None:
+            return self.merge(window_attention(q, k, v, self.window, self.dropout_now, visible))
+        if visible is not None:
+            return self.merge(attention(q, k, v, visible, self.dropout_now, self.context))
+        return self.merge(causal_attention(q, k, v, self.dropout_now, self.context))
+
+    def _attention_over_ranks(self, q: Tensor, k: Tensor, v: Tensor, visible: "Tensor | BlockMask | None") -> Tensor:
+        if self.window is None or self.window >= q.shape[2] * self.context.size:
+            return attention_over_ranks(q, k, v, self.dropout_now, self.context, visible)
+        assert visible is None or isinstance(visible, Tensor)
+        return window_attention_over_ranks(q, k, v, self.window, self.dropout_now, self.context, visible)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(InContext):
     """Multi-head attention of latents to inputs. Rotary positions are an option.
 
     Queries, keys and values have the width of the inputs. The output has the width of the latents.
@@ -114,12 +141,17 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(input_width, 2 * input_width, bias)
         self.output = nn.Linear(input_width, width, bias)
 
+    def own_fused_matrices(self) -> dict[str, int]:
+        """Return the matrices of keys and values; see `FusesMatrices`."""
+        return {"key_value.weight": 2}
+
     def forward(
         self,
         latents: Tensor,
         inputs: Tensor,
         places: Tensor,
-        visible: Tensor | CausalMask | None,
+        input_places: Tensor,
+        visible: "Tensor | CausalMask | BlockMask | None",
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from latents to the inputs that they may see.
@@ -127,8 +159,10 @@ class CrossAttention(nn.Module):
         Args:
             latents: (rows, N, width)
             inputs: (rows, M, input_width); with a cache, the inputs that follow the cached ones.
-            places: (rows, N) or (N,) position of each latent among the inputs.
-            visible: mask over the cached inputs and these, as `attention` takes it.
+            places: (rows, N) or (N,) position of each latent.
+            input_places: (rows, M) or (M,) position of each input.
+            visible: mask over the cached inputs and these, as `attention` takes it. If rows are cut: of all
+                latents over this rank's inputs, as `merged_attention` takes it.
             cache: keys and values of earlier inputs.
 
         Returns:
@@ -139,9 +173,12 @@ class CrossAttention(nn.Module):
         kv = self.key_value(inputs).view(rows, length, 2, self.heads, input_width // self.heads)
         k, v = kv.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            first = cache.length if cache is not None else 0
-            q = rotate(q, places, self.rotary)
-            k = rotate(k, torch.arange(first, first + length, device=inputs.device), self.rotary)
+            q, k = rotate(q, places, self.rotary), rotate(k, input_places, self.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.output(attention(q, k, v, visible).transpose(1, 2).flatten(2))
+        if self.context.cuts_positions:
+            assert isinstance(visible, Tensor)
+            mixed = merged_attention(q, k, v, visible, self.context)
+        else:
+            mixed = attention(q, k, v, visible)
+        return self.output(mixed.transpose(1, 2).flatten(2))

@@ -1,17 +1,22 @@
 """Pre-norm Transformer blocks, blocks that attend to other inputs, and stacks of blocks."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.models.blocks.attention import CausalMask
+from pretrain.models.blocks.attention import CausalMask, takes_blocks
 from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.context import Dropout, InContext
+from pretrain.models.blocks.documents import visible_in_documents
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
 from pretrain.models.blocks.multi_head import Attention, CrossAttention, MultiHead
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.unit import Unit, run_unit
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class StackConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -48,7 +53,7 @@ class PreNorm(Unit):
         self.attention = attention
         self.feed_forward_norm = LayerNorm(width)
         self.feed_forward = feed_forward
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the output of attention, then that of the feed-forward layer, to the residual stream.
@@ -67,7 +72,7 @@ class PreNorm(Unit):
 class TransformerBlock(PreNorm):
     """Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, *shared: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *shared: Any) -> Tensor:
         """Map (rows, length, width) to the same shape.
 
         Args:
@@ -103,22 +108,29 @@ class CrossBlock(PreNorm):
         z: Tensor,
         inputs: Tensor,
         places: Tensor,
-        visible: Tensor | CausalMask | None,
+        input_places: Tensor,
+        visible: "Tensor | CausalMask | BlockMask | None",
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Map (rows, N, width) latents to the same shape; see `CrossAttention.forward` for the arguments."""
-        return self.add(z, self.attention(self.attention_norm(z), self.input_norm(inputs), places, visible, cache))
+        latents, inputs = self.attention_norm(z), self.input_norm(inputs)
+        return self.add(z, self.attention(latents, inputs, places, input_places, visible, cache))
 
 
 AttentionMaker = Callable[[int, int, float], MultiHead]
 """Function from width, heads and dropout to one layer's attention."""
 
 
-class Stack(nn.Module):
+class Stack(InContext):
     """Transformer blocks in order, and the final norm of a pre-norm stack."""
 
     def __init__(
-        self, config: StackConfig, activation: Activation, dropout: float, attention: AttentionMaker = Attention
+        self,
+        config: StackConfig,
+        activation: Activation,
+        dropout: float,
+        attention: AttentionMaker = Attention,
+        bias: bool = False,
     ) -> None:
         """Build the blocks.
 
@@ -127,21 +139,23 @@ class Stack(nn.Module):
             activation: activation of the feed-forward layers.
             dropout: share of attention weights, and of the output of each layer, that is dropped in training.
             attention: makes each block's attention layer.
+            bias: whether the maps of the feed-forward layers have biases.
         """
         super().__init__()
-        self.width = config.width
+        self.width, self.dropout = config.width, dropout
+        self.head_width = config.width // config.heads
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 config.width,
                 attention(config.width, config.heads, dropout),
-                FeedForward(config.width, activation),
+                FeedForward(config.width, activation, bias=bias),
                 dropout,
             )
             for _ in range(config.layers)
         )
         self.norm = LayerNorm(config.width)
 
-    def forward(self, x: Tensor, caches: list[LayerCache] | None = None, *shared: Tensor) -> Tensor:
+    def forward(self, x: Tensor, caches: list[LayerCache] | None = None, *shared: Any) -> Tensor:
         """Map (rows, length, width) to the same shape.
 
         Args:
@@ -152,6 +166,20 @@ class Stack(nn.Module):
         for index, block in enumerate(self.blocks):
             x = run_unit(block, x, caches[index] if caches is not None else None, *shared)
         return self.norm(x)
+
+    def visible(self, documents: Tensor, x: Tensor) -> "Tensor | BlockMask":
+        """Return the mask in which positions see the earlier positions of their documents.
+
+        Args:
+            documents: (rows, keys) document of each position that may be seen.
+            x: (rows, n, width) input of the first block at the last n of these positions; at this rank's part of them
+                if rows are cut.
+        """
+        keys, count = documents.shape[1], x.shape[1]
+        before = self.context.first(count) if self.context.cuts_positions else keys - count
+        in_blocks = takes_blocks(x, self.head_width, keys, self.dropout if self.training else 0.0)
+        first = documents.new_full((len(x),), before)
+        return visible_in_documents(documents[:, before : before + count], documents, first, in_blocks=in_blocks)
 
     def empty_caches(self, limit: int | None = None) -> list[LayerCache]:
         """Return an empty cache for each block, which keeps `limit` positions; None keeps all."""

@@ -1,5 +1,6 @@
 """Unit of activation checkpointing, compilation and sharding."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from byteloom.core.torch_compat import ATTENTION, argument_names
 from pretrain.kernels import amx_attention
+from pretrain.models.blocks import merged_attention, ring_attention
 
 _aten = torch.ops.aten
 PRODUCTS = {
@@ -18,6 +20,8 @@ PRODUCTS = {
     _aten.bmm.default,
     *ATTENTION,
     amx_attention.OPERATION,
+    merged_attention.OPERATION,
+    ring_attention.OPERATION,
 }
 """Operations of matrix products and attention, which are nearly all of a block's work."""
 
@@ -28,12 +32,12 @@ class Unit(nn.Module):
     keeps: Literal["all", "products", "input"] = "all"
     """Values that the forward pass keeps for the backward pass, which recomputes the others. all: all that it needs.
     products: the input, and the outputs of matrix products and attention. input: the input."""
-    cast: torch.dtype | None = None
-    """Precision to which every pass casts the block's parameters, as part of the graph. None: no cast."""
+    weights: Callable[[], dict[str, Tensor]] | None = None
+    """Function that returns what a pass uses in place of the block's parameters, by name. None: it uses these."""
 
 
 def run_unit(unit: nn.Module, *arguments: Any) -> Tensor:
-    """Return a unit's output, cast and checkpointed as its engine set.
+    """Return a unit's output, with the weights and the checkpointing that its engine set.
 
     Args:
         unit: the block, a `Unit`.
@@ -42,9 +46,7 @@ def run_unit(unit: nn.Module, *arguments: Any) -> Tensor:
     assert isinstance(unit, Unit)
 
     def forward(*xs: Any) -> Tensor:
-        if (dtype := unit.cast) is None:
-            return unit(*xs)
-        return functional_call(unit, {name: p.to(dtype) for name, p in unit.named_parameters()}, xs)
+        return unit(*xs) if unit.weights is None else functional_call(unit, unit.weights(), xs)
 
     if unit.keeps == "all" or not torch.is_grad_enabled():
         return forward(*arguments)

@@ -12,11 +12,13 @@ follows the published code (google-research/perceiver-ar) where it differs from 
                                             norm, linear head: nats of the N bytes ◀────┘
 
 The latent at position p sees inputs 0 to p and predicts byte p, which is input p + 1. A row has at most N scored
-positions. Training draws which of the T positions they are: a crop. Linear maps have biases, as in the code.
+positions. Training draws which of the T positions they are: a crop. Linear maps have biases, as in the code. If
+attention does not cross documents, a latent sees the inputs and the latents of its document only.
 """
 
 import math
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +26,37 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
+from pretrain.distributed.context import WHOLE_ROWS, Context
 from pretrain.models.base import ByteModel
-from pretrain.models.blocks.attention import CausalMask
+from pretrain.models.blocks.attention import CausalMask, takes_blocks
 from pretrain.models.blocks.cache import LayerCache
+from pretrain.models.blocks.context import set_context
+from pretrain.models.blocks.documents import documents_of, visible_in_documents
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
+from pretrain.models.blocks.merged_attention import HIDDEN
 from pretrain.models.blocks.multi_head import Attention, CrossAttention
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary, sinusoids
 from pretrain.models.blocks.transformer import CrossBlock, StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import run_unit
 from pretrain.models.initial import Initial
-from pretrain.models.registry import Family, register_family
+from pretrain.models.references import FOLDER as REFERENCES
+from pretrain.models.registry import Family, UsageOption, register_family
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    Mask = Tensor | CausalMask | BlockMask
 
 START = VOCABULARY
 """Input before the first byte. It has a row in the embedding and one in the head, as in the authors' code. It is never
 predicted."""
-DROPPED = -1e4
-"""Number added to the scores of dropped inputs. It is finite, so a latent that loses all its inputs sees them all."""
+ROOM_DEVIATIONS = 6
+"""Standard deviations of the number of kept inputs, above its mean, for which a training pass has room. One row of a
+billion has more; its micro-batch then reads all inputs."""
+ALIGNED_INPUTS = 8
+"""Divisor of the number of kept inputs that a pass has room for; CUDA's fused kernels read masks in such steps."""
 
 
 class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -61,7 +76,10 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
     cross_heads: int = Field(default=16, ge=1)
     """Heads of the cross-attend; divides the inputs' width."""
     cross_attend_after: tuple[int, ...] = ()
-    """Latent blocks, counted from 0, after which a further cross-attend reads the inputs."""
+    """Latent blocks, from 0, after which a further cross-attend reads the inputs."""
+    attention_across_documents: bool = True
+    """Whether a latent sees inputs and latents of earlier documents of its row. If not, attention stops at separators.
+    Positions do not restart at a document."""
     positions: Literal["rotary", "learned", "sinusoidal", "image"] = "rotary"
     """Encoding of positions. rotary: rotary angles in every attention layer. The others are added to the inputs.
     learned: a learned table. sinusoidal: fixed sines. image: three learned tables, for a byte's column, row and channel
@@ -71,13 +89,16 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
     image: tuple[int, int, int] | None = None
     """Height, width and channels of the image, for positions: image. Every sequence is one image in raster order."""
     activation: Activation = "squared_relu"
-    """Activation of the feed-forward layers; the paper's is squared_relu."""
+    """Activation of the feed-forward layers. The paper's is squared_relu."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the output of each layer that is dropped in training. Attention weights and embeddings have no
-    dropout."""
+    """Share of each layer's output that training drops. Attention weights and embeddings have no dropout."""
     cross_attend_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of input positions that no latent sees in a training pass, drawn for each row. The paper uses up to 0.97
-    for books."""
+    """Share of input positions that no latent sees in a training pass. It is drawn for each row. A latent that loses
+    all its inputs sees them all. The paper uses up to 0.97 for books."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Factor of log² Z, which training adds to the loss of each byte. Z is the sum of the exponentials of its logits.
+    The term is in the gradient alone; every reported loss is without it. All configurations of the authors have 1e-4.
+    """
     zero_head: bool = True
     """Begin with a head of zeros. The first loss is then exactly log V."""
     cropping: Literal["none", "full_latents", "equal_position_likelihood"] = "full_latents"
@@ -116,6 +137,32 @@ class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
         return self
 
 
+@dataclass(frozen=True)
+class KeptInputs:
+    """Inputs whose keys and values a training pass computes."""
+
+    places: Tensor
+    """(rows, M) positions, rising; T for padding at the end."""
+    is_kept: Tensor
+    """(rows, M) false for the inputs that only latents see which lose all others."""
+
+    def part(self, context: Context, length: int) -> "KeptInputs":
+        """Return this rank's part of them, with more padding so that all ranks have equally many.
+
+        Args:
+            context: part of the rows of this rank.
+            length: T.
+        """
+        missing = -self.places.shape[1] % context.size
+        places, is_kept = F.pad(self.places, (0, missing), value=length), F.pad(self.is_kept, (0, missing))
+        own = context.own(places.shape[1])
+        return KeptInputs(places[:, own], is_kept[:, own])
+
+    def to(self, device: torch.device) -> "KeptInputs":
+        """Return the same on a device."""
+        return KeptInputs(*(x.to(device, non_blocking=True) for x in (self.places, self.is_kept)))
+
+
 class PerceiverAR(ByteModel):
     """Perceiver AR: cross-attends, causal blocks over latents, and an untied head."""
 
@@ -124,7 +171,8 @@ class PerceiverAR(ByteModel):
         super().__init__()
         self.config = config
         self.sequence_length = config.sequence_length
-        self.latents = config.latents
+        self.attends_across_documents = config.attention_across_documents
+        self.latents, self.z_loss = config.latents, config.z_loss
         width, self.input_width = config.latent_model.width, config.input_width or config.latent_model.width
         rotary = None
         if config.positions == "rotary":
@@ -171,11 +219,21 @@ class PerceiverAR(ByteModel):
         """
         rows, length = ids.shape
         self.check_length(length)
-        ids = ids.long()
-        end = self.draw_crop(rows, length)[1] if self.training else ends(ids)
-        places = self.place_latents(end.to(ids.device, non_blocking=True), length)
-        nats = self.nats(self.read(ids, places), ids.gather(1, places))
-        return nats.new_zeros(rows, length).scatter(1, places, nats)
+        ids = F.pad(ids.long(), (0, -length % self.context.size), value=PADDING)
+        if self.training:
+            end = self.draw_crop(rows, length)[1]
+            kept = self.draw_kept(end, length)
+        else:
+            end, kept = ends(ids), None
+        places = self.place_latents(end.to(ids.device, non_blocking=True), ids.shape[1])
+        own = places[:, self.context.own(places.shape[1])]
+        nats = self.nats(self.read(ids, places, kept), ids.gather(1, own))
+        return nats.new_zeros(ids.shape).scatter(1, own, nats)[:, :length]
+
+    def set_context(self, context: Context) -> None:
+        """Set the part of the rows: of the inputs, and of the latents."""
+        self.context = context
+        set_context(self, context)
 
     def place_latents(self, end: Tensor, length: int) -> Tensor:
         """Return the positions of the latents: the last N of a row's first `end`, or its first N if `end` is below N.
@@ -191,34 +249,49 @@ class PerceiverAR(ByteModel):
         first = (end - count).clamp(min=0)
         return first[:, None] + torch.arange(count, device=end.device)
 
-    def read(self, ids: Tensor, places: Tensor) -> Tensor:
+    def read(self, ids: Tensor, places: Tensor, kept: "KeptInputs | None" = None) -> Tensor:
         """Return the hidden states that predict the ids at the latents' positions.
 
         Args:
             ids: (rows, T); the last id is not read.
             places: (rows, N), from `place_latents`.
+            kept: inputs whose keys and values are computed; None: all.
 
         Returns:
-            (rows, N, C)
+            (rows, N, C); of this rank's latents if rows are cut.
         """
-        inputs = self.embed(late(ids), first_position=0)
-        z = self.to_latents(inputs.take_along_dim(places[..., None], 1))
-        return self.process(z, inputs, places, self.visible(places, inputs))
+        before, own = late(ids), places[:, self.context.own(places.shape[1])]
+        documents = None if self.attends_across_documents else documents_of(before)
+        z = self.to_latents(self.embed(before.gather(1, own), own))
+        visible: Mask
+        if kept is None and self.context.size == 1:
+            input_places = torch.arange(before.shape[1], device=ids.device)
+            inputs = self.embed(before, input_places)
+            visible = self.visible(places, inputs, documents)
+        else:
+            kept = (kept or all_inputs(before)).to(ids.device).part(self.context, before.shape[1])
+            input_places = kept.places.clamp(max=before.shape[1] - 1)
+            inputs = self.embed(before.gather(1, input_places), input_places)
+            visible = visible_kept(places, kept, documents, self.context)
+            if self.context.size > 1:
+                visible = inputs.new_zeros(visible.shape).masked_fill_(visible.logical_not_(), HIDDEN)
+        latents_visible = None if documents is None else self.visible_latents(documents.gather(1, places), z)
+        return self.process(z, inputs, own, input_places, visible, latents_visible=latents_visible)
 
-    def embed(self, inputs: Tensor, first_position: int) -> Tensor:
+    def embed(self, inputs: Tensor, places: Tensor) -> Tensor:
         """Embed inputs, and add the encoding of their positions if it is not rotary.
 
         Args:
             inputs: (rows, n) ids or START.
-            first_position: position of the first of them.
+            places: (n,) or (rows, n) position of each.
 
         Returns:
             (rows, n, W)
         """
         embedded = self.embedding(inputs)
-        places = torch.arange(first_position, first_position + inputs.shape[1], device=inputs.device)
         if self.config.positions == "sinusoidal":
-            return embedded + sinusoids(places, self.input_width, longest_wavelength=10_000).to(embedded.dtype)
+            sines = sinusoids(places.flatten(), self.input_width, longest_wavelength=10_000)
+            return embedded + sines.to(embedded.dtype).view(*places.shape, -1)
         axes = [places] if self.config.positions == "learned" else []
         if self.config.image is not None:
             axes = image_axes(places, self.config.image)
@@ -226,30 +299,55 @@ class PerceiverAR(ByteModel):
             embedded = embedded + table[index]
         return embedded
 
-    def visible(self, places: Tensor, inputs: Tensor) -> Tensor | CausalMask:
-        """Return the mask of the latents for `attention`: each sees the inputs up to its own that are not dropped.
+    def visible(self, places: Tensor, inputs: Tensor, documents: Tensor | None = None) -> "Mask":
+        """Return the mask in which each latent sees the inputs up to its own.
 
         Args:
             places: (rows, N)
             inputs: (rows, T, W)
-
-        Returns:
-            The causal mask. If inputs are dropped: (rows, 1, N, T) numbers that are added to the scores of all heads.
+            documents: (rows, T) document of each input, if a latent sees only its own; None: it sees all.
         """
-        rows, length, _ = inputs.shape
-        past = CausalMask(places[:, 0])
-        if not self.training or self.config.cross_attend_dropout == 0:
-            return past
-        dropped = torch.rand(rows, 1, 1, length, device=places.device) < self.config.cross_attend_dropout
-        return torch.where(past.booleans(places.shape[1], length), DROPPED * dropped.to(inputs.dtype), float("-inf"))
+        if documents is None:
+            return CausalMask(places[:, 0])
+        return self.visible_inputs(documents.gather(1, places), documents, places[:, 0], inputs)
+
+    def visible_inputs(
+        self, of_latents: Tensor, documents: Tensor, first: Tensor, inputs: Tensor
+    ) -> "Tensor | BlockMask":
+        """Return the mask in which latents see the inputs of their documents up to their own.
+
+        Args:
+            of_latents: (rows, N) document of each latent.
+            documents: (rows, M) document of each input.
+            first: (rows,) position of the first latent among the inputs.
+            inputs: (rows, n, W) any of the inputs.
+        """
+        in_blocks = takes_blocks(inputs, self.input_width // self.config.cross_heads, documents.shape[1], dropout=0.0)
+        return visible_in_documents(of_latents, documents, first, in_blocks=in_blocks)
+
+    def visible_latents(self, documents: Tensor, z: Tensor) -> "Tensor | BlockMask":
+        """Return the mask in which latents see the earlier latents of their documents.
+
+        Args:
+            documents: (rows, M) document of each latent that may be seen.
+            z: (rows, N, C) the last N of them; this rank's if rows are cut.
+        """
+        keys, count = documents.shape[1], z.shape[1]
+        before = self.context.first(count) if self.context.cuts_positions else keys - count
+        size = self.config.latent_model
+        in_blocks = takes_blocks(z, size.width // size.heads, keys, dropout=0.0)
+        first = documents.new_full((len(z),), before)
+        return visible_in_documents(documents[:, before : before + count], documents, first, in_blocks=in_blocks)
 
     def process(
         self,
         z: Tensor,
         inputs: Tensor,
         places: Tensor,
-        visible: Tensor | CausalMask | None,
+        input_places: Tensor,
+        visible: "Mask | None",
         caches: list[LayerCache] | None = None,
+        latents_visible: "Tensor | BlockMask | None" = None,
     ) -> Tensor:
         """Run all blocks and the final norm.
 
@@ -257,16 +355,21 @@ class PerceiverAR(ByteModel):
             z: (rows, N, C) latents.
             inputs: (rows, M, W)
             places: (rows, N) or (N,) positions of the latents.
+            input_places: (rows, M) or (M,) positions of the inputs.
             visible: mask of the latents over the inputs, as `attention` takes it.
             caches: one a block, for decoding.
+            latents_visible: mask of the latents over the cached latents and these; None: all before.
 
         Returns:
             (rows, N, C)
         """
+        within = () if latents_visible is None else (latents_visible,)
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            reading = (inputs, places, visible) if isinstance(block, CrossBlock) else ()
-            z = run_unit(block, z, *reading, cache)
+            if isinstance(block, CrossBlock):
+                z = run_unit(block, z, inputs, places, input_places, visible, cache)
+            else:
+                z = run_unit(block, z, cache, *within)
         return self.norm(z)
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
@@ -290,6 +393,49 @@ class PerceiverAR(ByteModel):
         places = torch.arange(length)
         return (begin[:, None] <= places) & (places < end[:, None])
 
+    def draw_kept(self, end: Tensor, length: int) -> "KeptInputs | None":
+        """Draw the inputs of a training pass that are not dropped, on the CPU, which thus knows their number.
+
+        The others of the inputs that are selected are for latents that lose all inputs of their document. If attention
+        stops at separators, all inputs from the last one kept before the latents are selected, because the CPU does not
+        know where documents begin.
+
+        Args:
+            end: (rows,) from `draw_crop`.
+            length: positions of a row.
+
+        Returns:
+            The inputs; None if no input is dropped.
+        """
+        share = self.config.cross_attend_dropout
+        if not share:
+            return None
+        kept = torch.rand(len(end), length) >= share
+        latents, places = self.place_latents(end, length), torch.arange(length)
+        first, last = latents[:, :1], latents[:, -1:]
+        last_kept = torch.where(kept & (places <= first), places, -1).amax(1, keepdim=True)
+        lost = (last_kept < 0) & (kept.cumsum(1) == 0) if self.attends_across_documents else places > last_kept
+        selected = (kept | lost) & (places <= last)
+        room = self.read_inputs(length)
+        if int(selected.sum(1).max()) > room:
+            room = length
+        rows, columns = selected.nonzero(as_tuple=True)
+        numbers = selected.cumsum(1)[rows, columns] - 1
+        chosen = torch.full((len(end), room), length)
+        chosen[rows, numbers] = columns
+        is_kept = torch.zeros(len(end), room, dtype=torch.bool)
+        is_kept[rows, numbers] = kept[rows, columns]
+        return KeptInputs(chosen, is_kept)
+
+    def read_inputs(self, length: int) -> int:
+        """Return the inputs of a row whose keys and values a pass computes: in training, those it has room for."""
+        share = self.config.cross_attend_dropout if self.training else 0.0
+        mean = length * (1 - share)
+        room = math.ceil(mean + ROOM_DEVIATIONS * math.sqrt(mean * share))
+        if share and not self.attends_across_documents:
+            room += self.latents
+        return min(length, -(-room // ALIGNED_INPUTS) * ALIGNED_INPUTS)
+
     def scored(self, length: int) -> slice:
         """Return the last N positions."""
         return slice(max(0, length - self.latents), length)
@@ -300,13 +446,13 @@ class PerceiverAR(ByteModel):
 
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; see `ByteModel.flops`."""
-        count = min(self.latents, length)
+        count, read = min(self.latents, length), self.read_inputs(length)
         cross = [block for block in self.blocks if isinstance(block, CrossBlock)]
         weights = linear_weights(self) - self.head.in_features  # START's row is not computed
         of_inputs = sum(block.attention.key_value.weight.numel() for block in cross)
-        attention = len(cross) * length * self.input_width
+        attention = len(cross) * read * self.input_width
         attention += (len(self.blocks) - len(cross)) * count * self.to_latents.out_features
-        return 2 * length * of_inputs + 2 * count * (weights - of_inputs) + 4 * count * attention
+        return 2 * read * of_inputs + 2 * count * (weights - of_inputs) + 4 * count * attention
 
 
 class PerceiverARDecoder:
@@ -357,12 +503,47 @@ class PerceiverARDecoder:
         model, before = self._model, self._inputs.shape[1]
         self._inputs = torch.cat([self._inputs, inputs], 1)
         length = self._inputs.shape[1]
-        z = model.to_latents(model.embed(self._inputs[:, -count:], first_position=length - count))
         places = torch.arange(length - count, length, device=inputs.device)
-        visible = None if count == 1 else CausalMask(places[:1].expand(inputs.shape[0]))
-        z = model.process(z, model.embed(inputs, before), places, visible, self._caches)
+        z = model.to_latents(model.embed(self._inputs[:, -count:], places))
+        input_places = torch.arange(before, length, device=inputs.device)
+        embedded = model.embed(inputs, input_places)
+        first = places[:1].expand(inputs.shape[0])
         self.latents += count
-        return model.logits(z[:, -1])
+        if model.attends_across_documents:
+            visible = None if count == 1 else CausalMask(first)
+            return model.logits(model.process(z, embedded, places, input_places, visible, self._caches)[:, -1])
+        documents = documents_of(self._inputs)
+        seen = model.visible_inputs(documents[:, -count:], documents, first, embedded)
+        latents_seen = model.visible_latents(documents[:, -self.latents :], z)
+        states = model.process(z, embedded, places, input_places, seen, self._caches, latents_seen)
+        return model.logits(states[:, -1])
+
+
+def all_inputs(before: Tensor) -> KeptInputs:
+    """Return all (rows, T) inputs as kept ones."""
+    places = torch.arange(before.shape[1], device=before.device).expand_as(before)
+    return KeptInputs(places, torch.ones_like(places, dtype=torch.bool))
+
+
+def visible_kept(places: Tensor, kept: KeptInputs, documents: Tensor | None, context: Context = WHOLE_ROWS) -> Tensor:
+    """Return the mask in which a latent sees the kept inputs up to its own, or all up to its own if none is kept.
+
+    Args:
+        places: (rows, N) positions of the latents.
+        kept: M inputs.
+        documents: (rows, T) document of each input, if a latent sees only its own; None: it sees all.
+        context: part of the rows of this rank; the others have other inputs.
+
+    Returns:
+        (rows, 1, N, M) booleans.
+    """
+    past = kept.places[:, None] <= places[..., None]
+    if documents is not None:
+        of_inputs = documents.gather(1, kept.places.clamp(max=documents.shape[1] - 1))
+        past = past & (of_inputs[:, None] == documents.gather(1, places)[..., None])
+    seen = past & kept.is_kept[:, None]
+    sees_none = context.sum(seen.any(-1, keepdim=True).int()) == 0
+    return seen.logical_or_(past.logical_and_(sees_none))[:, None]
 
 
 def late(ids: Tensor) -> Tensor:
@@ -392,10 +573,13 @@ def image_axes(places: Tensor, image: tuple[int, int, int]) -> list[Tensor]:
 register_family(
     Family(
         name="perceiver_ar",
+        reference=REFERENCES / "perceiver_ar.py",
         config=PerceiverARConfig,
         build=PerceiverAR,
-        free_fields=frozenset({"dropout", "latents", "cross_attend_dropout", "zero_head", "cropping", "minimum_crop"}),
-        usage_fields=frozenset({"latents"}),
+        row_parts=lambda config: math.gcd(config.sequence_length, config.latents),
+        free_fields=frozenset({"dropout", "cross_attend_dropout", "z_loss", "zero_head", "cropping", "minimum_crop"}),
+        usage_options=(UsageOption("latents", "latents", "Number of latents. More are more accurate and slower."),),
+        image_of=lambda config: config.image,
         small={
             "sequence_length": 32,
             "latents": 16,

@@ -7,18 +7,18 @@ Dai et al. 2019, "Transformer-XL: Attentive Language Models Beyond a Fixed-Lengt
                                      │
                     the last M of memory + segment are the next segment's memory
 
-This differs from the paper in two points. Blocks are pre-norm, as in all models here; the paper's are post-norm, and
-pre-norm is an option of the authors' code. And a document does not see the previous one: attention stops at separators
-in the memory and in the segment. Where a row is cut into segments therefore changes the context of a byte only through
-the memory's length.
+By default, blocks are pre-norm and linear maps have no bias, as in the other models here. `norm: post`, `biases`,
+`scale_embeddings` and `dropout_places: everywhere` are the authors' code. One difference has no option: a document does
+not see the previous one, because attention stops at separators in the memory and in the segment. Where a row is cut
+into segments therefore changes the context of a byte only through the memory's length.
 """
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
@@ -33,7 +33,8 @@ from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
 from pretrain.models.blocks.transformer import PreNorm, StackConfig, linear_weights
 from pretrain.models.blocks.unit import run_unit
 from pretrain.models.initial import Initial
-from pretrain.models.registry import Family, register_family
+from pretrain.models.references import FOLDER as REFERENCES
+from pretrain.models.registry import Family, UsageOption, register_family
 
 
 class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -44,21 +45,47 @@ class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribut
     sequence_length: int = Field(ge=1)
     """T: bytes of one segment. A segment is one training sequence."""
     memory_length: int = Field(ge=0)
-    """M: positions before the segment whose hidden states each layer keeps; the paper trains with M = T. A byte depends
+    """M: positions before the segment whose hidden states each layer keeps. The paper trains with M = T. A byte depends
     on about layers x M bytes before it. With M above 0, training needs data.lanes = train.global_batch, and checkpoints
     hold the memory: layers x M x width numbers a row. 0: segments are independent."""
     feed_forward_width: int | None = Field(default=None, ge=1)
     """Channels between the two maps of a feed-forward layer; null is 4 times the width."""
+    same_length: bool = False
+    """Whether every position sees exactly the last M positions, its own among them. Without it, a position sees the
+    memory and all earlier positions of its segment, so the last position sees more than the first."""
     positions: Literal["relative", "rotary"] = "relative"
     """Encoding of distances. relative: sinusoids of the distance, with content and position biases u and v, as in the
     paper. rotary: rotary angles."""
+    clamp_length: int | None = Field(default=None, ge=1)
+    """Longest distance that relative positions encode. Longer distances are encoded as this one. null: none is."""
     activation: Activation = "relu"
-    """Activation of the feed-forward layers; the paper's is relu."""
+    """Activation of the feed-forward layers. The paper's is relu."""
+    norm: Literal["pre", "post"] = "pre"
+    """Place of the norms. pre: before each layer, and after the last block. post: after each sum of a layer's input and
+    output, and none after the last block, as in the paper."""
+    scale_embeddings: bool = False
+    """Whether the first layer reads embeddings times the root of the width. The authors' code does."""
+    biases: bool = False
+    """Whether feed-forward layers and the head have biases, as in the authors' code."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of attention weights, and of the output of each layer, that is dropped in training. Embeddings have no
-    dropout."""
+    """Share of each layer's output that training drops."""
+    attention_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share of attention weights that training drops. Null: `dropout`. The authors' 12 layers on enwik8 have 0."""
+    dropout_places: Literal["layers", "everywhere"] = "layers"
+    """Places of `dropout`. layers: the output of each layer. everywhere: also embeddings, the sinusoids of distances,
+    the channels within feed-forward layers, and the head's input, as in the authors' code."""
     initial_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights, a normal distribution cut at two deviations."""
+    """Standard deviation of the initial weights. They are normal, cut at two deviations."""
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.same_length and not self.memory_length:
+            raise ValueError(
+                "same_length shows each position memory_length positions; with memory_length 0 it sees none"
+            )
+        if self.clamp_length is not None and self.positions != "relative":
+            raise ValueError(f"clamp_length needs positions: relative, and positions is {self.positions}")
+        return self
 
 
 NOTHING = -1
@@ -66,8 +93,9 @@ NOTHING = -1
 
 
 class TransformerXL(ByteModel):
-    """Transformer-XL over bytes, with pre-norm blocks and a tied head."""
+    """Transformer-XL over bytes, with a tied head."""
 
+    attends_across_documents = False
     evaluation_modes = ByteModel.evaluation_modes | {"memory"}
     decodes_without_end = True
 
@@ -76,8 +104,15 @@ class TransformerXL(ByteModel):
         super().__init__()
         self.sequence_length = config.sequence_length
         self.memory_length = config.memory_length
+        self.clamp_length = config.clamp_length
+        self.visible_length = config.memory_length if config.same_length else None
+        """Positions that each position sees, its own among them. None: all of the memory and the segment before it."""
         self.initial_std = config.initial_std
         self.width = config.width
+        self.scale = config.width**0.5 if config.scale_embeddings else 1.0
+        """Factor of the embeddings that the first layer reads."""
+        self.dropout = nn.Dropout(config.dropout if config.dropout_places == "everywhere" else 0.0)
+        """Dropout outside the blocks."""
         self.embedding = embedding(VOCABULARY, config.width)
         self.start = nn.Parameter(torch.empty(config.width))
         self.content_bias: nn.Parameter | None = None
@@ -88,17 +123,22 @@ class TransformerXL(ByteModel):
 
         def block() -> SegmentBlock:
             rotary = Rotary() if config.positions == "rotary" else None
-            attention = SegmentAttention(config.width, config.heads, config.dropout, rotary)
-            feed_forward = FeedForward(config.width, config.activation, config.feed_forward_width)
-            return SegmentBlock(config.width, attention, feed_forward, config.dropout)
+            dropped = config.dropout if config.attention_dropout is None else config.attention_dropout
+            attention = SegmentAttention(config.width, config.heads, dropped, rotary)
+            feed_forward = FeedForward(
+                config.width, config.activation, config.feed_forward_width, config.biases, self.dropout.p
+            )
+            return SegmentBlock(config.width, attention, feed_forward, config.dropout, is_post=config.norm == "post")
 
         self.blocks = nn.ModuleList(block() for _ in range(config.layers))
-        self.norm = LayerNorm(config.width)
+        self.norm = LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+        self.head_bias = nn.Parameter(torch.empty(VOCABULARY)) if config.biases else None
         self.initialize()
 
     def model_initial(self, name: str) -> Initial:
-        """Return a normal distribution with the deviation of the config."""
-        return Initial(self.initial_std)
+        """Return a normal distribution with the deviation of the config, and 0 for the biases of linear maps."""
+        is_bias = name.endswith("bias") and name not in ("content_bias", "position_bias")
+        return Initial() if is_bias else Initial(self.initial_std)
 
     @overload
     def forward(self, ids: Tensor) -> Tensor: ...
@@ -150,35 +190,44 @@ class TransformerXL(ByteModel):
             every = torch.cat([memory["ids"].long(), ids], 1)
             last = every[:, -length - 1 : -length]
             first = torch.where((last == NOTHING)[..., None], first, self.embedding(last.clamp(min=0)))
-        x = torch.cat([first, self.embedding(ids[:, :-1])], 1)
+        x = self.dropout(self.scaled(torch.cat([first, self.embedding(ids[:, :-1])], 1)))
         documents = F.pad((every[:, :-1] == SEPARATOR).cumsum(1), (1, 0)).masked_fill(every == NOTHING, NOTHING)
-        context = SegmentContext(visible_keys(documents, length), self.relative(documents.shape[1]))
+        visible = visible_keys(documents, length, self.visible_length)
+        context = SegmentContext(visible, self.relative(documents.shape[1]))
         before = memory["states"].to(x.dtype).unbind(1) if memory else [None] * len(self.blocks)
         states = []
         for block, old in zip(self.blocks, before, strict=True):
             states.append(self._remembered(x.detach() if old is None else torch.cat([old, x.detach()], 1)))
             x = run_unit(block, x, old, context)
-        x = self.norm(x)
+        x = self.dropout(self.norm(x))
         if not self.memory_length:
             return x, {}
         return x, {"states": torch.stack(states, 1), "ids": self._remembered(every)}
+
+    def scaled(self, embedded: Tensor) -> Tensor:
+        """Map (rows, n, D) embeddings to what the first layer reads outside training."""
+        return embedded if self.scale == 1 else embedded * self.scale
 
     def _remembered(self, positions: Tensor) -> Tensor:
         """Return the last M of the (rows, n, ...) positions of memory and segment."""
         return positions[:, max(positions.shape[1] - self.memory_length, 0) :]
 
     def relative(self, keys: int) -> "RelativePositions | None":
-        """Return the paper's relative positions for distances below `keys`; None if positions are rotary."""
+        """Return the paper's relative positions for distances below `keys`; None if positions are rotary.
+
+        Distances above `clamp_length` have its encoding, as in the authors' code.
+        """
         if self.content_bias is None or self.position_bias is None:
             return None
         distances = torch.arange(keys - 1, -1, -1, device=self.start.device)
-        return RelativePositions(
-            sinusoids(distances, self.width).to(self.start.dtype), self.content_bias, self.position_bias
-        )
+        if self.clamp_length is not None:
+            distances = distances.clamp(max=self.clamp_length)
+        encoded = self.dropout(sinusoids(distances, self.width).to(self.start.dtype))
+        return RelativePositions(encoded, self.content_bias, self.position_bias)
 
-    def head_weights(self) -> tuple[Tensor, None]:
-        """Return the embedding table."""
-        return self.embedding.weight, None
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return the embedding table, and the biases of the head if it has them."""
+        return self.embedding.weight, self.head_bias
 
     def scored(self, length: int) -> slice:
         """Return all positions."""
@@ -302,30 +351,51 @@ class SegmentAttention(MultiHead):
 
 
 class SegmentBlock(PreNorm):
-    """Pre-norm block that applies the norm of its input to its memory."""
+    """Block over a segment and its memory. If it is pre-norm, the norm of its input is that of its memory too."""
+
+    def __init__(
+        self, width: int, attention: SegmentAttention, feed_forward: FeedForward, dropout: float, *, is_post: bool
+    ) -> None:
+        """Build the norms around the two layers; see `PreNorm`.
+
+        Args:
+            width: channels of the residual stream.
+            attention: attention layer.
+            feed_forward: feed-forward layer.
+            dropout: share of the output of each layer that is dropped in training.
+            is_post: whether the norms follow the sums, as in the paper.
+        """
+        super().__init__(width, attention, feed_forward, dropout)
+        self.is_post = is_post
 
     def forward(
         self, x: Tensor, memory: Tensor | None, context: SegmentContext, cache: SegmentCache | None = None
     ) -> Tensor:
-        """Map (rows, queries, D) to the same shape; see `SegmentAttention.forward`. Neither input is normalized."""
+        """Map (rows, queries, D) to the same shape; see `SegmentAttention.forward`. The block applies the norms."""
+        if self.is_post:
+            x = self.attention_norm(x + self.dropout(self.attention(x, memory, context, cache)))
+            return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         if memory is not None:
             memory = self.attention_norm(memory)
         return self.add(x, self.attention(self.attention_norm(x), memory, context, cache))
 
 
-def visible_keys(documents: Tensor, queries: int) -> Tensor:
-    """Return the mask of the last `queries` positions: each sees the earlier positions of its document.
+def visible_keys(documents: Tensor, queries: int, most: int | None = None) -> Tensor:
+    """Return the mask of the last `queries` positions: each sees the earlier positions of its document, and itself.
 
     Args:
         documents: (rows, keys) document of every position of memory and segment. A position is in the document of the
             byte that it predicts, and a separator is the last id of its document.
         queries: positions that the mask is for.
+        most: positions that a position sees at most; None for no limit.
 
     Returns:
         (rows, 1, queries, keys) booleans.
     """
     keys = documents.shape[1]
     past = torch.ones(queries, keys, dtype=torch.bool, device=documents.device).tril(keys - queries)
+    if most is not None:
+        past = past.triu(keys - queries - most + 1)
     same = documents[:, None, :] == documents[:, keys - queries :, None]
     return (past & same)[:, None]
 
@@ -397,9 +467,11 @@ class TransformerXLDecoder:
         else:
             x = torch.cat([model.start.expand(x.shape[0], 1, -1), x], 1)
             documents = F.pad(documents, (1, 0))
+        x = model.scaled(x)
         self._position += x.shape[1]
         self._documents = torch.cat([self._documents, documents], 1)
-        context = SegmentContext(visible_keys(self._documents, x.shape[1]), self._relative)
+        visible = visible_keys(self._documents, x.shape[1], model.visible_length)
+        context = SegmentContext(visible, self._relative)
         for block, cache in zip(model.blocks, self._caches, strict=True):
             x = block(x, None, context, cache)
         return model.logits(model.norm(x[:, -1]))
@@ -415,9 +487,15 @@ class TransformerXLDecoder:
 register_family(
     Family(
         name="transformer_xl",
+        reference=REFERENCES / "transformer_xl.py",
         config=TransformerXLConfig,
         build=TransformerXL,
-        free_fields=frozenset({"dropout", "initial_std"}),
+        free_fields=frozenset({"dropout", "attention_dropout", "dropout_places", "initial_std"}),
+        usage_options=(
+            UsageOption("memory", "memory_length", "Positions of the memory.", mode="memory"),
+            UsageOption("clamp-length", "clamp_length", "Longest distance that attention tells from longer ones."),
+            UsageOption("same-length", "same_length", "Let every position see the same number of positions."),
+        ),
         carries_memory=lambda config: config.memory_length > 0,
         small={
             "sequence_length": 32,

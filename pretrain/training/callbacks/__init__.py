@@ -1,6 +1,6 @@
 """Callbacks: actions around the steps of a run, one file each; base.py has the contract.
 
-    tracking, heartbeat, profile, progress, those of the recipe, validation, checkpoint
+    tracking, heartbeat, stragglers, profile, progress, report, those of the recipe, validation, checkpoint
 
 Events are called in this order, `on_end` in the reverse one.
 """
@@ -13,6 +13,8 @@ from pretrain.training.callbacks.checkpoint import CheckpointCallback
 from pretrain.training.callbacks.heartbeat import HeartbeatCallback
 from pretrain.training.callbacks.profile import ProfileCallback
 from pretrain.training.callbacks.progress import ProgressCallback
+from pretrain.training.callbacks.report import ReportCallback
+from pretrain.training.callbacks.stragglers import StragglersCallback
 from pretrain.training.callbacks.tracking import TrackingCallback
 from pretrain.training.callbacks.validation import ValidationCallback
 from pretrain.training.config import TrainingRecipe
@@ -32,8 +34,10 @@ class CallbackList:
         self._named: dict[str, Callback] = {
             "tracking": TrackingCallback(),
             "heartbeat": HeartbeatCallback(),
+            "stragglers": StragglersCallback(recipe.supervise),
             "profile": ProfileCallback(recipe.profile),
             "progress": ProgressCallback(),
+            "report": ReportCallback(recipe.report),
             **{name: CALLBACKS.get(name).build(node) for name, node in recipe.callbacks.items()},
             "validation": ValidationCallback(),
             "checkpoint": CheckpointCallback(),

@@ -28,8 +28,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
-from byteloom.core.registered_nodes import RegisteredNodes
-from byteloom.core.registry import Registry, RegistryError
+from byteloom.core.registries.nodes import RegisteredNodes
+from byteloom.core.registries.registry import Registry, RegistryError
 from pretrain.training.run import TrainingRun
 
 
@@ -90,7 +90,7 @@ class CallbackEntry:
     """Makes the callback of a node."""
 
 
-OWN_NAMES = ("tracking", "heartbeat", "profile", "progress", "validation", "checkpoint")
+OWN_NAMES = ("tracking", "heartbeat", "stragglers", "profile", "progress", "report", "validation", "checkpoint")
 """Names of the callbacks that every run has."""
 
 CALLBACKS = Registry[CallbackEntry]("callback", "byteloom.callbacks")

@@ -2,11 +2,14 @@
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from byteloom.core.provenance import environment
+from data_pipeline.media import CARD_FIELD, common_card
 from data_pipeline.stream.record import merged
 from pretrain.checkpoint import CheckpointError
 from pretrain.terminal.console import display
+from pretrain.training.ancestry import ANCESTRY
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.run import TrainingRun
 
@@ -30,37 +33,55 @@ class CheckpointCallback(Callback):
             return
         with contextlib.suppress(CheckpointError):  # it is logged; the run continues, and tries again
             self._finish(run)
+        if run.store.not_finite:
+            return  # no rank gets the next batch
         with contextlib.suppress(CheckpointError):
             self._save(run)
 
     def on_stop(self, run: TrainingRun) -> None:
         """Leave no step unsaved. What an earlier save could not write is tried again.
 
+        A run that has diverged, or whose last save found values that are not finite, leaves a post-mortem. A run that
+        is about to rewind leaves nothing.
+
         Raises:
-            CheckpointError: the save failed.
+            CheckpointError: the save failed, or the values are not finite.
         """
         with contextlib.suppress(CheckpointError):  # it is logged
             self._finish(run)
-        if run.step != self._saved_step:
+        if run.health.is_rewinding:
+            return
+        if run.step != self._saved_step and not run.store.not_finite:
             self._save(run)
             self._finish(run)
+        if not run.has_diverged:  # a diverged run logs that instead
+            run.store.check_finite()
 
     def _save(self, run: TrainingRun) -> None:
         run.heartbeat.beat("checkpoint", run.step)
         run.world.on_first(lambda: _check_fence(run))
         if run.recorder is not None:
             run.recorder.journal.sync()  # a checkpoint on disk has its numbers on disk
-        state = {
+        state: dict[str, Any] = {
             "run": run.identity,
+            "generation": run.fence.generation,
+            "first_values": run.first_values,
             "reading": merged(run.world.gather(run.reading.state())),
             "fingerprint": run.fingerprint,
             "counters": run.engine.counters(),
             "unlogged": run.unlogged,
+            "health": run.health.state(run.step),
             "config": run.recipe.as_tree(),
             "precision": run.precision,
             "environment": environment(),
         }
-        run.store.begin(run.step, run.engine.owned_fragments(), state)
+        if run.ancestry:
+            state[ANCESTRY] = run.ancestry
+        card = common_card(stream.corpus.card for stream in run.reading.mixture.streams.values())
+        if card is not None:
+            state[CARD_FIELD] = card.as_json()
+        run.store.also_keep = run.health.kept_steps(run.step)
+        run.store.begin(run.step, run.engine.owned_fragments(), state, is_post_mortem=run.has_diverged)
         self._begun_step = run.step
         if not run.recipe.checkpoint.asynchronous:
             self._finish(run)

@@ -12,6 +12,6 @@ class HeartbeatCallback(Callback):
         run.heartbeat.beat("step", run.step)
 
     def on_end(self, run: TrainingRun, status: str) -> None:
-        """Report the end; a rank that fails leaves its last phase, which says where it failed."""
-        if status != "FAILED":
+        """Report the end; a rank that fails leaves its last phase, which says where it failed. A rewind is no end."""
+        if status != "FAILED" and not run.health.is_rewinding:
             run.heartbeat.beat("end", run.step)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from byteloom.core.step_folders import step_name
+from byteloom.core.storage.step_folders import step_name
 from byteloom.core.torch_compat import record_memory, save_memory
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.config import ProfileConfig
@@ -38,7 +38,7 @@ class ProfileCallback(Callback):
         if not self._is_announced:
             self._is_announced = True
             self._announce(run)
-        if run.step + 1 not in self._steps:
+        if run.step + 1 not in self._steps or self._recording is not None:  # the first batch of the step was skipped
             return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _is_on_cuda(run) else [])]
         if self._has_snapshot(run):

@@ -1,21 +1,19 @@
-"""Validation: bits per byte of a corpus that is not trained on."""
+"""Validation: bits per byte of corpora that are not trained on."""
 
 import logging
 import time
 from dataclasses import asdict
 
-from torch import Tensor
-
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.stream.rows import Ids
-from pretrain.evaluation.evaluate import evaluate
+from pretrain.evaluation.beginning import Beginning
+from pretrain.evaluation.evaluate import evaluate, share_of_rank
 from pretrain.evaluation.modes import stride_of
 from pretrain.evaluation.scores import Score
 from pretrain.terminal.console import display
 from pretrain.terminal.progress import duration
+from pretrain.training.agreement import Vote
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.run import TrainingRun
-from pretrain.training.stop import Vote
 
 log = logging.getLogger(__name__)
 
@@ -31,45 +29,50 @@ class ValidationCallback(Callback):
         self._is_owed = bool(run.unlogged)
 
     def measure(self, run: TrainingRun) -> dict[str, float]:
-        """Return the bits per byte of the validation corpus, where the step is due.
+        """Return the bits per byte of the validation corpora, of all together and of each, where the step is due.
 
         Raises:
             StoppedError: a rank was asked to stop; on all ranks.
+            TrainingError: a rank cannot read a corpus; on all ranks.
         """
         is_due = self._is_owed or run.is_done or run.step % run.recipe.validation.every == 0
         self._is_owed = False
-        return {"bits_per_byte": _validate(run, run.validation)} if is_due and run.validation else {}
+        if not is_due or not run.validation:
+            return {}
+        vote, total, numbers = Vote(run.stop, run.world), Score(), dict[str, float]()
+        for name, corpus in run.validation.items():
+            score = _validate(run, vote, name, corpus)
+            total.add(score)
+            if name:
+                numbers[f"{name}/bits_per_byte"] = score.bits_per_byte
+        return {"bits_per_byte": total.bits_per_byte} | numbers
 
 
-def _validate(run: TrainingRun, corpus: Corpus) -> float:
-    """Return the bits per byte of a corpus. Each rank scores a part of it."""
-    started = time.perf_counter()
+def _validate(run: TrainingRun, vote: Vote, name: str, corpus: Corpus) -> Score:
+    """Return the score of a corpus. Each rank scores a part of it."""
+    started, context = time.perf_counter(), run.recipe.engine.context
+    begin = run.recipe.validation.begin.resolved(run.recipe.data.model_dump(mode="json"))
     run.heartbeat.beat("evaluation", run.step)
-    vote = Vote(run.stop, run.world)
-
-    def nats_of(ids: Ids) -> Tensor:
-        vote.check()
-        return run.engine.nats(ids)
-
-    with display.phase("validating", corpus.raw_bytes) as phase:
+    with display.phase(f"validating {name}".strip(), corpus.raw_bytes) as phase:
         part = evaluate(
-            nats_of,
+            run.engine.nats,
             corpus,
             run.recipe.model.sequence_length,
             run.recipe.train.micro_batch,
-            progress=lambda done: phase.advance(done * run.world.size),  # other ranks do about as many
+            progress=lambda done: phase.advance(done * run.world.size // context),  # other groups do about as many
             stride=stride_of(run.model),
-            rank=run.world.rank,
-            world_size=run.world.size,
+            after_separator=begin is Beginning.separator,
+            share=lambda batches: vote.agreed(share_of_rank(batches, run.world.rank, run.world.size, context)),
         )
     total = Score()
     for score in run.world.gather(asdict(part.total)):
         total.add(Score(**score))
     log.info(
-        "step %d: validation %.4f bits/byte over %s bytes in %s",
+        "step %d: validation%s %.4f bits/byte over %s bytes in %s",
         run.step,
+        f" of {name}" if name else "",
         total.bits_per_byte,
         f"{total.bytes:,}",
         duration(time.perf_counter() - started),
     )
-    return total.bits_per_byte
+    return total

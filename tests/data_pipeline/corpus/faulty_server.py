@@ -1,4 +1,4 @@
-"""A real HTTP server of files, by range, that can be told to fail in every way a server fails."""
+"""Real HTTP server of file ranges that injects the faults of real servers."""
 
 import contextlib
 import re
@@ -10,29 +10,38 @@ from pathlib import Path
 from typing import Self
 
 FAULTS = ("drop", "short", "stall", "busy", "broken", "whole", "elsewhere", "flip")
-"""drop: the connection ends in the middle of the answer. short: half the answer, with the length of that half. stall:
-half of the answer, then nothing. busy: 503 with Retry-After. broken: 500. whole: the file, not the range. elsewhere: as
-many bytes of another range. flip: one wrong bit."""
+"""Faults of an answer.
+
+drop: the connection closes in the middle. short: half of the answer, with the length of that half. stall: half of the
+answer, then nothing. busy: 503 with Retry-After. broken: 500. whole: the file instead of the range. elsewhere: bytes of
+another range. flip: one wrong bit.
+"""
+REFUSALS = ("missing", "denied", "drip")
+"""missing: 404. denied: 403. drip: a byte each hundredth of a second, so that the connection is never silent."""
+STATUSES = {"busy": 503, "broken": 500, "missing": 404, "denied": 403}
+"""Statuses of the faults that are an answer without a body."""
 
 
 class FaultyServer:
-    """Serves a folder at `url`.
+    """HTTP server of a folder, at `url`.
 
     Args:
-        fault_of: the fault of the next answer, by the file's name; None for a good one.
+        fault_of: function from a file's name to the fault of its next answer, or None.
     """
 
     def __init__(self, folder: Path, fault_of: Callable[[str], str | None] = lambda name: None) -> None:
         self.folder = folder
         self.fault_of = fault_of
         self.requests = Counter[str]()
-        """By file."""
+        """Number of requests by file."""
         self.injected = Counter[str]()
-        """By fault."""
+        """Number of injected faults by fault."""
+        self.paths = list[str]()
+        """Paths of all requests, with their queries; whole URLs if the server is used as a proxy."""
         self.forbidden = set[str]()
-        """Files that are answered with 403, there or not."""
+        """Files that are answered with 403, whether they exist or not."""
         self.retry_after = 0.01
-        """Seconds that `busy` asks for."""
+        """Value of Retry-After for `busy`, in seconds."""
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -53,7 +62,9 @@ class FaultyServer:
                 if outer.closing.is_set():
                     self.close_connection = True
                     return
-                path = outer.folder / Path(self.path).name
+                outer.paths.append(self.path)
+                self._range = None
+                path = outer.folder / Path(self.path.partition("?")[0]).name
                 outer.requests[path.name] += 1
                 if path.name in outer.forbidden:
                     self._answer(403, b"")
@@ -65,18 +76,20 @@ class FaultyServer:
                 if fault:
                     outer.injected[fault] += 1
                 content = path.read_bytes()
-                wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 status, begin, end = 200, 0, len(content)
-                if wanted and fault != "whole":
-                    status, begin, end = 206, int(wanted[1]), int(wanted[2]) + 1
+                if requested and fault != "whole":
+                    status, begin, end = 206, int(requested[1]), int(requested[2] or len(content) - 1) + 1
                 if begin >= len(content):
                     self._answer(416, b"")
                     return
+                self._range = f"bytes {begin}-{end - 1}/{len(content)}" if status == 206 else None
                 self._answer(status, content[begin:end], fault, content)
 
             def _answer(self, status: int, body: bytes, fault: str | None = None, content: bytes = b"") -> None:
-                if fault in ("busy", "broken"):
-                    status, body = (503, b"later") if fault == "busy" else (500, b"oops")
+                if fault in STATUSES:
+                    status, body = STATUSES[fault], b"no"
+                    self._range = None
                 elif fault == "elsewhere":
                     body = (content * 2)[97 : 97 + len(body)]
                 elif fault == "flip":
@@ -85,9 +98,17 @@ class FaultyServer:
                 half = body[: len(body) // 2]
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(half if fault == "short" else body)))
+                if self._range:
+                    self.send_header("Content-Range", self._range)
                 if fault == "busy":
                     self.send_header("Retry-After", str(outer.retry_after))
                 self.end_headers()
+                if fault == "drip":
+                    for place in range(len(body)):
+                        self.wfile.write(body[place : place + 1])
+                        if outer.closing.wait(0.01):
+                            return
+                    return
                 self.wfile.write(half if fault in ("drop", "short", "stall") else body)
                 if fault == "stall":
                     self.wfile.flush()
@@ -99,7 +120,7 @@ class FaultyServer:
                 pass
 
             def handle(self) -> None:
-                with contextlib.suppress(ConnectionError):  # a client that gave up
+                with contextlib.suppress(ConnectionError):  # the client has closed the connection
                     super().handle()
 
         return Handler

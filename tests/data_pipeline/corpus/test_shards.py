@@ -1,7 +1,10 @@
-"""The format: what is written is read back, by Byteloom and by every tool that should open it."""
+"""Shard format: Byteloom and other tools read back exactly what was written."""
 
+import errno
 import hashlib
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,9 +17,9 @@ import pytest
 import webdataset
 import zstandard
 
+from byteloom.core.storage.open_files import budget
 from data_pipeline.corpus.blocks import StoredBlock
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.corpus.folder import OPEN_FILES
 from data_pipeline.corpus.index import ShardIndex, scan_shard
 from data_pipeline.corpus.tar import MEMBERS, TAR_HEADER, shard_name
 from data_pipeline.errors import CorpusError, CorruptBlockError
@@ -40,7 +43,7 @@ def shard_paths(corpus: Corpus) -> list[Path]:
 
 
 def expected_members(corpus: Corpus, shard: int) -> Members:
-    """Names and contents of a shard's members, by the index."""
+    """Return the names and contents of a shard's members that the index states."""
     return [
         (f"{shard:06d}-{ordinal:06d}.{suffix}", content)
         for ordinal, block in enumerate(corpus.blocks_of(shard))
@@ -74,7 +77,7 @@ def test_tarfile_reads_every_member(written: Corpus, mode: str):
             assert [(m.name, tar.extractfile(m).read()) for m in tar] == expected_members(written, shard)
 
 
-def test_webdataset_reads_a_sample_a_block(written: Corpus):
+def test_webdataset_reads_one_sample_per_block(written: Corpus):
     urls = [str(path) for path in shard_paths(written)]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert len(samples) == len(written)
@@ -105,7 +108,7 @@ def test_frames_carry_checksum_and_content_size(written: Corpus):
         assert parameters.content_size == int(lengths["raw_bytes"]) + int(lengths["document_ends"])
 
 
-def test_every_document_comes_back(written: Corpus):
+def test_every_document_is_read_back(written: Corpus):
     found = dict[str, bytes]()
     for number in range(len(written)):
         block = written.read(number)
@@ -120,7 +123,7 @@ def test_every_document_comes_back(written: Corpus):
     assert found == {document.key: whole for document in documents() if (whole := b"".join(document.read()))}
 
 
-def test_a_shard_tells_its_own_index(tmp_path: Path):
+def test_the_index_of_a_shard_is_read_from_its_tar(tmp_path: Path):
     for number, shard in enumerate(write_shards(tmp_path / "shards")):
         path = tmp_path / "shards" / shard_name(number)
         sizes = list[int]()
@@ -133,8 +136,9 @@ def test_a_shard_tells_its_own_index(tmp_path: Path):
         assert ShardIndex.load(tmp_path / "saved").entry == shard.entry
 
 
-def test_no_bit_of_a_shard_can_flip_without_its_scan_telling(copy: Path):
-    """The digest of the whole tar, which a scan has nothing to compare with, stands aside here."""
+@pytest.mark.slow
+def test_scan_of_a_shard_finds_every_flipped_bit(copy: Path):
+    """The digest of the whole tar is excluded, because a scan has no other digest to compare it with."""
     path = copy / shard_name(1)
     whole = scan_shard(path, lambda size: None)
     size = path.stat().st_size
@@ -145,20 +149,21 @@ def test_no_bit_of_a_shard_can_flip_without_its_scan_telling(copy: Path):
             scanned = scan_shard(path, lambda size: None)
         except CorpusError as error:
             assert shard_name(1) in str(error)
-        else:  # bits of a compressed table that zstd does not look at
+        else:  # bits of a compressed table that zstd does not check
             assert (scanned.blocks["content_sha256"] == whole.blocks["content_sha256"]).all()
             assert scanned.entry["sha256"] != whole.entry["sha256"]
         flip(path, place, number % 8)
 
 
-def test_what_is_no_shard_is_refused(copy: Path):
+def test_file_that_is_not_a_shard_is_refused(copy: Path):
     for content in (b"", b"x" * 20_000, bytes(10_240), (copy / shard_name(0)).read_bytes()[:-1]):
         (copy / shard_name(0)).write_bytes(content)
         with pytest.raises(CorpusError, match=shard_name(0)):
             scan_shard(copy / shard_name(0), lambda size: None)
 
 
-def test_members_lie_where_the_index_says(written: Corpus):
+@pytest.mark.slow
+def test_members_are_at_the_offsets_of_the_index(written: Corpus):
     for block in range(len(written)):
         record = written.index[block]
         with tarfile.open(shard_paths(written)[int(record["shard"])]) as tar:
@@ -167,7 +172,7 @@ def test_members_lie_where_the_index_says(written: Corpus):
         assert frame.offset_data - frame.offset == TAR_HEADER
 
 
-def test_digests_are_of_what_they_say(written: Corpus):
+def test_digests_cover_the_documented_bytes(written: Corpus):
     for entry, path in zip(written.manifest["shards"], shard_paths(written), strict=True):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
     for block in range(len(written)):
@@ -218,27 +223,77 @@ def test_a_damaged_block_is_named_and_the_others_are_read(copy: Path, written: C
 
 
 @pytest.mark.slow
-def test_a_folder_keeps_few_files_open_while_threads_read_many(tmp_path: Path):
-    corpus = write_corpus(tmp_path / "corpus", block_bytes=600, blocks_per_shard=2)
-    assert len(corpus.manifest["shards"]) > 2 * OPEN_FILES
-    before = open_files()
-    expected = [corpus.read(block).content for block in range(len(corpus))]
+def test_corpora_share_one_budget_of_open_files(tmp_path: Path):
+    """Nine corpora have three times as many shards as files may stay open; five threads read a block of each."""
+    first = write_corpus(tmp_path / "0", block_bytes=12_000, blocks_per_shard=1)
+    expected = [first.read_content(block)[0] for block in range(len(first))]
+    first.close()
+    corpora = [Corpus(shutil.copytree(first.location, tmp_path / f"{n}")) for n in range(1, 10)]
+    before, (soft, hard) = open_files(), resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 0
 
-    def read(start: int) -> None:
+    def read(thread: int) -> None:
         nonlocal most
-        for block in range(start, len(corpus) * 4, 7):
-            assert corpus.read_content(block % len(corpus))[0] == expected[block % len(corpus)]
+        for block in range(thread, len(expected), 5):
+            for corpus in corpora:
+                assert corpus.read_content(block)[0] == expected[block]
             most = max(most, open_files() - before)
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, range(4)))
-    assert most <= OPEN_FILES + 8  # and one for each thread that reads a file just pushed out, and for the count
-    corpus.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 9 * len(expected) // 2, hard))
+    try:
+        allowed = budget()
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(read, range(5)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert most <= allowed + 6  # one more for each thread that reads an evicted file, and one for the count
+    for corpus in corpora:
+        corpus.close()
     assert open_files() <= before
 
 
-def test_reading_imports_no_torch():
-    """A process that only reads or writes shards starts in a tenth of a second and a few MB."""
+def test_a_process_may_open_as_many_files_as_the_machine_allows():
+    script = "import resource; from byteloom.core.storage.open_files import raise_open_file_limit as r; r()"
+    script += "; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    command = ["sh", "-c", f"ulimit -S -n 100; {sys.executable} -c '{script}'"]
+    soft, hard = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert soft == hard
+
+
+def test_stale_handle_of_a_file_server_is_reopened(written: Corpus, monkeypatch: pytest.MonkeyPatch):
+    expected = written.read_content(3)[0]
+    open_file, pread = os.open, os.pread
+    opened = list[int]()
+
+    def opening(path: Path, flags: int) -> int:
+        opened.append(open_file(path, flags))
+        return opened[-1]
+
+    def stale(descriptor: int, *place: int) -> bytes:
+        if len(opened) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return pread(descriptor, *place)
+
+    with Corpus(written.location) as corpus:
+        monkeypatch.setattr(os, "open", opening)
+        monkeypatch.setattr(os, "pread", stale)
+        assert corpus.read_content(3)[0] == expected
+    assert len(opened) == 3
+
+
+def test_index_that_is_truncated_while_a_run_reads_does_no_harm(copy: Path, written: Corpus):
+    with Corpus(copy) as corpus:
+        for name in ("index.npy", "lengths.npy"):
+            os.truncate(copy / name, 0)
+        assert [corpus.read_content(block)[0] for block in range(len(corpus))] == [
+            written.read_content(block)[0] for block in range(len(written))
+        ]
+    with pytest.raises(CorpusError, match=r"lengths.npy is damaged"):
+        Corpus(copy)
+
+
+@pytest.mark.slow
+def test_reading_does_not_import_torch():
+    """A process that only reads or writes shards starts fast and needs little memory."""
     code = "import sys, data_pipeline.corpus.corpus, data_pipeline.corpus.verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The list of withdrawn documents: what is on it stays on it, and a list that is not the corpus's is never believed."""
+"""List of withdrawn documents: entries are never lost, and a list that does not belong to the corpus is refused."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ from data_pipeline.corpus.blocks import pack_documents
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.index import write_shard
 from data_pipeline.corpus.manifest import write_index
-from data_pipeline.corpus.remote import RemoteConfig
 from data_pipeline.corpus.repair import repair
+from data_pipeline.corpus.storage.remote import RemoteConfig
 from data_pipeline.corpus.tar import shard_name
 from data_pipeline.corpus.verify import verify
 from data_pipeline.corpus.withdraw import withdraw
@@ -60,6 +60,7 @@ def parts_of(corpus: Corpus, key: str) -> list[Withdrawal]:
     ]
 
 
+@pytest.mark.slow
 def test_the_list_has_every_part_of_a_document_and_only_grows(original: Corpus, folder: Path):
     assert listed(folder) == []
     first, second = take_out(folder, "email/header.py"), take_out(folder, "long", "email/header.py")
@@ -75,7 +76,8 @@ def test_the_list_has_every_part_of_a_document_and_only_grows(original: Corpus, 
     assert prefix_digest(listed(folder), len(first)) == prefix_digest(first, len(first))
 
 
-def test_a_list_that_is_not_to_the_byte_the_corpus_s_is_refused(folder: Path):
+@pytest.mark.slow
+def test_list_with_any_changed_byte_is_refused(folder: Path):
     take_out(folder, "email/header.py", "long")
     path = folder / WITHDRAWN_FILE
     whole = path.read_bytes()
@@ -95,6 +97,7 @@ def test_a_list_that_is_not_to_the_byte_the_corpus_s_is_refused(folder: Path):
     assert "withdrawn.json is damaged" in fault
 
 
+@pytest.mark.slow
 def test_a_list_of_another_corpus_and_one_of_places_outside_the_blocks_are_refused(folder: Path, tmp_path: Path):
     write_corpus(tmp_path / "other", block_bytes=5_000)
     take_out(tmp_path / "other", "long")
@@ -120,7 +123,8 @@ def test_the_list_is_verified_when_the_index_is_lost_too(folder: Path, lost: str
     assert "withdrawn.json is damaged" in fault
 
 
-def test_a_damaged_list_comes_from_the_mirror(folder: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_damaged_list_is_restored_from_the_mirror(folder: Path, tmp_path: Path):
     def mend(mirror: Path | None) -> list[str]:
         return repair(folder, str(mirror) if mirror else None, threads=2, progress=lambda done, total: None)
 
@@ -132,7 +136,7 @@ def test_a_damaged_list_comes_from_the_mirror(folder: Path, tmp_path: Path):
     flip(folder / shard_name(2), 0)
     with pytest.raises(CorpusError, match=r"withdrawn.json is damaged(.|\n)*--mirror"):
         mend(None)
-    assert len(faults(folder)) == 1  # all else is whole
+    assert len(faults(folder)) == 1  # everything else is intact
     with pytest.raises(CorpusError, match="has no list either"):
         mend(bare)
     [said] = mend(mirror)
@@ -142,7 +146,7 @@ def test_a_damaged_list_comes_from_the_mirror(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("fault", ["short", "flip", "drop", "elsewhere"])
-def test_a_list_at_a_url_is_read_again_until_it_is_whole(folder: Path, fault: str):
+def test_list_at_a_url_is_requested_until_it_is_intact(folder: Path, fault: str):
     entries = take_out(folder, "long")
     with FaultyServer(folder) as server:
         answers = iter([fault, fault, None])
@@ -153,14 +157,14 @@ def test_a_list_at_a_url_is_read_again_until_it_is_whole(folder: Path, fault: st
             listed(server.url, FAST)
 
 
-def test_a_list_without_a_document_is_one(folder: Path):
+def test_list_without_a_document_is_valid(folder: Path):
     assert take_out(folder) == []
     assert (folder / WITHDRAWN_FILE).exists()
     assert listed(folder) == []
     assert faults(folder) == []
 
 
-def test_where_a_server_does_not_tell_whether_there_is_a_list_nothing_is_read(folder: Path):
+def test_nothing_is_read_if_a_server_does_not_say_whether_there_is_a_list(folder: Path):
     with FaultyServer(folder) as server:
         assert listed(server.url, FAST) == []
         server.forbidden.add(WITHDRAWN_FILE)
@@ -179,7 +183,8 @@ for key in sys.argv[2:]:
 """
 
 
-def test_of_withdrawals_at_once_none_is_lost(folder: Path, original: Corpus):
+@pytest.mark.slow
+def test_no_withdrawal_of_several_at_once_is_lost(folder: Path, original: Corpus):
     keys = sorted({part.key for number in range(len(original)) for part in original.read(number).slices})
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     at_once = [
@@ -196,7 +201,7 @@ def test_of_withdrawals_at_once_none_is_lost(folder: Path, original: Corpus):
     assert {entry.key for entry in listed(folder)} == set(keys)
 
 
-def test_damage_elsewhere_keeps_no_document_from_being_withdrawn(folder: Path, original: Corpus):
+def test_document_can_be_withdrawn_despite_damage_elsewhere(folder: Path, original: Corpus):
     elsewhere = parts_of(original, "email/header.py")[0].block
     damage_block(folder, elsewhere)
     (folder / shard_name(5)).unlink()
@@ -214,13 +219,14 @@ def test_damage_elsewhere_keeps_no_document_from_being_withdrawn(folder: Path, o
 
 
 @pytest.mark.parametrize("which", [0, 3, -1])
-def test_a_document_is_withdrawn_whole_or_not_at_all(folder: Path, original: Corpus, which: int):
+def test_document_is_withdrawn_completely_or_not_at_all(folder: Path, original: Corpus, which: int):
     damage_block(folder, parts_of(original, "long")[which].block)
     with pytest.raises(CorpusError, match=r"no document 'long', unless it is in a part that cannot be read"):
         take_out(folder, "long")
     assert not (folder / WITHDRAWN_FILE).exists()
 
 
+@pytest.mark.slow
 def test_the_command_takes_names_and_lists_of_names(tmp_path: Path, byteloom: Run):
     keys = ["plain", "line\x0bbreaks\x1cof Python's", "no UTF-8 \udcff", "listed", "another"]
     folder = tmp_path / "corpus"

@@ -1,4 +1,4 @@
-"""Preparation whose working folder was damaged says which file, and what to do; what it writes is for all who may."""
+"""Preparation with a damaged working folder names the file and what to do. Files get the permissions of the umask."""
 
 import os
 import traceback
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data_pipeline.preparation.prepare as module
-from byteloom.core.state_files import StateFileError
+from byteloom.core.storage.state_files import StateFileError
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.preparation import plan
@@ -20,7 +20,7 @@ SOURCES = [STDLIB / "email", STDLIB / "json"]
 
 
 class StoppedError(Exception):
-    """The test's own end of a preparation."""
+    """Error with which a test ends a preparation."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _many_units(monkeypatch: pytest.MonkeyPatch):
 
 
 def go(out: Path, stop: Callable[[Path], bool] = lambda partial: False, workers: int = 1) -> None:
-    """Prepare until `stop` is true of OUT.partial."""
+    """Prepare until `stop` returns true for OUT.partial."""
 
     def progress(done: int, total: int) -> None:
         if stop(out.with_name("out.partial")):
@@ -53,6 +53,7 @@ def begun(out: Path, stop: Callable[[Path], bool]) -> Path:
     return out.with_name("out.partial")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\0" * 20, b"[1]", b'{"half'], ids=["empty", "zero", "foreign", "half"])
 @pytest.mark.parametrize(
     ("name", "stop"),
@@ -78,13 +79,14 @@ def test_a_damaged_working_folder_is_named_and_the_advice_works(
     assert said.endswith(f"; remove {partial} and give the same command again, which then begins from the start")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".json", ".npz"])
-def test_a_damaged_shard_is_written_again_once_its_mark_is_removed(tmp_path: Path, suffix: str):
+def test_damaged_shard_is_rewritten_after_its_mark_is_removed(tmp_path: Path, suffix: str):
     go(tmp_path / "expected/out")
     partial = begun(tmp_path / "out", has_shards)
     mark = partial / "shards/000001.json"
     mark.with_suffix(suffix).write_bytes(b"\0" * 30)
-    (partial / "shards/.nfs000012").touch()  # what other programs leave
+    (partial / "shards/.nfs000012").touch()  # files that other programs leave
     (partial / "units/.nfs000012").touch()
     with pytest.raises(StateFileError) as caught:
         go(tmp_path / "out")
@@ -97,14 +99,15 @@ def test_a_damaged_shard_is_written_again_once_its_mark_is_removed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0", b"[]", b'{"parts": 3}'])
-def test_a_corpus_whose_report_is_damaged_is_not_taken_for_the_one_asked_for(tmp_path: Path, content: bytes):
+def test_a_corpus_with_a_damaged_report_is_refused(tmp_path: Path, content: bytes):
     go(tmp_path / "out")
     (tmp_path / "out/report.json").write_bytes(content)
     with pytest.raises(CorpusError, match="out exists already; choose another --out, or remove that folder first"):
         go(tmp_path / "out")
 
 
-def test_a_worker_that_meets_what_nobody_expected_ends_the_work_with_its_traceback(
+@pytest.mark.slow
+def test_an_unexpected_error_of_a_worker_ends_the_work_with_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     partial = begun(tmp_path / "out", has_shards)
@@ -116,7 +119,7 @@ def test_a_worker_that_meets_what_nobody_expected_ends_the_work_with_its_traceba
     assert "in add_run" in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_corpus_has_the_permissions_that_the_umask_gives(tmp_path: Path):
+def test_files_of_a_corpus_have_the_permissions_of_the_umask(tmp_path: Path):
     earlier = os.umask(0o027)
     try:
         go(tmp_path / "out")

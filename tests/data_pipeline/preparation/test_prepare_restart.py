@@ -1,4 +1,4 @@
-"""Preparation that is killed, started again and shared: the same corpus, and nothing done twice."""
+"""Preparation that is killed, restarted and shared gives the same corpus and repeats no work."""
 
 import json
 import os
@@ -45,12 +45,12 @@ prepare.prepare(
     prepare.Task(int(task), int(of)),
 )
 """
-"""As the command does, but in steps so small that a small corpus has many, and without a model's libraries."""
+"""Script that prepares like the command, in small steps and without the libraries of models."""
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Folders, JSON lines and a tar, some documents longer than a block or more than once: about 6 MB."""
+    """Return folders, JSON lines and a tar of about 6 MB. Some documents are longer than a block, some are repeated."""
     folder = tmp_path_factory.mktemp("sources")
     files = sorted((STDLIB / "idlelib").rglob("*.py"))
     with (folder / "lines.jsonl").open("w") as lines:
@@ -73,7 +73,7 @@ def undisturbed(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def out() -> Iterator[Path]:
-    """OUT in a folder of its own, in memory where that can be: killing a process loses nothing that is not on disk."""
+    """Return OUT in its own folder, in memory if possible: a killed process loses no written data."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder) / "out"
@@ -104,7 +104,7 @@ def assert_same(out: Path, undisturbed: Path) -> None:
 
 
 def finished_shards(out: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of writing of the shards that are done, be they in OUT.partial or in OUT."""
+    """Return inode and modification time of the finished shards, in OUT.partial or in OUT."""
     if out.exists():
         paths = list(out.rglob("*.tar"))
     else:
@@ -118,6 +118,7 @@ def shard_of(partial: Path, job: int) -> Path:
     return partial / "corpus" / ("train", "validation")[part] / f"shard-{number:06d}.tar"
 
 
+@pytest.mark.slow
 def test_killed_at_random_until_it_is_finished(sources, undisturbed: Path, out: Path):
     random_ = random.Random(1)
     kills = 0
@@ -126,7 +127,7 @@ def test_killed_at_random_until_it_is_finished(sources, undisturbed: Path, out: 
         of = random_.randint(1, 3)
         process = start(out, sources, random_.randint(1, 2), random_.randrange(of), of)
         try:
-            assert process.wait(random_.uniform(0.2, 0.8 + 0.3 * kills)) == 0  # longer each time, so that it ends
+            assert process.wait(random_.uniform(0.1, 0.2 + 0.2 * kills)) == 0  # longer each time, so that it ends
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -136,6 +137,7 @@ def test_killed_at_random_until_it_is_finished(sources, undisturbed: Path, out: 
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_are_replaced(sources, undisturbed: Path, out: Path):
     random_ = random.Random(3)
     process = start(out, sources, workers=2)
@@ -150,6 +152,7 @@ def test_workers_that_are_killed_are_replaced(sources, undisturbed: Path, out: P
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_process_that_started_them_is_killed(sources, out: Path):
     process = start(out, sources, workers=2)
     while len(workers := workers_of(process)) < 2:
@@ -169,9 +172,10 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", ["_write_indexes", "_write_skipped", "rmtree", "sync", "remove"])
 def test_killed_while_finishing(sources, undisturbed: Path, out: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str):
-    """Whatever was done last before the kill, the rest follows and no document is read again."""
+    """The restart does the remaining steps after any last step, and reads no document again."""
     where = SimpleNamespace(**vars(shutil)) if killed_at == "rmtree" else module
     do = getattr(where, killed_at)
 
@@ -189,15 +193,16 @@ def test_killed_while_finishing(sources, undisturbed: Path, out: Path, monkeypat
     assert_same(out, undisturbed)
 
 
-def test_tasks_at_once_share_the_work(sources, undisturbed: Path, out: Path):
-    tasks = [start(out, sources, workers=1, task=number, of=4) for number in range(3)]  # the fourth never comes
+@pytest.mark.slow
+def test_simultaneous_tasks_share_the_work(sources, undisturbed: Path, out: Path):
+    tasks = [start(out, sources, workers=1, task=number, of=4) for number in range(3)]  # the fourth task never starts
     assert [task.wait() for task in tasks] == [0, 0, 0]
     assert_same(out, undisturbed)
 
 
 @pytest.fixture
 def begun(sources: list[Path], out: Path) -> Path:
-    """OUT of work that was killed when some shards were done."""
+    """Return OUT of a preparation that was killed when some shards were finished."""
     process = start(out, sources)
     while len(finished_shards(out)) < 3:
         time.sleep(0.01)
@@ -207,7 +212,8 @@ def begun(sources: list[Path], out: Path) -> Path:
     return out
 
 
-def test_the_command_goes_on_where_another_was_killed(begun: Path, sources, undisturbed: Path, byteloom: Run):
+@pytest.mark.slow
+def test_the_command_continues_the_work_of_a_killed_one(begun: Path, sources, undisturbed: Path, byteloom: Run):
     before = finished_shards(begun)
     arguments = [argument for name in OPTIONS["include"] for argument in ("--include", name)]
     arguments += ["--holdout", "0.1", "--shard-bytes", "300000", "--block-bytes", "20000", "--level", "9"]
@@ -217,7 +223,8 @@ def test_the_command_goes_on_where_another_was_killed(begun: Path, sources, undi
     assert_same(begun, undisturbed)
 
 
-def test_ctrl_c_ends_in_the_middle_and_says_that_it_can_go_on(sources, tmp_path: Path):
+@pytest.mark.slow
+def test_ctrl_c_ends_the_work_and_names_how_to_continue(sources, tmp_path: Path):
     command = [BYTELOOM, "prepare", STDLIB, "--out", "out", "--skip-bad"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True

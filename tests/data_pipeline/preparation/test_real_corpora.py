@@ -1,6 +1,6 @@
-"""Photographs, speech, multilingual text and books go through `prepare` and come back as they were.
+"""Photographs, speech, multilingual text and books are prepared and read back unchanged.
 
-What is damaged or misnamed among them is reported by name and counted.
+Damaged and misnamed files are reported by name and counted.
 """
 
 import json
@@ -24,7 +24,7 @@ SAMPLE = 150
 
 
 def expected_bytes(path: Path) -> bytes:
-    """Return the bytes that a model reads of a file, by other means than Byteloom's."""
+    """Return the bytes that a model reads of a file, without Byteloom's code."""
     if path.suffix in (".jpg", ".png"):
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB")).tobytes()
@@ -47,7 +47,7 @@ def copied(files: list[Path], folder: Path, count: int | None) -> list[Path]:
     ("start", "modality"),
     [("images/", "image"), ("audio/", "audio"), ("multilingual/", "text"), ("books/valid/", "text")],
 )
-def test_a_corpus_comes_back_as_it_was(real: Real, tmp_path: Path, start: str, modality: str, count: int | None):
+def test_real_corpus_is_read_back_unchanged(real: Real, tmp_path: Path, start: str, modality: str, count: int | None):
     paths = copied([path for path in real(start) if path.is_file()], tmp_path / "files", count)
     corpus = prepare_corpus([tmp_path / "files"], tmp_path / "out")
     assert documents_of(corpus) == {f"files/{path.name}": expected_bytes(path) for path in paths}
@@ -63,7 +63,7 @@ def test_damaged_and_misnamed_files_are_reported_by_name(real: Real, tmp_path: P
     sounds[0].write_bytes(sounds[0].read_bytes()[:60])
     (tmp_path / "files/words.png").write_text("no picture")
     png = next(path for path in real("images/in64"))
-    shutil.copy(png, tmp_path / "files/really-a-png.jpg")  # whose content says what it is
+    shutil.copy(png, tmp_path / "files/really-a-png.jpg")  # recognized by content
     good["files/really-a-png.jpg"] = expected_bytes(png)
     images[1].write_bytes(b"")
     with pytest.raises(CorpusError, match=r"--skip-bad skips such documents"):

@@ -1,4 +1,4 @@
-"""The registry of readers: one file adds a reader, of this package or of another."""
+"""Registry of readers: one file adds a reader, in this package or in another."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ register_reader(Reader("shouted", "Text in capitals.", read_file=shouted, modali
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another package with a reader, and with an entry point that cannot be used."""
+    """Create another package with a reader and an entry point that cannot be used."""
     folder = tmp_path / "site"
     (folder / "shouting-1.dist-info").mkdir(parents=True)
     (folder / "shouting.py").write_text(READER)
@@ -35,7 +35,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_own_readers_are_the_modules_of_the_folder():
+def test_every_module_of_the_folder_registers_a_reader():
     assert sorted(own_readers()) == ["audio", "files", "images", "jsonl", "lines", "parquet", "tar", "webdataset"]
 
 

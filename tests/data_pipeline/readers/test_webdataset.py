@@ -10,7 +10,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from byteloom.core.state_files import StateFileError
+from byteloom.core.storage.state_files import StateFileError
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import BadDocumentError, CorpusError
 from data_pipeline.preparation.plan import UNIT, Plan
@@ -24,7 +24,7 @@ PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 
 
 def write_shard(path: Path, first: int, count: int = 3) -> Path:
-    """Write a shard as WebDataset's own writer does: a picture, its caption and its class for each sample."""
+    """Write a shard with WebDataset's own writer. Each sample has a picture, a caption and a class."""
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(first, first + count):
             sample = {"txt": f"caption {number}", "cls": number, "png": png(PIXELS + number % 200)}
@@ -45,7 +45,7 @@ def files(*sources: Path | str) -> list[SourceFile]:
 
 
 def read(file: SourceFile, options: ReadOptions = READING) -> dict[str, bytes | str]:
-    """Return the documents of a shard by key; for a sample that is left out, the reason."""
+    """Return the documents of a shard by key, and the reason for each skipped sample."""
     assert is_container(file, options)
     found = list(documents_in(file, options))  # documents can be kept
     assert len({one.key for one in found}) == len(found)
@@ -75,7 +75,7 @@ def test_webdataset_itself_groups_the_same_samples(tmp_path: Path):
     assert [f"000.tar/{sample['__key__']}" for sample in samples] == list(read(files(path)[0]))
 
 
-def test_samples_without_a_wanted_member_are_left_out_by_name(tmp_path: Path):
+def test_samples_without_a_requested_member_are_skipped_by_name(tmp_path: Path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "whole", "txt": "text", "json": {}})
         writer.write({"__key__": "bare", "json": {}})
@@ -88,7 +88,7 @@ def test_samples_without_a_wanted_member_are_left_out_by_name(tmp_path: Path):
     }
 
 
-def test_members_that_belong_to_no_sample_are_left_out_by_name(tmp_path: Path):
+def test_members_without_a_sample_are_skipped_by_name(tmp_path: Path):
     for name in ("README", "0.txt", "__meta__"):
         (tmp_path / name).write_text(name)
     (tmp_path / "1.txt").symlink_to("0.txt")
@@ -97,7 +97,7 @@ def test_members_that_belong_to_no_sample_are_left_out_by_name(tmp_path: Path):
     assert read(files(tmp_path / "a.tar")[0]) == {"a.tar/README": "no key", "a.tar/0": b"0.txt", "a.tar/1.txt": "link"}
 
 
-def test_a_damaged_shard_gives_its_whole_samples_and_then_the_error(tmp_path: Path):
+def test_damaged_shard_yields_its_complete_samples_and_then_the_error(tmp_path: Path):
     path = write_shard(tmp_path / "000.tar", 0, count=5)
     path.write_bytes(path.read_bytes()[:-12_000])
     found = []
@@ -106,7 +106,7 @@ def test_a_damaged_shard_gives_its_whole_samples_and_then_the_error(tmp_path: Pa
     assert 1 <= len(found) < 5
 
 
-def test_two_members_of_one_name_are_an_error(tmp_path: Path):
+def test_two_members_with_one_name_are_an_error(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for content in (b"one", b"two"):
             header = tarfile.TarInfo("0.txt")
@@ -116,7 +116,7 @@ def test_two_members_of_one_name_are_an_error(tmp_path: Path):
         read(files(tmp_path / "a.tar")[0])
 
 
-def test_braces_stand_for_many_sources(tmp_path: Path):
+def test_braces_expand_to_many_sources(tmp_path: Path):
     for number in range(3):
         write_shard(tmp_path / f"{number:03d}.tar", 3 * number)
     shards = files(tmp_path / "{000..002}.tar")
@@ -147,17 +147,17 @@ class TestCommands:
             found.extend(documents_in(shard, READING))
         assert len(found) == 3
 
-    def test_a_command_that_is_not_read_to_its_end_is_no_error(self, tmp_path: Path):
+    def test_command_that_is_not_read_to_its_end_is_not_an_error(self, tmp_path: Path):
         path = write_shard(tmp_path / "000.tar", 0, count=400)
         documents = documents_in(files(f"pipe:cat {path}")[0], READING)
         next(documents)
         documents.close()
 
-    def test_a_command_reads_nothing_of_this_process(self, tmp_path: Path):
+    def test_command_does_not_read_the_standard_input_of_this_process(self, tmp_path: Path):
         with pytest.raises(BadDocumentError, match="damaged or cut short"):
             read(files("pipe:cat")[0])
 
-    def test_other_readers_run_no_command(self, tmp_path: Path):
+    def test_other_readers_do_not_run_commands(self, tmp_path: Path):
         [shard] = files(f"pipe:touch {tmp_path}/ran")
         with pytest.raises(CorpusError, match="which only --reader webdataset reads"):
             is_container(shard, ReadOptions(reader="lines"))
@@ -171,7 +171,7 @@ class TestCommands:
         assert [part.key for part in corpus.read(0).slices] == ["t/pipe:touch ran"]
         planned = Plan(tmp_path, {"sources": ["t"]}, prepare_options(), [])
         np.save(tmp_path / "units.npy", np.array([(0, 1, 0, 0)], UNIT))
-        (tmp_path / "files.jsonl").write_text('[["pipe:touch ran", "key", null, true]]\n')
+        (tmp_path / "files.jsonl").write_text('[["pipe:touch ran", "key", null, true, null]]\n')
         with pytest.raises(StateFileError, match="a command that is not a source"):
             list(planned.files_of(0))
         assert not (tmp_path / "ran").exists()

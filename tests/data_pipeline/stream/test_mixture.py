@@ -17,9 +17,10 @@ def schedule(*stages: tuple[int, list[float]]) -> Schedule:
     return Schedule(names, [Stage(first, dict(zip(names, shares, strict=True))) for first, shares in stages])
 
 
+@pytest.mark.slow
 @given(shares=weights, count=st.integers(0, 3000))
 @settings(max_examples=100, deadline=None)
-def test_every_source_is_read_in_its_own_order_and_as_often_as_its_weight_says(shares, count):
+def test_each_source_is_read_in_its_own_order_and_in_proportion_to_its_weight(shares, count):
     plan = schedule((0, shares))
     sources, numbers = plan.place(np.arange(count))
     counters = plan.counters(count)
@@ -30,9 +31,10 @@ def test_every_source_is_read_in_its_own_order_and_as_often_as_its_weight_says(s
         assert abs(len(own) - count * weight / sum(shares)) <= len(shares)
 
 
+@pytest.mark.slow
 @given(first=weights, changes=st.lists(st.integers(1, 400), min_size=1, max_size=3), data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_a_change_of_weights_repeats_nothing_and_leaves_nothing_out(first, changes, data):
+def test_change_of_weights_repeats_and_skips_nothing(first, changes, data):
     later = st.lists(st.floats(0, 1), min_size=len(first), max_size=len(first)).filter(any)
     starts = np.cumsum([0, *changes]).tolist()
     plan = schedule(*zip(starts, [first, *(data.draw(later) for _ in changes)], strict=True))
@@ -45,8 +47,8 @@ def test_a_change_of_weights_repeats_nothing_and_leaves_nothing_out(first, chang
 
 
 @given(place=st.integers(0, 2**38 - 1))
-def test_a_place_is_found_without_what_comes_before_it(place):
-    """Slots far out are as those near: the counters before and after one differ by it alone."""
+def test_slot_is_computed_without_the_slots_before_it(place):
+    """The counters before and after any slot differ only by that slot, however far it is."""
     plan = schedule((0, [3, 1, 0.5]))
     [source], [number] = plan.place(np.array([place]))
     before, after = plan.counters(place), plan.counters(place + 1)
@@ -56,7 +58,7 @@ def test_a_place_is_found_without_what_comes_before_it(place):
 
 
 def test_the_schedule_is_pinned():
-    """Golden: if this changes, every mixture in the world is reordered on resume. It must not."""
+    """Golden values. They must not change, or every existing mixture would be reordered on resume."""
     sources, _ = schedule((0, [3, 1, 0.5]), (18, [0, 1, 2])).place(np.arange(27))
     assert sources.tolist() == GOLDEN
 

@@ -1,4 +1,4 @@
-"""Laws of rows: what their compact form says, and whose memory they are."""
+"""Laws of rows: their compact form and the reuse of their memory."""
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ def random_ids(rows: int, length: int, seed: int) -> np.ndarray:
     return ids
 
 
+@pytest.mark.slow
 @given(
     length=st.integers(1, 20),
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6),
@@ -26,7 +27,7 @@ def random_ids(rows: int, length: int, seed: int) -> np.ndarray:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=100, deadline=None)
-def test_groups_have_the_ids_of_their_rows_however_these_lie_in_the_window(length, sizes, lanes, seed):
+def test_groups_have_the_ids_of_their_rows_for_any_layout_of_the_window(length, sizes, lanes, seed):
     ids = random_ids(sum(sizes), length, seed)
     order = np.argsort(np.arange(len(ids)) % lanes, kind="stable")  # lane after lane
     window = Window(len(ids), length, Memory())
@@ -45,9 +46,10 @@ def test_groups_have_the_ids_of_their_rows_however_these_lie_in_the_window(lengt
         assert group.digest(range(len(part))) == sum(digests) % DIGEST_MODULUS
 
 
+@pytest.mark.slow
 @given(rows=st.integers(1, 8), length=st.integers(1, 12), seed=st.integers(0, 1000), change=st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
-def test_a_digest_tells_apart_any_two_rows_and_places(rows, length, seed, change):
+def test_different_rows_or_places_have_different_digests(rows, length, seed, change):
     ids = random_ids(rows, length, seed)
     other = ids.copy()
     place = change % ids.size
@@ -59,7 +61,7 @@ def test_a_digest_tells_apart_any_two_rows_and_places(rows, length, seed, change
 
 @given(rows=st.integers(1, 9), sources=st.integers(1, 4), seed=st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
-def test_rows_of_several_sources_come_together_as_they_were_asked_for(rows, sources, seed):
+def test_rows_of_several_sources_are_joined_in_the_requested_order(rows, sources, seed):
     ids = random_ids(rows, 10, seed)
     of = np.random.default_rng(seed).integers(0, sources, rows)
     parts = [(own, rows_of(ids[own])) for source in range(sources) for own in [np.flatnonzero(of == source)]]
@@ -67,7 +69,7 @@ def test_rows_of_several_sources_come_together_as_they_were_asked_for(rows, sour
 
 
 @pytest.mark.parametrize("size", [REUSED_BYTES, REUSED_BYTES - 1])
-def test_memory_is_used_again_only_when_nothing_refers_to_it(size: int):
+def test_memory_is_reused_only_when_nothing_refers_to_it(size: int):
     memory = Memory()
     whole = memory.take(size)
     held = torch.from_numpy(whole.reshape(1, -1)[:, 1::2])

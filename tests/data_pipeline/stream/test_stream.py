@@ -1,6 +1,5 @@
 """Laws of the stream: a pure function of the sequence number."""
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,15 @@ from tests.conftest import prepare_corpus
 
 
 def stream_of(
-    corpus: Corpus, sequence_length: int, *, lanes: int = 128, seed: int = 0, bad_blocks: int = 0, **packing: object
+    corpus: Corpus, sequence_length: int, *, lanes: int = 128, seed: int = 0, version: int = 3, **packing: object
 ) -> ByteStream:
-    return ByteStream(corpus, PackingConfig(**packing), sequence_length, lanes=lanes, seed=seed, bad_blocks=bad_blocks)
+    return ByteStream(
+        corpus, PackingConfig(**packing), sequence_length, lanes=lanes, seed=seed, bad_blocks=0, version=version
+    )
 
 
 def batches(stream: ByteStream, world_size: int, global_batch: int, micro_batch: int, first: int, count: int):
-    """`count` global batches put together from every rank's micro-batches."""
+    """Return `count` global batches, joined from the micro-batches of all ranks."""
     loaders = [
         Loader(
             stream,
@@ -50,6 +51,7 @@ def batches(stream: ByteStream, world_size: int, global_batch: int, micro_batch:
     return result
 
 
+@pytest.mark.slow
 @given(
     world_size=st.integers(1, 7),
     global_batch=st.integers(1, 9),
@@ -66,6 +68,7 @@ def test_batches_are_the_same_for_every_world_size(corpus, world_size, global_ba
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 @given(first_batch=st.integers(1, 8), second_batch=st.integers(1, 8), steps=st.integers(1, 4))
 @settings(max_examples=20, deadline=None)
 def test_a_change_of_batch_size_keeps_the_order(corpus, first_batch, second_batch, steps):
@@ -84,7 +87,9 @@ def test_a_change_of_batch_size_keeps_the_order(corpus, first_batch, second_batc
     epoch=st.integers(0, 3),
 )
 @settings(max_examples=15, deadline=None)
-def test_each_byte_of_an_epoch_is_read_at_most_once_and_few_are_missed(corpus, sequence_length, lanes, separate, epoch):
+def test_each_byte_of_an_epoch_is_read_at_most_once_and_few_are_omitted(
+    corpus, sequence_length, lanes, separate, epoch
+):
     stream = stream_of(corpus, sequence_length, lanes=lanes, separate_documents=separate)
     lengths = corpus.lengths["raw_bytes"].astype(np.int64) + separate * corpus.lengths["document_ends"]
     seen = [np.zeros(length, np.int8) for length in lengths]
@@ -96,19 +101,19 @@ def test_each_byte_of_an_epoch_is_read_at_most_once_and_few_are_missed(corpus, s
             seen[piece.block][piece.start : piece.start + piece.length] += 1
     read = np.concatenate(seen)
     assert read.max() == 1
-    assert len(read) - read.sum() < (stream.order.lanes + 1) * sequence_length
+    assert len(read) - read.sum() < sequence_length
 
 
 @pytest.mark.slow
-def test_without_separators_the_stream_is_the_raw_bytes_and_with_them_documents_are_apart(corpus):
-    plain = stream_of(corpus, 50, lanes=1, separate_documents=False)
-    apart = stream_of(corpus, 50, lanes=1)
+def test_stream_without_separators_is_the_raw_bytes_and_with_them_documents_are_separated(corpus):
+    plain = stream_of(corpus, 50, lanes=1, version=2, separate_documents=False)
+    apart = stream_of(corpus, 50, lanes=1, version=2)
     raw = np.concatenate([plain[g] for g in range(plain.sequences_per_epoch)])
     ids = np.concatenate([apart[g] for g in range(apart.sequences_per_epoch)])
     assert raw.max() < SEPARATOR
     assert ids.max() == SEPARATOR
     expected = []
-    for block in range(len(corpus)):  # one extent, so in their order, from some place on and round
+    for block in range(len(corpus)):  # one extent: documents in their order, starting at some place and wrapping around
         read = corpus.read(block)
         for part in read.slices:
             expected += [*read.content[part.start : part.start + part.length], *([SEPARATOR] * part.ends)]
@@ -117,7 +122,7 @@ def test_without_separators_the_stream_is_the_raw_bytes_and_with_them_documents_
 
 
 def is_on_the_ring(ids: np.ndarray, ring: list[int]) -> bool:
-    """Whether ids follow each other on a ring as they do here, from any place on."""
+    """Return whether the ids are a range of the ring of documents, from any place on."""
     return ids.astype("<i2").tobytes() in np.array(ring + ring, "<i2").tobytes()
 
 
@@ -135,7 +140,7 @@ def test_a_corpus_smaller_than_the_lanes_has_fewer_lanes(tmp_path: Path):
     stream = stream_of(prepare_corpus([tmp_path / "small"], tmp_path / "out"), 60, lanes=128)
     assert stream.order.lanes == stream.sequences_per_epoch == 3
     units = [min(int(stream[g][0]), 200) for g in range(6)]  # the separator is unit 200
-    assert [(b - a) % 201 for a, b in itertools.pairwise(units)][:2] == [60, 60]
+    assert any(sorted((b - a) % 201 for b in units[:3]) == [0, 60, 120] for a in units[:3])
     assert units[:3] != units[3:]  # another epoch begins elsewhere
 
 
@@ -146,7 +151,8 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(tmp_path: Path):
         stream_of(corpus, 60)
 
 
-def test_epochs_have_different_orders_and_meet_without_a_gap(corpus, tmp_path: Path):
+@pytest.mark.slow
+def test_epochs_have_different_orders_and_follow_each_other_without_a_gap(corpus, tmp_path: Path):
     stream = stream_of(corpus, 64, lanes=3)
     n = stream.sequences_per_epoch
     assert [stream.order.locate(g) for g in range(n)] == [stream.order.locate(g) for g in range(n)]
@@ -154,9 +160,10 @@ def test_epochs_have_different_orders_and_meet_without_a_gap(corpus, tmp_path: P
     np.testing.assert_array_equal(np.concatenate(got), [stream[g] for g in range(n - 7, n + 13)])
 
 
-def test_extents_are_permuted_anew_in_each_epoch(tmp_path: Path):
+@pytest.mark.slow
+def test_extents_are_permuted_in_each_epoch(tmp_path: Path):
     (tmp_path / "big").write_bytes(np.random.default_rng(0).bytes(40 << 20))
-    stream = stream_of(prepare_corpus([tmp_path / "big"], tmp_path / "out", level=1), 1 << 16, lanes=1)
+    stream = stream_of(prepare_corpus([tmp_path / "big"], tmp_path / "out", level=1), 1 << 16, lanes=1, version=2)
     n = stream.sequences_per_epoch
     orders = [[stream.order.locate(epoch * n + k)[0].block for k in range(0, n, 16)] for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]
@@ -166,7 +173,7 @@ def test_extents_are_permuted_anew_in_each_epoch(tmp_path: Path):
 
 
 def test_the_permutation_is_pinned():
-    """Golden: if this changes, every run in the world is reordered on resume. It must not."""
+    """Golden values. They must not change, or every existing run would be reordered on resume."""
     assert permutation(16, seed=0, epoch=0).tolist() == GOLDEN[0]
     assert permutation(16, seed=0, epoch=1).tolist() == GOLDEN[1]
     assert permutation(16, seed=7, epoch=0).tolist() == GOLDEN[2]
@@ -174,17 +181,18 @@ def test_the_permutation_is_pinned():
 
 @given(count=st.integers(0, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**40))
 @settings(max_examples=50, deadline=None)
-def test_the_permutation_is_one(count, seed, epoch):
+def test_permutation_is_a_bijection(count, seed, epoch):
     assert np.array_equal(np.sort(permutation(count, seed, epoch)), np.arange(count))
 
 
-def test_the_fingerprint_tells_apart_all_that_the_order_depends_on(corpus):
+def test_the_fingerprint_covers_all_that_the_order_depends_on(corpus):
     variants = [{}, {"lanes": 9}, {"seed": 1}, {"separate_documents": False}, {"packing": "document"}]
     prints = {stream_of(corpus, 64, **options).fingerprint for options in variants}
     assert len(prints | {stream_of(corpus, 65).fingerprint}) == 6
 
 
-def test_where_a_corpus_lies_and_how_it_is_compressed_change_nothing(sources, tmp_path: Path):
+@pytest.mark.slow
+def test_stream_does_not_depend_on_the_place_and_compression_of_a_corpus(sources, tmp_path: Path):
     options = {"include": ["*.py"], "block_bytes": 10_000}
     a = prepare_corpus(sources, tmp_path / "a", level=1, **options)
     b = prepare_corpus(sources, tmp_path / "b", level=9, **options)
@@ -194,9 +202,10 @@ def test_where_a_corpus_lies_and_how_it_is_compressed_change_nothing(sources, tm
         np.testing.assert_array_equal(ours[g], theirs[g])
 
 
-@pytest.mark.parametrize("lanes", [1, 4, 11])
+@pytest.mark.slow
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.long), 4, 11])
 def test_an_epoch_reads_each_block_about_once(corpus, lanes: int, monkeypatch: pytest.MonkeyPatch):
-    """Once, and once more where two lanes share a block: far more blocks than are kept."""
+    """Each block is read once, and twice if two lanes share it. The corpus has far more blocks than are cached."""
     stream = stream_of(corpus, 50, lanes=lanes)
     assert len(corpus) > 3 * lanes
     reads = []
@@ -209,16 +218,17 @@ def test_an_epoch_reads_each_block_about_once(corpus, lanes: int, monkeypatch: p
     assert len(reads) <= len(corpus) + lanes
 
 
+@pytest.mark.slow
 @given(first=st.integers(0, 3000), count=st.integers(1, 60), step=st.integers(1, 9), lanes=st.integers(1, 30))
 @settings(max_examples=60, deadline=None)
-def test_many_sequences_read_at_once_are_each_read_alone(corpus, first, count, step, lanes):
+def test_sequences_read_together_equal_sequences_read_alone(corpus, first, count, step, lanes):
     stream = stream_of(corpus, 300, lanes=lanes)
     sequences = np.random.default_rng(step).permutation(np.arange(first, first + count * step, step))
     np.testing.assert_array_equal(stream.read(sequences).ids, [stream[g] for g in sequences.tolist()])
 
 
 class CountingCorpus:
-    """A corpus of random lengths that is nowhere, and counts what is read of it."""
+    """A corpus without files, with blocks of random lengths. It counts its reads."""
 
     location = "nowhere"
     content_sha256 = "0"
@@ -234,8 +244,9 @@ class CountingCorpus:
         return bytes(int(self.lengths[block]["raw_bytes"])), np.empty(0, np.uint32)
 
 
-@pytest.mark.parametrize(("lanes", "ranks_a_lane"), [(1024, 1), (256, 4)])
-def test_1024_ranks_read_a_block_no_more_often_than_their_share_needs(lanes: int, ranks_a_lane: int):
+@pytest.mark.slow
+@pytest.mark.parametrize(("lanes", "ranks_a_lane"), [pytest.param(1024, 1, marks=pytest.mark.long), (256, 4)])
+def test_each_of_1024_ranks_reads_only_the_blocks_of_its_rows(lanes: int, ranks_a_lane: int):
     """Each rank reads a block at most once, and only if it has a row in the block.
 
     With one lane for each rank, one rank reads a block, or two where two lanes meet. With fewer lanes, several ranks
@@ -253,7 +264,7 @@ def test_1024_ranks_read_a_block_no_more_often_than_their_share_needs(lanes: int
     assert corpus.reads == needed <= ranks_a_lane * (len(corpus.lengths) + lanes + 1)
 
 
-def test_a_document_a_row_cut_or_padded(corpus):
+def test_each_document_becomes_one_row_that_is_cut_or_padded(corpus):
     length = 3000
     stream = stream_of(corpus, length, lanes=3, packing="document")
     contents: dict[str, bytes] = {}
@@ -262,7 +273,7 @@ def test_a_document_a_row_cut_or_padded(corpus):
         for part in block.slices:
             contents[part.key] = contents.get(part.key, b"") + block.content[part.start : part.start + part.length]
     assert max(map(len, contents.values())) > 2 * 10_000  # more than two blocks
-    assert stream.sequences_per_epoch == len(contents) // 3 * 3
+    assert stream.sequences_per_epoch == len(contents)
     expected = {tuple([*content[:length], SEPARATOR, *[PADDING] * length][:length]) for content in contents.values()}
     rows = [tuple(stream[g].tolist()) for g in range(stream.sequences_per_epoch)]
     assert len(set(rows)) == len(rows)
@@ -273,10 +284,11 @@ def test_a_document_a_row_cut_or_padded(corpus):
     assert [tuple(row) for row in again.ids.tolist()] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concatenate", "document"])
 @pytest.mark.parametrize("documents", [3, 100, 200, 255])
-def test_a_small_corpus_is_read_whole_after_some_epochs(tmp_path: Path, documents: int, packing: str):
-    """What 128 lanes leave over is not the same in each epoch."""
+def test_small_corpus_is_read_completely_after_some_epochs(tmp_path: Path, documents: int, packing: str):
+    """The bytes that 128 lanes omit differ from epoch to epoch."""
     (tmp_path / "files").mkdir()
     for number in range(documents):
         (tmp_path / f"files/{number:03}").write_bytes(number.to_bytes(2, "big") * 8)

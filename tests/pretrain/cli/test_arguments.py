@@ -14,7 +14,7 @@ from tests.conftest import prepare_corpus
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a home folder; the working folder is empty and next to it."""
+    """Return a home folder next to the empty working directory."""
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -53,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "checkpoint export ~/x --out=out",
     ],
 )
-def test_a_home_folder_is_expanded_in_every_path_of_a_command(home: Path, recipe: Path, command: str):
+def test_home_folder_is_expanded_in_every_path_of_a_command(home: Path, recipe: Path, command: str):
     """~/x does not exist, so each command names the path that it tried."""
     words = [str(recipe) if word == "RECIPE" else word for word in command.split()]
     done = CliRunner().invoke(app, words)
@@ -62,7 +62,7 @@ def test_a_home_folder_is_expanded_in_every_path_of_a_command(home: Path, recipe
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_corpus_is_prepared_from_and_into_the_home_folder(home: Path):
+def test_corpus_is_prepared_from_and_into_the_home_folder(home: Path):
     (home / "text").write_text("bytes")
     done = CliRunner().invoke(app, ["prepare", "~/text", "--out=~/corpus", "--workers=1"])
     assert done.exit_code == 0, done.output
@@ -70,7 +70,7 @@ def test_a_corpus_is_prepared_from_and_into_the_home_folder(home: Path):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_folder_named_tilde_is_written_with_a_leading_dot(home: Path, tmp_path: Path):
+def test_folder_named_tilde_is_reached_with_a_leading_dot(home: Path, tmp_path: Path):
     prepare_corpus([Path(__file__)], tmp_path / "work/~")
     assert CliRunner().invoke(app, ["verify", "./~"]).exit_code == 0
     assert isinstance(CliRunner().invoke(app, ["verify", "~"]).exception, CorpusError)
@@ -79,7 +79,7 @@ def test_a_folder_named_tilde_is_written_with_a_leading_dot(home: Path, tmp_path
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
-def test_numbers_that_are_not_finite_are_refused(recipe: Path, number: str):
+def test_non_finite_numbers_are_refused(recipe: Path, number: str):
     done = CliRunner().invoke(app, ["models", "estimate", str(recipe), f"--memory={number}"])
     assert done.exit_code == 2, done.output
     with pytest.raises(SamplingError, match=f"temperature is {number}"):

@@ -1,4 +1,4 @@
-"""Config: valid values, invalid values, and the messages of their errors."""
+"""Config: valid values, invalid values, and their error messages."""
 
 import copy
 import json
@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.errors import ConfigError
 from pretrain.config.explanation import explain
 from pretrain.config.fields import all_fields
@@ -16,6 +19,7 @@ from pretrain.config.loading import load, with_overrides
 from pretrain.config.schema import Config
 from pretrain.models.families.transformer import TransformerConfig
 from tests.conftest import Run, recipe_tree
+from tests.test_project import ROOT
 
 FAMILIES = "'megabyte', 'perceiver_ar', 'transformer' or 'transformer_xl'"
 
@@ -39,12 +43,12 @@ def file(tmp_path: Path) -> Path:
 
 
 def refusal(file: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error:
         load(file, overrides)
-    return str(refused.value)
+    return str(error.value)
 
 
-def test_overrides_win_over_the_file_and_defaults_fill_the_rest(file: Path):
+def test_overrides_replace_values_of_the_file_and_defaults_fill_the_rest(file: Path):
     config = load(file, ["train.steps=50", "optimizer.learning_rate=3e-4", "tracking.uri=null", "run.name=b"])
     assert config.train.steps == 50
     assert config.optimizer.learning_rate == 3e-4
@@ -52,13 +56,13 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(file: Path):
     assert config.optimizer.beta2 == 0.98
 
 
-def test_the_tree_is_immutable(file: Path):
+def test_config_is_immutable(file: Path):
     with pytest.raises(ValueError, match="frozen"):
         load(file).train.steps = 3
 
 
 @pytest.mark.parametrize("name", ["a", "3e-4", "007", "1.5", "null", "true", "on", "2026-01-01"])
-def test_a_shown_config_loads_to_the_same_config(file: Path, tmp_path: Path, name: str):
+def test_shown_config_loads_to_the_same_config(file: Path, tmp_path: Path, name: str):
     config = load(file, [f"run.name='{name}'", "optimizer.learning_rate=1e-8"])
     assert config.run.name == name
     again = tmp_path / "again.yaml"
@@ -66,19 +70,19 @@ def test_a_shown_config_loads_to_the_same_config(file: Path, tmp_path: Path, nam
     assert load(again) == config
 
 
-def test_an_unknown_key_names_the_nearest_right_one_and_its_line(file: Path):
+def test_error_of_an_unknown_key_names_the_nearest_key_and_the_line(file: Path):
     file.write_text(file.read_text().replace("patch_size", "pach_size"))
     assert refusal(file) == (f"{file}:6: model.pach_size is not a field of MegabyteConfig (did you mean patch_size?)")
 
 
-def test_an_unknown_key_of_an_override_names_the_override(file: Path):
+def test_error_of_an_unknown_key_in_an_override_names_the_override(file: Path):
     assert refusal(file, "train.stepz=5") == (
         "override train.stepz=5: train.stepz is not a field of TrainConfig (did you mean steps?)"
     )
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "fault"),
     [
         ("train.steps=many", 'train.steps is "many"; it must be a whole number, such as 8'),
         ("train.steps='50'", 'train.steps is "50"; it must be a whole number: 50, without quotes'),
@@ -96,9 +100,9 @@ def test_an_unknown_key_of_an_override_names_the_override(file: Path):
         ("train.steps=[", "the value is not YAML"),
     ],
 )
-def test_a_wrong_value_is_refused_with_the_override(file: Path, override: str, said: str):
+def test_error_of_a_wrong_value_names_the_override(file: Path, override: str, fault: str):
     message = refusal(file, override)
-    assert said in message
+    assert fault in message
     assert override in message
     assert "\n" not in message
 
@@ -118,10 +122,25 @@ def test_each_family_has_its_own_fields(file: Path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "fault"),
     [
-        (("optimizer.name=muon", "engine.name=fsdp"), "optimizer.name muon works on whole matrices, which engine.name"),
+        (
+            ("optimizer.name=muon", "engine.name=zero1"),
+            "optimizer.name muon works on whole matrices, which engine.name",
+        ),
         (("engine.activation_checkpointing=budget",), "mode budget needs compile"),
+        (
+            ("model.attention_across_documents=false", "data.separate_documents=false"),
+            "stops attention at separators, and data.separate_documents false writes none",
+        ),
+        (
+            (
+                "model.attention_across_documents=false",
+                "data.shards=null",
+                "data.mixture={a: {shards: x}, b: {shards: y, separate_documents: false}}",
+            ),
+            "set data.mixture.b.separate_documents to true",
+        ),
         (("engine.activation_checkpointing=selective", "engine.compile=true"), "take budget, or full"),
         (("engine.precision=fp8", "engine.name=zero2"), "precision fp8 is for ddp, fsdp and hsdp, not for zero2"),
         (("engine.activation_checkpointing=fll",), 'engine.activation_checkpointing.mode is "fll"; it must be'),
@@ -133,47 +152,47 @@ def test_each_family_has_its_own_fields(file: Path):
         ),
     ],
 )
-def test_values_that_do_not_fit_together_are_refused_in_one_line(file: Path, overrides: tuple[str, ...], said: str):
+def test_contradictory_values_are_refused_in_one_line(file: Path, overrides: tuple[str, ...], fault: str):
     message = refusal(file, *overrides)
-    assert said in message
+    assert fault in message
     assert "\n" not in message
 
 
-def test_a_checkpointing_mode_alone_replaces_its_section(file: Path):
+def test_checkpointing_mode_alone_replaces_its_section(file: Path):
     short = load(file, ["engine.activation_checkpointing=full"])
     assert short == load(file, ["engine.activation_checkpointing.mode=full"])
     named = load(file, ["engine.activation_checkpointing={mode: full, every: 2, stacks: [global]}"])
     assert named.engine.activation_checkpointing.stacks == ("global",)
 
 
-def test_a_wrong_type_in_the_file_names_its_line(file: Path):
+def test_error_of_a_wrong_type_in_the_file_names_its_line(file: Path):
     file.write_text(file.read_text().replace("sequence_length: 64", "sequence_length: long"))
     assert refusal(file).startswith(f'{file}:5: model.sequence_length is "long"')
 
 
-def test_a_missing_field_is_named(file: Path):
+def test_missing_field_is_named(file: Path):
     file.write_text(file.read_text().replace("  sequence_length: 64\n", ""))
     assert refusal(file) == f"{file}:4: model.sequence_length is missing"
 
 
-def test_a_key_given_twice_is_refused(file: Path):
+def test_repeated_key_is_refused(file: Path):
     file.write_text(file.read_text().replace("  patch_size: 4\n", "  patch_size: 4\n  patch_size: 8\n"))
     assert refusal(file) == f"{file}:7: model.patch_size is given twice, first at {file}:6"
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "a: [", "a: 'b"])
-def test_a_file_that_is_not_a_recipe_is_refused(file: Path, text: str):
+def test_file_that_is_not_a_recipe_is_refused(file: Path, text: str):
     file.write_text(text)
     assert refusal(file).startswith(str(file))
 
 
 @pytest.mark.parametrize("content", [b"run: \xff", b"run: \x00", b"run: \x07"])
-def test_a_file_that_is_not_text_is_refused(file: Path, content: bytes):
+def test_file_that_is_not_text_is_refused(file: Path, content: bytes):
     file.write_bytes(content)
     assert refusal(file).startswith(str(file))
 
 
-def test_a_missing_recipe_is_refused(tmp_path: Path):
+def test_missing_recipe_is_refused(tmp_path: Path):
     assert "No such file" in refusal(tmp_path / "nowhere.yaml")
 
 
@@ -190,14 +209,14 @@ def test_a_missing_recipe_is_refused(tmp_path: Path):
         ("2026-01-01", "2026-01-01"),
     ],
 )
-def test_plain_values_are_those_of_yaml_1_2(file: Path, text: str, value: object):
+def test_plain_values_follow_yaml_1_2(file: Path, text: str, value: object):
     field = "optimizer.learning_rate" if not isinstance(value, str) else "tracking.experiment"
-    got = load(file, [f"{field}={text}"]).as_tree()
+    tree = load(file, [f"{field}={text}"]).as_tree()
     section, name = field.split(".")
-    assert got[section][name] == value
+    assert tree[section][name] == value
 
 
-def test_explain_shows_meaning_type_default_and_bounds():
+def test_explain_shows_description_type_default_and_bounds():
     text = explain("optimizer.beta2")
     assert text.startswith("optimizer.beta2: float, default 0.98, at least 0, less than 1\n")
     assert "squared gradients" in text
@@ -215,7 +234,7 @@ def test_explain_covers_every_family():
     assert "model.latent_model.width: int, required, at least 1" in explain("model")
 
 
-def test_faults_of_each_family_name_its_own_fields(file: Path):
+def test_faults_of_a_family_name_its_own_fields(file: Path):
     file.write_text(
         file.read_text()
         .replace("  patch_size: 4\n", "  family: perceiver_ar\n  latens: 4\n")
@@ -229,8 +248,9 @@ def test_faults_of_each_family_name_its_own_fields(file: Path):
     assert "override model.latent_model.heads=3: model.latent_model: heads (3) does not divide width (16)" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "fault"),
     [
         ("train.steps=1e3", "train.steps is 1000.0; it must be a whole number: 1000, without a point or an exponent"),
         ("train.steps=null", "train.steps is null; it must be a whole number, such as 8"),
@@ -268,12 +288,13 @@ def test_faults_of_each_family_name_its_own_fields(file: Path):
         ("train.steps=[" + "0, " * 5000 + "0]", "…; it must be a whole number, such as 8"),
     ],
 )
-def test_the_error_of_a_wrong_value_names_what_is_expected(file: Path, override: str, said: str):
+def test_error_of_a_wrong_value_names_the_expected_values(file: Path, override: str, fault: str):
     message = refusal(file, override)
-    assert said in message
+    assert fault in message
     assert "\n" not in message and len(message) < 400
 
 
+@pytest.mark.slow
 def test_no_wrong_value_shows_a_message_of_pydantic(file: Path):
     """Give each field of each section a value of each kind."""
     tree = load(file).as_tree()
@@ -292,7 +313,7 @@ def test_no_wrong_value_shows_a_message_of_pydantic(file: Path):
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
-def test_no_number_of_a_recipe_may_be_infinite(file: Path, number: float):
+def test_numbers_of_a_recipe_must_be_finite(file: Path, number: float):
     tree = load(file).as_tree()
     names = [path for path, field in all_fields(Config, ()) if "float" in str(field.annotation)]
     assert {("optimizer", "clip_norm"), ("supervise", "step_seconds"), ("model", "initial_std")} <= set(names)
@@ -307,12 +328,12 @@ def test_no_number_of_a_recipe_may_be_infinite(file: Path, number: float):
             with_overrides(changed, (), "tree")
 
 
-def test_a_time_beyond_the_range_of_timers_is_refused(file: Path):
+def test_time_beyond_the_range_of_timers_is_refused(file: Path):
     assert "meeting_seconds is 1e+300; it must be at most 1e+09" in refusal(file, "launch.meeting_seconds=1e300")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "origin", "said"),
+    ("overrides", "origin", "fault"),
     [
         (
             ["train.steps=50", "optimizer.schedule.warmup_steps=50"],
@@ -326,21 +347,30 @@ def test_a_time_beyond_the_range_of_timers_is_refused(file: Path):
         ),
         (["optimizer={}"], 0, "optimizer.schedule.warmup_steps (500) must be less than train.steps (10)"),
         (["optimizer.schedule={shape: wsd, warmup_steps: 5, decay_fraction: 0.9}"], 0, "must be at most 0.5"),
+        (["engine.context=3"], 0, "engine.context (3) does not divide the "),
         (["train.steps=100000000000", "run.name=b"], 0, "is 4e+11 sequences; a run can read 274,877,906,944 at most"),
     ],
 )
-def test_a_mismatch_names_the_origin_of_one_of_its_fields(file: Path, overrides: list[str], origin: int, said: str):
+def test_error_of_a_mismatch_names_the_origin_of_one_of_its_fields(
+    file: Path, overrides: list[str], origin: int, fault: str
+):
     message = refusal(file, *overrides)
     assert message.startswith(f"override {overrides[origin]}: ")
-    assert said in message
+    assert fault in message
+
+
+def test_context_of_a_family_whose_rows_cannot_be_cut_is_refused(file: Path):
+    size = "sequence_length: 64, width: 8, layers: 1, heads: 1, memory_length: 0"
+    message = refusal(file, f"model={{family: transformer_xl, {size}}}", "engine.context=2")
+    assert "which megabyte, perceiver_ar and transformer support, not transformer_xl" in message
 
 
 def test_all_mismatches_are_reported_together(file: Path):
-    lines = refusal(file, "optimizer.schedule.warmup_steps=20", "optimizer.name=muon", "engine.name=fsdp").splitlines()
+    lines = refusal(file, "optimizer.schedule.warmup_steps=20", "optimizer.name=muon", "engine.name=zero1").splitlines()
     assert len(lines) == 2
 
 
-def test_likely_mistakes_get_a_warning_and_are_accepted(file: Path):
+def test_unusual_values_are_accepted_with_a_warning(file: Path):
     assert load(file).warnings() == []
     (rate, decay) = load(file, ["optimizer.learning_rate=3e3"]).warnings()
     assert rate.field == "optimizer.learning_rate" and rate.text.endswith(
@@ -351,7 +381,46 @@ def test_likely_mistakes_get_a_warning_and_are_accepted(file: Path):
     assert [each.field for each in load(file, ["train.micro_batch=9"]).warnings()] == ["train.micro_batch"]
 
 
-def test_a_home_folder_is_expanded_in_every_path_of_a_recipe(file: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ([], "decays after step 80, and the run keeps no checkpoint"),
+        (["checkpoint.keep_every=40"], None),
+        (["checkpoint.keep_every=30"], None),  # step 60
+        (["checkpoint.keep_every=90"], "such as 80"),
+        (["checkpoint.keep=null"], None),
+        (["checkpoint.keep=3"], None),  # steps 80, 90 and 100
+        (["checkpoint.every=90", "checkpoint.keep=null"], "set checkpoint.every to at most 80"),
+        (["optimizer.schedule.shape=constant"], None),
+        (["optimizer.schedule.decay_steps=100", "optimizer.schedule.decay_fraction=null"], None),
+    ],
+)
+def test_wsd_run_that_keeps_no_checkpoint_before_its_decay_gets_a_hint(
+    file: Path, overrides: list[str], advice: str | None
+):
+    base = ["train.steps=100", "optimizer.schedule={shape: wsd, warmup_steps: 0}", "checkpoint={every: 10, keep: 2}"]
+    found = {fault.field: fault.text for fault in load(file, [*base, *overrides]).warnings()}
+    assert found.keys() == ({"checkpoint.keep_every"} if advice else set())
+    assert advice is None or advice in found["checkpoint.keep_every"]
+
+
+@given(st.integers(1, 12), st.none() | st.integers(1, 6), st.none() | st.integers(1, 12), st.integers(1, 60))
+def test_oldest_kept_checkpoint_is_the_first_that_retention_leaves(
+    every: int, keep: int | None, keep_every: int | None, steps: int
+):
+    saved = sorted({*range(every, steps + 1, every), steps})
+    newest = saved if keep is None else saved[-keep:]
+    kept = {*newest, *(step for step in saved if keep_every and step % keep_every == 0)}
+    assert CheckpointConfig(every=every, keep=keep, keep_every=keep_every).oldest_kept(steps) == min(kept)
+
+
+def test_shipped_recipes_with_wsd_keep_a_checkpoint_before_the_decay():
+    recipes = [path for path in (ROOT / "configs").rglob("*.yaml") if "shape: wsd" in path.read_text(encoding="utf-8")]
+    assert len(recipes) >= 5
+    assert [fault for path in recipes for fault in load(path).warnings() if "checkpoint" in fault.field] == []
+
+
+def test_home_folder_is_expanded_in_every_path_of_a_recipe(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/u")
     paths = ("run.root", "data.shards", "data.remote.cache", "validation.shards", "checkpoint.home")
     paths += ("initialize.weights", "tracking.uri")
@@ -376,7 +445,8 @@ def test_schema_describes_the_fields():
     assert schema["additionalProperties"] is False
 
 
-def test_the_config_commands_print_machine_readable_output(byteloom: Run, recipe: Path, corpus_folder: Path):
+@pytest.mark.slow
+def test_config_commands_print_machine_readable_output(byteloom: Run, recipe: Path, corpus_folder: Path):
     shown = yaml.safe_load(byteloom("config", "show", recipe, "train.steps=7").stdout)
     expected = recipe_tree(corpus_folder)["model"]
     assert shown["train"]["steps"] == 7

@@ -1,4 +1,4 @@
-"""Recipes by name, and copies of them to edit."""
+"""Recipes found by name, and editable copies of them."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from tests.test_project import ROOT
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make an empty folder the working directory."""
+    """Make an empty folder the working directory, and return it."""
     folder = tmp_path / "else where"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -29,11 +29,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(recipe: str) -> str:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error:
         load(recipe)
-    return str(refused.value)
+    return str(error.value)
 
 
+@pytest.mark.slow
 def test_every_recipe_is_found_by_name_from_any_folder():
     files = {path.relative_to(ROOT).as_posix() for path in recipe_names().values()}
     assert {"configs/debug.yaml", "configs/megabyte/text.yaml"} <= files
@@ -42,7 +43,8 @@ def test_every_recipe_is_found_by_name_from_any_folder():
         assert load(name) == load(path)
 
 
-def test_commands_take_a_recipe_by_name():
+@pytest.mark.slow
+def test_commands_accept_the_name_of_a_recipe():
     shown = CliRunner().invoke(app, ["config", "show", "transformer/debug", "run.name=mine"])
     assert (shown.exit_code, "name: mine" in shown.output) == (0, True)
     estimated = CliRunner().invoke(app, ["models", "estimate", "debug", "--micro-batch", "1"])
@@ -51,7 +53,7 @@ def test_commands_take_a_recipe_by_name():
     assert (printed.exit_code, "name: debug" in printed.output) == (0, True)
 
 
-def test_a_file_wins_over_a_name(elsewhere: Path):
+def test_file_takes_precedence_over_a_recipe_name(elsewhere: Path):
     shutil.copy(ROOT / "configs/demo.yaml", elsewhere / "debug")
     assert load("debug").run.name == "demo"
     (elsewhere / "debug").unlink()
@@ -59,7 +61,7 @@ def test_a_file_wins_over_a_name(elsewhere: Path):
     assert load("debug").run.name == "debug"
 
 
-def test_a_path_is_never_read_as_a_name(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+def test_path_is_never_read_as_a_recipe_name(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(elsewhere))
     for path in ("nowhere.yaml", "../nowhere", f"{elsewhere}/nowhere", "~/nowhere"):
         assert refusal(path) == f"cannot read the recipe {path.replace('~', str(elsewhere))}: No such file or directory"
@@ -67,11 +69,11 @@ def test_a_path_is_never_read_as_a_name(elsewhere: Path, monkeypatch: pytest.Mon
     assert load("mine.yaml") == load("~/mine.yaml") == load("./mine.yaml") == load("demo")
 
 
-def test_a_home_folder_that_does_not_exist_is_named():
+def test_missing_home_folder_is_named():
     assert refusal("~nobody-here/a.yaml").startswith("~nobody-here/a.yaml: no home folder is known for ~nobody-here")
 
 
-def test_an_unknown_name_gets_the_nearest_names(elsewhere: Path):
+def test_error_of_an_unknown_name_lists_the_nearest_names(elsewhere: Path):
     lists = "; `byteloom models` lists the names, and a path ends in .yaml"
     assert refusal("debgu") == f"no recipe is named debgu (did you mean debug?){lists}"
     assert refusal("text") == f"no recipe is named text (did you mean megabyte/text or transformer/text?){lists}"
@@ -81,26 +83,26 @@ def test_an_unknown_name_gets_the_nearest_names(elsewhere: Path):
     assert refusal("mine") == f"no recipe is named mine (did you mean mine.yaml?){lists}"
 
 
-def test_the_error_of_a_checkout_path_shows_the_recipe_name():
+def test_error_of_a_checkout_path_shows_the_recipe_name():
     for path, name in (("configs/debug.yaml", "debug"), ("megabyte/text.yaml", "megabyte/text")):
         assert refusal(path) == f"there is no file {path}; the recipe that comes with Byteloom is named {name}"
 
 
-def test_the_error_of_a_run_folder_shows_its_recipe(elsewhere: Path):
+def test_error_of_a_run_folder_shows_its_recipe(elsewhere: Path):
     run = elsewhere / "runs/debug"
     run.mkdir(parents=True)
     assert refusal("runs/debug") == "runs/debug is a folder, not a recipe"
     (run / "config.yaml").touch()
-    said = "runs/debug is a folder, not a recipe; the recipe of that run is runs/debug/config.yaml"
-    assert refusal("runs/debug") == said
+    message = "runs/debug is a folder, not a recipe; the recipe of that run is runs/debug/config.yaml"
+    assert refusal("runs/debug") == message
 
 
 def test_presets_are_found_by_name_from_any_folder(elsewhere: Path):
-    assert load_cluster("gpu", {}).gpus_per_node == 8
+    assert load_cluster("gpu", {}).gpus == 8
     (elsewhere / "gpu").mkdir()
-    assert load_cluster("gpu", {}).gpus_per_node == 8
+    assert load_cluster("gpu", {}).gpus == 8
     (elsewhere / "gpu.yaml").write_text("gpus_per_node: 2\n")
-    assert load_cluster("gpu.yaml", {}).gpus_per_node == 2
+    assert load_cluster("gpu.yaml", {}).gpus == 2
     with pytest.raises(
         ClusterError, match=r"^--cluster mine\.yaml: cannot read the preset: No such file or directory$"
     ):
@@ -111,8 +113,9 @@ def comments(text: str) -> list[str]:
     return [line.partition("#")[2] for line in text.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(recipe_names()))
-def test_a_copy_is_the_recipe_under_another_name_and_the_schema_accepts_it(name: str, elsewhere: Path):
+def test_copy_equals_the_recipe_except_for_its_name_and_fits_the_schema(name: str, elsewhere: Path):
     path = elsewhere / "copies/my first try.yaml"
     schema = write_copy(name, path)
     original, copy = load(name), load(path)
@@ -124,13 +127,14 @@ def test_a_copy_is_the_recipe_under_another_name_and_the_schema_accepts_it(name:
     assert schema == path.parent / first.partition("=")[2]
     assert second == f"# Made from the recipe {name} by `byteloom config new`."
     assert third == f"# Edit it, then: byteloom train '{path}'"
-    body, of_copy = (text.read_text().partition("\n\n")[2] for text in (recipe_names()[name], path))
-    assert comments(body) == comments(of_copy)
+    body, copied_body = (text.read_text().partition("\n\n")[2] for text in (recipe_names()[name], path))
+    assert comments(body) == comments(copied_body)
     validator = jsonschema.Draft202012Validator(json.loads(schema.read_text()))
     assert list(validator.iter_errors(copy.as_tree())) == []
 
 
-def test_a_copy_drops_comments_that_hold_only_for_the_original(elsewhere: Path):
+@pytest.mark.slow
+def test_copy_drops_comments_that_are_true_only_of_the_original(elsewhere: Path):
     write_copy("megabyte/text", elsewhere / "mine.yaml")
     write_copy("mine.yaml", elsewhere / "copy.yaml")
     text = (elsewhere / "copy.yaml").read_text()
@@ -143,12 +147,13 @@ def test_a_copy_drops_comments_that_hold_only_for_the_original(elsewhere: Path):
 
 
 @pytest.mark.parametrize(("file", "run"), [("007", "007"), ("true", "true"), ("1e-3", "1e-3"), ("_ä", "debug")])
-def test_the_run_of_a_copy_has_a_name_that_yaml_reads_as_text(elsewhere: Path, file: str, run: str):
+def test_run_name_of_a_copy_is_text_in_yaml(elsewhere: Path, file: str, run: str):
     write_copy("debug", elsewhere / f"{file}.yaml")
     assert load(elsewhere / f"{file}.yaml").run.name == run
 
 
-def test_a_file_that_exists_is_replaced_only_by_force(elsewhere: Path):
+@pytest.mark.slow
+def test_existing_file_is_replaced_only_with_force(elsewhere: Path):
     new = ["config", "new", "mine.yaml"]
     assert CliRunner().invoke(app, new).exit_code == 0
     (elsewhere / "mine.yaml").write_text("mine")
@@ -166,27 +171,28 @@ def test_a_file_that_exists_is_replaced_only_by_force(elsewhere: Path):
     assert not (elsewhere / "other.yaml").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", [jsonschema.Draft7Validator, jsonschema.Draft202012Validator])
-def test_the_schema_accepts_every_form_of_a_field_and_refuses_what_the_config_refuses(draft: Any):
+def test_schema_accepts_every_form_of_a_field_and_refuses_what_the_config_refuses(draft: Any):
     draft.check_schema(recipe_schema())
     validator = draft(recipe_schema())
 
-    def is_right(section: str, **fields: object) -> bool:
+    def is_accepted(section: str, **fields: object) -> bool:
         tree = load("debug").as_tree()
         tree[section] |= fields
         return validator.is_valid(tree)
 
-    assert is_right("engine", activation_checkpointing="full")
-    assert is_right("engine", activation_checkpointing={"mode": "selective", "stacks": ["global"]})
-    assert is_right("data", shards=None, mixture={"a": {"shards": "b", "weight": 3}}, stages=[])
-    assert is_right("checkpoint", keep=None, home="s3://bucket/folder")
-    assert is_right("optimizer", learning_rate=1)
-    assert not is_right("engine", activation_checkpointing="some")
-    assert not is_right("model", pach_size=8)
-    assert not is_right("model", family="lstm")
-    assert not is_right("train", steps="50")
-    assert not is_right("train", steps=0)
-    assert not is_right("data", mixture={"a": {"weight": 3}})
+    assert is_accepted("engine", activation_checkpointing="full")
+    assert is_accepted("engine", activation_checkpointing={"mode": "selective", "stacks": ["global"]})
+    assert is_accepted("data", shards=None, mixture={"a": {"shards": "b", "weight": 3}}, stages=[])
+    assert is_accepted("checkpoint", keep=None, home="s3://bucket/folder")
+    assert is_accepted("optimizer", learning_rate=1)
+    assert not is_accepted("engine", activation_checkpointing="some")
+    assert not is_accepted("model", pach_size=8)
+    assert not is_accepted("model", family="lstm")
+    assert not is_accepted("train", steps="50")
+    assert not is_accepted("train", steps=0)
+    assert not is_accepted("data", mixture={"a": {"weight": 3}})
 
     tree = load("debug").as_tree()
     del tree["model"]["family"]  # MEGABYTE is the default

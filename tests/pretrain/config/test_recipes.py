@@ -1,4 +1,4 @@
-"""The catalogue: sizes and costs of the models of recipes."""
+"""Catalogue of recipes: sizes and costs of their models."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,8 @@ def recipes() -> dict[str, CatalogueEntry]:
     return {r.path.relative_to(CONFIGS).with_suffix("").as_posix(): r for r in read_recipes(CONFIGS)}
 
 
-def test_every_family_has_a_debug_recipe_of_the_size_that_is_built(recipes: dict[str, CatalogueEntry]):
+@pytest.mark.slow
+def test_every_family_has_a_debug_recipe_with_the_listed_size(recipes: dict[str, CatalogueEntry]):
     debug = {recipe.family: recipe for name, recipe in recipes.items() if name.endswith("debug")}
     assert debug.keys() == all_families().keys()
     for recipe in debug.values():
@@ -52,7 +53,7 @@ TABLE_15 = {
     "audio-without-cross-patch": ((1024, 24, 768, 14), 256, 2e-4, 524_288, 32),
     "audio-with-convolution": ((1024, 24, 768, 12), 256, 2e-4, 524_288, 32),
 }
-"""Of arXiv:2305.07185, MEGABYTE's rows. None: the table gives none, or one that is no multiple of the patch."""
+"""MEGABYTE's rows of table 15 of arXiv:2305.07185. None: the table has no value, or not a multiple of the patch."""
 BASELINES = {
     # recipe: width, layers, batch, rate, context, latents
     "transformer/text": (1024, 22, 72, 2e-4, 1024, None),
@@ -66,11 +67,11 @@ BASELINES = {
     "perceiver_ar/image640": (768, 6, 2048, 3e-4, 4096, 1024),
     "perceiver_ar/audio": (768, 6, 384, 2e-4, 8192, 1024),
 }
-"""Of the same table."""
+"""Rows of the baselines in the same table."""
 
 
 @pytest.mark.parametrize("name", TABLE_15)
-def test_megabytes_recipes_are_the_rows_of_the_papers_table_15(name: str):
+def test_megabyte_recipes_equal_the_rows_of_table_15(name: str):
     (width, layers, local_width, local_layers), batch, rate, context, patch = TABLE_15[name]
     config = load(CONFIGS / f"megabyte/{name}.yaml")
     model = config.model
@@ -84,7 +85,7 @@ def test_megabytes_recipes_are_the_rows_of_the_papers_table_15(name: str):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_its_baselines_are_the_rows_of_the_papers_table_15(name: str):
+def test_baseline_recipes_equal_the_rows_of_table_15(name: str):
     width, layers, batch, rate, context, latents = BASELINES[name]
     config = load(CONFIGS / f"{name}.yaml")
     stack = config.model.latent_model if latents else config.model
@@ -104,7 +105,7 @@ def test_its_baselines_are_the_rows_of_the_papers_table_15(name: str):
         ("6.7b", 32, 4096, 32),
     ],
 )
-def test_sizes_are_those_of_the_papers_table_14(
+def test_sizes_equal_those_of_table_14(
     recipes: dict[str, CatalogueEntry], size: str, layers: int, width: int, heads: int
 ):
     model = load(CONFIGS / f"transformer/size-{size}.yaml").model
@@ -125,7 +126,7 @@ def test_sizes_are_those_of_the_papers_table_14(
         ("megabyte/books-10m", 10e6, None, None),
     ],
 )
-def test_the_papers_models_have_the_papers_sizes(
+def test_models_of_papers_have_the_sizes_of_the_papers(
     recipes: dict[str, CatalogueEntry], name: str, parameters: float, printed: str | None, remark: str | None
 ):
     recipe = recipes[name]
@@ -134,7 +135,33 @@ def test_the_papers_models_have_the_papers_sizes(
     assert (recipe.printed_remark or "").startswith(remark or "")
 
 
-def test_a_printed_size_that_is_not_the_true_size_has_a_remark(recipes: dict[str, CatalogueEntry]):
+def test_every_printed_result_says_mode_stride_and_split_or_that_the_paper_does_not(
+    recipes: dict[str, CatalogueEntry],
+):
+    for name, recipe in recipes.items():
+        assert (recipe.result is None) == (recipe.evaluation is None), name
+        how, _, split = (recipe.evaluation or "mode, stride; test").partition("; ")
+        assert any(word in how for word in ("windows", "sliding", "memory", "mode")), name
+        assert "stride" in recipe.evaluation if recipe.evaluation else True, name
+        assert any(word in (split or how) for word in ("test", "validation", "split not stated", "fresh")), name
+
+
+def test_perceiver_ar_of_megabytes_table_3_reads_400_billion_bytes_with_the_sizes_of_the_text_row():
+    own, text = (load(CONFIGS / f"perceiver_ar/{name}.yaml") for name in ("pg19-228m", "text-228m"))
+    assert own.model == text.model and own.optimizer == text.optimizer
+    assert own.train.steps * own.train.global_batch * own.model.sequence_length == pytest.approx(400e9, rel=1e-6)
+
+
+def test_rounded_widths_are_those_that_the_guide_names():
+    rounded = {"image64": (2048, 2112), "image64-best": (2560, 2496), "image256-without-local": (4096, 4032)}
+    guide = (ROOT / "docs/guides/models.md").read_text(encoding="utf-8")
+    for name, (printed, width) in rounded.items():
+        model = load(CONFIGS / f"megabyte/{name}.yaml").model
+        assert model.global_model.width == width and printed % model.patch_size
+        assert f"{printed:,} to {width:,} (`{name}`)" in guide
+
+
+def test_printed_size_that_differs_from_the_true_size_has_a_remark(recipes: dict[str, CatalogueEntry]):
     units = {"M": 1e6, "B": 1e9}
     for name, recipe in recipes.items():
         if recipe.printed is not None and recipe.printed_remark is None:
@@ -142,8 +169,9 @@ def test_a_printed_size_that_is_not_the_true_size_has_a_remark(recipes: dict[str
             assert recipe.parameters == pytest.approx(printed, rel=0.01), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TABLE_15 if not name.endswith("convolution")])
-def test_megabytes_parts_are_12_l_d_squared(name: str):
+def test_parts_of_megabyte_have_12_l_d_squared_weights(name: str):
     config = load(CONFIGS / f"megabyte/{name}.yaml").model
     stacks = [config.global_model, config.local_model]
     weights = sum(12 * stack.layers * stack.width**2 for stack in stacks)
@@ -154,36 +182,40 @@ def test_megabytes_parts_are_12_l_d_squared(name: str):
     assert on_meta(config).parameter_count() == weights + norms + tables + pads_and_conditioning
 
 
-def test_megabytes_text_model_and_its_transformer_cost_the_same_a_byte(recipes: dict[str, CatalogueEntry]):
-    """The paper's control: 645M and 646M by SpaceByte's count (arXiv:2404.14408) over 12 L D^2 weights."""
+def test_megabyte_text_model_and_its_transformer_cost_the_same_per_byte(recipes: dict[str, CatalogueEntry]):
+    """The paper controls for compute: SpaceByte (arXiv:2404.14408) counts 645M and 646M over 12 L D^2 weights."""
     assert recipes["megabyte/text"].flops_per_byte == pytest.approx(645e6, rel=0.005)
     assert recipes["transformer/text"].flops_per_byte == pytest.approx(646e6, rel=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "less"),
     [
         ("debug", (), 0),
         ("transformer/debug", ("model.window=null",), 0),
         ("perceiver_ar/debug", ("model.latents=64",), 0),
-        # The distances' table has no gradient, so their projection has one product less, in each layer.
+        # The table of distances has no gradient, so its projection has one product less in each layer.
         ("transformer_xl/debug", ("model.memory_length=0",), 2 * 2 * 64 * 128**2),
     ],
 )
-def test_training_is_three_forward_passes_and_the_logits_once_more(name: str, overrides: tuple[str, ...], less: int):
-    """As torch counts it, in bf16 on a CPU with rows so short that attention is explicit products."""
+def test_training_costs_three_forward_passes_and_one_more_product_of_logits(
+    name: str, overrides: tuple[str, ...], less: int
+):
+    """The counter of torch agrees in bf16 on a CPU, with rows so short that attention is explicit products."""
     config = load(CONFIGS / f"{name}.yaml", ["model.sequence_length=64", "model.dropout=0.0", *overrides]).model
     torch.manual_seed(0)
     model = build_model(config).to(torch.bfloat16).train()
     ids = torch.randint(0, 256, (1, config.sequence_length))
     with FlopCounterMode(display=False) as counter:
         model(ids).mean().backward()
-    priced = len(range(*model.scored(config.sequence_length).indices(config.sequence_length)))
-    logits = 2 * priced * model.head_weights()[0].numel()
+    scored = len(range(*model.scored(config.sequence_length).indices(config.sequence_length)))
+    logits = 2 * scored * model.head_weights()[0].numel()
     assert counter.get_total_flops() == TRAINING_PASSES * model.flops(config.sequence_length) + logits - less
 
 
-def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, CatalogueEntry]):
+@pytest.mark.slow
+def test_models_command_lists_every_family_and_recipe(recipes: dict[str, CatalogueEntry]):
     command = ["models", "--recipes", str(CONFIGS)]
     shown = CliRunner().invoke(app, command, catch_exceptions=False)
     for family in all_families():
@@ -197,6 +229,6 @@ def test_the_models_command_lists_every_family_and_recipe(recipes: dict[str, Cat
     assert [entry["parameters"] for entry in written] == [recipe.parameters for recipe in recipes.values()]
 
 
-def test_a_folder_without_recipes_is_refused(tmp_path: Path):
+def test_folder_without_recipes_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="has no recipe"):
         read_recipes(tmp_path)

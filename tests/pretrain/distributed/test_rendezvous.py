@@ -1,4 +1,4 @@
-"""Which rank a process is, from what launchers say in the environment."""
+"""Rank of a process, derived from the environment variables of launchers."""
 
 import itertools
 
@@ -17,20 +17,20 @@ SRUN = {
 }
 
 
-def test_a_process_that_nobody_launched_is_alone():
+def test_process_without_a_launcher_is_alone():
     assert place_of({}) is None
 
 
-def test_a_batch_script_and_a_step_of_one_task_are_alone():
+def test_batch_script_and_step_of_one_task_are_alone():
     assert place_of({"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
     assert place_of(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_torchrun_says_it_all_even_within_a_slurm_step():
+def test_torchrun_variables_take_precedence_within_a_slurm_step():
     assert place_of(SRUN | TORCHRUN) == Place(3, 8, 1, "node1", 29500)
 
 
-def test_under_srun_the_first_host_and_a_port_of_the_step_are_where_ranks_meet():
+def test_ranks_under_srun_meet_at_the_first_host_and_a_port_of_the_step():
     assert place_of(SRUN) == Place(3, 8, 1, "node003", slurm_port(SRUN))
     assert place_of(SRUN | {"MASTER_ADDR": "other", "MASTER_PORT": "1"}) == Place(3, 8, 1, "other", 1)
 
@@ -48,12 +48,12 @@ def test_under_srun_the_first_host_and_a_port_of_the_step_are_where_ranks_meet()
         ("gpu-a[7]", "gpu-a7"),
     ],
 )
-def test_the_first_host_of_a_slurm_list(nodes: str, first: str):
+def test_first_host_of_a_slurm_host_list(nodes: str, first: str):
     place = place_of(SRUN | {"SLURM_STEP_NODELIST": nodes})
     assert place is not None and place.address == first
 
 
-def test_steps_that_follow_each_other_meet_at_ports_that_nothing_else_is_given():
+def test_consecutive_slurm_steps_use_different_ports_below_the_ephemeral_range():
     ports = [
         slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in range(9999) for step in range(7)
     ]
@@ -62,7 +62,7 @@ def test_steps_that_follow_each_other_meet_at_ports_that_nothing_else_is_given()
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"WORLD_SIZE": "eight"}, "WORLD_SIZE is 'eight'"),
         ({"RANK": ""}, "RANK is ''"),
@@ -71,12 +71,12 @@ def test_steps_that_follow_each_other_meet_at_ports_that_nothing_else_is_given()
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused(change: dict[str, str], complaint: str):
-    with pytest.raises(WorldError, match=complaint):
+def test_contradictory_environment_is_refused(change: dict[str, str], message: str):
+    with pytest.raises(WorldError, match=message):
         place_of(TORCHRUN | change)
 
 
-def test_what_is_missing_is_named():
+def test_missing_variables_are_named():
     with pytest.raises(WorldError, match="has WORLD_SIZE but not RANK, MASTER_PORT;"):
         place_of({name: value for name, value in TORCHRUN.items() if name not in ("RANK", "MASTER_PORT")})
     with pytest.raises(WorldError, match="SLURM_PROCID is ''"):

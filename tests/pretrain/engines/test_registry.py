@@ -1,4 +1,4 @@
-"""Registries of engines and optimizers: what is not declared is refused by name."""
+"""Registries of engines and optimizers: undeclared names and options are refused."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,15 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.explanation import explain
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
-from pretrain.engines import ENGINES, EngineConfig, EngineEntry, StateSharding, optimizer_mismatch, register_engine
+from pretrain.engines import (
+    ENGINES,
+    EngineConfig,
+    EngineEntry,
+    StateSharding,
+    optimizer_mismatch,
+    register_engine,
+    remark_on_idle_ranks,
+)
 from pretrain.engines.builtin import REPLICATED
 from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.estimate.activations import on_meta
@@ -43,7 +51,7 @@ def build_sgd(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
 
 @pytest.fixture
 def sgd() -> Iterator[str]:
-    """Register an optimizer that works on shards."""
+    """Register an optimizer that works on shards, and yield its name."""
     register_optimizer(
         OptimizerEntry(
             "sgd", build_sgd, ("momentum_buffer",), frozenset({"momentum"}), SgdOptions, works_on_shards=True
@@ -55,7 +63,7 @@ def sgd() -> Iterator[str]:
 
 @pytest.fixture
 def tp() -> Iterator[str]:
-    """Register an engine that declares little."""
+    """Register an engine that declares few options, and yield its name."""
     sharding = StateSharding("tp", weights=True, copies_weights=True)
     register_engine(EngineEntry("tp", lambda: PyTorchEngine, sharding, precisions=frozenset({"fp32"})))
     yield "tp"
@@ -84,11 +92,11 @@ def refusal(*overrides: str) -> str:
         ("engine.options={degree: 2}", "engine.options has degree, and engine.name ddp has no options"),
     ],
 )
-def test_what_is_not_declared_is_refused_when_the_recipe_is_read(override: str, text: str):
+def test_undeclared_names_are_refused_when_the_recipe_is_read(override: str, text: str):
     assert text in refusal(override)
 
 
-def test_an_optimizer_of_another_package_is_one_entry(sgd: str):
+def test_foreign_optimizer_appears_in_config_help_and_schema(sgd: str):
     config = load(DEBUG, (f"optimizer.name={sgd}", "optimizer.weight_decay=null", "optimizer.options={nesterov: true}"))
     assert config.optimizer.options == {"nesterov": True, "dampening": 0.0}
     assert load_tree(config).optimizer == config.optimizer
@@ -110,11 +118,11 @@ def load_tree(config: Config) -> Config:
         (["engine.name=zero1"], "optimizer.name sgd is for engine.name ddp, fsdp and hsdp, not for zero1"),
     ],
 )
-def test_an_optimizer_of_another_package_is_refused_what_it_does_not_declare(sgd: str, overrides: list[str], text: str):
+def test_undeclared_options_of_a_foreign_optimizer_are_refused(sgd: str, overrides: list[str], text: str):
     assert text in refusal(f"optimizer.name={sgd}", "optimizer.weight_decay=null", *overrides)
 
 
-def test_an_optimizer_of_another_package_trains_and_is_kept_in_fragments(sgd: str):
+def test_foreign_optimizer_has_its_moments_in_fragments(sgd: str):
     torch.manual_seed(0)
     config = OptimizerConfig(name=sgd, options={"nesterov": True})
     engine = PyTorchEngine(
@@ -126,9 +134,11 @@ def test_an_optimizer_of_another_package_trains_and_is_kept_in_fragments(sgd: st
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_moments_are_those_that_an_optimizer_declares(name: str):
+def test_moments_equal_those_that_an_optimizer_declares(name: str):
     model = build_model(model_config(TINY))
-    states = [state for it in build_optimizers(OptimizerConfig(name=name), model) for state in it.state.values()]
+    states = [
+        state for optimizer in build_optimizers(OptimizerConfig(name=name), model) for state in optimizer.state.values()
+    ]
     assert {kind for state in states for kind in state} - {"step"} == set(OPTIMIZERS.get(name).moments)
 
 
@@ -140,31 +150,52 @@ def test_moments_are_those_that_an_optimizer_declares(name: str):
             {"precision": "bf16"},
             "precision bf16 is for ddp, fsdp, hsdp, zero1, zero2 and zero3, not for tp; set it to fp32",
         ),
-        ({"activation_checkpointing": "full"}, "mode full is for ddp, fsdp, hsdp, zero1, zero2 and zero3, not for tp"),
+        (
+            {"activation_checkpointing": "full"},
+            "mode full is for ddp, fsdp, hsdp, zero1, zero2 and zero3, not for tp",
+        ),
     ],
 )
-def test_an_engine_of_another_package_is_refused_what_it_does_not_declare(tp: str, fields: dict[str, Any], text: str):
+def test_undeclared_options_of_a_foreign_engine_are_refused(tp: str, fields: dict[str, Any], text: str):
     with pytest.raises(ValidationError, match=text):
         EngineConfig(name=tp, **fields)
 
 
-def test_an_engine_of_another_package_is_refused_optimizers_of_whole_matrices(tp: str):
+def test_foreign_sharding_engine_refuses_optimizers_of_whole_matrices(tp: str):
     mismatch = optimizer_mismatch(EngineConfig(name=tp), OptimizerConfig(name="muon"))
     assert mismatch is not None
-    assert "muon works on whole matrices, which engine.name tp shards; set the engine to ddp" in mismatch.text
+    assert (
+        "muon works on whole matrices, which engine.name tp shards; it is for ddp, fsdp and hsdp; set one"
+        in mismatch.text
+    )
 
 
-def test_an_engine_of_another_package_has_a_row_of_the_estimate(tp: str):
+def test_foreign_engine_has_a_row_in_the_estimate(tp: str):
     model = on_meta(model_config(TINY))
-    rows = {row.name: row.states for row in shardings(model, torch.bfloat16, 2)}
-    assert list(rows) == ["ddp", "zero-1", "zero-2", "tp", "zero-3, fsdp2"]
+    rows = {row.name: row.states for row in shardings(model, OPTIMIZERS.get("adamw"), torch.bfloat16, 2)}
+    assert list(rows) == ["ddp", "zero-1", "zero-2", "tp", "zero-3", "fsdp"]
     assert rows["tp"].masters == rows[REPLICATED.label].masters
 
 
-def test_recipes_of_byteloom_name_only_registered_engines_and_optimizers():
+@pytest.mark.slow
+def test_recipes_name_only_registered_engines_and_optimizers():
     for path in Path(ROOT / "configs").rglob("*.yaml"):
         text = path.read_text()
         if "\noptimizer:" in text:
             config = load(path)
             assert config.engine.name in ENGINES.names()
             assert config.optimizer.name in OPTIMIZERS.names()
+
+
+def test_ranks_without_a_row_are_remarked_unless_they_share_rows():
+    remark = remark_on_idle_ranks(EngineConfig(name="fsdp"), 48, 1, 1024)
+    assert remark is not None
+    assert remark.startswith("976 of 1,024 ranks are idle")
+    assert remark_on_idle_ranks(EngineConfig(name="fsdp", context=32), 48, 1, 1024) is None
+    assert remark_on_idle_ranks(EngineConfig(name="fsdp"), 48, 1, 48) is None
+
+
+def test_remark_on_idle_ranks_names_only_what_the_engine_supports():
+    remarks = [remark_on_idle_ranks(EngineConfig(name=name), 4, 2, 8) for name in ("ddp", "zero1")]
+    assert ["engine.context" in (remark or "") for remark in remarks] == [True, False]
+    assert all("lower train.micro_batch" in (remark or "") for remark in remarks)

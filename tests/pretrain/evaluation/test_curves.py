@@ -1,4 +1,4 @@
-"""Sums of an evaluation: all of them have the same total of nats."""
+"""Sums of an evaluation all have the same total of nats."""
 
 import math
 from collections.abc import Callable
@@ -46,6 +46,7 @@ def sound(tmp_path: Path) -> Corpus:
     return prepare_corpus([folder], tmp_path / "sound-corpus", block_bytes=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "mode", "stride"),
     [
@@ -57,7 +58,7 @@ def sound(tmp_path: Path) -> Corpus:
     ],
 )
 @pytest.mark.parametrize("corpus", ["mixed", "sound"])
-def test_every_way_to_split_the_nats_adds_up_to_the_same(
+def test_every_split_of_the_nats_has_the_same_total(
     request: pytest.FixtureRequest, corpus: str, build: Callable[[], ByteModel], mode: Mode, stride: int | None
 ):
     """The totals are equal to the last bit."""
@@ -92,7 +93,7 @@ def test_a_position_is_the_number_of_bytes_before_it_in_the_window(mixed: Corpus
 
 
 @pytest.mark.parametrize("stride", [32, 7])
-def test_the_high_byte_of_a_sample_is_the_second(sound: Corpus, stride: int):
+def test_second_byte_of_a_sample_is_its_high_byte(sound: Corpus, stride: int):
     """The loss of each byte is its value."""
     result = evaluate(lambda ids: torch.from_numpy(ids).float(), sound, 32, rows=3, stride=stride)
     recordings = [raw for key, raw in documents_of(sound).items() if key.endswith(".wav")]
@@ -103,7 +104,7 @@ def test_the_high_byte_of_a_sample_is_the_second(sound: Corpus, stride: int):
         assert score.bytes == 373
 
 
-def test_words_are_counted_as_the_shell_does_across_blocks(mixed: Corpus, tmp_path: Path):
+def test_word_count_across_blocks_equals_that_of_wc(mixed: Corpus, tmp_path: Path):
     by_document = count_words(mixed, lambda key: key)
     assert by_document == {key: len(raw.split()) for key, raw in documents_of(mixed).items()}
     folder = tmp_path / "texts"
@@ -123,7 +124,7 @@ def test_words_are_counted_as_the_shell_does_across_blocks(mixed: Corpus, tmp_pa
         (0.919, 17_733_002, 3_007_061, 42.8),
     ],
 )
-def test_e4_the_papers_perplexity_of_pg19_by_word(bits_per_byte: float, size: int, words: int, perplexity: float):
+def test_e4_word_perplexity_of_pg19_equals_the_papers(bits_per_byte: float, size: int, words: int, perplexity: float):
     """MEGABYTE, tables 3 and 11 (arXiv:2305.07185): test, test in one pass, validation."""
     score = Score(round(bits_per_byte * math.log(2) * size * 2**32), size)
     assert score.word_perplexity(words) == pytest.approx(perplexity, rel=3e-3)

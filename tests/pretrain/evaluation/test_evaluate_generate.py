@@ -1,4 +1,4 @@
-"""Evaluation scores every byte once; generation draws bytes."""
+"""Evaluation scores every byte once. Generation samples bytes."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,13 @@ import torch
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
+from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.evaluate import evaluate, scorer
-from pretrain.evaluation.generation import Sampling, SamplingError, generate, generate_rows, row_generator, sample
+from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows, row_generator, sample
 from pretrain.evaluation.modes import Mode, evaluate_model, strided
 from pretrain.evaluation.scores import EvaluationError
 from pretrain.evaluation.windows import document_windows
-from pretrain.models.base import ByteModel
+from pretrain.models.base import ByteModel, Memory
 from pretrain.models.families.megabyte import Megabyte, MegabyteConfig
 from pretrain.models.families.perceiver_ar import PerceiverAR, PerceiverARConfig
 from pretrain.models.families.transformer import Transformer, TransformerConfig
@@ -45,6 +46,7 @@ def test_windows_hold_every_document_from_its_beginning(mixed: Corpus, length: i
     assert got == documents_of(mixed) == files_under(Path(mixed.location).parent / "tree")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_bits_per_byte_does_not_depend_on_how_windows_are_batched(mixed: Corpus, rows: int):
     model = tiny_model()
@@ -74,7 +76,59 @@ def test_sliding_windows_score_every_byte_once_with_context(mixed: Corpus, lengt
     assert scored == documents
 
 
-def test_sliding_evaluation_is_the_sum_over_the_windows_last_halves(mixed: Corpus):
+@pytest.mark.parametrize(("length", "stride"), [(32, 32), (32, 16), (32, 1), (2, 2), (7, 3), (700, 699), (5000, 5000)])
+def test_windows_behind_a_separator_score_every_byte_once_and_the_separator_never(
+    mixed: Corpus, length: int, stride: int
+):
+    documents = documents_of(mixed)
+    scored: dict[str, list[int]] = {key: [] for key in documents}
+    for window in document_windows(mixed, length, stride, after_separator=True):
+        end = len(scored[window.key])
+        assert window.begins_document == (end == 0)
+        assert len(window.ids) <= length
+        whole = [SEPARATOR, *documents[window.key]]
+        start = window.offset + 1
+        assert window.ids.tolist() == whole[start : start + len(window.ids)]
+        assert start + window.context == end + 1
+        assert len(window.ids) - window.context in (stride, length - 1, len(documents[window.key]) - end)
+        scored[window.key] += window.ids[window.context :].tolist()
+    assert {key: bytes(ids) for key, ids in scored.items()} == documents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [Mode.windows, Mode.memory])
+def test_evaluation_behind_separators_is_that_of_rows_that_begin_with_them(mixed: Corpus, mode: Mode):
+    model, expected = tiny_xl(), 0.0
+    with torch.no_grad():
+        for raw in documents_of(mixed).values():
+            memory: Memory = {}
+            for number, segment in enumerate(torch.tensor([[SEPARATOR, *raw]]).split(32, 1)):
+                nats, new = model.forward_segment(segment, memory)
+                memory = new if mode is Mode.memory else {}
+                expected += nats[:, 1 if number == 0 else 0 :].double().sum().item()
+    result = evaluate_model(model, mixed, mode, rows=3, after_separator=True).total
+    assert (result.bytes, result.documents) == (mixed.raw_bytes, 8)
+    assert result.nats == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, "separator"),
+        ({"separate_documents": False}, "start"),
+        ({"packing": "document"}, "start"),
+        ({"mixture": {"a": {"packing": "document"}, "b": {"separate_documents": False}}}, "start"),
+        ({"mixture": {"a": {"packing": "document"}, "b": {"separate_documents": True}}}, "separator"),
+    ],
+)
+def test_documents_begin_as_in_training_unless_the_user_says_otherwise(data: dict[str, object], expected: str):
+    assert Beginning.auto.resolved(data) == expected
+    assert Beginning.start.resolved(data) == "start"
+    assert Beginning.separator.resolved(data) == "separator"
+
+
+@pytest.mark.slow
+def test_sliding_evaluation_sums_the_last_half_of_each_window(mixed: Corpus):
     model = tiny_model()
     expected = 0.0
     with torch.no_grad():
@@ -89,6 +143,7 @@ def test_sliding_evaluation_is_the_sum_over_the_windows_last_halves(mixed: Corpu
     assert result.nats == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 7, 8, 17, 31, 32])
 def test_a8_strided_inference_takes_first_halves_of_two_passes(length: int):
     """MEGABYTE section 2.3.3. The first patch comes from the first pass."""
@@ -124,7 +179,7 @@ def test_a8_modes_and_strides_that_a_model_does_not_support_are_refused(mixed: C
         evaluate_model(plain, mixed, Mode.memory, rows=3)
     with pytest.raises(EvaluationError, match="needs a model that carries memory"):
         evaluate_model(tiny_xl(memory_length=0), mixed, Mode.memory, rows=3)
-    with pytest.raises(EvaluationError, match="--stride is 33; this model scores at most 32 bytes of a window"):
+    with pytest.raises(EvaluationError, match="stride is 33; this model scores at most 32 bytes of a window"):
         evaluate_model(plain, mixed, Mode.windows, rows=3, stride=33)
     with pytest.raises(EvaluationError, match="takes no stride"):
         evaluate_model(tiny_xl(), mixed, Mode.memory, rows=3, stride=16)
@@ -138,6 +193,7 @@ def tiny_xl(memory_length: int = 48) -> TransformerXL:
     return TransformerXL(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_memory_spans_a_document_and_ends_with_it(mixed: Corpus, rows: int):
     model = tiny_xl()
@@ -161,7 +217,7 @@ def test_a_uniform_model_scores_8_bits_per_byte(mixed: Corpus):
 
 
 def generated(model: ByteModel, prompt: bytes = b"", count: int = 20, **sampling: object) -> bytes:
-    return bytes(generate(model, prompt, count, Sampling(**sampling)))
+    return bytes(byte for _, byte in generate_rows(model, [prompt], [count], Sampling(**sampling)))
 
 
 def windowed_transformer() -> Transformer:
@@ -174,9 +230,16 @@ def extended_megabyte() -> Megabyte:
     return tiny_model(patch_encoder="convolution", cross_patch_bytes=3)
 
 
-@pytest.mark.parametrize("build", [tiny_model, extended_megabyte, windowed_transformer, tiny_xl])
-@pytest.mark.parametrize("prompt", [b"", b"a", b"abcd", bytes(range(200, 231))])
-def test_temperature_zero_takes_the_likeliest_byte_of_the_full_forward(build: Callable[[], ByteModel], prompt: bytes):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "prompt"),
+    [
+        pytest.param(build, prompt, marks=[] if number == place else pytest.mark.long)
+        for number, build in enumerate([extended_megabyte, windowed_transformer, tiny_xl, tiny_model])
+        for place, prompt in enumerate([b"", b"a", b"abcd", bytes(range(200, 231))])
+    ],
+)
+def test_temperature_zero_draws_the_likeliest_byte_of_the_full_forward(build: Callable[[], ByteModel], prompt: bytes):
     model = build()
     expected = list(prompt)
     while len(expected) < 31:
@@ -208,7 +271,7 @@ every_family = pytest.mark.parametrize(
 
 def rows_of(model: ByteModel, prompts: list[bytes], count: int, sampling: Sampling) -> list[bytes]:
     rows = [bytearray() for _ in prompts]
-    for row, byte in generate_rows(model, prompts, count, sampling):
+    for row, byte in generate_rows(model, prompts, [count] * len(prompts), sampling):
         rows[row].append(byte)
     return [bytes(row) for row in rows]
 
@@ -226,8 +289,9 @@ def from_the_full_forward(model: ByteModel, prompt: bytes, count: int, sampling:
     return bytes(drawn[len(prompt) :])
 
 
+@pytest.mark.slow
 @every_family
-def test_e5_rows_side_by_side_with_caches_draw_what_each_draws_alone_without(build: Callable[[], ByteModel]):
+def test_e5_rows_drawn_together_with_caches_equal_rows_drawn_alone_without_caches(build: Callable[[], ByteModel]):
     model = build()
     prompts = [b"", b"abc", b"xyz", b"a longer prompt", b"abc", b"\x00\xff\x00"]
     sampling = Sampling(temperature=1.3, top_k=200, top_p=0.98, seed=1)
@@ -236,8 +300,9 @@ def test_e5_rows_side_by_side_with_caches_draw_what_each_draws_alone_without(bui
     assert len(set(expected)) == len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_model, extended_megabyte, windowed_transformer, tiny_xl, few_latents])
-def test_a_row_is_independent_of_the_other_rows_also_past_the_context(build: Callable[[], ByteModel]):
+def test_row_does_not_depend_on_other_rows_within_and_past_the_context(build: Callable[[], ByteModel]):
     model = build()
     together = rows_of(model, [b"abc", b"def", b"ghi"], 70, Sampling(seed=5))
     assert together[1] == rows_of(model, [b"", b"def"], 70, Sampling(seed=5))[1]
@@ -245,6 +310,7 @@ def test_a_row_is_independent_of_the_other_rows_also_past_the_context(build: Cal
     assert together[:2] == rows_of(model, [b"abc", b"def"], 70, Sampling(seed=5))
 
 
+@pytest.mark.slow
 def test_a_row_ends_with_its_document_and_the_others_continue():
     model, sampling = tiny_model(), Sampling(temperature=4.0, seed=2)
     together = rows_of(model, [b"a"] * 16, 70, sampling)
@@ -253,6 +319,20 @@ def test_a_row_ends_with_its_document_and_the_others_continue():
     for row in ended:
         alone = rows_of(model, [b""] * row + [b"a"], 70, sampling)[row]
         assert together[row] == alone
+
+
+@pytest.mark.slow
+@every_family
+def test_prompt_behind_a_separator_is_continued_as_a_row_that_begins_with_it(build: Callable[[], ByteModel]):
+    model, sampling = build(), Sampling(temperature=0.0, separators=False)
+    drawn = bytes(byte for _, byte in generate_rows(model, [b"abc"], [8], sampling, after_separator=True))
+    decoder = model.decoder(1)
+    logits = decoder.prime(torch.tensor([[SEPARATOR, *b"abc"]]))
+    expected = [int(logits[0, :SEPARATOR].argmax())]
+    while len(expected) < 8:
+        logits = decoder.step(torch.tensor(expected[-1:]))
+        expected.append(int(logits[0, :SEPARATOR].argmax()))
+    assert drawn == bytes(expected)
 
 
 @every_family
@@ -266,7 +346,8 @@ def test_a_prompt_is_read_in_one_pass(build: Callable[[], ByteModel]):
     assert len(calls) == 1
 
 
-def test_temperature_towards_zero_is_the_likeliest_byte():
+@pytest.mark.slow
+def test_temperature_near_zero_draws_the_likeliest_byte():
     model = tiny_model()
     assert generated(model, b"x", temperature=1e-4) == generated(model, b"x", temperature=0.0)
     assert generated(model, b"x", top_k=1) == generated(model, b"x", temperature=0.0)
@@ -278,6 +359,7 @@ def test_the_same_seed_draws_the_same_bytes():
     assert generated(model, seed=1) == generated(model, seed=1) != generated(model, seed=2)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities_and_the_padding_is_never_drawn():
     logits = torch.full((VOCABULARY,), -20.0)
     logits[[65, 66, 256, PADDING]] = torch.tensor([2.0, 1.0, 0.0, 9.0])
@@ -305,30 +387,32 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling: dict[str, object], allowed
     assert set(sample(logits.expand(300, -1), Sampling(**sampling), [generator] * 300)) == allowed
 
 
-def test_a_transformer_xl_continues_past_its_segment_with_its_memory():
-    """With a memory of prompt and generated bytes, the result is that of one long segment."""
+@pytest.mark.slow
+def test_transformer_xl_generates_past_its_segment_with_its_memory():
+    """With a memory of prompt and generated bytes, the result equals that of one long segment."""
     model = tiny_xl(memory_length=200)
     long = TransformerXL(TransformerXLConfig(width=16, layers=2, heads=2, sequence_length=200, memory_length=0)).eval()
     long.load_state_dict(model.state_dict())
     prompt = bytes(range(97, 123)) * 3
     for some in (model, long):
         with torch.no_grad():
-            some.embedding.weight[SEPARATOR] = 0  # a document without end
+            some.embedding.weight[SEPARATOR] = 0  # a document without an end
     drawn = generated(model, prompt, count=100)
     assert len(drawn) == 100
     assert drawn == generated(long, prompt, count=100)
 
 
+@pytest.mark.slow
 def test_generation_continues_past_the_context_and_takes_longer_prompts():
     model = tiny_model()
     with torch.no_grad():
-        model.local_embedding.weight[SEPARATOR] = 0  # a document without end
+        model.local_embedding.weight[SEPARATOR] = 0  # a document without an end
     assert len(generated(model, b"start", count=150)) == 150
     long = bytes(range(97, 123)) * 4
     assert generated(model, long, count=5) == generated(model, long[-16:], count=5)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_impossible_sampling_is_refused(wrong: dict[str, float]):
+def test_impossible_sampling_options_are_refused(wrong: dict[str, float]):
     with pytest.raises(SamplingError):
         Sampling(**wrong)

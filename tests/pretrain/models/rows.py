@@ -1,4 +1,4 @@
-"""Ids in the form in which they come from the stream."""
+"""Conversion of ids to rows of the stream."""
 
 import numpy as np
 

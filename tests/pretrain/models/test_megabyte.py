@@ -1,4 +1,4 @@
-"""MEGABYTE's laws (arXiv:2305.07185, section 2.2), in float64 where exactness is meant."""
+"""Laws of MEGABYTE (arXiv:2305.07185, section 2.2). Exact laws are tested in float64."""
 
 import math
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
+from pretrain.models.blocks.attention import packs_patches
 from pretrain.models.blocks.positions import Rotary, rotate
 from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.families.megabyte import Megabyte, MegabyteConfig, PatchEncoder
@@ -35,7 +37,7 @@ def random_ids(rows: int = ROWS, length: int = T, seed: int = 1) -> Tensor:
 
 
 def log_probabilities(model: Megabyte, ids: Tensor) -> Tensor:
-    """(rows, T, VOCABULARY) of every id at every place, by asking for the price of each."""
+    """Return log probabilities (rows, T, VOCABULARY) of every id at every place."""
     rows, length = ids.shape
     padded = F.pad(ids, (0, -length % model.patch_size), value=PADDING)
     patches = model.embed_patches(padded[:, : -model.patch_size], 0)
@@ -55,6 +57,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 activations = pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 
 
+@pytest.mark.slow
 @variants
 def test_a1_row_t_depends_on_every_byte_before_t_and_on_nothing_after(variant: str):
     model = build(**VARIANTS[variant])
@@ -70,7 +73,7 @@ def test_a1_row_t_depends_on_every_byte_before_t_and_on_nothing_after(variant: s
 
 @variants
 def test_a2_global_output_k_changes_exactly_the_bytes_of_patch_k(variant: str):
-    """With cross-patch attention, of as many patches after it as local layers too."""
+    """Cross-patch attention carries the change into one later patch for each local layer."""
     model = build(**VARIANTS[variant])
     reached = len(model.local_stack.blocks) if model.cross_patch_bytes else 0
     ids = random_ids() % 256
@@ -99,7 +102,7 @@ def test_a2_each_byte_has_its_own_slice_of_the_global_output():
 
 
 @activations
-def test_a3_with_patches_of_one_byte_and_no_local_layer_it_is_a_decoder_only_transformer(activation: str):
+def test_a3_model_with_patches_of_one_byte_and_no_local_layer_is_a_decoder_only_transformer(activation: str):
     model = build(patch_size=1, local_model={"width": 24, "layers": 0, "heads": 1}, activation=activation)
     ids = random_ids()
     embedded = model.global_embedding(ids) + model.global_positions[:T]
@@ -119,6 +122,7 @@ def test_a4_one_patch_is_a_local_decoder_with_constant_offsets():
     torch.testing.assert_close(logits.log_softmax(-1), log_probabilities(model, ids), atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 @variants
 @pytest.mark.parametrize("length", range(1, T + 1))
 def test_a5_padding_to_whole_patches_changes_no_earlier_row(variant: str, length: int):
@@ -128,12 +132,12 @@ def test_a5_padding_to_whole_patches_changes_no_earlier_row(variant: str, length
 
 
 def cross_patch_model(reach: int, **changes: object) -> Megabyte:
-    """The same weights for every reach: rotary positions have none."""
+    """Return a model with the same weights for every reach, because rotary positions have no weights."""
     return build(positions="rotary", cross_patch_bytes=reach, **changes)
 
 
-def test_a6_without_reach_a_patch_sees_itself_alone():
-    """A separator at every patch's end blocks the whole reach, and leaves the model without it."""
+def test_a6_patch_sees_only_itself_after_a_separator_at_the_end_of_the_patch_before():
+    """A separator at the end of every patch hides the whole reach, so the model equals the one without a reach."""
     ids = random_ids() % 256
     plain, crossing = cross_patch_model(0), cross_patch_model(P)
     assert (log_probabilities(crossing, ids) - log_probabilities(plain, ids)).abs().max() > 0.1
@@ -143,7 +147,7 @@ def test_a6_without_reach_a_patch_sees_itself_alone():
 
 @pytest.mark.parametrize("reach", [1, 3, P])
 def test_a6_cross_patch_attention_is_dense_attention_under_the_papers_mask(reach: int):
-    """Position t sees its patch's past, and the last r positions before its patch if no document ended in between."""
+    """Position t sees the earlier positions of its patch, and the last r before the patch if no document ended."""
     model = cross_patch_model(reach)
     ids = random_ids(1)
     ids[0, [5, 12, 15]] = SEPARATOR
@@ -166,7 +170,7 @@ def test_a6_cross_patch_attention_is_dense_attention_under_the_papers_mask(reach
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
-def test_parameters_have_the_names_that_checkpoints_know_them_by():
+def test_names_of_parameters_do_not_change():
     stacks = ("global_stack", "local_stack")
     of_a_block = [
         "attention_norm.weight",
@@ -192,8 +196,48 @@ def test_parameters_have_the_names_that_checkpoints_know_them_by():
     assert {name for name, _ in model.named_parameters()} == names | {"global_to_local.weight"}
 
 
-def test_a6_gradients_flow_into_the_patch_before():
-    """Unlike a Transformer-XL's memory (section 2.3.2)."""
+@pytest.mark.parametrize("reach", [0, 2, 6])
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a6_patches_of_a_row_packed_together_have_the_numbers_of_each_alone(
+    reach: int, across: bool, positions: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A CPU has no backward pass of FlexAttention, so its mask becomes a dense one. Patches of 6 cross tiles of 128."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+        visible = create_mask(block_mask.mask_mod, len(q), None, q.shape[2], k.shape[2], device="cpu")
+        return F.scaled_dot_product_attention(q, k, v, visible)
+
+    monkeypatch.setattr("pretrain.models.blocks.attention._compiled", lambda kernel: dense)
+    fields = {"sequence_length": 300, "patch_size": 6, "cross_patch_bytes": reach, "positions": positions}
+    sizes = {"width": 36, "layers": 1, "heads": 2}
+    model = build(**fields, global_model=sizes, attention_across_documents=across)
+    ids = random_ids(length=300)
+    ids[torch.rand(2, 300, generator=torch.Generator().manual_seed(2)) < 0.1] = SEPARATOR
+    parameters = list(model.parameters())
+    alone = model(ids)
+    expected = torch.autograd.grad(alone.sum(), parameters)
+    monkeypatch.setattr(model, "packs", lambda local_in, length: True)
+    packed = model(ids)
+    torch.testing.assert_close(packed, alone, atol=1e-8, rtol=0)
+    for got, wanted in zip(torch.autograd.grad(packed.sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-7, rtol=1e-7)
+
+
+def test_patches_are_packed_on_cuda_if_they_are_small_and_nothing_is_dropped():
+    def packs(device: str = "meta", length: int = 2048, reach: int = 16, dropout: float = 0.0) -> bool:
+        return packs_patches(torch.empty(0, device=device), 64, length, reach, dropout)
+
+    assert packs()
+    assert not packs("cpu")
+    assert not packs(dropout=0.1)
+    assert not packs(reach=64)
+    assert not packs(length=512)
+    assert not packs(length=1 << 20)
+
+
+def test_a6_gradients_flow_into_the_previous_patch():
+    """A Transformer-XL stops gradients at its memory; MEGABYTE does not (section 2.3.2)."""
     model = cross_patch_model(2)
     conditioning = torch.randn(1, K, P * model.byte_width, dtype=torch.double, requires_grad=True)
     model.logits(model.decode_patches(random_ids(1) % 256, conditioning)).view(K, -1)[3].sum().backward()
@@ -201,8 +245,9 @@ def test_a6_gradients_flow_into_the_patch_before():
     assert moved.tolist() == [False, True, True, True, False, False]
 
 
+@pytest.mark.slow
 @variants
-def test_a7_the_global_model_runs_once_a_patch_and_the_local_model_once_a_byte(variant: str):
+def test_a7_the_global_model_runs_once_per_patch_and_the_local_model_once_per_byte(variant: str):
     model = build(**VARIANTS[variant])
     calls = {"global": 0, "local": 0}
 
@@ -255,7 +300,7 @@ def test_a12_a_stack_has_12_layers_times_width_squared_weights(width: int, layer
 
 
 def text_config_on_meta() -> Megabyte:
-    """The paper's text model, "758M + 262M" (table 15, arXiv row), without storage."""
+    """Return the paper's text model, "758M + 262M" (table 15, arXiv row), without storage."""
     with torch.device("meta"):
         return Megabyte(
             MegabyteConfig(
@@ -278,12 +323,12 @@ def test_a12_parameters_of_the_papers_text_model():
     assert pytest.approx(226.5e6, rel=1e-4) == 12 * 18 * 1024**2
 
 
-def test_a12_flops_a_byte_of_the_papers_text_model():
-    """645M forward a byte: 2 m_global/P + 4 L_g (T/P) D/P + 2 m_local + 4 L_l P D_l (SpaceByte, with true sizes)."""
+def test_a12_flops_per_byte_of_the_papers_text_model():
+    """645M per byte forward: 2 m_global/P + 4 L_g (T/P) D/P + 2 m_local + 4 L_l P D_l (SpaceByte, with true sizes)."""
     assert text_config_on_meta().flops(8192) / 8192 == pytest.approx(645e6, rel=2e-3)
 
 
-def test_a10_without_weights_the_convolutional_encoder_is_the_base_model():
+def test_a10_convolutional_encoder_with_zero_weights_equals_the_base_model():
     convolved, base = build(patch_encoder="convolution"), build()
     weights = convolved.state_dict()
     base.load_state_dict({name: weights[name] for name in base.state_dict()})
@@ -307,19 +352,20 @@ def test_a10_the_encoders_filters_are_causal_and_of_3_5_and_7_bytes():
         assert moved.max() <= u + encoder.reach == u + 2 + 4 + 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [0.006, 0.02])
-def test_e1_the_first_loss_is_that_of_the_tied_head(std: float):
+def test_e1_first_loss_equals_the_formula_of_a_tied_head(std: float):
     """log2 V + s^2 D / (2 ln 2) bits, for a head with weights of deviation s on normed activations of D channels."""
     D = 256
     model = build(double=False, initial_std=std, sequence_length=256, local_model={"width": D, "layers": 2, "heads": 2})
     ids = torch.randint(0, 256, (64, 256), generator=torch.Generator().manual_seed(0))
-    cut = 0.7737  # variance of a normal cut at two deviations, in units of s^2
+    cut = 0.7737  # variance of a normal distribution truncated at two deviations, in units of s^2
     expected = math.log2(VOCABULARY) + cut * std**2 * D / (2 * math.log(2))
     with torch.no_grad():
         assert model(ids).mean().item() / math.log(2) == pytest.approx(expected, abs=0.01)
 
 
-def test_initial_weights_are_a_normal_cut_at_two_deviations():
+def test_initial_weights_are_normal_and_truncated_at_two_deviations():
     model = build(initial_std=0.006, global_model={"width": 256, "layers": 2, "heads": 4})
     weight = model.global_stack.blocks[0].feed_forward.expand.weight
     assert weight.abs().max() <= 0.012
@@ -327,12 +373,13 @@ def test_initial_weights_are_a_normal_cut_at_two_deviations():
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_e2_every_byte_value_costs_something(value: int):
+def test_e2_loss_of_every_byte_value_is_positive(value: int):
     nats = build()(torch.full((1, T), value))
     assert torch.isfinite(nats).all()
     assert (nats > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @variants
 def test_dropout_and_gradients_reach_every_parameter(variant: str, dtype: torch.dtype):
@@ -343,11 +390,12 @@ def test_dropout_and_gradients_reach_every_parameter(variant: str, dtype: torch.
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "bound"), [("random", 0.05), ("constant", 0.01)])
-def test_e6_it_learns_one_batch_by_heart(what: str, bound: float):
+def test_e6_model_learns_to_predict_one_batch(what: str, bound: float):
     torch.manual_seed(0)
     model = build(double=False, initial_std=0.02).train()
-    ids = random_ids(1) if what == "random" else torch.full((4, T), 7)  # of n rows, none can tell which one begins
+    ids = random_ids(1) if what == "random" else torch.full((4, T), 7)  # no model can predict which of n rows begins
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(600):
         bits = model(ids).mean() / math.log(2)
@@ -360,7 +408,7 @@ def test_e6_it_learns_one_batch_by_heart(what: str, bound: float):
 
 
 def test_the_global_input_is_one_patch_late_and_begins_with_the_pad():
-    """Equation 2: the last patch never enters."""
+    """Equation 2. The last patch is never an input."""
     model = build()
     seen = []
     model.global_stack.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -10,15 +10,16 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import pretrain.models
-from pretrain.models import FamilyError, all_families, change_usage_fields, family, model_config
+from byteloom.core.registries.registry import RegistryError
+from pretrain.models import FamilyError, all_families, family, model_config, with_usage_options
 from pretrain.models.families.transformer import Transformer, TransformerConfig
-from pretrain.models.registry import PACKAGE, Family, FamilyRegistry
+from pretrain.models.registry import PACKAGE, Family, UsageOption, register_family
 
 ROOT = Path(__file__).parents[3]
 
 GOOD = """
 from typing import Literal
-from pretrain.models import Family, register_family
+from pretrain.models import Family, UsageOption, register_family
 from pretrain.models.families.transformer import Transformer, TransformerConfig
 
 class TheirConfig(TransformerConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -27,7 +28,8 @@ class TheirConfig(TransformerConfig, frozen=True, extra="forbid", use_attribute_
     family: Literal["theirs"] = "theirs"
     '''Which model.'''
 
-register_family(Family(name="theirs", config=TheirConfig, build=Transformer))
+option = UsageOption("view", "window", "Positions that a byte sees.")
+register_family(Family(name="theirs", config=TheirConfig, build=Transformer, usage_options=(option,)))
 """
 
 
@@ -53,12 +55,13 @@ def run_with(folder: Path, script: str, entries: dict[str, str], modules: dict[s
     return done.stdout + done.stderr
 
 
-def test_own_families_are_the_modules_of_their_package():
+def test_every_module_of_the_package_registers_a_family():
     modules = {path.stem for path in (ROOT / "pretrain/models/families").glob("*.py")} - {"__init__"}
     own = {name for name, entry in all_families().items() if entry.config.__module__.startswith(f"{PACKAGE}.")}
     assert own == modules
 
 
+@pytest.mark.slow
 def test_a_family_of_another_package_is_found_by_its_entry_point(tmp_path: Path):
     script = """
 from pathlib import Path
@@ -67,94 +70,89 @@ from pretrain.models import build_model, all_families, model_config
 config = model_config({"family": "theirs", "sequence_length": 8, "width": 8, "layers": 1, "heads": 1})
 print(type(config).__name__, type(build_model(config)).__name__)
 print(*all_families(), list(Config.model_json_schema()["$defs"]))
+from pretrain.cli.app import app
+from typer.testing import CliRunner
+print(CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output)
 """
     printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": GOOD})
     assert printed.startswith("TheirConfig Transformer\nmegabyte perceiver_ar transformer transformer_xl theirs")
     assert "'TheirConfig'" in printed
+    assert "theirs: Positions that a byte sees. Default: as in the run." in printed
 
 
-def test_their_module_can_be_imported_first(tmp_path: Path):
+@pytest.mark.slow
+def test_module_of_another_package_can_be_imported_first(tmp_path: Path):
     script = "import their_model; from pretrain.models import family; print(family('theirs').build.__name__)"
     printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": GOOD})
     assert printed == "Transformer\n"
 
 
-def test_a_broken_entry_point_is_an_error_of_its_family_alone(tmp_path: Path):
+@pytest.mark.slow
+def test_broken_entry_point_is_an_error_only_of_its_family(tmp_path: Path):
     script = """
-from pretrain.models import FamilyError, all_families, family, model_config
+from byteloom.core.registries.registry import RegistryError
+from pretrain.models import all_families, family, model_config
 print(family("transformer").name)
 for use in (lambda: family("theirs"), lambda: model_config({"family": "theirs"})):
     try:
         use()
-    except FamilyError as error:
+    except RegistryError as error:
         print(error)
 print(len(all_families()))
 """
     printed = run_with(tmp_path, script, {"theirs": "their_model"}, {"their_model": "import missing_package"})
     fault = (
-        "the entry point theirs = their_model of the package package-0 (group byteloom.families) cannot be loaded: "
+        "the entry point theirs = their_model of package-0 (group byteloom.families) cannot be imported: "
         "ModuleNotFoundError: No module named 'missing_package'"
     )
     assert printed.splitlines() == ["transformer", fault, fault, "4", fault]
 
 
-@pytest.mark.parametrize(
-    ("entries", "name", "fault"),
-    [
-        (
-            {"transformer": "their_model"},
-            "transformer",
-            "the model family transformer is registered by Byteloom and package-0; remove all but one",
-        ),
-        (
-            {"theirs": "their_model", "theirs ": "their_model"},
-            "theirs",
-            "the model family theirs is registered by package-0 and package-1; remove all but one",
-        ),
-        (
-            {"other": "their_model"},
-            "other",
-            "the entry point other = their_model of the package package-0 (group byteloom.families) registers no model "
-            "family named other",
-        ),
-    ],
-    ids=["a name of Byteloom", "a name of two packages", "another name"],
-)
-def test_names_of_entry_points_are_unique_and_those_of_their_families(
-    tmp_path: Path, entries: dict[str, str], name: str, fault: str
-):
-    script = f"""
-from pretrain.models import FamilyError, family
-try:
-    family("{name}")
-except FamilyError as error:
-    print(error)
+@pytest.mark.slow
+def test_names_of_entry_points_are_unique_and_equal_the_names_of_their_families(tmp_path: Path):
+    """Each fault affects only its family: a name of Byteloom, a name in two packages, and a wrong name."""
+    script = """
+from byteloom.core.registries.registry import RegistryError
+from pretrain.models import family
+for name in ("transformer", "theirs", "other", "megabyte"):
+    try:
+        print(family(name).name)
+    except RegistryError as error:
+        print(error)
 """
-    assert run_with(tmp_path, script, entries, {"their_model": GOOD}) == fault + "\n"
+    entries = dict.fromkeys(("transformer", "theirs", "theirs ", "other"), "their_model")
+    assert run_with(tmp_path, script, entries, {"their_model": GOOD}).splitlines() == [
+        "the entry point transformer = their_model of package-0 (group byteloom.families) has the name of another "
+        "model family; rename one",
+        "package-1 and package-2 both have a model family named theirs (group byteloom.families); remove one",
+        "the entry point other = their_model of package-3 (group byteloom.families) registers no model family "
+        "named other",
+        "megabyte",
+    ]
 
 
-def test_no_name_of_the_package_is_that_of_a_module_in_it():
+def test_no_name_in_the_package_equals_the_name_of_a_module_in_it():
     """Importing a module sets it as an attribute of its package, in place of any other object of that name."""
     modules = {module.name for module in pkgutil.iter_modules(pretrain.models.__path__)}
     assert not modules & set(pretrain.models.__all__)
 
 
 def test_an_unknown_family_is_refused_with_the_nearest_name():
-    with pytest.raises(FamilyError, match=r"transformr is not a model family \(did you mean transformer\?\)"):
+    with pytest.raises(
+        RegistryError, match=r"transformr is not the name of a model family \(did you mean transformer\?\)"
+    ):
         family("transformr")
     with pytest.raises(ValidationError, match="union_tag_invalid"):
         model_config({"family": "transformr"})
 
 
 def test_a_name_is_registered_once():
-    registry = FamilyRegistry(PACKAGE, "byteloom.none")
-    registry.register(Family(name="transformer", config=TransformerConfig, build=Transformer))
-    with pytest.raises(FamilyError, match="registers the model family transformer, which"):
-        registry.register(Family(name="transformer", config=TransformerConfig, build=Transformer))
+    with pytest.raises(RegistryError, match="the model family transformer is registered twice"):
+        register_family(Family(name="transformer", config=TransformerConfig, build=Transformer))
 
 
 class Nameless(BaseModel):
-    """A config that is not one of a family."""
+    """A config that does not belong to a family."""
 
     sequence_length: int
 
@@ -164,15 +162,19 @@ class Nameless(BaseModel):
     [
         ({"config": Nameless}, 'has no field family: Literal."transformer". = "transformer"'),
         ({"free_fields": frozenset({"drop"})}, "free_fields of the model family transformer: .* has no field drop"),
-        ({"usage_fields": frozenset({"latents"})}, "usage_fields of the model family transformer"),
+        (
+            {"usage_options": (UsageOption("latents", "latents", "Latents."),)},
+            "usage_options of the model family transformer: .* has no field latents",
+        ),
+        (
+            {"usage_options": (UsageOption("size", "positions", "Positions."),)},
+            r"usage_options of the model family transformer: .*\.positions is not of type int, float, str or bool",
+        ),
     ],
 )
 def test_a_wrong_declaration_is_refused(declared: dict[str, object], fault: str):
-    registry = FamilyRegistry(PACKAGE, "byteloom.none")
     with pytest.raises(FamilyError, match=fault):
-        registry.register(
-            Family(**{"name": "transformer", "config": TransformerConfig, "build": Transformer} | declared)
-        )
+        register_family(Family(**{"name": "transformer", "config": TransformerConfig, "build": Transformer} | declared))
 
 
 def test_only_fields_that_no_parameter_depends_on_change_with_the_usage():
@@ -180,9 +182,9 @@ def test_only_fields_that_no_parameter_depends_on_change_with_the_usage():
     few = model_config(
         {"family": "perceiver_ar", "sequence_length": 16, "latents": 4, "latent_model": stack, "cross_heads": 1}
     )
-    assert change_usage_fields(few, {"latents": 8}).model_dump() == few.model_dump() | {"latents": 8}
-    with pytest.raises(FamilyError, match=r"^latents \(17\) are more than sequence_length \(16\)$"):
-        change_usage_fields(few, {"latents": 17})
+    assert with_usage_options(few, {"latents": 8}).model_dump() == few.model_dump() | {"latents": 8}
+    with pytest.raises(FamilyError, match=r"^--latents 17: latents \(17\) are more than sequence_length \(16\)$"):
+        with_usage_options(few, {"latents": 17})
     plain = model_config({"family": "transformer", "sequence_length": 16} | stack)
-    with pytest.raises(FamilyError, match=r"^a transformer model takes no latents$"):
-        change_usage_fields(plain, {"latents": 8})
+    with pytest.raises(FamilyError, match=r"^a transformer model takes no --latents; it takes no such option$"):
+        with_usage_options(plain, {"latents": 8})

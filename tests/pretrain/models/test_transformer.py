@@ -1,4 +1,4 @@
-"""The Transformer's laws, with full attention and with a sliding window, in float64 where exactness is meant."""
+"""Laws of the Transformer with full and sliding-window attention. Exact laws are tested in float64."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.vocabulary import VOCABULARY
-from pretrain.models.blocks.attention import causal_attention, window_attention
+from pretrain.models.blocks import attention as attention_module
+from pretrain.models.blocks.attention import attention, causal_attention, window_attention
 from pretrain.models.families.transformer import Transformer, TransformerConfig
 
 ROWS, T, LAYERS = 2, 24, 3
@@ -43,10 +44,11 @@ def random_ids(rows: int = ROWS, length: int = T, seed: int = 1) -> Tensor:
 
 
 def log_probabilities(model: Transformer, ids: Tensor) -> Tensor:
-    """(rows, T, VOCABULARY)"""
+    """Return log probabilities (rows, T, VOCABULARY)."""
     return model.logits(model.stack(model.embed(ids[:, :-1]))).log_softmax(-1)
 
 
+@pytest.mark.slow
 @variants
 def test_c1_row_t_depends_on_every_byte_in_reach_before_t_and_on_nothing_after(variant: str):
     """A window of w lets each of L layers look w - 1 positions back, and position s reads byte s - 1."""
@@ -65,7 +67,7 @@ def test_c1_row_t_depends_on_every_byte_in_reach_before_t_and_on_nothing_after(v
 
 
 @variants
-def test_forward_is_the_price_of_each_byte(variant: str):
+def test_forward_returns_the_loss_of_each_byte(variant: str):
     model = build(**VARIANTS[variant])
     ids = random_ids()
     nats = -log_probabilities(model, ids).gather(-1, ids[..., None])[..., 0]
@@ -90,7 +92,7 @@ def test_a_window_as_long_as_the_sequence_is_full_attention():
     assert torch.equal(window_attention(q, k, v, T, 0.0), causal_attention(q, k, v, 0.0))
 
 
-def test_a_windows_cache_keeps_what_the_next_position_sees():
+def test_cache_of_a_window_keeps_the_positions_that_the_next_position_sees():
     model = build(window=5)
     decoder = model.decoder(ROWS)
     decoder.prime(random_ids(length=13))
@@ -99,13 +101,13 @@ def test_a_windows_cache_keeps_what_the_next_position_sees():
 
 
 def papers_baseline(**changes: object) -> Transformer:
-    """ "320M" of MEGABYTE's table 15, without storage."""
+    """Return the model "320M" of MEGABYTE's table 15, without storage."""
     with torch.device("meta"):
         return build(double=False, width=1024, layers=22, heads=16, sequence_length=1024, **changes)
 
 
 def test_a12_parameters_and_flops_of_the_papers_baseline():
-    """276.8M weights (12 L D^2), the tables, and norms; 646M operations a byte of 2 weights + 2 L (2 T D)."""
+    """276.8M weights (12 L D^2), the tables, and norms; 646M operations per byte: 2 weights + 2 L (2 T D)."""
     model = papers_baseline(positions="learned")
     stack = 12 * 22 * 1024**2
     assert stack == pytest.approx(276.8e6, rel=1e-3)
@@ -115,7 +117,7 @@ def test_a12_parameters_and_flops_of_the_papers_baseline():
     assert model.flops(1024) / 1024 == pytest.approx(646e6, rel=2e-3)
 
 
-def test_a_window_costs_as_much_as_its_blocks_and_not_as_the_sequence():
+def test_flops_of_a_window_are_those_of_its_blocks_and_not_of_the_sequence():
     assert (
         papers_baseline(window=128).flops(1024)
         < papers_baseline(window=256).flops(1024)
@@ -133,26 +135,28 @@ def test_a9_the_head_is_the_embedding():
     assert (model.embedding.weight.grad[unread].abs().amax(-1) > 0).all()  # as the head alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [0.006, 0.02])
-def test_e1_the_first_loss_is_that_of_the_tied_head(std: float):
+def test_e1_first_loss_equals_the_formula_of_a_tied_head(std: float):
     """log2 V + s^2 D / (2 ln 2) bits, for a head with weights of deviation s on normed activations of D channels."""
     D = 256
     model = build(double=False, initial_std=std, sequence_length=128, width=D, layers=2)
     ids = torch.randint(0, 256, (64, 128), generator=torch.Generator().manual_seed(0))
-    cut = 0.7737  # variance of a normal cut at two deviations, in units of s^2
-    # The head is the input's table too, so the byte just read has a slightly higher logit: no matter for random bytes.
+    cut = 0.7737  # variance of a normal distribution truncated at two deviations, in units of s^2
+    # The head shares the input's table, so the byte just read has a slightly higher logit. Random bytes average it out.
     expected = math.log2(VOCABULARY) + cut * std**2 * D / (2 * math.log(2))
     with torch.no_grad():
         assert model(ids).mean().item() / math.log(2) == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_e2_every_byte_value_costs_something(value: int):
+def test_e2_loss_of_every_byte_value_is_positive(value: int):
     nats = build()(torch.full((1, T), value))
     assert torch.isfinite(nats).all()
     assert (nats > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @variants
 def test_dropout_and_gradients_reach_every_parameter(variant: str, dtype: torch.dtype):
@@ -164,8 +168,9 @@ def test_dropout_and_gradients_reach_every_parameter(variant: str, dtype: torch.
             assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "bound"), [("random", 0.05), ("constant", 0.01)])
-def test_e6_it_learns_one_batch_by_heart(what: str, bound: float):
+def test_e6_model_learns_to_predict_one_batch(what: str, bound: float):
     model = build(double=False, initial_std=0.02, window=8).train()
     ids = random_ids(1) if what == "random" else torch.full((4, T), 7)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -184,8 +189,8 @@ def test_a_row_longer_than_the_context_is_refused():
         build()(random_ids(length=T + 1))
 
 
-def test_it_is_a_transformer_as_torch_has_it():
-    """Against torch's own pre-norm encoder with the same weights, causally masked."""
+def test_forward_equals_torchs_transformer_encoder():
+    """The encoder is pre-norm, has the same weights, and a causal mask."""
     model = build(positions="learned")
     layer = torch.nn.TransformerEncoderLayer(
         32, 4, 128, dropout=0.0, batch_first=True, norm_first=True, bias=True, dtype=torch.double
@@ -215,3 +220,22 @@ def test_it_is_a_transformer_as_torch_has_it():
     hidden = reference(model.embed(ids[:, :-1]), mask=future)
     expected = F.linear(hidden, model.embedding.weight).log_softmax(-1)
     torch.testing.assert_close(log_probabilities(model, ids), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("of_rows", [1, 7])
+def test_fused_attention_over_more_rows_than_a_kernel_takes_equals_that_of_each_row(
+    of_rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention_module, "LARGEST_FUSED_BATCH", 3)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(7, 2, 5, 8, requires_grad=True) for _ in range(3))
+    visible = torch.rand(of_rows, 1, 5, 5) < 0.5
+    visible |= torch.eye(5, dtype=torch.bool)
+    rows = [slice(i, i + 1) for i in range(7)]
+    each = torch.cat([attention(q[i], k[i], v[i], visible[i] if of_rows == 7 else visible) for i in rows])
+    each_causal = torch.cat([causal_attention(q[i], k[i], v[i], 0.0) for i in rows])
+    for got, expected in ((attention(q, k, v, visible), each), (causal_attention(q, k, v, 0.0), each_causal)):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        wanted = torch.autograd.grad(expected.square().sum(), [q, k, v], retain_graph=True)
+        for a, b in zip(torch.autograd.grad(got.square().sum(), [q, k, v]), wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

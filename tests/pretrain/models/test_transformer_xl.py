@@ -1,4 +1,4 @@
-"""Transformer-XL's laws (arXiv:1901.02860, section 3), in float64 where exactness is meant."""
+"""Laws of Transformer-XL (arXiv:1901.02860, section 3). Exact laws are tested in float64."""
 
 import math
 
@@ -23,6 +23,8 @@ from pretrain.models.families.transformer_xl import (
 ROWS, T, LAYERS = 2, 6, 3
 
 positions = pytest.mark.parametrize("positions", ["relative", "rotary"])
+AUTHORS = {"norm": "post", "scale_embeddings": True, "biases": True, "dropout_places": "everywhere"}
+"""Options that make the model that of the authors' code."""
 memories = pytest.mark.parametrize("memory_length", [0, 1, 4, T, 15, 40])
 
 
@@ -45,8 +47,8 @@ def random_ids(rows: int = ROWS, length: int = T, seed: int = 1, top: int = 256)
     return torch.randint(0, top, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def prices(model: TransformerXL, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-    """As `forward_segment`, in the model's own type."""
+def nats_of(model: TransformerXL, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+    """Return the result of `forward_segment` in the model's own dtype."""
     states, memory = model.run_segment(ids, memory or {})
     return -model.logits(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0], memory
 
@@ -54,7 +56,7 @@ def prices(model: TransformerXL, ids: Tensor, memory: Memory | None = None) -> t
 def segment_by_segment(model: TransformerXL, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Memory]:
     nats, memory = [], {}
     for segment in ids.split(lengths, 1):
-        some, memory = prices(model, segment, memory)
+        some, memory = nats_of(model, segment, memory)
         nats.append(some)
     return torch.cat(nats, 1), memory
 
@@ -106,8 +108,8 @@ def test_c6_attention_is_the_papers_formula_term_by_term(kept: int):
     assert_same(got, expected @ attention.output.weight.T)
 
 
-def test_gradients_of_relative_attention_are_right():
-    """The bias that carries u, v and the distances goes through a fused kernel's mask."""
+def test_gradients_of_relative_attention_equal_numerical_derivatives():
+    """A fused kernel adds the bias of u, v and the distances as its mask."""
     torch.manual_seed(0)
     attention = SegmentAttention(8, 2, dropout=0.0).double()
     visible = visible_keys(torch.tensor([[0, 0, 0, 0, 1, 1]]), queries=4)
@@ -120,7 +122,7 @@ def test_gradients_of_relative_attention_are_right():
     assert torch.autograd.gradcheck(attend, [torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes])
 
 
-def test_sinusoids_are_the_papers():
+def test_sinusoids_equal_the_papers_formula():
     """R_i = (sin(i w_0), sin(i w_1), ..., cos(i w_0), ...), w_k = 10000^(-2k/D), farthest distance first."""
     table = build(width=6, heads=1).relative(4).distances
     for row, distance in enumerate((3, 2, 1, 0)):
@@ -129,7 +131,7 @@ def test_sinusoids_are_the_papers():
         assert table[row].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_rotary_scores_depend_on_distances_alone():
+def test_rotary_scores_depend_only_on_distances():
     q, k = torch.randn(2, 1, 1, 5, 8, dtype=torch.double)
     scores = []
     for first in (0, 100):
@@ -156,37 +158,41 @@ def test_c1_row_t_depends_on_every_byte_before_t_and_on_nothing_after(positions:
 
 
 @positions
-def test_c2_without_memory_segments_are_strangers(positions: str):
+def test_c2_segments_without_memory_are_independent(positions: str):
     model = build(positions=positions, memory_length=0)
     ids = random_ids(length=3 * T)
     nats, memory = segment_by_segment(model, ids, [T] * 3)
     assert memory == {}
-    assert_same(nats, torch.cat([prices(model, segment)[0] for segment in ids.split(T, 1)], 1))
+    assert_same(nats, torch.cat([nats_of(model, segment)[0] for segment in ids.split(T, 1)], 1))
 
 
+@pytest.mark.slow
 @positions
+@pytest.mark.parametrize("options", [{}, AUTHORS], ids=["own", "authors"])
 @pytest.mark.parametrize("lengths", [[T] * 4, [1] * 24, [5, 1, 6, 6, 2, 4], [6, 6, 6, 3, 3]])
-def test_c3_with_a_memory_of_all_before_segments_are_one_long_forward(positions: str, lengths: list[int]):
-    model = build(positions=positions, memory_length=24)
-    long = build(positions=positions, sequence_length=24, memory_length=0)
+def test_c3_segments_with_a_memory_of_everything_earlier_equal_one_long_forward(
+    positions: str, lengths: list[int], options: dict[str, object]
+):
+    model = build(positions=positions, memory_length=24, **options)
+    long = build(positions=positions, sequence_length=24, memory_length=0, **options)
     ids = random_ids(length=24)
     ids[0, [3, 11, 17]] = SEPARATOR
-    assert_same(segment_by_segment(model, ids, lengths)[0], prices(long, ids)[0])
+    assert_same(segment_by_segment(model, ids, lengths)[0], nats_of(long, ids)[0])
 
 
 @positions
 def test_c4_no_gradient_flows_into_memory(positions: str):
     model = build(positions=positions)
     first, second = random_ids(length=2 * T).split(T, 1)
-    nats, memory = prices(model, first)
+    nats, memory = nats_of(model, first)
     assert nats.requires_grad
     assert not any(tensor.requires_grad for tensor in memory.values())
-    prices(model, second, memory)[0].sum().backward()
+    nats_of(model, second, memory)[0].sum().backward()
     read = torch.cat([first[:, -1:], second[:, :-1]], 1).unique()
     only_in_memory = [i for i in first[:, :-1].unique().tolist() if i not in read]
     head_alone = [i for i in range(256) if i not in torch.cat([first, second])]
     assert only_in_memory
-    grad = model.embedding.weight.grad  # rows of ids that only memory has read get the head's gradient alone
+    grad = model.embedding.weight.grad  # rows of ids that only memory has read get a gradient only from the head
     with torch.no_grad():
         hidden: list[Tensor] = []
         handle = model.norm.register_forward_hook(lambda _, __, out: hidden.append(out))
@@ -199,9 +205,10 @@ def test_c4_no_gradient_flows_into_memory(positions: str):
     assert_same(grad[head_alone], head[head_alone])
 
 
+@pytest.mark.slow
 @positions
-def test_c5_nothing_older_than_layers_times_memory_is_seen(positions: str):
-    """With a memory of one segment: LAYERS segments back, and the byte that the first position there reads."""
+def test_c5_bytes_older_than_layers_times_memory_are_not_seen(positions: str):
+    """A memory of one segment reaches LAYERS segments back, and the byte that the first position there reads."""
     model = build(positions=positions)
     segments = LAYERS + 3
     ids = random_ids(1, segments * T)
@@ -214,10 +221,11 @@ def test_c5_nothing_older_than_layers_times_memory_is_seen(positions: str):
         assert (moved > 0) == (u >= horizon), f"byte {u}"
 
 
+@pytest.mark.slow
 @memories
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 3, 6], [1, 2, 1], [2, 6, 1]])
-def test_c7_memory_keeps_the_last_states_of_old_memory_and_segment(memory_length: int, lengths: list[int]):
-    """Also where segment and memory differ in length, which the authors' code gets wrong."""
+def test_c7_memory_keeps_the_last_states_of_the_previous_memory_and_the_segment(memory_length: int, lengths: list[int]):
+    """Segment and memory may differ in length, which the authors' code handles wrongly."""
     model = build(memory_length=memory_length)
     ids = random_ids(length=sum(lengths))
     seen: list[list[Tensor]] = [[] for _ in range(LAYERS)]
@@ -233,11 +241,12 @@ def test_c7_memory_keeps_the_last_states_of_old_memory_and_segment(memory_length
     assert torch.equal(memory["ids"], ids[:, -kept:])
 
 
+@pytest.mark.slow
 @positions
 @memories
 @pytest.mark.parametrize("border", [0, 2, T - 1])
-def test_c9_a_document_does_not_see_the_one_before(positions: str, memory_length: int, border: int):
-    """After a separator, in memory or in the segment, rows are those of a fresh start behind a separator."""
+def test_c9_document_does_not_see_the_previous_document(positions: str, memory_length: int, border: int):
+    """Rows after a separator, in memory or in the segment, equal those of a fresh start after a separator."""
     model = build(positions=positions, memory_length=memory_length)
     ids, changed = random_ids(length=4 * T), random_ids(length=4 * T)
     ids[:, T + border] = changed[:, T + border] = SEPARATOR
@@ -246,23 +255,23 @@ def test_c9_a_document_does_not_see_the_one_before(positions: str, memory_length
     got = segment_by_segment(model, ids, [T] * 4)[0][:, after]
     assert torch.equal(segment_by_segment(model, changed, [T] * 4)[0][:, after], got)
     fresh = segment_by_segment(model, ids[:, T + border :], [T - border, T, T])[0][:, 1:]
-    exact = positions == "relative"  # rotary angles are fp32, and of other places in the row
+    exact = positions == "relative"  # rotary angles are fp32, and their places in the row differ
     torch.testing.assert_close(got, fresh, atol=1e-10 if exact else 1e-4, rtol=0)
 
 
 @positions
-def test_forward_is_the_price_of_each_byte(positions: str):
+def test_forward_returns_the_loss_of_each_byte(positions: str):
     model = build(positions=positions)
     first, second = random_ids(length=2 * T).split(T, 1)
     nats, memory = model.forward_segment(first, {})
     assert nats.dtype == torch.float32
     assert torch.equal(nats, model(first))
-    torch.testing.assert_close(nats.double(), prices(model, first)[0], atol=1e-5, rtol=0)
-    exact = prices(model, second, memory)[0]
+    torch.testing.assert_close(nats.double(), nats_of(model, first)[0], atol=1e-5, rtol=0)
+    exact = nats_of(model, second, memory)[0]
     torch.testing.assert_close(model.forward_segment(second, memory)[0].double(), exact, atol=1e-5, rtol=0)
 
 
-def test_c9_without_a_separator_the_segment_before_is_seen():
+def test_c9_previous_segment_is_seen_if_no_separator_follows_it():
     model = build()
     first, second = random_ids(length=2 * T).split(T, 1)
     memory = model.forward_segment(first, {})[1]
@@ -277,15 +286,16 @@ def test_rows_do_not_see_each_other():
         assert_same(segment_by_segment(model, ids[row : row + 1], [T] * 3)[0], together[row : row + 1])
 
 
+@pytest.mark.slow
 @positions
 @pytest.mark.parametrize("memory_length", [1, 4, 2 * T, 40])
-def test_an_empty_memory_is_none(positions: str, memory_length: int):
-    """Also in some rows only: those begin, whatever the others remember."""
+def test_empty_memory_equals_no_memory(positions: str, memory_length: int):
+    """Some rows may have an empty memory and others not."""
     model = build(positions=positions, memory_length=memory_length)
     ids = random_ids(3, 4 * T)
     ids[0, 2 * T + 1] = SEPARATOR
     expected, memory = segment_by_segment(model, ids, [T] * 4)
-    nats, after = prices(model, ids[:, :T], model.empty_memory(3))
+    nats, after = nats_of(model, ids[:, :T], model.empty_memory(3))
     assert_same(nats, expected[:, :T])
     assert {name: tensor.shape for name, tensor in after.items()} == {
         "states": (3, LAYERS, memory_length, 32),
@@ -296,13 +306,13 @@ def test_an_empty_memory_is_none(positions: str, memory_length: int):
         name: torch.where(torch.arange(3).view(-1, *[1] * (tensor.dim() - 1)) == 1, empty[name], tensor)
         for name, tensor in after.items()
     }
-    second = prices(model, ids[:, T : 2 * T], memory)[0]
+    second = nats_of(model, ids[:, T : 2 * T], memory)[0]
     assert_same(second[[0, 2]], expected[[0, 2], T : 2 * T])
-    assert_same(second[1], prices(model, ids[1:2, T : 2 * T])[0][0])
+    assert_same(second[1], nats_of(model, ids[1:2, T : 2 * T])[0][0])
 
 
-def test_a_memory_is_exact_in_fp32():
-    """As engines and checkpoints keep it, also of a model in bf16."""
+def test_memory_kept_in_fp32_is_exact():
+    """Engines and checkpoints keep the memory in fp32, also of a model in bf16."""
     model = build(double=False).bfloat16()
     first, second = random_ids(length=2 * T, top=257).split(T, 1)
     memory = model(first, model.empty_memory(ROWS))[1]
@@ -311,11 +321,15 @@ def test_a_memory_is_exact_in_fp32():
     assert (memory["ids"] != NOTHING).all()
 
 
+@pytest.mark.slow
 @positions
 @memories
+@pytest.mark.parametrize("options", [{}, AUTHORS], ids=["own", "authors"])
 @pytest.mark.parametrize("prefix", [0, 1, T - 1, T, T + 1, 2 * T, 17])
-def test_cached_decoding_equals_forward_segment_through_all_segments(positions: str, memory_length: int, prefix: int):
-    model = build(positions=positions, memory_length=memory_length)
+def test_cached_decoding_equals_forward_segment_through_all_segments(
+    positions: str, memory_length: int, prefix: int, options: dict[str, object]
+):
+    model = build(positions=positions, memory_length=memory_length, **options)
     ids = random_ids(length=4 * T)
     ids[0, [3, T - 1, 3 * T + 2]] = SEPARATOR
     expected = segment_by_segment(model, ids, [T] * 4)[0]
@@ -335,7 +349,7 @@ def test_cached_decoding_equals_forward_segment_through_all_segments(positions: 
 def test_parameters_of_the_papers_enwik8_models(
     layers: int, width: int, feed_forward_width: int, length: int, millions: int
 ):
-    """5 D^2 of attention (W_q, W_k, W_v, W_k,R, output) and 2 D F of feed-forward a layer; the paper's 41M and 277M."""
+    """A layer has 5 D^2 (W_q, W_k, W_v, W_k,R, output) and 2 D F (feed-forward). The paper states 41M and 277M."""
     with torch.device("meta"):
         model = build(
             double=False,
@@ -352,20 +366,21 @@ def test_parameters_of_the_papers_enwik8_models(
     assert weights / 1e6 == pytest.approx(millions, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [0.006, 0.02])
-def test_e1_the_first_loss_is_that_of_the_tied_head(std: float):
+def test_e1_first_loss_equals_the_formula_of_a_tied_head(std: float):
     """log2 V + s^2 D / (2 ln 2) bits, for a head with weights of deviation s on normed activations of D channels."""
     D = 256
     model = build(double=False, initial_std=std, sequence_length=128, width=D, layers=2)
     ids = random_ids(64, 128)
-    cut = 0.7737  # variance of a normal cut at two deviations, in units of s^2
+    cut = 0.7737  # variance of a normal distribution truncated at two deviations, in units of s^2
     expected = math.log2(VOCABULARY) + cut * std**2 * D / (2 * math.log(2))
     with torch.no_grad():
         assert model(ids).mean().item() / math.log(2) == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_e2_every_byte_value_costs_something(value: int):
+def test_e2_loss_of_every_byte_value_is_positive(value: int):
     nats = build()(torch.full((1, T), value))
     assert torch.isfinite(nats).all()
     assert (nats > 0).all()
@@ -373,8 +388,9 @@ def test_e2_every_byte_value_costs_something(value: int):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @positions
-def test_dropout_and_gradients_reach_every_parameter(positions: str, dtype: torch.dtype):
-    model = build(double=False, dropout=0.1, positions=positions).to(dtype).train()
+@pytest.mark.parametrize("options", [{}, AUTHORS], ids=["own", "authors"])
+def test_dropout_and_gradients_reach_every_parameter(positions: str, options: dict[str, object], dtype: torch.dtype):
+    model = build(double=False, dropout=0.1, positions=positions, **options).to(dtype).train()
     nats, memory = model.forward_segment(random_ids(), {})
     (nats.sum() + model.forward_segment(random_ids(seed=2), memory)[0].sum()).backward()
     for name, parameter in model.named_parameters():
@@ -382,9 +398,10 @@ def test_dropout_and_gradients_reach_every_parameter(positions: str, dtype: torc
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 @positions
 @pytest.mark.parametrize("what", ["random", "constant"])
-def test_e6_it_learns_one_batch_by_heart(positions: str, what: str):
+def test_e6_model_learns_to_predict_one_batch(positions: str, what: str):
     model = build(double=False, initial_std=0.02, positions=positions, sequence_length=24).train()
     ids = random_ids(1, 24) if what == "random" else torch.full((4, 24), 7)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -398,8 +415,9 @@ def test_e6_it_learns_one_batch_by_heart(positions: str, what: str):
     raise AssertionError(f"{bits.item():.3f} bits a byte after 600 steps")
 
 
-def test_memory_predicts_what_one_segment_cannot():
-    """Random bytes come twice, a segment apart: memory alone can tell the second time."""
+@pytest.mark.slow
+def test_memory_predicts_repeated_bytes_that_one_segment_cannot():
+    """Random bytes come twice, a segment apart. Only memory can predict the second time."""
     model = build(double=False, initial_std=0.02, sequence_length=8, memory_length=8, heads=2, layers=2).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(0)
@@ -415,6 +433,53 @@ def test_memory_predicts_what_one_segment_cannot():
         loss.backward()
         optimizer.step()
     raise AssertionError(f"{bits:.2f} bits a byte")
+
+
+def test_post_norm_block_is_the_papers_formula():
+    """The output is LayerNorm(h + FF(h)) with h = LayerNorm(x + attention(x, memory)), without a final norm."""
+    model = build(**AUTHORS)
+    seen: list[Tensor] = []
+    model.blocks[0].register_forward_hook(lambda block, arguments, out: seen.extend((*arguments[:2], out)))
+    first, second = random_ids(length=2 * T).split(T, 1)
+    memory = model.forward_segment(first, {})[1]
+    seen.clear()
+    states, _ = model.run_segment(second, memory)
+    x, before, out = seen
+    last = torch.cat([first[:, -1:], second[:, :-1]], 1)
+    assert_same(x, math.sqrt(32) * model.embedding.weight[last])
+    block = model.blocks[0]
+    context = SegmentContext(visible_keys(torch.zeros(ROWS, 2 * T, dtype=torch.long), T), model.relative(2 * T))
+
+    def norm(x: Tensor, layer: torch.nn.LayerNorm) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+    h = norm(x + block.attention(x, before, context), block.attention_norm)
+    maps = block.feed_forward
+    hidden = (h @ maps.expand.weight.T + maps.expand.bias).relu()
+    assert_same(out, norm(h + hidden @ maps.contract.weight.T + maps.contract.bias, block.feed_forward_norm))
+    assert_same(model.logits(states), states @ model.embedding.weight.T + model.head_bias)
+    assert states.mean(-1).abs().max() < 1e-6  # the last block's norm is the last one; its bias begins at 0
+
+
+def test_dropout_everywhere_drops_the_authors_places_and_attention_has_its_own_share():
+    model = build(**AUTHORS | {"dropout": 0.5}, attention_dropout=0.0, width=64, sequence_length=64).train()
+    zeros: dict[str, float] = {}
+    model.blocks[0].register_forward_pre_hook(
+        lambda _, xs: zeros.update(input=share(xs[0]), distances=share(xs[2].relative.distances))
+    )
+    model.blocks[0].feed_forward.contract.register_forward_pre_hook(lambda _, xs: zeros.update(hidden=share(xs[0])))
+    zeros["head"] = share(model.run_segment(random_ids(length=64), {})[0])
+
+    expected = {"input": 0.5, "distances": 0.5, "head": 0.5, "hidden": 0.75}  # relu zeroes half of the hidden channels
+    assert zeros == pytest.approx(expected, abs=0.05)
+    assert {block.attention.dropout for block in model.blocks} == {0.0}
+    assert {block.attention.dropout for block in build(dropout=0.3).blocks} == {0.3}
+
+
+def share(x: Tensor) -> float:
+    """Return the share of zeros in a tensor."""
+    return (x == 0).double().mean().item()
 
 
 def test_a_segment_longer_than_sequence_length_is_refused():

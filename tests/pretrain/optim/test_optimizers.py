@@ -1,4 +1,4 @@
-"""Learning rates, and what decays."""
+"""Learning-rate schedules, weight decay, and the optimizers' steps."""
 
 import math
 from itertools import pairwise
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pretrain.models import ByteModel, build_model, model_config
+from pretrain.models.blocks.feed_forward import FeedForward
+from pretrain.models.blocks.multi_head import Attention, CrossAttention
 from pretrain.models.blocks.unit import Unit
 from pretrain.optim import (
     OPTIMIZERS,
@@ -21,6 +23,7 @@ from pretrain.optim import (
     learning_rate_at,
     schedule_mismatch,
 )
+from pretrain.optim.muon import Muon
 
 STEPS, WARMUP = 100, 10
 RATE = 1e-2
@@ -50,7 +53,7 @@ def test_decay_is_monotone_and_ends_at_the_final_fraction(shape: str, final: flo
     assert after[-2] > after[-1] or shape == "constant"
 
 
-def test_shapes_are_what_their_names_say():
+def test_schedules_have_the_shapes_of_their_names():
     half = WARMUP + (STEPS - WARMUP) // 2
     assert rates(shape="polynomial")[half] == pytest.approx(0.5)
     assert rates(shape="polynomial", power=2.0)[half] == pytest.approx(0.25)
@@ -60,8 +63,10 @@ def test_shapes_are_what_their_names_say():
     stable = rates(shape="wsd", decay_fraction=0.5)
     assert stable[STEPS // 2] == 1.0
     assert stable[STEPS // 2 + 10] == pytest.approx(0.8)
+    assert rates(shape="wsd", decay_steps=50) == stable
 
 
+@pytest.mark.slow
 @given(
     shape=st.sampled_from(["polynomial", "cosine", "constant", "wsd"]),
     steps=st.integers(1, 400),
@@ -70,10 +75,10 @@ def test_shapes_are_what_their_names_say():
     power=st.floats(0.1, 4),
     decay=st.floats(0.01, 1),
 )
-def test_the_rate_never_falls_faster_than_its_decay(
+def test_learning_rate_never_falls_faster_than_its_decay(
     shape: Any, steps: int, warmup: int, final: float, power: float, decay: float
 ):
-    """The decay alone: wsd falls by 1/(decay * steps) a step, others as fast as they do without a warm-up."""
+    """Decay alone sets the limit: wsd falls by 1/(decay * steps) per step, others as fast as without a warm-up."""
     schedule = ScheduleConfig(shape=shape, warmup_steps=warmup, final_fraction=final, power=power, decay_fraction=decay)
     assume(schedule_mismatch(schedule, steps) is None)
     config = OptimizerConfig(learning_rate=1.0, schedule=schedule)
@@ -98,6 +103,11 @@ def test_the_rate_never_falls_faster_than_its_decay(
         ({"shape": "wsd", "warmup_steps": 60, "decay_fraction": 1.0}, 100, "decay_fraction"),
         ({"shape": "wsd", "warmup_steps": 0, "decay_fraction": 1.0}, 100, None),
         ({"shape": "cosine", "warmup_steps": 60, "decay_fraction": 1.0}, 100, None),
+        ({"shape": "wsd", "warmup_steps": 40, "decay_steps": 60}, 100, None),
+        ({"shape": "wsd", "warmup_steps": 40, "decay_steps": 62}, 100, "decay_steps"),
+        ({"shape": "wsd", "warmup_steps": 0, "decay_steps": 102}, 100, "decay_steps"),
+        ({"shape": "wsd", "warmup_steps": 0, "decay_steps": 10, "decay_fraction": 0.2}, 100, "decay_steps"),
+        ({"shape": "wsd", "warmup_steps": 0, "decay_fraction": None}, 100, "decay_steps"),
     ],
 )
 def test_warm_up_ends_before_the_run_and_before_decay(schedule: dict[str, Any], steps: int, field: str | None):
@@ -132,8 +142,10 @@ def model_of(family: str) -> ByteModel:
 
 
 def decays_of(model: ByteModel, **config: Any) -> dict[str, float]:
-    """The decay of each parameter, all of which are in one group of one optimizer."""
-    groups = [group for it in build_optimizers(OptimizerConfig(**config), model) for group in it.param_groups]
+    """Return the decay of each parameter; check that each is in exactly one group of one optimizer."""
+    groups = [
+        group for optimizer in build_optimizers(OptimizerConfig(**config), model) for group in optimizer.param_groups
+    ]
     decays = [(id(parameter), group["weight_decay"]) for group in groups for parameter in group["params"]]
     assert len(decays) == len(dict(decays)) == len(list(model.parameters()))
     return {name: dict(decays)[id(parameter)] for name, parameter in model.named_parameters()}
@@ -141,53 +153,54 @@ def decays_of(model: ByteModel, **config: Any) -> dict[str, float]:
 
 @names
 @families
-def test_norms_biases_and_pads_do_not_decay_and_tables_by_option(family: str, name: str):
+def test_norms_biases_and_pads_do_not_decay_and_embeddings_decay_by_option(family: str, name: str):
     model = model_of(family)
     decays = decays_of(model, name=name, weight_decay=0.3)
-    still = {parameter for parameter, decay in decays.items() if decay == 0.0}
-    assert {decays[parameter] for parameter in decays.keys() - still} == {0.3}
-    assert still == {
+    undecayed = {parameter for parameter, decay in decays.items() if decay == 0.0}
+    assert {decays[parameter] for parameter in decays.keys() - undecayed} == {0.3}
+    assert undecayed == {
         parameter
         for parameter in decays
         if "norm" in parameter or parameter.endswith(("bias", "pad")) or parameter == "start"
     }
     without = decays_of(model, name=name, weight_decay=0.3, decay_embeddings=False)
-    assert {parameter for parameter, decay in without.items() if decay == 0.0} == still | TABLES[family]
+    assert {parameter for parameter, decay in without.items() if decay == 0.0} == undecayed | TABLES[family]
 
 
 @families
-def test_adam_decays_nothing_unless_told_to(family: str):
+def test_adam_has_no_weight_decay_by_default(family: str):
     assert set(decays_of(model_of(family), name="adam").values()) == {0.0}
     assert set(decays_of(model_of(family), name="adamw").values()) == {0.0, 0.1}
 
 
 @families
-def test_muon_has_the_matrices_within_blocks(family: str):
+def test_muon_updates_exactly_the_matrices_within_blocks(family: str):
     model = model_of(family)
     muon, adamw = build_optimizers(OptimizerConfig(name="muon"), model)
-    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
-    of_muon = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
+    muon_parameters = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         is_matrix = "blocks" in name and name.endswith("weight") and "norm" not in name
-        assert (id(parameter) in of_muon) == is_matrix, name
+        assert (id(parameter) in muon_parameters) == is_matrix, name
 
 
 class OneBlock(nn.Module):
-    """A matrix within a block, and its bias."""
+    """Model of one block with one layer; by default a matrix and its bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module | None = None) -> None:
         super().__init__()
         self.block = Unit()
-        self.block.linear = nn.Linear(5, 3)
+        self.block.linear = layer or nn.Linear(5, 3)
 
     outside_units = ByteModel.outside_units
+    fused_matrices = ByteModel.fused_matrices
 
     def units(self) -> list[Unit]:
         return [self.block]
 
 
-def torchs_own(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Of a model of one matrix within a block, made by torch alone."""
+def torch_optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Return optimizers made by torch alone for a model of one matrix within a block."""
     matrices, rest = ([p for p in model.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
     adam: dict[str, Any] = {"lr": RATE, "betas": (0.9, 0.98), "fused": True}
     groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
@@ -202,24 +215,24 @@ def torchs_own(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 @names
-def test_moments_in_place_before_the_first_step_change_nothing(name: str):
-    """The state is laid out by us, so that a checkpoint can be read into it; the steps are torch's own."""
-    ours, theirs = OneBlock(), OneBlock()
-    theirs.load_state_dict(ours.state_dict())
-    mine = build_optimizers(OptimizerConfig(name=name, learning_rate=RATE, weight_decay=0.1), ours)
-    reference = torchs_own(name, theirs)
+def test_moments_allocated_before_the_first_step_change_nothing(name: str):
+    """Byteloom allocates the state, so that a checkpoint can be read into it; the steps are torch's own."""
+    own_model, torch_model = OneBlock(), OneBlock()
+    torch_model.load_state_dict(own_model.state_dict())
+    own_optimizers = build_optimizers(OptimizerConfig(name=name, learning_rate=RATE, weight_decay=0.1), own_model)
+    reference = torch_optimizers(name, torch_model)
     for step in range(4):
         x = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
-        for model, optimizers in ((ours, mine), (theirs, reference)):
+        for model, optimizers in ((own_model, own_optimizers), (torch_model, reference)):
             model.zero_grad()
             model.block.linear(x).square().sum().backward()
             for optimizer in optimizers:
                 optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own_model.parameters(), torch_model.parameters(), strict=True))
 
 
-def test_muon_steps_along_the_nearest_orthogonal_matrix_at_the_size_of_adamws_steps():
-    """Jordan 2024; scaled by 0.2 · sqrt(max(rows, columns)) as Liu et al. 2025, 0.2 being AdamW's usual step."""
+def test_muon_steps_along_the_nearest_orthogonal_matrix_with_the_size_of_adamw_steps():
+    """Jordan 2024, scaled by 0.2 · sqrt(max(rows, columns)) as in Liu et al. 2025, where 0.2 is AdamW's usual step."""
     model = OneBlock()
     (weight,) = (p for p in model.parameters() if p.dim() == 2)
     muon, _ = build_optimizers(OptimizerConfig(name="muon", learning_rate=RATE, weight_decay=0.0), model)
@@ -228,5 +241,45 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix_at_the_size_of_adamws_st
     muon.step()
     step = (before - weight.detach()) / (RATE * 0.2 * max(weight.shape) ** 0.5)
     u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
-    torch.testing.assert_close(torch.linalg.svdvals(step), torch.ones(3), rtol=0, atol=0.35)  # of five iterations
+    torch.testing.assert_close(torch.linalg.svdvals(step), torch.ones(3), rtol=0, atol=0.35)  # error of five iterations
     assert F.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("layer", "matrices"),
+    [
+        (Attention(16, 2, 0.0, bias=True), {"query_key_value": 3, "output": 1}),
+        (CrossAttention(8, 16, 2, None, bias=True), {"query": 1, "key_value": 2, "output": 1}),
+        (FeedForward(16, "swiglu", bias=True), {"expand": 2, "contract": 1}),
+        (FeedForward(16, "relu", bias=True), {"expand": 1, "contract": 1}),
+    ],
+)
+def test_muon_updates_each_logical_matrix_as_if_it_were_a_parameter(layer: nn.Module, matrices: dict[str, int]):
+    """The first of them has a hundredth of the gradient of the others, which its update does not depend on."""
+    model = OneBlock(layer)
+    config = OptimizerConfig(name="muon", learning_rate=RATE, weight_decay=0.1)
+    muon, _ = build_optimizers(config, model)
+    separate = {}
+    for name, number in matrices.items():
+        weight = layer.get_parameter(f"{name}.weight")
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        weight.grad[: len(weight) // number] /= 100
+        separate[name] = [nn.Parameter(part.detach().clone()) for part in weight.chunk(number)]
+        for part, gradient in zip(separate[name], weight.grad.chunk(number), strict=True):
+            part.grad = gradient.clone()
+    reference = torch.optim.Muon(
+        [part for parts in separate.values() for part in parts], lr=RATE, adjust_lr_fn="match_rms_adamw"
+    )
+    for optimizer in (muon, reference):
+        optimizer.step()
+    for name, parts in separate.items():
+        assert torch.equal(layer.get_parameter(f"{name}.weight"), torch.cat(parts)), name
+
+
+@names
+@families
+def test_entry_counts_the_numbers_of_its_moments(family: str, name: str):
+    model = model_of(family)
+    states = [state for each in build_optimizers(OptimizerConfig(name=name), model) for state in each.state.values()]
+    held = sum(tensor.numel() for state in states for kind, tensor in state.items() if kind != "step")
+    assert OPTIMIZERS.get(name).count_moments(model) == held

@@ -1,4 +1,4 @@
-"""Progress of long work, by width, with and without a terminal."""
+"""Progress display of long work at each width, with and without a terminal."""
 
 import io
 import time
@@ -43,7 +43,7 @@ def trained(**metrics: float) -> TrainingProgress:
     return row
 
 
-def test_the_training_line_drops_fields_by_width_but_keeps_the_step_and_the_time_left():
+def test_training_line_drops_fields_by_width_but_keeps_the_step_and_the_time_left():
     assert [line_of(trained(), width) for width in WIDTHS] == [
         "1234/100000 1.2346 bits/byte 1h02m left",
         "1234/100000 1.2346 bits/byte 123 kB/s MFU 0.43 1h02m left",
@@ -56,13 +56,13 @@ def test_the_training_line_drops_fields_by_width_but_keeps_the_step_and_the_time
         assert "1234/100000" in line and "1h02m left" in line
 
 
-def test_a_run_without_mfu_shows_none():
+def test_run_without_mfu_shows_no_mfu():
     row = TrainingProgress(Display(Console(quiet=True)), 10, 0)
     row.update(1, {name: value for name, value in METRICS.items() if name != "mfu"}, 5.0)
     assert line_of(row, 79) == "1/10 1.2346 bits/byte 123 kB/s wait 0.1% mem 1.2 GB 5s left"
 
 
-def test_a_phase_drops_fields_by_width_but_keeps_its_name_and_the_time():
+def test_phase_drops_fields_by_width_but_keeps_its_name_and_the_time():
     phase = WorkProgress("validating", 10_000.0)
     phase.advance(5_000.0)
     for width in WIDTHS:
@@ -74,9 +74,9 @@ def test_a_phase_drops_fields_by_width_but_keeps_its_name_and_the_time():
     assert line_of(WorkProgress("rehearsing a micro-batch"), 40).endswith(" 0s so far")
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -88,8 +88,8 @@ def test_quick_work_shows_nothing():
     assert text_of(console) == ""
 
 
-def test_a_phase_is_shown_below_its_run(monkeypatch: pytest.MonkeyPatch):
-    """rich supports one live area, so both are in it."""
+def test_phase_is_shown_below_its_run(monkeypatch: pytest.MonkeyPatch):
+    """The library rich supports only one live area, which therefore holds both."""
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     console = terminal()
     display = Display(console)
@@ -103,7 +103,7 @@ def test_a_phase_is_shown_below_its_run(monkeypatch: pytest.MonkeyPatch):
     assert after.endswith("\x1b[?25h"), "the cursor is shown again"
 
 
-def test_without_a_terminal_a_phase_is_a_plain_line(monkeypatch: pytest.MonkeyPatch):
+def test_phase_without_a_terminal_is_a_plain_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     console = Console(width=20, file=io.StringIO())
     with Display(console).phase("loading the checkpoint") as phase:
@@ -113,7 +113,7 @@ def test_without_a_terminal_a_phase_is_a_plain_line(monkeypatch: pytest.MonkeyPa
     assert text_of(console) == "loading the checkpoint: 0s so far\n"
 
 
-def test_a_closed_display_restores_the_terminal(monkeypatch: pytest.MonkeyPatch):
+def test_closed_display_restores_the_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     console = terminal()
     display = Display(console)

@@ -1,4 +1,4 @@
-"""Tables at 60, 80 and 120 columns and in a pipe: no value is truncated, and no line is too long.
+"""Tables at 60, 80 and 120 columns and in a pipe: no value is truncated and no line is too long.
 
 `python -m tests.pretrain.terminal.test_tables` rewrites the expected text.
 """
@@ -25,14 +25,16 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from data_pipeline.preparation.prepare import PrepareReport, SourceReport
-from pretrain.cli.checkpoints import contents_table, list_table, tensors_table
-from pretrain.cli.corpora import left_out_table
-from pretrain.cli.inspection import corpus_table, row_table
-from pretrain.cli.models import catalogue, estimate_table
-from pretrain.cli.runs import status_table
+from data_pipeline.preparation.report import DocumentKind, LeftOutKind
+from pretrain.cli.corpora.inspect import corpus_table, row_table
+from pretrain.cli.corpora.prepare import kinds_table, left_out_table
+from pretrain.cli.models.estimate import catalogue, estimate_table
+from pretrain.cli.runs.checkpoints import contents_table, list_table, tensors_table
+from pretrain.cli.runs.status import status_table
 from pretrain.config.catalogue import CatalogueEntry
-from pretrain.estimate.activations import ActivationLine
+from pretrain.estimate.activations import ActivationLine, ActivationLines
 from pretrain.estimate.states import ShardedStates, States
+from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.report import EvaluationReport
 from pretrain.evaluation.scores import UNITS_PER_NAT, Evaluation, Score
@@ -45,12 +47,15 @@ WIDTHS = (60, 80, 120, None)
 
 def estimate() -> Table:
     gib = 2**30
-    ways = [
-        ShardedStates("ddp", States(0, 3 * gib, 3 * gib, 7 * gib)),
-        ShardedStates("zero-3, fsdp2", States(gib // 3, gib // 7, gib // 1000, gib // 100)),
+    sharded_states = [
+        ShardedStates("ddp", States(0, 3 * gib, 3 * gib, 7 * gib), gathers=False),
+        ShardedStates("zero-3, fsdp2", States(gib // 3, gib // 7, gib // 1000, gib // 100), gathers=True),
     ]
-    plain, checkpointed = ActivationLine(((1, 11 * gib), (2, 22 * gib))), ActivationLine(((1, gib), (2, 2 * gib)))
-    return estimate_table("configs/megabyte/text.yaml on 8 GPUs of 16 GiB each", ways, plain, checkpointed, 1, 14 * gib)
+    lines = ActivationLine(((1, 11 * gib), (2, 22 * gib))), ActivationLine(((1, gib), (2, 2 * gib)))
+    plain, checkpointed = (ActivationLines(line, line) for line in lines)
+    return estimate_table(
+        "configs/megabyte/text.yaml on 8 GPUs of 16 GiB each", sharded_states, plain, checkpointed, 1, 14 * gib
+    )
 
 
 def models() -> list[Table]:
@@ -73,7 +78,7 @@ def evaluation() -> Table:
     groups = {"books/of/a/folder/with-a-rather-long-name": scores[0], "code": scores[1]}
     report = EvaluationReport(
         "runs/books/checkpoints/step-00090000", "/data/corpora/books/validation", Mode.windows, 8192, 8192,
-        Evaluation(groups), words=3_200_000_000, words_of_groups={"code": 512},
+        Beginning.start, Evaluation(groups), words=3_200_000_000, words_of_groups={"code": 512},
     )  # fmt: skip
     return report.table()
 
@@ -84,7 +89,8 @@ def status() -> Table:
         state="running", reason="", job="4711", process=None, nodes="n1",
         step=123_456, steps=1_000_000, bits_per_byte=1.23456, validation_bits_per_byte=1.3456,
         bytes_per_second=41_234_567.0, seconds_left=360_000.0, checkpoint_step=123_000, checkpoint_seconds=754.0,
-        starts=1, restarts=3, why="", history=[], problems=[],
+        starts=1, restarts=3, why="", history=[], problems=[], ancestry=[], rollbacks=[], coverage={},
+        slow_ranks=[],
     )  # fmt: skip
     queued = replace(
         running, run="runs/new", state="queued", step=0, steps=None, bits_per_byte=None, validation_bits_per_byte=None,
@@ -96,7 +102,7 @@ def status() -> Table:
 def checkpoints() -> Table:
     whole = {
         "step": 90_000, "written": "2026-02-03T04:05:06+00:00", "fault": None, "bytes": 11_234_567_890, "ranks": 1024,
-        "engine": "fsdp",
+        "engine": "fsdp", "values": "finite",
     }  # fmt: skip
     fault = "runs/books/checkpoints/step-00091000/metadata.json is damaged: it does not have its digest"
     return list_table("runs/books", [whole, {"step": 91_000, "written": "", "fault": fault}])
@@ -108,6 +114,7 @@ def checkpoint() -> Any:
     return SimpleNamespace(
         folder=Path("/scratch/runs/books/checkpoints/step-00090000"),
         tensors={name: SimpleNamespace(shape=shape) for name, shape in shapes.items()},
+        not_finite={},
         state={
             "reading": {"step": 90_000, "next_sequence": 4_320_000},
             "config": {"train": {"steps": 100_000}, "model": {"family": "megabyte"}, "engine": {"name": "fsdp"}},
@@ -145,10 +152,25 @@ def row() -> Table:
     )
 
 
-def left_out() -> Table:
+def left_out() -> list[Table]:
     source = SourceReport("https://data.example.org/crawl/2026-02/part-00001.tar.zst", 10, 1000)
-    source.left_out = Counter({"damaged": 12_345, "empty": 1})
-    return left_out_table(PrepareReport({}, [""], [source]), Path("/data/corpora/crawl"))
+    source.left_out = Counter({"damaged": 12_345, "empty": 1, "over the limit": 7})
+    names = [f"crawl/2026-02/part-{number:05d}.jsonl.gz#000000000" for number in range(3)]
+    rows = [LeftOutKind(".jsonl.gz", "damaged", 12_345, names), LeftOutKind("", "empty", 1, ["crawl/empty"])]
+    table = left_out_table(PrepareReport({}, [""], [source], [], rows), Path("/data/corpora/crawl"))
+    assert table is not None
+    return [table]
+
+
+def kinds() -> list[Table]:
+    found = [
+        DocumentKind(".jsonl.gz", "text", 41_000_000, 98_000_000_000, ["crawl/part-00001.jsonl.gz#000000000"]),
+        DocumentKind(".png", "image", 2, 1_572_864, ["crawl/logo.png", "crawl/deep/picture.png"]),
+        *(DocumentKind(f".{number}", "binary", 1, 1, [f"crawl/x.{number}"]) for number in range(20)),
+    ]
+    table = kinds_table(PrepareReport({}, [""], [], found))
+    assert table is not None
+    return [table]
 
 
 TABLES = {
@@ -160,7 +182,8 @@ TABLES = {
     "checkpoint": lambda: [contents_table(checkpoint()), tensors_table(checkpoint())],
     "corpus": lambda: [corpus()],
     "row": lambda: [row()],
-    "left-out": lambda: [left_out()],
+    "left-out": left_out,
+    "kinds": kinds,
 }
 
 
@@ -174,13 +197,13 @@ def shown(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_looks_as_expected_at_each_width(name: str):
+def test_table_has_the_expected_text_at_each_width(name: str):
     assert shown(name) == (EXPECTED / f"{name}.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_holds_every_value_whole_within_the_width(name: str, width: int | None):
+def test_table_holds_every_complete_value_within_the_width(name: str, width: int | None):
     for table in TABLES[name]():
         check_law(table, width)
 
@@ -189,11 +212,12 @@ names = st.text(st.sampled_from("abcdefgh-_/. 字é"), max_size=70)
 numbers = st.integers(-(10**12), 10**12).map("{:,}".format)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(names, names, numbers, numbers, names, numbers), max_size=4),
     st.sampled_from([40, 60, 80, 120, None]),
 )
-def test_any_table_holds_every_value_whole_within_the_width(rows: list[tuple[str, ...]], width: int | None):
+def test_any_table_holds_every_complete_value_within_the_width(rows: list[tuple[str, ...]], width: int | None):
     columns = ["first", "second", "third", "fourth", "fifth", "sixth"]
     table = Table("a title of some words", columns, numbers=["third", "fourth", "sixth"])
     for cells in rows:
@@ -217,13 +241,13 @@ def check_law(table: Table, width: int | None) -> None:
 
 
 @given(names, st.integers(2, 30))
-def test_folded_text_keeps_every_character_but_spaces(text: str, width: int):
+def test_folded_text_keeps_every_character_except_spaces(text: str, width: int):
     lines = fold(text, width)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(cell_len(line) <= width for line in lines)
 
 
-def test_a_figure_has_three_digits_and_nine_characters_at_most():
+def test_figure_has_at_most_three_digits_and_nine_characters():
     expected = {0.0: "0", 0.00123: "0.00123", 0.5: "0.500", 12.34: "12.3", 99.96: "100", 931.1: "931"}
     expected |= {1234.5: "1,234", 999_999.0: "999,999", 1e6: "1.00e+06", 1e300: "1.00e+300", 1e-9: "1.00e-09"}
     assert {number: figure(number) for number in expected} == expected
@@ -242,19 +266,20 @@ table.print()
 """
 
 
-def test_a_terminal_has_a_width_and_a_pipe_has_none():
+@pytest.mark.slow
+def test_table_fits_a_terminal_and_is_not_folded_in_a_pipe():
     command = [sys.executable, "-c", PRINTED]
     piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(piped) == 4
     assert piped[3] == "a name with a \\x1b character" + "  1,234,567,890" * 8
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    own_end, terminal_end = pty.openpty()
+    fcntl.ioctl(terminal_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     without_width = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     terminal = without_width | {"TERM": "xterm"}
-    process = subprocess.Popen(command, stdout=theirs, env=terminal)
-    os.close(theirs)
+    process = subprocess.Popen(command, stdout=terminal_end, env=terminal)
+    os.close(terminal_end)
     text = b""
-    while chunk := _read(ours):
+    while chunk := _read(own_end):
         text += chunk
     assert process.wait() == 0
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()

@@ -1,4 +1,4 @@
-"""Deliveries to MLflow: the content of a run's page, and the faults of stores and servers."""
+"""Delivery to MLflow: the content of a run's page, and the faults of stores and servers."""
 
 import logging
 import re
@@ -10,31 +10,33 @@ from typing import Any
 
 import click.testing
 import pytest
-from mlflow import MlflowClient
-from mlflow.cli import cli as mlflow_command
 from typer.testing import CliRunner
 
+from byteloom.core.retries import RetryPolicy
 from launchers.supervision.heartbeat import FOLDER as HEARTBEATS
 from launchers.supervision.record import LaunchRecord, reason_of_start
 from pretrain.cli.app import app
 from pretrain.tracking import (
+    Delivery,
     Journal,
     MlflowShipper,
     ParentRun,
     RunDescription,
     TrackingConfig,
     TrackingError,
+    deliver_all,
     fault_of,
+    mlflow_tracker,
     open_recorder,
     shown,
 )
-from tests.mlflow_server import Server, misbehaving
+from tests.mlflow_server import Server, client_of, make_store, misbehaving
 
 PARAMS = {"train.steps": 4, "optimizer.learning_rate": 0.003}
 
 
-class Folder:
-    """Run folder with invented numbers; the journal, the deliveries and MLflow are real."""
+class TrackedRun:
+    """Run folder with invented metrics; the journal, the delivery and MLflow are real."""
 
     def __init__(self, path: Path, uri: str | None) -> None:
         path.mkdir(parents=True)
@@ -53,7 +55,7 @@ class Folder:
         reason: str = "manual",
         status: str = "FINISHED",
     ) -> None:
-        """Make a start of the run log some steps."""
+        """Start the run and log some steps."""
         self.starts += 1
         (self.path / "config.yaml").write_text(f"{dict(params)}\n")
         journal = Journal(self.path / "metrics.jsonl", first - 1 if first > 1 else None)
@@ -68,12 +70,12 @@ class Folder:
 
     def shipper(self) -> MlflowShipper:
         return MlflowShipper(
-            *(self.path / name for name in ("metrics.jsonl", "mlflow.json", "config.yaml", "train.log"))
+            *(self.path / name for name in ("metrics.jsonl", "mlflow.json", "config.yaml", "train.log", "report.html"))
         )
 
     @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(self.uri)
+    def client(self) -> Any:
+        return client_of(self.uri)
 
     @property
     def run(self) -> Any:
@@ -93,20 +95,38 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(params=["embedded", "server"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """Return a run in a folder with a name that a URL would quote, for the embedded store and for a server."""
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> TrackedRun:
+    """Run in a folder with a name that a URL would quote, for the embedded store and for a server."""
     uri = request.getfixturevalue("server").uri if request.param == "server" else None
-    return Folder(tmp_path / "my runs #1" / request.node.name.partition("[")[0], uri)
+    root = tmp_path / "my runs #1"
+    if uri is None:
+        make_store(root / "mlflow.db")
+    return TrackedRun(root / request.node.name.partition("[")[0], uri)
 
 
-def test_starts_changed_parameters_and_files_are_shown(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_report_is_an_artifact_of_its_last_state(folder: TrackedRun, tmp_path: Path):
+    report, shipper = folder.path / "report.html", folder.shipper
+    folder.train(1, 2)
+    assert "report.html" not in {file.path for file in folder.client.list_artifacts(folder.run.info.run_id)}
+    for text in ("first", "second"):
+        report.write_text(text)
+        shipper().deliver()
+        path = folder.client.download_artifacts(folder.run.info.run_id, "report.html", str(tmp_path))
+        assert Path(path).read_text() == text
+
+
+@pytest.mark.slow
+def test_starts_changed_parameters_and_files_are_shown(
+    folder: TrackedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     folder.train(1, 4)
     first = folder.run
     assert "mlflow.note.content" not in first.data.tags
-    [output] = first.outputs.model_outputs  # MLflow's page lists a run without one among evaluations of GenAI
+    [output] = first.outputs.model_outputs  # MLflow's page lists a run without a model among evaluations of GenAI
     assert folder.client.get_logged_model(output.model_id).status == "READY"
     experiment = folder.client.get_experiment(first.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
@@ -116,7 +136,10 @@ def test_starts_changed_parameters_and_files_are_shown(folder: Folder, tmp_path:
     folder.train(5, 8, changed, reason="requeued: lost n2")
     run = folder.run
     assert run.info.run_id == first.info.run_id
-    assert run.data.params == {"train.steps": "4", "optimizer.learning_rate": "0.003"}  # MLflow changes none
+    assert run.data.params == {
+        "train.steps": "4",
+        "optimizer.learning_rate": "0.003",
+    }  # MLflow never changes a parameter
     assert run.data.tags["now.train.steps"] == "8"
     assert run.data.tags["now.optimizer.learning_rate"] == "0.001"
     assert run.data.tags["start.1"].startswith("from the beginning: manual (20")
@@ -139,7 +162,7 @@ def test_starts_changed_parameters_and_files_are_shown(folder: Folder, tmp_path:
     assert end.endswith("line 99999\n")
     assert {path.name for path in elsewhere.iterdir()} == {"config.yaml", "train.log"}  # no mlruns
 
-    # A person's choices stay; a parameter that has its first value again is shown with it.
+    # A person's choices stay. A parameter with its first value again is shown with that value.
     folder.client.set_tag(run.info.run_id, "mlflow.note.content", "mine")
     folder.client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "genai_development")
     folder.train(9, 9, {**changed, "optimizer.learning_rate": 0.003})
@@ -151,8 +174,9 @@ def test_starts_changed_parameters_and_files_are_shown(folder: Folder, tmp_path:
     folder.client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
 
 
-def test_starts_and_files_that_a_dead_server_missed_arrive_later(server: Server, tmp_path: Path):
-    folder = Folder(tmp_path / "runs/missed", "http://127.0.0.1:9")
+@pytest.mark.slow
+def test_starts_and_files_missed_by_a_dead_server_are_delivered_later(server: Server, tmp_path: Path):
+    folder = TrackedRun(tmp_path / "runs/missed", "http://127.0.0.1:9")
     folder.train(1, 4, status="KILLED")
     folder.train(3, 6, reason="requeued: preempted")
     state = folder.path / "mlflow.json"
@@ -179,14 +203,15 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_server_that_fails_is_a_short_warning(
+def test_failing_server_gives_a_short_warning(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with misbehaving(fault) as address:
         uri = "http://127.0.0.1:9" if fault == "refused" else address.replace("://", "://user:secret@")
-        folder = Folder(tmp_path / "runs/run", uri)
+        folder = TrackedRun(tmp_path / "runs/run", uri)
         with caplog.at_level(logging.WARNING, "pretrain"):
             folder.train(1, 3)
     journal = folder.path / "metrics.jsonl"
@@ -198,7 +223,25 @@ def test_a_server_that_fails_is_a_short_warning(
     assert "secret" not in caplog.text
 
 
-def test_faults_of_a_store_are_a_few_words(tmp_path: Path):
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "attempts"), [("503", 4), ("401", 1), ("404", 1)])
+def test_delivery_is_repeated_only_while_its_fault_may_pass(
+    fault: str, attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A final delivery makes at most four attempts, and one if a person must change something first."""
+    monkeypatch.setattr(mlflow_tracker, "FINAL_POLICY", RetryPolicy(4, 0.0, 30.0))
+    requests = list[str]()
+    with misbehaving(fault, requests) as uri:
+        delivery = Delivery(uri, identity="run", status="FINISHED")
+        delivery.save(tmp_path / "mlflow.json")
+        none = tmp_path / "none"
+        shipper = MlflowShipper(none, tmp_path / "mlflow.json", none, none, none)
+        with pytest.raises(Exception, match=fault):
+            deliver_all(shipper)
+    assert len(requests) == attempts
+
+
+def test_faults_of_a_store_are_described_in_a_few_words(tmp_path: Path):
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
 
     def fault(**fields: str) -> str:
@@ -211,17 +254,20 @@ def test_faults_of_a_store_are_a_few_words(tmp_path: Path):
     assert fault(uri=f"sqlite:///{tmp_path}/missing/mlflow.db") == "No such file or directory"
     assert fault(uri="https://no-such-host.invalid:5000") == "no such host"
     assert len(fault_of(ValueError("x" * 300))) == 100
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first  # an error that is raised again may lead to itself
+    assert fault_of(first) == "first"
 
 
-def advice(folder: Folder) -> str:
-    """Return the advice for a run or experiment that was deleted."""
+def advice(folder: TrackedRun) -> str:
+    """Return the message for a run or experiment that was deleted."""
     with pytest.raises(TrackingError) as caught:
         folder.shipper().finish()
     return str(caught.value)
 
 
 def follow(text: str) -> None:
-    """Run the first command that an advice gives."""
+    """Run the first command in a message."""
     command = re.search("`(.*?)`", text)
     assert command is not None
     setting, program, *arguments = shlex.split(command[1])
@@ -230,27 +276,32 @@ def follow(text: str) -> None:
 
 
 def mlflow(arguments: list[str], environment: Mapping[str, str]) -> None:
-    done = click.testing.CliRunner().invoke(mlflow_command, arguments, env=environment)
+    from mlflow.cli import cli  # noqa: PLC0415 it takes seconds
+
+    done = click.testing.CliRunner().invoke(cli, arguments, env=environment)
     assert done.exit_code == 0, f"{done.output}\n{done.exception}"
 
 
-def test_a_deleted_run_or_experiment_comes_back_as_the_message_says(server: Server, tmp_path: Path):
-    folder = Folder(tmp_path / "runs/deleted", server.uri)
+@pytest.mark.slow
+def test_deleted_run_or_experiment_is_restored_as_the_message_says(server: Server, tmp_path: Path):
+    folder = TrackedRun(tmp_path / "runs/deleted", server.uri)
     folder.config = TrackingConfig(uri=server.uri, experiment="to be deleted")
     folder.train(1, 3)
     run = folder.run
     folder.client.delete_run(run.info.run_id)
-    told = advice(folder)
-    assert told.startswith(f"run {run.info.run_id} was deleted; `MLFLOW_TRACKING_URI={server.uri} mlflow runs restore")
-    assert told.endswith(f"`byteloom track {folder.path} --new-run` sends everything to a new one")
-    follow(told)
+    message = advice(folder)
+    assert message.startswith(
+        f"run {run.info.run_id} was deleted; `MLFLOW_TRACKING_URI={server.uri} mlflow runs restore"
+    )
+    assert message.endswith(f"`byteloom track {folder.path} --new-run` sends everything to a new one")
+    follow(message)
     folder.train(4, 5)
     assert folder.steps() == [1, 2, 3, 4, 5]
 
     folder.client.delete_experiment(run.info.experiment_id)
-    told = advice(folder)
-    assert told.startswith("experiment to be deleted was deleted; `MLFLOW_TRACKING_URI=")
-    other = Folder(tmp_path / "runs/other", server.uri)
+    message = advice(folder)
+    assert message.startswith("experiment to be deleted was deleted; `MLFLOW_TRACKING_URI=")
+    other = TrackedRun(tmp_path / "runs/other", server.uri)
     other.config = folder.config
     other.train(1, 2)
     with pytest.raises(TrackingError, match=r"^experiment to be deleted was deleted; .* another tracking.experiment$"):
@@ -259,15 +310,16 @@ def test_a_deleted_run_or_experiment_comes_back_as_the_message_says(server: Serv
     other.train(3, 3)
     assert other.steps() == [1, 2, 3]
     other.config = folder.config
-    follow(told)
+    follow(message)
     folder.train(6, 6)
     other.train(4, 4)
     assert folder.steps() == [1, 2, 3, 4, 5, 6]
     assert other.steps() == [1, 2, 3, 4]
 
 
-def test_a_run_deleted_while_it_trains_is_named_once(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    folder = Folder(tmp_path / "runs/meanwhile", server.uri)
+@pytest.mark.slow
+def test_run_deleted_during_training_is_named(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = TrackedRun(tmp_path / "runs/meanwhile", server.uri)
     folder.train(1, 2)
     shipper = folder.shipper()
     shipper.deliver()
@@ -282,21 +334,22 @@ def test_a_run_deleted_while_it_trains_is_named_once(server: Server, tmp_path: P
     assert shipper.deliver() == 1
 
 
-def test_a_run_that_is_gone_is_sent_to_a_new_one(tmp_path: Path):
-    folder = Folder(tmp_path / "runs/gone", None)
+@pytest.mark.slow
+def test_permanently_deleted_run_is_delivered_to_a_new_run(tmp_path: Path):
+    folder = TrackedRun(tmp_path / "runs/gone", None)
     folder.train(1, 3)
-    gone = folder.run.info.run_id
-    folder.client.delete_run(gone)
-    mlflow(["gc", "--backend-store-uri", folder.uri, "--run-ids", gone], {"MLFLOW_TRACKING_URI": folder.uri})
-    assert advice(folder).startswith(f"run {gone} is no longer there. When the run has ended, `byteloom track")
+    deleted = folder.run.info.run_id
+    folder.client.delete_run(deleted)
+    mlflow(["gc", "--backend-store-uri", folder.uri, "--run-ids", deleted], {"MLFLOW_TRACKING_URI": folder.uri})
+    assert advice(folder).startswith(f"run {deleted} is no longer there. When the run has ended, `byteloom track")
     done = CliRunner().invoke(app, ["track", "--new-run", str(folder.path)])
     assert done.exit_code == 0, done.output
-    assert folder.run.info.run_id != gone
+    assert folder.run.info.run_id != deleted
     assert folder.steps() == [1, 2, 3]
     assert "start.1" in folder.run.data.tags
 
 
-def test_a_start_has_the_reason_that_is_known(tmp_path: Path):
+def test_start_records_its_known_reason(tmp_path: Path):
     assert reason_of_start(tmp_path, {}) == "manual"
     slurm = {"SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": "4711"}
     assert reason_of_start(tmp_path, slurm) == "Slurm requeued job 4711 (restart 2)"

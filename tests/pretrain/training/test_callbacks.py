@@ -1,4 +1,4 @@
-"""Callbacks and trackers that another package registers: each one is a class and a config node."""
+"""Callbacks and trackers registered by another package: each is a class and a config node."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, Field
 
-from byteloom.core.registry import RegistryError
+from byteloom.core.registries.registry import RegistryError
 from pretrain.config.errors import ConfigError
 from pretrain.config.explanation import explain
 from pretrain.config.loading import load
@@ -37,23 +37,23 @@ class WeightNormConfig(BaseModel, frozen=True, extra="forbid", use_attribute_doc
 
 
 class WeightNorm(Callback):
-    """Measures the norm of all weights, and notes the events that it sees."""
+    """Callback that measures the norm of all weights, and records its events."""
 
-    seen: list[str]
+    events: list[str]
 
     def __init__(self, config: WeightNormConfig) -> None:
         self.every = config.every
-        type(self).seen = []
+        type(self).events = []
 
     def on_start(self, run: TrainingRun) -> None:
-        self.seen.append(f"start after {run.step}")
+        self.events.append(f"start after {run.step}")
 
     def before_step(self, run: TrainingRun) -> None:
-        self.seen.append("before")
+        self.events.append("before")
 
     def after_step(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
         assert "train/bits_per_byte" in numbers and "weight_norm/l2" not in numbers
-        self.seen.append(f"after {run.step}")
+        self.events.append(f"after {run.step}")
 
     def measure(self, run: TrainingRun) -> dict[str, float]:
         if run.step % self.every:
@@ -64,17 +64,17 @@ class WeightNorm(Callback):
     def on_numbers(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
         with pytest.raises(TypeError):
             numbers["train/bits_per_byte"] = 0.0  # type: ignore[index]
-        self.seen.append(f"numbers of {run.step}")
+        self.events.append(f"numbers of {run.step}")
 
     def on_stop(self, run: TrainingRun) -> None:
-        self.seen.append("stop")
+        self.events.append("stop")
 
     def on_end(self, run: TrainingRun, status: str) -> None:
-        self.seen.append(status)
+        self.events.append(status)
 
 
 class LinesConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """A file of numbers."""
+    """Config of a file of losses."""
 
     file: str = "lines.json"
     """Name of the file in the run folder."""
@@ -83,7 +83,7 @@ class LinesConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 
 
 class Lines(Tracker):
-    """Writes the losses to a file when it is closed."""
+    """Tracker that writes the losses to a file when it is closed."""
 
     def __init__(self, config: LinesConfig, run: RunDescription) -> None:
         assert threading.current_thread() is not threading.main_thread()
@@ -102,7 +102,7 @@ class Lines(Tracker):
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """The callback and the tracker above, registered for one test."""
+    """Register the callback and the tracker above for one test."""
     register_callback("weight_norm", WeightNormConfig)(WeightNorm)
     register_tracker("lines", LinesConfig)(Lines)
     yield
@@ -126,18 +126,20 @@ def numbers_of(config: Config) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_callback_and_a_tracker_take_part_in_a_run_and_change_no_loss(recipe: Path):
-    turned_on = ["run.name=observed", "callbacks.weight_norm.every=2", "tracking.trackers.lines={}"]
-    observed, plain = numbers_of(load(recipe, turned_on)), numbers_of(load(recipe))
+@pytest.mark.slow
+def test_callback_and_tracker_observe_a_run_and_change_no_loss(recipe: Path):
+    observers = ["run.name=observed", "callbacks.weight_norm.every=2", "tracking.trackers.lines={}"]
+    observed, plain = numbers_of(load(recipe, observers)), numbers_of(load(recipe))
     assert observed[0].keys() == {"step", "time", "weight_norm/l2"} and observed[0]["step"] == 0
     losses = {line["step"]: line["train/bits_per_byte"] for line in observed[1:]}
     assert losses == {line["step"]: line["train/bits_per_byte"] for line in plain}
     assert [line["step"] for line in observed if "weight_norm/l2" in line] == [0, 2, 4]
     steps = [event for step in range(1, STEPS + 1) for event in ("before", f"after {step}", f"numbers of {step}")]
-    assert WeightNorm.seen == ["start after 0", "numbers of 0", *steps, "stop", "FINISHED"]
+    assert WeightNorm.events == ["start after 0", "numbers of 0", *steps, "stop", "FINISHED"]
 
 
-def test_a_tracker_that_fails_ends_no_run_and_is_named_once(recipe: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.slow
+def test_failing_tracker_does_not_end_the_run_and_is_reported_once(recipe: Path, caplog: pytest.LogCaptureFixture):
     config = load(recipe, ["tracking.trackers.lines={fails_at: 2}"])
     numbers = numbers_of(config)
     written = json.loads((Path(config.run.root) / "plain/lines.json").read_text())
@@ -145,12 +147,14 @@ def test_a_tracker_that_fails_ends_no_run_and_is_named_once(recipe: Path, caplog
         "status": "FINISHED",
         "losses": {str(line["step"]): line["train/bits_per_byte"] for line in numbers if line["step"] != 2},
     }
-    said = [record.message for record in caplog.records if "tracker lines" in record.message]
-    assert said == ["tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"]
+    messages = [record.message for record in caplog.records if "tracker lines" in record.message]
+    assert messages == [
+        "tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"
+    ]
 
 
 class StopOnOneRank(WeightNorm):
-    """Requests a stop after step 2, on rank 1 alone."""
+    """Callback that requests a stop after step 2, only on rank 1."""
 
     def after_step(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
         super().after_step(run, numbers)
@@ -161,14 +165,15 @@ class StopOnOneRank(WeightNorm):
 def train_until_stopped(world: World, recipe: Path) -> tuple[int, list[str]]:
     register_callback("weight_norm", WeightNormConfig)(StopOnOneRank)
     code = train(load(recipe, ["callbacks.weight_norm={}"]), world)
-    return code, StopOnOneRank.seen
+    return code, StopOnOneRank.events
 
 
-def test_all_ranks_call_all_events_and_stop_together_at_the_request_of_one(recipe: Path):
+@pytest.mark.slow
+def test_all_ranks_call_all_events_and_stop_together_when_one_requests_it(recipe: Path):
     results = on_ranks(2, train_until_stopped, recipe)
     steps = [event for step in (1, 2) for event in ("before", f"after {step}", f"numbers of {step}")]
-    seen = ["start after 0", "numbers of 0", *steps, "before", "stop", "KILLED"]
-    assert results == [(128 + signal.SIGTERM, seen)] * 2
+    events = ["start after 0", "numbers of 0", *steps, "before", "stop", "KILLED"]
+    assert results == [(128 + signal.SIGTERM, events)] * 2
     lines = (recipe.parent / "plain/metrics.jsonl").read_text().splitlines()
     assert [(line["step"], line["weight_norm/l2"] > 0) for line in map(json.loads, lines)] == [
         (0, True),
@@ -197,13 +202,14 @@ def test_all_ranks_call_all_events_and_stop_together_at_the_request_of_one(recip
         ),
     ],
 )
-def test_a_wrong_name_or_field_is_refused_with_the_nearest_right_one(recipe: Path, override: str, fault: str):
+def test_wrong_name_or_field_is_refused_with_the_nearest_name(recipe: Path, override: str, fault: str):
     with pytest.raises(ConfigError) as raised:
         load(recipe, [override])
     assert str(raised.value) == f"override {override}: {fault}"
 
 
-def test_a_recipe_with_callbacks_is_read_back_and_fits_the_schema(recipe: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_recipe_with_callbacks_is_read_back_and_fits_the_schema(recipe: Path, tmp_path: Path):
     config = load(recipe, ["callbacks.weight_norm.every=3"])
     assert config.as_tree()["callbacks"] == {"weight_norm": {"every": 3}}
     (tmp_path / "again.yaml").write_text(config.as_yaml())
@@ -221,8 +227,8 @@ def test_fields_of_a_callback_are_explained(registered: None):
     assert explain("callbacks.weight_norm").startswith("callbacks.weight_norm: Norm of all weights.")
 
 
-def test_names_are_unique(registered: None):
-    with pytest.raises(RegistryError, match="two callbacks are registered as weight_norm"):
+def test_second_callback_of_a_name_is_refused(registered: None):
+    with pytest.raises(RegistryError, match="the callback weight_norm is registered twice"):
         register_callback("weight_norm", WeightNormConfig)(WeightNorm)
     with pytest.raises(RegistryError, match="every run has a callback named validation"):
         register_callback("validation", WeightNormConfig)(WeightNorm)
@@ -245,7 +251,7 @@ class Quiet(Callback):
 """
 
 
-def test_a_callback_of_an_installed_package_is_found_by_its_entry_point(
+def test_callback_of_an_installed_package_is_found_by_its_entry_point(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     site = tmp_path / "site"

@@ -1,4 +1,4 @@
-"""The profiler records exactly the steps of its window, and changes no loss."""
+"""Profiler: it records exactly the steps of its window, and changes no loss."""
 
 import json
 import logging
@@ -33,7 +33,8 @@ def losses_of(folder: Path, *overrides: str) -> list[float]:
     return [json.loads(line)["train/bits_per_byte"] for line in lines]
 
 
-def test_a_window_is_profiled_across_a_resume_and_changes_no_loss(folder: Path):
+@pytest.mark.slow
+def test_window_is_profiled_across_a_resume_and_changes_no_loss(folder: Path):
     losses_of(folder, "run.name=profiled", "train.steps=4", *WINDOW)
     profiled = losses_of(folder, "run.name=profiled", "train.steps=7", *WINDOW)
     assert profiled == losses_of(folder, "train.steps=7")
@@ -51,7 +52,8 @@ def test_a_window_is_profiled_across_a_resume_and_changes_no_loss(folder: Path):
     assert "the profiler will record steps 5 to 5" in log
 
 
-def test_a_past_window_is_logged(folder: Path):
+@pytest.mark.slow
+def test_past_window_is_logged(folder: Path):
     losses_of(folder, "train.steps=2", "profile.start=3")
     assert "steps 3 to 5 are past, so the profiler does not record them" in (folder / "plain/train.log").read_text()
     assert not (folder / "plain/profile").exists()

@@ -1,0 +1,1 @@
+"""Registries of what a package may add by name."""

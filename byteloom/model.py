@@ -1,0 +1,297 @@
+"""A trained model, as Python code uses it.
+
+RUN, CHECKPOINT or EXPORT ─▶ load ─▶ Model ─▶ bits, bits_per_byte, next, generate
+
+The commands `eval` and `generate` use this class.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from byteloom.core.progress import Progress, ignore
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.storage.storage import RemoteConfig
+from data_pipeline.documents import Piece
+from data_pipeline.preparation.prepare import PrepareOptions, prepare
+from data_pipeline.readers.restoring import options_of
+from data_pipeline.vocabulary import SEPARATOR
+from pretrain.checkpoint import Metadata, read
+from pretrain.distributed.fragments import MODEL, fragment_name, whole
+from pretrain.engines import choose_device, compute_dtype, scoring_precision
+from pretrain.evaluation.beginning import Beginning
+from pretrain.evaluation.evaluate import Scored, add_up
+from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
+from pretrain.evaluation.modes import Mode, check_usage, score_documents
+from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
+from pretrain.models import build_model, model_config, with_usage_options
+from pretrain.training.weights import find_checkpoint, trained_card, trained_precision, trained_separators
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+Source = bytes | str | os.PathLike[str]
+"""Bytes of one document, or the path or URL of a file or corpus."""
+
+ROWS = 16
+"""Windows scored at once, by default."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: Device = "auto",
+    precision: Precision | None = None,
+    *,
+    begin: str = Beginning.auto,
+    **usage: Any,
+) -> "Model":
+    """Load the model of a run, a checkpoint or an export.
+
+    Args:
+        path: folder or URL. A run means its newest valid checkpoint.
+        device: where the model computes; auto is a GPU if there is one.
+        precision: of the computation. None: as in the run, or fp32 where bf16 is emulated.
+        begin: context of the first byte of a document, as of `byteloom eval --begin`: auto, separator or start.
+        usage: options of the model's family, such as `latents=256` for Perceiver AR; `byteloom eval --help` lists them.
+
+    Raises:
+        CheckpointError: there is no valid checkpoint.
+        EvaluationError: device, precision or begin is none of the choices.
+        FamilyError: the family does not take an option, or a value is wrong.
+    """
+    options = {name.replace("_", "-"): value for name, value in usage.items()}
+    return Model(find_checkpoint(os.fspath(path)), device, precision, options, begin=begin)
+
+
+class Model:
+    """A trained model on one device.
+
+    Attributes:
+        module: the PyTorch module, in evaluation mode.
+        config: config of the model, with the usage options.
+        checkpoint: the verified checkpoint that the weights come from.
+        card: layout of the media that the model was trained on; None for other documents.
+        begin: context of the first byte of a document: a separator, or the start of a row.
+
+    Args:
+        checkpoint: a verified checkpoint.
+        device: as of `load`.
+        precision: as of `load`.
+        usage: values by the names of usage options.
+        progress: called with bytes read and bytes in all.
+        begin: as of `load`.
+
+    Raises:
+        EvaluationError: device, precision or begin is none of the choices.
+        FamilyError: the family does not take an option, or a value is wrong.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Metadata,
+        device: Device = "auto",
+        precision: Precision | None = None,
+        usage: Mapping[str, Any] | None = None,
+        progress: Progress = ignore,
+        *,
+        begin: str = Beginning.auto,
+    ) -> None:
+        _check_choice("device", device, get_args(Device))
+        if precision is not None:
+            _check_choice("precision", precision, get_args(Precision))
+        _check_choice("begin", begin, list(Beginning))
+        self.checkpoint = checkpoint
+        self.begin = Beginning(begin).resolved(checkpoint.state["config"]["data"])
+        self._usage = dict(usage or {})
+        self.config = with_usage_options(model_config(checkpoint.state["config"]["model"]), self._usage)
+        self.card = trained_card(checkpoint)
+        module = build_model(self.config).eval()
+        read(checkpoint, [whole(fragment_name(MODEL, name), own) for name, own in module.named_parameters()], progress)
+        place = choose_device(device)
+        self.module = module.to(
+            place, compute_dtype(precision or scoring_precision(trained_precision(checkpoint), place))
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """Longest context, in bytes."""
+        return self.module.sequence_length
+
+    def bits(self, data: bytes, *, mode: str = Mode.windows, stride: int | None = None) -> NDArray[np.float64]:
+        """Return the negative log-likelihood of each byte of a document, in bits.
+
+        Args:
+            data: the document.
+            mode: the bytes that each byte is predicted from, as of `byteloom eval --mode`.
+            stride: bytes scored at the end of each window, as of `byteloom eval --stride`.
+
+        Returns:
+            (len(data),) bits. Their mean is `bits_per_byte(data)`.
+
+        Raises:
+            EvaluationError: the model does not support the mode or the stride.
+        """
+        bits = np.empty(len(data))
+        for windows, nats in self._score(_document(data), mode, ROWS, stride):
+            for window, row in zip(windows, nats.double().numpy(), strict=True):
+                begin, end = window.offset + window.context, window.offset + len(window.ids)
+                bits[begin:end] = row[window.context : len(window.ids)] / math.log(2)
+        return bits
+
+    def bits_per_byte(
+        self, source: Source, *, mode: str = Mode.windows, stride: int | None = None, rows: int = ROWS
+    ) -> float:
+        """Return the mean negative log-likelihood of the bytes of documents, in bits.
+
+        Args:
+            source: bytes of one document; a file of any kind, read as `byteloom prepare` reads it; or a corpus.
+            mode: the bytes that each byte is predicted from, as of `byteloom eval --mode`.
+            stride: bytes scored at the end of each window, as of `byteloom eval --stride`.
+            rows: windows scored at once.
+
+        Raises:
+            CorpusError: the source cannot be read.
+            EvaluationError: the model does not support the mode or the stride, or there is no byte.
+        """
+        if isinstance(source, bytes):
+            if not source:
+                raise EvaluationError("there is no byte to score")
+            return add_up(self._score(_document(source), mode, rows, stride)).total.bits_per_byte
+        with self.open_corpus(source) as corpus:
+            return self.evaluate(corpus, mode=mode, stride=stride, rows=rows).total.bits_per_byte
+
+    def evaluate(
+        self,
+        corpus: Corpus,
+        *,
+        mode: str = Mode.windows,
+        stride: int | None = None,
+        rows: int = ROWS,
+        group_of: GroupOf = lambda key: "all",
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Evaluation:
+        """Return the scores of a corpus: by group, by position in the window, and in all.
+
+        Args:
+            corpus: an open corpus.
+            mode: the bytes that each byte is predicted from, as of `byteloom eval --mode`.
+            stride: bytes scored at the end of each window, as of `byteloom eval --stride`.
+            rows: windows scored at once.
+            group_of: maps a document's key to its group.
+            progress: called with the bytes scored since the last call.
+
+        Raises:
+            EvaluationError: the model does not support the mode or the stride.
+        """
+        return add_up(self._score(corpus.pieces(), mode, rows, stride), group_of, progress)
+
+    @contextmanager
+    def open_corpus(self, source: str | os.PathLike[str], digest: str | None = None) -> Iterator[Corpus]:
+        """Open a corpus for this model. A file becomes one, in a temporary folder.
+
+        Media in the file are decoded as the training data was.
+
+        Args:
+            source: path or URL of a corpus, or path of a file.
+            digest: digest that the corpus must have; None accepts any.
+
+        Raises:
+            CorpusError: the source cannot be read.
+        """
+        location = os.fspath(source)
+        if not Path(location).is_file():
+            remote = RemoteConfig.model_validate(self.checkpoint.state["config"]["data"]["remote"])
+            with Corpus(location, remote=remote, digest=digest) as corpus:
+                yield corpus
+            return
+        with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
+            prepare([location], Path(folder) / "corpus", PrepareOptions(reading=options_of(self.card)))
+            with Corpus(Path(folder) / "corpus") as corpus:
+                yield corpus
+
+    def next(self, context: bytes) -> NDArray[np.float64]:
+        """Return the distribution of the byte after a context.
+
+        Args:
+            context: the document so far. Of a longer one, the last bytes that the model can read.
+
+        Returns:
+            (258,) probabilities: of each byte; at 256, that the document ends; at 257, of padding, which is almost 0.
+        """
+        ids = [SEPARATOR] * self._after_separator + list(context)
+        if not self.module.decodes_without_end:
+            ids = ids[max(0, len(ids) - self.sequence_length + 1) :]
+        read = torch.tensor([ids], dtype=torch.long, device=next(self.module.parameters()).device)
+        with torch.no_grad():
+            logits = self.module.decoder(1).prime(read)
+        return logits[0].double().softmax(0).cpu().numpy()
+
+    def generate(
+        self,
+        prompt: bytes = b"",
+        *,
+        bytes: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """Return an iterator over the bytes with which the model continues a prompt, one by one.
+
+        It ends early if the model ends the document. `b"".join(...)` has all of them.
+
+        Args:
+            prompt: the document so far.
+            bytes: most bytes to draw.
+            temperature: divisor of the logits; 0 takes the likeliest byte.
+            top_k: number of likeliest bytes to draw from; None: all.
+            top_p: probability that the likeliest bytes to draw from must add up to.
+            seed: of the draws.
+
+        Raises:
+            SamplingError: an argument is out of bounds.
+        """
+        if bytes < 1:
+            raise SamplingError(f"bytes is {bytes}; it must be at least 1")
+        drawn = self.generate_rows([prompt], [bytes], Sampling(temperature, top_k, top_p, seed))
+        return (byte.to_bytes() for _, byte in drawn)
+
+    def generate_rows(
+        self, prompts: Sequence[bytes], counts: Sequence[int], sampling: Sampling
+    ) -> Iterator[tuple[int, int]]:
+        """Return an iterator over (row, byte) of the continuations of several prompts, which are decoded side by side.
+
+        Args:
+            prompts: one a row.
+            counts: most bytes of each continuation.
+            sampling: how to draw. A model that saw no separator in training does not end a document.
+        """
+        separators = sampling.separators and trained_separators(self.checkpoint)
+        how = replace(sampling, separators=separators)
+        return generate_rows(self.module, prompts, counts, how, after_separator=self._after_separator)
+
+    @property
+    def _after_separator(self) -> bool:
+        return self.begin is Beginning.separator
+
+    def _score(self, pieces: Iterable[Piece], mode: str, rows: int, stride: int | None) -> Scored:
+        _check_choice("mode", mode, list(Mode))
+        check_usage(self.config, self._usage, Mode(mode))
+        return score_documents(self.module, pieces, Mode(mode), rows, stride, after_separator=self._after_separator)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise EvaluationError(f"{name} is {value}; it must be one of {', '.join(choices)}")
+
+
+def _document(data: bytes) -> list[Piece]:
+    return [Piece("bytes", "binary", 0, data, ends=True)]

@@ -1,0 +1,1 @@
+"""Storage of a corpus: a folder, a bucket or a server, with a cache."""

@@ -1,0 +1,176 @@
+"""The formats, and the ways through them: a file to an export folder, a checkpoint to a file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from byteloom.core.storage.files import move_into_place, partial_path
+from pretrain.checkpoint import Metadata, read
+from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
+from pretrain.models import ModelConfig, build_model, model_config
+from pretrain.training.weights.exports import sha256_of, write_export
+from pretrain.training.weights.foreign import nanogpt, perceiver_ar, transformer_xl
+from pretrain.training.weights.foreign.source import ForeignFileError, Source, read_numpy, read_torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of foreign weights."""
+
+    family: str
+    """Byteloom's family of its models."""
+    read: Callable[[Path], Source]
+    config_of: Callable[[Source], dict[str, Any]]
+    """Returns the section `model`, as far as a file says."""
+    to_byteloom: Callable[[Source, Any, list[int] | None, int | None], dict[str, Tensor]]
+    """Returns the weights by Byteloom's names, given the config, symbols and start."""
+    from_byteloom: Callable[[Any, dict[str, Tensor]], dict[str, Any]]
+    """Returns the content of a file."""
+    write: Callable[[Path, dict[str, Any]], None]
+    only: Mapping[str, Any]
+    """Config fields that a model must have to be exported."""
+
+
+def _write_torch(path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, path)
+
+
+def _write_numpy(path: Path, content: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **content)
+
+
+FORMATS = {
+    "nanogpt": Format(
+        "transformer",
+        read_torch,
+        nanogpt.config_of,
+        nanogpt.to_byteloom,
+        nanogpt.from_byteloom,
+        _write_torch,
+        nanogpt.ONLY,
+    ),
+    "transformer-xl": Format(
+        "transformer_xl",
+        read_torch,
+        transformer_xl.config_of,
+        transformer_xl.to_byteloom,
+        transformer_xl.from_byteloom,
+        _write_torch,
+        transformer_xl.ONLY,
+    ),
+    "perceiver-ar": Format(
+        "perceiver_ar",
+        read_numpy,
+        perceiver_ar.config_of,
+        perceiver_ar.to_byteloom,
+        perceiver_ar.from_byteloom,
+        _write_numpy,
+        perceiver_ar.ONLY,
+    ),
+}
+"""Formats by their names on the command line."""
+
+
+def import_foreign(
+    form: str, path: Path, out: Path, given: Mapping[str, Any], symbols: list[int] | None, start: int | None
+) -> dict[str, Any]:
+    """Write an export folder of a foreign file, all or nothing; return its card.
+
+    Args:
+        form: name of the format.
+        path: the file.
+        out: the new folder.
+        given: fields of the section `model`, which replace what the file says.
+        symbols: id of each symbol of the vocabulary; None for what the file says, or the ids from 0 on.
+        start: id with which rows begin; None for what the file says, or the separator, a newline or a space.
+
+    Raises:
+        ForeignFileError: the file is damaged or foreign, or Byteloom has no such model.
+        FileExistsError: the folder exists already.
+        OSError: a file cannot be read or written.
+    """
+    entry = FORMATS[form]
+    digest = sha256_of(path)
+    source = entry.read(path)
+    config = _config(path, _merged(entry.config_of(source), given))
+    weights = entry.to_byteloom(source, config, symbols, start)
+    source.check_all_taken()
+    _check_shapes(path, config, weights)
+    recipe = {"model": config.model_dump(mode="json"), "data": {"separate_documents": False}}
+    origin = {"format": form, "file": path.name, "sha256": digest}
+    return write_export(out, weights, recipe, {"origin": origin})
+
+
+def export_foreign(form: str, checkpoint: Metadata, out: Path) -> None:
+    """Write a verified checkpoint's weights to a new file of a foreign format, all or nothing.
+
+    Raises:
+        ForeignFileError: the format cannot express the model.
+        FileExistsError: the file exists already.
+        OSError: it cannot be written.
+    """
+    entry = FORMATS[form]
+    config = model_config(checkpoint.state["config"]["model"])
+    if config.family != entry.family:
+        raise ForeignFileError(f"{form} has models of the family {entry.family}; this is a {config.family}")
+    for name, value in entry.only.items():
+        if getattr(config, name) != value:
+            raise ForeignFileError(f"model.{name} is {getattr(config, name)}; {form} has models with {value} only")
+    names = {split_name(name)[1]: tensor.shape for name, tensor in checkpoint.tensors.items() if _is_weight(name)}
+    weights = {name: torch.empty(shape) for name, shape in names.items()}
+    read(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in weights.items()])
+    content = entry.from_byteloom(config, weights)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already")
+    partial = partial_path(out)
+    try:
+        entry.write(partial, content)
+        move_into_place(partial, out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _config(path: Path, section: dict[str, Any]) -> ModelConfig:
+    """Return the config of a section `model`.
+
+    Raises:
+        ForeignFileError: a field is missing or wrong.
+    """
+    try:
+        return model_config(section)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        field = ".".join(["model", *map(str, fault["loc"][1:])])
+        if fault["type"] == "missing":
+            raise ForeignFileError(f"{path} does not say {field}; add {field}=VALUE") from error
+        raise ForeignFileError(f"{path}: {field}: {fault['msg']}") from error
+
+
+def _merged(section: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with the given fields in place of its own."""
+    merged = dict(section)
+    for name, value in given.items():
+        own = merged.get(name)
+        merged[name] = _merged(own, value) if isinstance(own, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _check_shapes(path: Path, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise ForeignFileError if weights are not those of the config's model."""
+    with torch.device("meta"):
+        expected = {name: parameter.shape for name, parameter in build_model(config).named_parameters()}
+    found = {name: value.shape for name, value in weights.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise ForeignFileError(f"{path} does not fit this config of the model: {', '.join(wrong[:3])} would differ")
+
+
+def _is_weight(name: str) -> bool:
+    return split_name(name)[0] == MODEL

@@ -1,0 +1,74 @@
+"""Runs in the background whose checkpoint home or corpus cannot be used for a while, with the real command."""
+
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launchers.supervision.record import LaunchRecord
+from tests import commands
+from tests.conftest import recipe_tree
+from tests.end_to_end.runs.test_resume import RunUnderTest
+from tests.launchers.test_supervise import _put_tests_on_python_path  # noqa: F401 a fixture
+from tests.s3 import faulty_proxy, s3_server
+from tests.slurm.cluster import wait_until
+
+STEPS = 20
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("when", ["start", "end"])
+def test_home_that_is_down_is_waited_for(corpus_folder: Path, tmp_path: Path, when: str):
+    """The rank repeats a request for up to two minutes before it gives up, so this takes minutes."""
+    recipe = tmp_path / "recipe.yaml"
+    tree = recipe_tree(corpus_folder)
+    tree["train"]["steps"] = STEPS
+    tree["checkpoint"] = {"every": 100}
+    tree["supervise"] = {"attempts": 1, "pause_seconds": 1.0}
+    recipe.write_text(yaml.safe_dump(tree))
+    is_down = threading.Event()
+    run = RunUnderTest(recipe, tmp_path, "down")
+    with s3_server("home"), faulty_proxy(lambda path, credentials: "broken" if is_down.is_set() else None):
+        if when == "start":
+            is_down.set()
+        words = ["submit", recipe, "--cluster=local", "--processes-per-node=1", "run.name=down"]
+        # A pipe would be the ranks' too.
+        commands.run([*words, "checkpoint.home=s3://home/runs"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        record = LaunchRecord(run.folder)
+        if when == "end":
+            wait_until(lambda: run.last_step() >= 8, "step 8", 200)
+            is_down.set()
+        wait_until(lambda: "failed" in [launch.event for launch in record.read()], "the rank gives up", 400)
+        is_down.clear()
+        wait_until(lambda: record.read()[-1].event == "finished", "the end", 200)
+    failed = [launch for launch in record.read() if launch.event == "failed"]
+    assert {(launch.fault, launch.faulty) for launch in failed} == {("storage", "")}
+    assert [step for step, _ in run.numbers()] == list(range(STEPS + 1))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_missing_shard_is_waited_for(corpus_folder: Path, tmp_path: Path):
+    """The failures use up no attempt, though the recipe allows only one."""
+    shutil.copytree(corpus_folder, tmp_path / "corpora")
+    shard = next((tmp_path / "corpora/train").glob("*.tar"))
+    recipe = tmp_path / "recipe.yaml"
+    tree = recipe_tree(tmp_path / "corpora")
+    tree["train"]["steps"] = 5
+    tree["supervise"] = {"attempts": 1, "pause_seconds": 0.5}
+    recipe.write_text(yaml.safe_dump(tree))
+    shard.rename(tmp_path / "elsewhere.tar")
+    run = RunUnderTest(recipe, tmp_path, "missing")
+    words = ["submit", recipe, "--cluster=local", "--processes-per-node=2", "run.name=missing"]
+    commands.run(words, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    record = LaunchRecord(run.folder)
+    wait_until(lambda: "failed" in [launch.event for launch in record.read()], "the ranks miss the shard", 120)
+    (tmp_path / "elsewhere.tar").rename(shard)
+    wait_until(lambda: record.read()[-1].event == "finished", "the end", 120)
+    failed = [launch for launch in record.read() if launch.event == "failed"]
+    assert {(launch.fault, launch.faulty) for launch in failed} == {("data", "")}
+    assert f"{shard.name} cannot be read: No such file" in failed[0].reason

@@ -1,0 +1,233 @@
+"""Make a golden vector: run an author's code on a small model with random weights, and store what it computed.
+
+    python tests/parity/make.py NAME CLONE
+
+NAME is one of the functions below. CLONE is a clone of the authors' repository at the commit that README.md names. The
+result is NAME.npz beside this file: the weights by the authors' names, the ids, their logits, and the config.
+"""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+SEED = 20
+Arrays = dict[str, np.ndarray]
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]]) -> Arrays:
+    """Return normal weights: of deviation 1/2 for tables and vectors, smaller for matrices; norms are about 1."""
+    generator = np.random.default_rng(SEED)
+    weights = {}
+    for name, shape in sorted(shapes.items()):
+        is_matrix = len(shape) == 2 and not any(part in name for part in ("emb", "wte", "wpe", "position"))
+        values = generator.standard_normal(shape) * (max(shape) ** -0.5 if is_matrix else 0.5)
+        is_scale = name.endswith(("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight"))
+        rounded = (values * 0.4 + 1 if is_scale else values).astype(np.float16)  # half the size on disk
+        weights[name] = rounded.astype(np.float32)
+    return weights
+
+
+def random_ids(rows: int, length: int, symbols: int) -> np.ndarray:
+    """Return (rows, length) random ids below `symbols`."""
+    return np.random.default_rng(SEED + 1).integers(symbols, size=(rows, length))
+
+
+def save(name: str, config: dict[str, Any], weights: Arrays, **arrays: np.ndarray) -> None:
+    """Write NAME.npz."""
+    stored = {f"weights.{key}": value.astype(np.float16) for key, value in weights.items()} | arrays
+    np.savez_compressed(HERE / f"{name}.npz", config=np.array(json.dumps(config)), **stored)
+
+
+def fill(module: Any, tied: dict[str, str]) -> Arrays:
+    """Give a torch module random weights; return them without the copies that other names are tied to."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters() if name not in tied}
+    weights = random_weights(shapes)
+    state = {name: torch.from_numpy(value) for name, value in weights.items()}
+    state |= {copy: state[name] for copy, name in tied.items()}
+    missing = module.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys, missing
+    module.eval()
+    return weights
+
+
+def nanogpt(clone: Path, name: str = "nanogpt", vocabulary: int = 258, bias: bool = True) -> None:
+    """Run karpathy/nanoGPT over ids that begin with the separator."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    sys.path.insert(0, str(clone))
+    import model as authors  # noqa: PLC0415
+
+    arguments = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 8,
+        "block_size": 12,
+        "bias": bias,
+        "vocab_size": vocabulary,
+        "dropout": 0.0,
+    }
+    gpt = authors.GPT(authors.GPTConfig(**arguments))
+    weights = fill(gpt, {"lm_head.weight": "transformer.wte.weight"})
+    ids = random_ids(1, 12, min(vocabulary, 256))
+    ids[:, 0] = 256 if vocabulary > 256 else 10  # what rows begin with
+    with torch.no_grad():
+        logits, _ = gpt(torch.from_numpy(ids), torch.from_numpy(ids))
+    save(name, arguments, weights, ids=ids, logits=logits.numpy())
+
+
+def nanogpt_small(clone: Path) -> None:
+    """Run karpathy/nanoGPT without biases and with a vocabulary of 65 of the 256 bytes."""
+    nanogpt(clone, "nanogpt_small", vocabulary=65, bias=False)
+
+
+def transformer_xl(clone: Path) -> None:
+    """Run kimiyoung/transformer-xl over three segments, with 30 symbols."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    torch.version.cuda = torch.version.cuda or "12.0"  # their import reads it
+    torch.Tensor.byte = torch.Tensor.bool  # type: ignore[method-assign] torch takes no other masks today
+    sys.path[:0] = [str(clone / "pytorch"), str(clone / "pytorch/utils")]
+    import mem_transformer as authors  # noqa: PLC0415
+
+    arguments = {
+        "n_token": 30,
+        "n_layer": 2,
+        "n_head": 2,
+        "d_model": 12,
+        "d_head": 6,
+        "d_inner": 20,
+        "dropout": 0.0,
+        "dropatt": 0.0,
+        "tie_weight": True,
+        "pre_lnorm": False,
+        "tgt_len": 6,
+        "ext_len": 0,
+        "mem_len": 9,
+        "clamp_len": 8,
+    }
+    model = authors.MemTransformerLM(**arguments)
+    weights = fill(model, {"crit.out_layers.0.weight": "word_emb.emb_layers.0.weight"})
+    ids = random_ids(2, 18, 30)
+    ids[:, 0] = 0  # what rows begin with
+    memory, logits = model.init_mems(), []
+    with torch.no_grad():
+        for segment in torch.from_numpy(ids).split(6, 1):
+            hidden, memory = model._forward(segment.t(), mems=memory)
+            head = model.crit.out_layers[0]
+            logits.append(model.crit._compute_logit(hidden, head.weight, head.bias, model.crit.out_projs[0]))
+    save("transformer_xl", arguments, weights, ids=ids, logits=torch.cat(logits).transpose(0, 1).numpy())
+
+
+def perceiver_ar(clone: Path) -> None:
+    """Run google-research/perceiver-ar with rotary positions and a second cross-attend."""
+    arguments = {"position_encoding_type": "rotary", "fraction_to_rotate": 0.5, "max_wavelength": 16}
+    arguments |= {"input_idx_size": [-1], "additional_cross_attend_after_layers": [0], "input_embed_dim": 12}
+    arguments["num_cross_attend_heads"] = 1
+    run_perceiver_ar(clone, "perceiver_ar", arguments, positions=None)
+
+
+def perceiver_ar_image(clone: Path) -> None:
+    """Run google-research/perceiver-ar with learned positions of 3 x 2 pixels of 3 channels."""
+    arguments = {"position_encoding_type": "absolute", "position_encoding": "random", "input_idx_size": [4, 5, 5]}
+    arguments |= {"learnable_position_embeddings": True, "use_positions_from_data": True, "input_embed_dim": 8}
+    height, width, channels = 3, 2, 3
+    row, column, channel = np.meshgrid(range(height), range(width), range(channels), indexing="ij")
+    axes = np.stack([column.ravel(), row.ravel(), channel.ravel()], 1) + 2
+    positions = np.concatenate([[[1, 1, 1]], axes])[:-1]  # those of the start, then of the bytes
+    run_perceiver_ar(clone, "perceiver_ar_image", arguments | {"max_context_length": 18}, positions)
+
+
+def run_perceiver_ar(clone: Path, name: str, arguments: dict[str, Any], positions: np.ndarray | None) -> None:
+    """Run google-research/perceiver-ar on 2 rows that begin with SOS; it adds 3 to bytes."""
+    import jax  # noqa: PLC0415 torch's environment has none
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    jnp.DeviceArray = jax.Array  # today's name
+    sys.path.insert(0, str(clone))
+    import haiku as hk  # noqa: PLC0415
+    from perceiver_ar import perceiver_ar_model as authors  # noqa: PLC0415
+
+    arguments = {
+        "num_classes": 259,
+        "max_context_length": 16,
+        "num_transformers_per_block": 2,
+        "z_index_dim": 6,
+        "num_z_channels": 8,
+        "num_cross_attend_heads": 2,
+        "num_transformer_heads": 2,
+        "cross_attend_widening_factor": 4,
+        "transformer_widening_factor": 4,
+        "activation_name": "sq_relu",
+        "final_layer_init_zeros": False,
+    } | arguments
+    length = arguments["max_context_length"]
+    model = hk.transform(lambda ids, at: authors.PerceiverAR(**arguments)(ids, at, is_training=False))
+    ids = random_ids(1, length, 256)
+    read = np.concatenate([np.full((1, 1), 2), ids[:, :-1] + 3], 1).astype(np.int32)
+    at = None if positions is None else positions[None].astype(np.int32)
+    key = jax.random.PRNGKey(0)
+    parameters = model.init(key, read, at)
+    flat = {f"{module}/{part}": value for module, parts in parameters.items() for part, value in parts.items()}
+    weights = random_weights({key: tuple(value.shape) for key, value in flat.items()})
+    filled = {module: {part: weights[f"{module}/{part}"] for part in parts} for module, parts in parameters.items()}
+    with jax.default_matmul_precision("highest"):
+        output = model.apply(filled, key, read, at)
+    save(name, arguments, weights, ids=ids, logits=np.asarray(output.input_events_logits))
+
+
+def megabyte(clone: Path) -> None:
+    """Run the MEGABYTE of kjslag/spacebyte, with a norm after its global model, which it lacks."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    for unused in ("psutil", "tiktoken", "sentencepiece"):
+        sys.modules[unused] = types.ModuleType(unused)
+    sys.path.insert(0, str(clone))
+    import megabyte as authors  # noqa: PLC0415
+
+    arguments = {
+        "vocab_size": 258,
+        "BOS": 256,
+        "d_model": 16,
+        "context_size": 12,
+        "d_key": 4,
+        "n_layers": 2,
+        "tie_embedding": False,
+        "qk_layer_norm": False,
+        "init": "standard",
+        "patch_size": 4,
+        "d_local": 8,
+        "n_local_layers": 2,
+    }
+    model = authors.MegaByte(authors.MegaByteConfig(**arguments))
+
+    class Normed(torch.nn.Module):
+        """A block, and a norm after it."""
+
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block, self.norm = block, torch.nn.LayerNorm(arguments["d_model"])
+
+        def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+            return self.norm(self.block(x, **options))
+
+    model.global_blocks[-1] = Normed(model.global_blocks[-1])
+    weights = fill(model, {})
+    head = model.logits.logits_linear.weight
+    with torch.no_grad():
+        head.zero_()
+        head[:258] = model.local_token_embedding.weight  # a tied head, as in the paper
+        ids = random_ids(1, 12, 256)
+        logits, _ = model(torch.from_numpy(np.concatenate([[[256]], ids[:, :-1]], 1)))
+    del weights["logits.logits_linear.weight"]
+    save("megabyte", arguments, weights, ids=ids, logits=logits.numpy())
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]).absolute())

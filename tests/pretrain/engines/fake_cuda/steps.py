@@ -1,0 +1,117 @@
+"""Training steps on the fake device.
+
+`python -m tests.pretrain.engines.fake_cuda.steps SHIM` prints findings as JSON. DDP over ranks is left out, because its
+C++ code reads values.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.pretrain.engines.fake_cuda.loading import load
+
+if __name__ == "__main__":
+    load(Path(sys.argv[1]))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.mixture import RowSources
+from data_pipeline.stream.rows import Rows
+from pretrain.distributed.world import World
+from pretrain.engines import EngineConfig, UpdateLimits, build_engine
+from pretrain.models import ByteModel, all_families, build_model, small_config
+from pretrain.optim import OptimizerConfig
+from tests.pretrain.engines.fake_cuda import device
+
+STEPS, ROWS, MICRO_BATCHES, RANKS = 2, 2, 2, 8
+
+PASSES = {
+    "fp32, full": {"precision": "fp32", "activation_checkpointing": "full"},
+    "bf16": {"precision": "bf16"},
+    "bf16, selective": {"precision": "bf16", "activation_checkpointing": "selective"},
+}
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        f"{family}, {name}": {"family": family, **passes}
+        for family in all_families()
+        for name, passes in PASSES.items()
+    },
+    "fsdp": {"ranks": RANKS, "name": "fsdp"},
+    "hsdp": {"ranks": RANKS, "name": "hsdp", "shards": 4},
+    "context": {"ranks": RANKS, "name": "fsdp", "context": 2},
+    "deterministic": {"deterministic": True},
+    "muon": {"optimizer": "muon"},
+}
+"""Cases by name; arguments of `findings`."""
+
+
+def findings(
+    family: str = "megabyte", ranks: int = 1, optimizer: str = "adamw", precision: str = "bf16", **engine: Any
+) -> dict[str, Any]:
+    """Return what steps of a small model wait for, and how much they compute where."""
+    model = _model(family)
+    config = EngineConfig.model_validate({"device": "cuda", "precision": precision, **engine})
+    batches = {"global_batch": ROWS * MICRO_BATCHES * ranks, "micro_batch": ROWS}
+    sources = RowSources(2, [np.zeros(ROWS, np.int64)] * MICRO_BATCHES)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        built = build_engine(config, model, OptimizerConfig(name=optimizer), 0, World(0, ranks), **batches)
+        with device.watched(mode):
+            for step in range(STEPS):
+                built.train_step(
+                    _micro_batches(model.sequence_length),
+                    step=step,
+                    learning_rate=1e-3,
+                    sources=sources,
+                    limits=UpdateLimits(1e9, 1e9),
+                )
+    return {
+        "course": list(device.course),
+        "host": sorted(device.host_operations),
+        "device operations": device.device_operations.total(),
+    }
+
+
+def vote() -> list[str]:
+    """Return what a rank waits for when the ranks exchange a few numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, device.watched(mode):
+        World(0, RANKS, device=torch.device("cuda", 0)).gather_numbers(1.0, 2.0)
+    return list(device.course)
+
+
+def _model(family: str) -> ByteModel:
+    with torch.device("meta"):
+        model = build_model(small_config(family))
+    for name in filter(lambda name: name.startswith("draw_"), dir(model)):
+        setattr(model, name, _with_values(getattr(model, name)))
+    return model
+
+
+def _with_values(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that draws on the host, whose tensors have values."""
+
+    def drawn(*arguments: Any) -> Any:
+        with unset_fake_temporarily():
+            return draw(*arguments)
+
+    return drawn
+
+
+def _micro_batches(length: int) -> list[MicroBatch]:
+    """Return micro-batches with separators and padding."""
+    content, padding = np.zeros((ROWS, length), np.uint8), np.zeros((ROWS, length), bool)
+    padding[:, -3:] = True
+    rows = Rows(content, np.array([3, length + 5]), padding)
+    return [MicroBatch(index, rows, ~padding) for index in range(MICRO_BATCHES)]
+
+
+if __name__ == "__main__":
+    device.install()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    print(json.dumps({"vote": vote()} | {name: findings(**case) for name, case in CASES.items()}))

@@ -1,0 +1,163 @@
+"""References in plain torch agree with the models whose weights they run."""
+
+import ast
+import random
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from data_pipeline.vocabulary import SEPARATOR
+from pretrain.models import ByteModel, all_families, build_model, family, model_config
+from pretrain.models.references import FOLDER, files_of, load_reference
+
+SMALL: dict[str, dict[str, Any]] = {
+    "transformer": {"sequence_length": 24, "width": 16, "layers": 2, "heads": 2},
+    "transformer_xl": {"sequence_length": 12, "memory_length": 7, "width": 16, "layers": 2, "heads": 2},
+    "megabyte": {
+        "sequence_length": 24,
+        "patch_size": 4,
+        "global_model": {"width": 16, "layers": 2, "heads": 2},
+        "local_model": {"width": 12, "layers": 2, "heads": 3},
+    },
+    "perceiver_ar": {
+        "sequence_length": 24,
+        "latents": 10,
+        "latent_model": {"width": 16, "layers": 3, "heads": 2},
+        "cross_heads": 4,
+    },
+}
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "transformer": [
+        {},
+        {"positions": "learned", "activation": "gelu"},
+        {"window": 5, "activation": "swiglu"},
+        {"window": 5, "attention_across_documents": False, "activation": "squared_relu"},
+        {"attention_across_documents": False, "positions": "learned", "biases": True},
+    ],
+    "transformer_xl": [
+        {},
+        {"memory_length": 0, "positions": "rotary"},
+        {"positions": "rotary", "activation": "swiglu", "feed_forward_width": 40},
+        {"same_length": True, "clamp_length": 3, "activation": "gelu"},
+        {"memory_length": 30, "clamp_length": 9},
+        {"norm": "post", "scale_embeddings": True, "biases": True, "activation": "gelu_tanh"},
+    ],
+    "megabyte": [
+        {},
+        {"positions": "rotary", "activation": "gelu"},
+        {"cross_patch_bytes": 3, "patch_encoder": "convolution"},
+        {"cross_patch_bytes": 4, "positions": "rotary", "attention_across_documents": False, "activation": "swiglu"},
+        {"attention_across_documents": False, "patch_encoder": "convolution"},
+        {"patch_size": 1, "attention_across_documents": False},
+    ],
+    "perceiver_ar": [
+        {},
+        {"positions": "learned", "activation": "gelu", "input_width": 8},
+        {"positions": "sinusoidal", "cross_attend_after": [0, 2], "attention_across_documents": False},
+        {"positions": "image", "image": [4, 2, 3], "latents": 24, "activation": "relu"},
+        {"rotary_fraction": 1.0, "latents": 1, "activation": "swiglu"},
+        {"cross_attend_after": [1], "attention_across_documents": False, "latents": 24, "cross_heads": 2},
+    ],
+}
+"""Options of each family that change its forward pass, in several combinations."""
+IN_SHAPES = {"width", "input_width", "feed_forward_width", "biases"}
+"""Fields that the shapes and names of the weights tell."""
+
+
+def mixed(name: str, seed: int) -> dict[str, Any]:
+    """Return a random combination of the options of a family that is a valid config."""
+    choices = random.Random(seed)
+    fields = sorted({field for change in CHANGES[name] for field in change})
+    while True:
+        picked = {field: choices.choice([None, *CHANGES[name]]) for field in fields}
+        change = {field: source[field] for field, source in picked.items() if source and field in source}
+        with suppress(ValidationError):
+            model_config({"family": name, **SMALL[name], **change})
+            return change
+
+
+CASES = [(name, change) for name, changes in CHANGES.items() for change in changes]
+MIXED = [(name, mixed(name, seed)) for name in CHANGES for seed in range(20)]
+
+
+def with_random_weights(name: str, change: dict[str, Any]) -> tuple[ByteModel, Any]:
+    """Return a model in float64 whose every parameter matters, and its reference with the same weights."""
+    config = model_config({"family": name, **SMALL[name], **change})
+    model = build_model(config).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    reference = family(name).reference
+    assert reference
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    return model, load_reference(reference, config.model_dump(mode="json"), weights)
+
+
+def some_ids(rows: int, length: int) -> Tensor:
+    """Return random bytes with a separator at about every sixth place."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(256, (rows, length), generator=generator)
+    return ids.masked_fill(torch.rand(rows, length, generator=generator) < 1 / 6, SEPARATOR)
+
+
+def nats_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the negative log-likelihood of the last ids of rows under their logits."""
+    count = logits.shape[1]
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, -count:], reduction="none").float()
+
+
+@pytest.mark.parametrize(("name", "change"), CASES + MIXED)
+@torch.no_grad()
+def test_reference_has_the_logits_and_scores_of_its_model(name: str, change: dict[str, Any]):
+    model, reference = with_random_weights(name, change)
+    ids = some_ids(3, model.sequence_length)
+    for length in {1, model.sequence_length // 2 + 1, model.sequence_length}:
+        row = ids[:, :length]
+        logits = reference.logits(row)
+        torch.testing.assert_close(nats_of(logits, row), model(row)[:, model.scored(length)], atol=2e-5, rtol=2e-5)
+        expected = model.decoder(3).prime(row[:, :-1])
+        torch.testing.assert_close(logits[:, -1], expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("change", CHANGES["transformer_xl"])
+@torch.no_grad()
+def test_reference_of_transformer_xl_carries_the_memory(change: dict[str, Any]):
+    model, reference = with_random_weights("transformer_xl", change)
+    memory, own = model.empty_memory(2), reference.empty_memory(2)
+    for ids in some_ids(2, 30).split([12, 5, 1, 12], 1):
+        nats, memory = model(ids, memory)
+        logits, own = reference.segment(ids, own)
+        torch.testing.assert_close(nats_of(logits, ids), nats, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_reference_reads_each_field_that_the_function_depends_on(name: str):
+    own = family(name)
+    assert own.reference
+    text = "".join(files_of(own.reference).values())
+    fields = own.config.model_fields.keys() - own.free_fields - {"family"} - IN_SHAPES
+    assert [field for field in sorted(fields) if f'"{field}"' not in text] == []
+
+
+def test_each_family_has_a_reference_that_is_short_and_needs_no_byteloom():
+    assert all_families().keys() == SMALL.keys()
+    for own in all_families().values():
+        assert own.reference
+        files = files_of(own.reference)
+        for source in files.values():
+            assert len(source.splitlines()) < 150
+            imported = {
+                (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+            }
+            allowed = {"torch", "safetensors", "layers", *sys.stdlib_module_names}
+            assert {name.partition(".")[0] for name in imported} <= allowed
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"__init__", "layers", *SMALL}
