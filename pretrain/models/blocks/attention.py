@@ -262,6 +262,29 @@ def _block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask") -> Te
     return mixed
 
 
+def normalized_block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask") -> tuple[Tensor, Tensor]:
+    """Return attention by FlexAttention, and the logarithm of the normalizer of each query.
+
+    Attention of a query that sees no key is 0, and its logarithm is -infinity.
+
+    Args:
+        q: (rows, heads, queries, d)
+        k: (rows, heads, keys, d)
+        v: as k.
+        blocks: keys that each query sees.
+
+    Returns:
+        (rows, heads, queries, d), and (rows, heads, queries) fp32.
+    """
+    if q.is_meta:
+        return F.scaled_dot_product_attention(q, k, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # noqa: PLC0415 for CUDA only
+
+    kernel = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    mixed, aux = kernel(q, k, v, block_mask=blocks, return_aux=AuxRequest(lse=True))
+    return mixed, aux.lse
+
+
 _compiled: Callable[..., Any] = cache(torch.compile)
 
 

@@ -80,11 +80,11 @@ def visible_in_patches(documents: Tensor, patch: int, reach: int, *, across_docu
         alike = documents[row, query] == documents[row, key]
         return near & (alike | (key >= first)) if across_documents else near & alike
 
-    begins, ends = _block_bounds(documents)
+    begins, ends = block_bounds(documents.shape[1], documents.device)
     reached = begins - begins % patch - reach
     some = (ends >= reached[:, None]) & (begins <= ends[:, None])
     return BlockMask.from_kv_blocks(
-        *_ordered(some[None]), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(documents.shape[1],) * 2
+        *ordered_blocks(some[None]), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(documents.shape[1],) * 2
     )
 
 
@@ -98,8 +98,8 @@ def _block_mask(queries: Tensor, keys: Tensor, first: Tensor) -> "BlockMask":
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (queries[row, query] == keys[row, key]) & (key <= first[row] + query)
 
-    begins_q, ends_q = _block_bounds(queries)
-    begins_k, ends_k = _block_bounds(keys)
+    begins_q, ends_q = block_bounds(queries.shape[1], queries.device)
+    begins_k, ends_k = block_bounds(keys.shape[1], keys.device)
     first_q, last_q = queries[:, begins_q, None], queries[:, ends_q, None]
     first_k, last_k = keys[:, None, begins_k], keys[:, None, ends_k]
     place_q, place_k = first[:, None, None] + begins_q[:, None], begins_k
@@ -107,21 +107,21 @@ def _block_mask(queries: Tensor, keys: Tensor, first: Tensor) -> "BlockMask":
     whole = (ends_q - begins_q == BLOCK - 1)[:, None] & (ends_k - begins_k == BLOCK - 1)
     every = whole & (first_k == last_q) & (first_q == last_k) & (ends_k <= place_q)
     return BlockMask.from_kv_blocks(
-        *_ordered(some & ~every),
-        *_ordered(every),
+        *ordered_blocks(some & ~every),
+        *ordered_blocks(every),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(queries.shape[1], keys.shape[1]),
     )
 
 
-def _block_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
+def block_bounds(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the first and the last position of each block."""
-    begins = torch.arange(0, documents.shape[1], BLOCK, device=documents.device)
-    return begins, (begins + BLOCK - 1).clamp(max=documents.shape[1] - 1)
+    begins = torch.arange(0, length, BLOCK, device=device)
+    return begins, (begins + BLOCK - 1).clamp(max=length - 1)
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def ordered_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Map (rows, Q blocks, K blocks) booleans to the number of true blocks of each row and their order, true first."""
     blocks = blocks[:, None].int()
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()

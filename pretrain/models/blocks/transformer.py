@@ -131,23 +131,26 @@ class Stack(InContext):
         dropout: float,
         attention: AttentionMaker = Attention,
         bias: bool = False,
+        attention_dropout: float | None = None,
     ) -> None:
         """Build the blocks.
 
         Args:
             config: size of the stack.
             activation: activation of the feed-forward layers.
-            dropout: share of attention weights, and of the output of each layer, that is dropped in training.
+            dropout: share of the output of each layer that is dropped in training.
             attention: makes each block's attention layer.
             bias: whether the maps of the feed-forward layers have biases.
+            attention_dropout: share of attention weights that is dropped in training. None: as `dropout`.
         """
         super().__init__()
-        self.width, self.dropout = config.width, dropout
+        self.width = config.width
+        self.attention_dropout = dropout if attention_dropout is None else attention_dropout
         self.head_width = config.width // config.heads
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 config.width,
-                attention(config.width, config.heads, dropout),
+                attention(config.width, config.heads, self.attention_dropout),
                 FeedForward(config.width, activation, bias=bias),
                 dropout,
             )
@@ -177,9 +180,13 @@ class Stack(InContext):
         """
         keys, count = documents.shape[1], x.shape[1]
         before = self.context.first(count) if self.context.cuts_positions else keys - count
-        in_blocks = takes_blocks(x, self.head_width, keys, self.dropout if self.training else 0.0)
+        in_blocks = self.takes_blocks(x, keys)
         first = documents.new_full((len(x),), before)
         return visible_in_documents(documents[:, before : before + count], documents, first, in_blocks=in_blocks)
+
+    def takes_blocks(self, x: Tensor, keys: int) -> bool:
+        """Return whether masks of `keys` keys are blocks for FlexAttention; see `takes_blocks`."""
+        return takes_blocks(x, self.head_width, keys, self.attention_dropout if self.training else 0.0)
 
     def empty_caches(self, limit: int | None = None) -> list[LayerCache]:
         """Return an empty cache for each block, which keeps `limit` positions; None keeps all."""

@@ -260,7 +260,7 @@ class Megabyte(ByteModel):
     def packs(self, local_in: Tensor, length: int) -> bool:
         """Return whether the local model reads all patches of a row of `length` bytes at once."""
         stack, reach = self.local_stack, self.patch_size + self.cross_patch_bytes
-        dropout = stack.dropout if self.training else 0.0
+        dropout = stack.attention_dropout if self.training else 0.0
         is_whole = self.pack_patches and self.context.size == 1
         return is_whole and packs_patches(local_in, stack.head_width, length, reach, dropout)
 

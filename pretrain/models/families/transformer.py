@@ -1,6 +1,7 @@
-"""Decoder-only Transformer over bytes, with full causal attention or a sliding window.
+"""Decoder-only Transformer over bytes, with full causal attention, a sliding window, or sparse attention.
 
-It is the baseline of MEGABYTE (arXiv:2305.07185, table 15) and, with a window, of SpaceByte (arXiv:2404.14408):
+It is the baseline of MEGABYTE (arXiv:2305.07185, table 15) and, with a window, of SpaceByte (arXiv:2404.14408). With
+strided or fixed attention it is the Sparse Transformer (arXiv:1904.10509):
 
     learned start, then ids shifted by one (T, D) ─▶ pre-norm blocks ─▶ tied head: nats of every byte
 
@@ -8,24 +9,29 @@ Output t depends only on the ids before t. By default, linear maps have no bias.
 output t depends only on the ids before t in its document, and on the separator before the document.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import cycle
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
 from pretrain.distributed.context import Context
 from pretrain.models.base import ByteModel
 from pretrain.models.blocks.attention import window_pairs
+from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.context import set_context
 from pretrain.models.blocks.documents import documents_of, visible_in_window
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation
-from pretrain.models.blocks.multi_head import Attention
+from pretrain.models.blocks.multi_head import Attention, MultiHead
 from pretrain.models.blocks.positions import Rotary
+from pretrain.models.blocks.sparse_attention import SparseAttention, SparseCache
+from pretrain.models.blocks.sparse_pattern import SparseMasks, SparsePattern, layer_patterns, sparse_masks
 from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
@@ -45,19 +51,67 @@ class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_
     window: int | None = Field(default=None, ge=1)
     """Positions that attention sees in each layer: its own and those right before it. A byte then depends on layers x
     (window - 1) + 1 bytes before it. Null: all."""
+    attention: Literal["full", "strided", "fixed"] = "full"
+    """Earlier positions that attention sees. strided and fixed are those of the Sparse Transformer. strided: the last
+    positions, and every position whose distance is a multiple of the stride. fixed: the own block, and the last columns
+    of earlier blocks."""
+    attention_stride: int | None = Field(default=None, ge=1)
+    """Positions of a block of strided and fixed attention; about the square root of T."""
+    attention_summary: int = Field(default=8, ge=1)
+    """Columns of each earlier block that fixed attention sees. The paper has 8, 16 or 32 of 128 or 256."""
+    attention_groups: int = Field(default=1, ge=1)
+    """Sub-blocks of summary columns that heads see in turn. They lie from the end of a block on. The number divides the
+    heads."""
+    attention_layers: Literal["merged", "interleaved"] = "merged"
+    """Way in which layers see the two parts of sparse attention. merged: both in each layer. interleaved: near
+    positions in even layers, and far ones in odd layers."""
     attention_across_documents: bool = True
     """Whether a position sees earlier documents of its row. If not, attention stops at separators. Positions do not
     restart at a document."""
-    positions: Literal["learned", "rotary"] = "rotary"
-    """Encoding of positions. learned: a table of T positions. rotary: rotary angles in every attention layer."""
+    positions: Literal["learned", "rotary", "grid"] = "rotary"
+    """Encoding of positions. learned: a table of T positions. rotary: rotary angles in every attention layer. grid: a
+    table of blocks and one of columns, for sparse attention."""
     activation: Activation = "relu"
     """Activation of the feed-forward layers. MEGABYTE's baseline has relu."""
     biases: bool = False
     """Whether linear maps and the head have biases. MEGABYTE's baseline has none; nanoGPT's maps may have them."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of attention weights and of each layer's output that training drops. Embeddings have no dropout."""
+    attention_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share of attention weights that training drops. Null: as `dropout`. 0 lets CUDA use FlexAttention."""
     initial_std: float = Field(default=0.006, gt=0)
     """Standard deviation of the initial weights. They are normal, cut at two deviations. MEGABYTE's is 0.006."""
+
+    @model_validator(mode="after")
+    def _sparse_fields_fit(self) -> Self:
+        if self.attention == "full":
+            if self.attention_stride is not None or self.positions == "grid":
+                field = "positions: grid" if self.attention_stride is None else "attention_stride"
+                raise ValueError(f"{field} needs attention: strided or fixed")
+            return self
+        if self.attention_stride is None:
+            raise ValueError(f"attention: {self.attention} needs attention_stride")
+        if self.window is not None:
+            raise ValueError(f"window and attention: {self.attention} exclude each other")
+        if self.attention == "fixed":
+            if self.attention_summary * self.attention_groups > self.attention_stride:
+                raise ValueError(
+                    f"{self.attention_groups} groups of {self.attention_summary} summary columns do not fit into "
+                    f"blocks of {self.attention_stride}"
+                )
+            if self.heads % self.attention_groups:
+                raise ValueError(f"attention_groups ({self.attention_groups}) does not divide heads ({self.heads})")
+        return self
+
+    @property
+    def patterns(self) -> list[SparsePattern]:
+        """Sparse patterns that the layers have in turn; none with full attention."""
+        if self.attention == "full" or self.attention_stride is None:
+            return []
+        is_fixed = self.attention == "fixed"
+        summary, groups = (self.attention_summary, self.attention_groups) if is_fixed else (1, 1)
+        pattern = SparsePattern(self.attention, self.attention_stride, summary, groups)
+        return layer_patterns(pattern, interleaved=self.attention_layers == "interleaved")
 
 
 class Transformer(ByteModel):
@@ -73,11 +127,17 @@ class Transformer(ByteModel):
         self.embedding = embedding(VOCABULARY, config.width)
         self.start = nn.Parameter(torch.empty(config.width))
         self.positions: nn.Parameter | None = None
+        self.patterns = config.patterns
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.sequence_length, config.width))
-        rotary = Rotary() if config.positions == "rotary" else None
-        attention = partial(Attention, rotary=rotary, window=config.window, bias=config.biases)
-        self.stack = Stack(config, config.activation, config.dropout, attention, config.biases)
+        elif config.positions == "grid":
+            (stride, blocks), *_ = ((p.stride, p.blocks(config.sequence_length)) for p in self.patterns)
+            self.block_positions = nn.Parameter(torch.empty(blocks, config.width))
+            self.column_positions = nn.Parameter(torch.empty(stride, config.width))
+        attention = _attention_maker(config)
+        self.stack = Stack(
+            config, config.activation, config.dropout, attention, config.biases, config.attention_dropout
+        )
         self.head_bias = nn.Parameter(torch.empty(VOCABULARY)) if config.biases else None
         self.initialize()
 
@@ -93,10 +153,8 @@ class Transformer(ByteModel):
             ids = F.pad(ids, (0, -length % (self.context.size * self.part_multiple)), value=PADDING)
         own = self.context.own(ids.shape[1])
         x = self.embed(ids[:, :-1], own)
-        visible: tuple[Any, ...] = ()
-        if not self.attends_across_documents:
-            visible = (self.visible(F.pad(documents_of(ids[:, :-1]), (1, 0)), x),)
-        nats = self.nats(self.stack(x, None, *visible), ids[:, own].long())
+        documents = None if self.attends_across_documents else F.pad(documents_of(ids[:, :-1]), (1, 0))
+        nats = self.nats(self.stack(x, None, self.visible(documents, x)), ids[:, own].long())
         return self.context.placed(nats)[:, :length]
 
     def set_context(self, context: Context) -> None:
@@ -109,14 +167,19 @@ class Transformer(ByteModel):
         """Number of positions of which each rank has a multiple if rows are cut: whole windows."""
         return self.window if self.window is not None and self.window < self.sequence_length else 1
 
-    def visible(self, documents: Tensor, x: Tensor) -> "Tensor | BlockMask":
+    def visible(self, documents: Tensor | None, x: Tensor) -> "Tensor | BlockMask | SparseMasks | None":
         """Return the mask in which positions see their documents, in the form that the attention layers take.
 
         Args:
-            documents: (rows, keys) document of each position that may be seen.
+            documents: (rows, keys) document of each position that may be seen; None if positions see all documents.
             x: (rows, n, D) input of the first block at the last n of these positions; at this rank's part of them if
                 rows are cut.
         """
+        if self.patterns:
+            in_blocks = self.stack.takes_blocks(x, x.shape[1])
+            return sparse_masks(self.patterns, x.shape[1], documents, x.device, in_blocks=in_blocks)
+        if documents is None:
+            return None
         if self.window is not None and x.shape[1] * self.context.size > self.window:
             own, blocks = self.context.own(documents.shape[1]), -(-x.shape[1] // self.window)
             return visible_in_window(documents[:, max(own.start - self.window, 0) : own.stop], self.window)[:, -blocks:]
@@ -136,8 +199,22 @@ class Transformer(ByteModel):
         start = self.start.expand(before.shape[0], 1, -1)
         # Ranks other than the first drop the start, whose gradient is then zeros.
         embedded = torch.cat([start, self.embedding(before[:, max(own.start - 1, 0) : own.stop - 1].long())], 1)
-        embedded = embedded[:, own.start - own.stop :]
-        return embedded if self.positions is None else embedded + self.positions[own]
+        return self.place(embedded[:, own.start - own.stop :], own)
+
+    def place(self, embedded: Tensor, own: slice) -> Tensor:
+        """Add the vectors of positions, if the model has some, to (rows, n, D) embeddings at the n positions `own`."""
+        if self.positions is not None:
+            return embedded + self.positions[own]
+        if (columns := getattr(self, "column_positions", None)) is None:
+            return embedded
+        places = torch.arange(own.start, own.stop, device=embedded.device)
+        return embedded + self.block_positions[places // len(columns)] + columns[places % len(columns)]
+
+    def empty_caches(self) -> list[LayerCache] | list[SparseCache]:
+        """Return an empty cache for each block."""
+        if self.patterns:
+            return [SparseCache(pattern) for pattern, _ in zip(cycle(self.patterns), self.stack.blocks, strict=False)]
+        return self.stack.empty_caches(None if self.window is None else self.window - 1)
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return the embedding table, and the biases of the head if it has them."""
@@ -154,17 +231,20 @@ class Transformer(ByteModel):
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; see `ByteModel.flops`."""
         head = 2 * length * self.stack.width * VOCABULARY
-        return self.stack.flops(length, pairs=window_pairs(length, self.window)) + head
+        if not self.patterns:
+            return self.stack.flops(length, pairs=window_pairs(length, self.window)) + head
+        pairs = sum(pattern.pairs(length) for pattern, _ in zip(cycle(self.patterns), self.stack.blocks, strict=False))
+        return self.stack.flops(length, pairs=0) + 4 * pairs * self.stack.width + head
 
 
 class TransformerDecoder:
-    """Decoder over cached keys and values: those of the whole context, or of the last w - 1 positions of a window."""
+    """Decoder over cached keys and values: those that later positions see."""
 
     def __init__(self, model: Transformer, rows: int) -> None:
         """Make a decoder of `rows` rows with empty caches."""
         self.length = 0
         self._model = model
-        self._caches = model.stack.empty_caches(None if model.window is None else model.window - 1)
+        self._caches = model.empty_caches()
         self._documents = torch.zeros(rows, 1, dtype=torch.long, device=model.start.device)
         """(rows, n) document of every position whose keys are cached; before the first, that of position 0."""
 
@@ -181,10 +261,7 @@ class TransformerDecoder:
         """Feed one id a row; see `Decoder.step`."""
         model, read = self._model, ids.long()[:, None]
         self._advance(read)
-        embedded = model.embedding(read)
-        if model.positions is not None:
-            embedded = embedded + model.positions[self.length]
-        return self._logits(embedded)
+        return self._logits(model.place(model.embedding(read), slice(self.length, self.length + 1)))
 
     def _advance(self, read: Tensor) -> None:
         self._model.check_room(self.length + read.shape[1])
@@ -194,16 +271,34 @@ class TransformerDecoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         model = self._model
-        if model.attends_across_documents:
-            return model.logits(model.stack(x, self._caches)[:, -1])
-        if model.window is not None:
-            self._documents = self._documents[:, -max(model.window, x.shape[1]) :]
-        return model.logits(model.stack(x, self._caches, model.visible(self._documents, x))[:, -1])
+        documents = None if model.attends_across_documents else self._documents
+        if model.patterns:
+            visible = model.visible(documents, x) if x.shape[1] == self.length + 1 else documents
+        else:
+            if model.window is not None and documents is not None:
+                self._documents = documents = documents[:, -max(model.window, x.shape[1]) :]
+            visible = model.visible(documents, x)
+        return model.logits(model.stack(x, self._caches, visible)[:, -1])
+
+
+def _attention_maker(config: TransformerConfig) -> Callable[[int, int, float], MultiHead]:
+    """Return the function that makes the attention layers, one after another."""
+    rotary = Rotary() if config.positions == "rotary" else None
+    if not config.patterns:
+        return partial(Attention, rotary=rotary, window=config.window, bias=config.biases)
+    patterns = cycle(config.patterns)
+
+    def make(width: int, heads: int, dropout: float) -> MultiHead:
+        return SparseAttention(width, heads, dropout, next(patterns), rotary, config.biases)
+
+    return make
 
 
 def _row_parts(config: TransformerConfig) -> int:
-    """Return the number of positions of a row, or of whole windows."""
+    """Return the number of positions of a row, or of whole windows. Rows of sparse attention are not cut."""
     length, window = config.sequence_length, config.window
+    if config.attention != "full":
+        return 1
     if window is None or window >= length:
         return length
     return 1 if length % window else length // window
@@ -215,7 +310,7 @@ register_family(
         reference=REFERENCES / "transformer.py",
         config=TransformerConfig,
         build=Transformer,
-        free_fields=frozenset({"dropout", "initial_std"}),
+        free_fields=frozenset({"dropout", "attention_dropout", "initial_std"}),
         row_parts=_row_parts,
         small={"sequence_length": 32, "width": 32, "layers": 2, "heads": 2, "window": 8, "dropout": 0.1},
     )

@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +99,19 @@ def block(w: Weights, name: str, x: Tensor, attention: Callable[[str, Tensor], T
 
 
 def stack(
-    w: Weights, name: str, x: Tensor, size: dict[str, Any], activation: str, visible: Tensor, rotary: bool
+    w: Weights, name: str, x: Tensor, size: dict[str, Any], activation: str, visible: Sequence[Tensor], rotary: bool
 ) -> Tensor:
-    """Apply the blocks of a stack, and its norm."""
+    """Apply the blocks of a stack, and its norm. The blocks have the masks `visible` in turn."""
 
-    def attention(name: str, x: Tensor) -> Tensor:
+    def attention(name: str, x: Tensor, visible: Tensor) -> Tensor:
         q, k, v = (split_heads(part, size["heads"]) for part in linear(w, f"{name}.query_key_value", x).chunk(3, -1))
         if rotary:
             q, k = (rotate(part, torch.arange(x.shape[-2])) for part in (q, k))
         return linear(w, f"{name}.output", attend(q, k, v, visible))
 
     for layer in range(size["layers"]):
-        x = block(w, f"{name}.blocks.{layer}", x, attention, activation)
+        seen = visible[layer % len(visible)]
+        x = block(w, f"{name}.blocks.{layer}", x, partial(attention, visible=seen), activation)
     return norm(w, f"{name}.norm", x)
 
 

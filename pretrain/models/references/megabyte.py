@@ -45,7 +45,7 @@ class Model:
         places = torch.arange(own.shape[1])
         visible = (places[:, None] >= places) & (own[:, :, None, 0] == own[:, None, :, 0])  # patches of its document
         out = stack(
-            w, "global_stack", self.patches(ids), c["global_model"], c["activation"], visible[:, None], self.is_rotary
+            w, "global_stack", self.patches(ids), c["global_model"], c["activation"], [visible[:, None]], self.is_rotary
         )
         conditioned = linear(w, "global_to_local", out.unflatten(2, (P, -1)))
         conditioned = torch.where((own != own[..., :1])[..., None], conditioned[:, :1], conditioned)

@@ -26,18 +26,37 @@ class Model:
         x = torch.cat([w["start"].expand(len(ids), 1, -1), table[ids[:, :-1]]], 1)
         if c["positions"] == "learned":
             x = x + w["positions"][: ids.shape[1]]
+        if c["positions"] == "grid":
+            places, stride = torch.arange(ids.shape[1]), c["attention_stride"]
+            x = x + w["block_positions"][places // stride] + w["column_positions"][places % stride]
         x = stack(w, "stack", x, c, c["activation"], self.visible(ids), c["positions"] == "rotary")
         return F.linear(x, table, w["head_bias"] if c["biases"] else None)
 
-    def visible(self, ids: Tensor) -> Tensor:
-        """Return the mask, (rows or 1, 1, T, T): true where a position sees another."""
+    def visible(self, ids: Tensor) -> list[Tensor]:
+        """Return the masks of layers in turn, (rows or 1, heads or 1, T, T): true where a position sees another."""
         length = ids.shape[1]
         age = torch.arange(length)[:, None] - torch.arange(length)
         seen = (age >= 0) & (age < (self.config["window"] or length))
+        masks = [seen[None, None] & pattern for pattern in self.patterns(age)]
         if self.config["attention_across_documents"]:
-            return seen[None, None]
+            return masks
         documents = documents_of(ids)
-        return (seen & (documents[:, :, None] == documents[:, None]))[:, None]
+        return [mask & (documents[:, :, None] == documents[:, None])[:, None] for mask in masks]
+
+    def patterns(self, age: Tensor) -> list[Tensor]:
+        """Return the patterns of sparse attention that layers have in turn, (heads or 1, T, T)."""
+        c, places = self.config, torch.arange(len(age))
+        if c["attention"] == "full":
+            return [torch.ones_like(age, dtype=torch.bool)[None]]
+        stride = c["attention_stride"]
+        if c["attention"] == "strided":
+            near, far = (age < stride)[None], (age % stride == 0)[None]
+        else:
+            near = (places[:, None] // stride == places // stride)[None]
+            group = torch.arange(c["heads"])[:, None] % c["attention_groups"]
+            before_end = (stride - 1 - places % stride) // c["attention_summary"]
+            far = (before_end == group)[:, None] | (age == 0)
+        return [near | far] if c["attention_layers"] == "merged" else [near, far]
 
 
 if __name__ == "__main__":

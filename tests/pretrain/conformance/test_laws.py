@@ -45,6 +45,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"window": 1},
         {"attention_across_documents": False, "window": None, "positions": "learned"},
         {"attention_across_documents": False},
+        {"window": None, "attention": "strided", "attention_stride": 6, "positions": "grid"},
+        {"window": None, "attention": "fixed", "attention_stride": 8, "attention_summary": 2, "attention_groups": 2},
     ],
     "transformer_xl": [
         {},

@@ -39,6 +39,9 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"window": 5, "activation": "swiglu"},
         {"window": 5, "attention_across_documents": False, "activation": "squared_relu"},
         {"attention_across_documents": False, "positions": "learned", "biases": True},
+        {"attention": "strided", "attention_stride": 5, "positions": "grid"},
+        {"attention": "fixed", "attention_stride": 6, "attention_summary": 2, "attention_groups": 2, "window": None},
+        {"attention": "fixed", "attention_stride": 5, "attention_summary": 1, "attention_layers": "interleaved"},
     ],
     "transformer_xl": [
         {},

@@ -6,8 +6,9 @@ C++ code reads values.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.pretrain.engines.fake_cuda.loading import load
@@ -48,24 +49,37 @@ CASES: dict[str, dict[str, Any]] = {
     "context": {"ranks": RANKS, "name": "fsdp", "context": 2},
     "deterministic": {"deterministic": True},
     "muon": {"optimizer": "muon"},
+    **{
+        f"{kind} attention": {
+            "family": "transformer",
+            "precision": "bf16",
+            "model": {"window": None, "attention": kind, "attention_stride": 8, "attention_across_documents": False},
+        }
+        for kind in ("strided", "fixed")
+    },
 }
 """Cases by name; arguments of `findings`."""
 
 
 def findings(
-    family: str = "megabyte", ranks: int = 1, optimizer: str = "adamw", precision: str = "bf16", **engine: Any
+    family: str = "megabyte",
+    ranks: int = 1,
+    optimizer: str = "adamw",
+    precision: str = "bf16",
+    model: Mapping[str, Any] = MappingProxyType({}),
+    **engine: Any,
 ) -> dict[str, Any]:
     """Return what steps of a small model wait for, and how much they compute where."""
-    model = _model(family)
+    built_model = _model(family, model)
     config = EngineConfig.model_validate({"device": "cuda", "precision": precision, **engine})
     batches = {"global_batch": ROWS * MICRO_BATCHES * ranks, "micro_batch": ROWS}
     sources = RowSources(2, [np.zeros(ROWS, np.int64)] * MICRO_BATCHES)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        built = build_engine(config, model, OptimizerConfig(name=optimizer), 0, World(0, ranks), **batches)
+        built = build_engine(config, built_model, OptimizerConfig(name=optimizer), 0, World(0, ranks), **batches)
         with device.watched(mode):
             for step in range(STEPS):
                 built.train_step(
-                    _micro_batches(model.sequence_length),
+                    _micro_batches(built_model.sequence_length),
                     step=step,
                     learning_rate=1e-3,
                     sources=sources,
@@ -85,9 +99,9 @@ def vote() -> list[str]:
     return list(device.course)
 
 
-def _model(family: str) -> ByteModel:
+def _model(family: str, changes: Mapping[str, Any]) -> ByteModel:
     with torch.device("meta"):
-        model = build_model(small_config(family))
+        model = build_model(small_config(family, **changes))
     for name in filter(lambda name: name.startswith("draw_"), dir(model)):
         setattr(model, name, _with_values(getattr(model, name)))
     return model
