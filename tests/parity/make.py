@@ -87,7 +87,7 @@ def nanogpt_small(clone: Path) -> None:
     nanogpt(clone, "nanogpt_small", vocabulary=65, bias=False)
 
 
-def transformer_xl(clone: Path) -> None:
+def transformer_xl(clone: Path, name: str = "transformer_xl", pre_lnorm: bool = False) -> None:
     """Run kimiyoung/transformer-xl over three segments, with 30 symbols."""
     import torch  # noqa: PLC0415 Haiku's environment has none
 
@@ -106,7 +106,7 @@ def transformer_xl(clone: Path) -> None:
         "dropout": 0.0,
         "dropatt": 0.0,
         "tie_weight": True,
-        "pre_lnorm": False,
+        "pre_lnorm": pre_lnorm,
         "tgt_len": 6,
         "ext_len": 0,
         "mem_len": 9,
@@ -122,7 +122,12 @@ def transformer_xl(clone: Path) -> None:
             hidden, memory = model._forward(segment.t(), mems=memory)
             head = model.crit.out_layers[0]
             logits.append(model.crit._compute_logit(hidden, head.weight, head.bias, model.crit.out_projs[0]))
-    save("transformer_xl", arguments, weights, ids=ids, logits=torch.cat(logits).transpose(0, 1).numpy())
+    save(name, arguments, weights, ids=ids, logits=torch.cat(logits).transpose(0, 1).numpy())
+
+
+def transformer_xl_pre(clone: Path) -> None:
+    """Run kimiyoung/transformer-xl with norms before its layers."""
+    transformer_xl(clone, "transformer_xl_pre", pre_lnorm=True)
 
 
 def perceiver_ar(clone: Path) -> None:

@@ -63,6 +63,8 @@ class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribut
     norm: Literal["pre", "post"] = "pre"
     """Place of the norms. pre: before each layer, and after the last block. post: after each sum of a layer's input and
     output, and none after the last block, as in the paper."""
+    final_norm: bool = True
+    """Whether a norm follows the last block with `norm: pre`. With `pre_lnorm`, the authors' code has none."""
     scale_embeddings: bool = False
     """Whether the first layer reads embeddings times the root of the width. The authors' code does."""
     biases: bool = False
@@ -131,7 +133,7 @@ class TransformerXL(ByteModel):
             return SegmentBlock(config.width, attention, feed_forward, config.dropout, is_post=config.norm == "post")
 
         self.blocks = nn.ModuleList(block() for _ in range(config.layers))
-        self.norm = LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+        self.norm = LayerNorm(config.width) if config.norm == "pre" and config.final_norm else nn.Identity()
         self.head_bias = nn.Parameter(torch.empty(VOCABULARY)) if config.biases else None
         self.initialize()
 

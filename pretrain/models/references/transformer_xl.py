@@ -81,7 +81,7 @@ class Model:
                 x = norm(w, f"{name}.attention_norm", x + attention(f"{name}.attention", x))
                 fed = feed_forward(w, f"{name}.feed_forward", x, c["activation"])
                 x = norm(w, f"{name}.feed_forward_norm", x + fed)
-        x = norm(w, "norm", x) if c["norm"] == "pre" else x
+        x = norm(w, "norm", x) if c["norm"] == "pre" and c["final_norm"] else x
         return F.linear(x, table, w.get("head_bias")), (every[:, keys - min(keys, c["memory_length"]) :], states)
 
 

@@ -50,6 +50,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"same_length": True, "clamp_length": 3, "activation": "gelu"},
         {"memory_length": 30, "clamp_length": 9},
         {"norm": "post", "scale_embeddings": True, "biases": True, "activation": "gelu_tanh"},
+        {"final_norm": False, "memory_length": 5},
     ],
     "megabyte": [
         {},

@@ -21,7 +21,13 @@ NAMES = {
     "mlp.c_proj": "feed_forward.contract",
 }
 """Modules of a block by nanoGPT's names."""
-ONLY = {"positions": "learned", "activation": "gelu", "window": None, "attention_across_documents": True}
+ONLY = {
+    "positions": "learned",
+    "activation": "gelu",
+    "window": None,
+    "attention": "full",
+    "attention_across_documents": True,
+}
 """Config fields of the models that nanoGPT has."""
 
 

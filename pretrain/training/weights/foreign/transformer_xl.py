@@ -22,9 +22,9 @@ NAMES = {
     "pos_ff.layer_norm.bias": "feed_forward_norm.bias",
 }
 """Parameters of a layer by the authors' names."""
-ONLY = {"norm": "post", "scale_embeddings": True, "positions": "relative", "activation": "relu"}
+ONLY = {"scale_embeddings": True, "positions": "relative", "activation": "relu"}
 """Config fields of the models that the authors' code has."""
-ONLY_ARGUMENTS = {"pre_lnorm": False, "attn_type": 0, "div_val": 1, "ext_len": 0, "tie_weight": True}
+ONLY_ARGUMENTS = {"attn_type": 0, "div_val": 1, "ext_len": 0, "tie_weight": True}
 TABLE, HEAD = "word_emb.emb_layers.0.weight", "crit.out_layers.0"
 
 
@@ -39,6 +39,7 @@ def config_of(source: Source) -> dict[str, Any]:
     layers = {name.split(".")[1] for name in source.tensors if name.startswith("layers.")}
     section: dict[str, Any] = {"family": "transformer_xl", "width": width, "heads": heads, "layers": len(layers)}
     section |= {"feed_forward_width": hidden, "biases": True, **ONLY}
+    section |= {"norm": "pre" if source.arguments.get("pre_lnorm") else "post", "final_norm": False}
     if "tgt_len" in source.arguments:
         section["sequence_length"] = source.arguments["tgt_len"]
     if "mem_len" in source.arguments:
@@ -83,7 +84,12 @@ def from_byteloom(config: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Return a dict with the state of the authors' module, the arguments of its constructor, and its symbols.
 
     If no id has the start's embedding, the start is a further symbol, which is never predicted.
+
+    Raises:
+        ForeignFileError: the model has a norm after its last block, which the format lacks.
     """
+    if config.norm == "pre" and config.final_norm:
+        raise ForeignFileError("model.final_norm is true; with norm: pre, the format has models without that norm only")
     table, start = weights["embedding.weight"], weights["start"]
     bias = weights.get("head_bias", torch.zeros(VOCABULARY))
     symbols = [id for id in range(VOCABULARY) if bias[id] > ABSENT]
@@ -107,5 +113,9 @@ def from_byteloom(config: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
     arguments = {"n_token": len(symbols), "n_layer": config.layers, "n_head": config.heads, "d_model": config.width}
     arguments |= {"d_head": config.width // config.heads, "d_inner": hidden, "dropout": 0.0, "dropatt": 0.0}
     arguments |= {"tgt_len": config.sequence_length, "ext_len": 0, "mem_len": config.memory_length}
-    arguments |= {"same_length": config.same_length, "clamp_len": config.clamp_length or -1}
+    arguments |= {
+        "pre_lnorm": config.norm == "pre",
+        "same_length": config.same_length,
+        "clamp_len": config.clamp_length or -1,
+    }
     return {"model": state, "model_args": arguments, "symbols": symbols, "start": same[0] if same else START}
