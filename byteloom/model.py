@@ -29,11 +29,12 @@ from pretrain.checkpoint import Metadata, read
 from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import choose_device, compute_dtype, scoring_precision
 from pretrain.evaluation.beginning import Beginning
-from pretrain.evaluation.evaluate import Scored, add_up
+from pretrain.evaluation.evaluate import Scored, add_up, score_windows, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
-from pretrain.evaluation.modes import Mode, check_usage, score_documents
+from pretrain.evaluation.modes import Mode, check_usage, score_documents, stride_of
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
-from pretrain.models import build_model, model_config, with_usage_options
+from pretrain.evaluation.windows import ScoredWindow
+from pretrain.models import ByteModel, build_model, model_config, with_usage_options
 from pretrain.training.weights import find_checkpoint, trained_card, trained_precision, trained_separators
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -139,12 +140,66 @@ class Model:
         Raises:
             EvaluationError: the model does not support the mode or the stride.
         """
-        bits = np.empty(len(data))
-        for windows, nats in self._score(_document(data), mode, ROWS, stride):
+        return self.bits_of_documents([data], mode=mode, stride=stride)[0]
+
+    def bits_of_documents(
+        self,
+        documents: Sequence[bytes],
+        *,
+        mode: str = Mode.windows,
+        stride: int | None = None,
+        rows: int = ROWS,
+    ) -> list[NDArray[np.float64]]:
+        """Return what `bits` returns of each of several documents, which are scored side by side.
+
+        Args:
+            documents: documents of any length.
+            mode: as of `bits`.
+            stride: as of `bits`.
+            rows: windows scored at once.
+
+        Raises:
+            EvaluationError: the model does not support the mode or the stride.
+        """
+        found = [np.empty(len(document)) for document in documents]
+        by_length = sorted(range(len(documents)), key=lambda number: len(documents[number]))
+        pieces = (Piece(str(number), "binary", 0, documents[number], ends=True) for number in by_length)
+        for windows, nats in self._score(pieces, mode, rows, stride):
             for window, row in zip(windows, nats.double().numpy(), strict=True):
                 begin, end = window.offset + window.context, window.offset + len(window.ids)
-                bits[begin:end] = row[window.context : len(window.ids)] / math.log(2)
-        return bits
+                found[int(window.key)][begin:end] = row[window.context : len(window.ids)] / math.log(2)
+        return found
+
+    def continuation_nats(self, pairs: Sequence[tuple[bytes, bytes]], *, rows: int = ROWS) -> list[NDArray[np.float64]]:
+        """Return the negative log-likelihood of each byte of continuations, in nats, given their contexts.
+
+        A model with a memory reads the whole context. Another one scores a continuation in one window if it can, with
+        the longest context that fits. A longer continuation is scored in windows that move by half their length or less.
+
+        Args:
+            pairs: (context, continuation) each; the context is the beginning of a document, or empty.
+            rows: windows scored at once.
+
+        Returns:
+            (len(continuation),) nats of each pair.
+        """
+        if self.module.empty_memory(1):
+            whole = self.bits_of_documents([context + own for context, own in pairs], mode=Mode.memory, rows=rows)
+            return [bits[len(context) :] * math.log(2) for (context, _), bits in zip(pairs, whole, strict=True)]
+        found = [np.empty(len(continuation)) for _, continuation in pairs]
+        separator = [SEPARATOR] * self._after_separator
+        windows = list[tuple[int, ScoredWindow]]()
+        for number, (context, continuation) in enumerate(pairs):
+            ids = np.array([*separator, *context, *continuation], np.int16)
+            windows += [(number, window) for window in _windows_at_end(self.module, ids, len(continuation))]
+        windows.sort(key=lambda each: len(each[1].ids))
+        scored = score_windows(scorer(self.module), (window for _, window in windows), rows)
+        numbers = (number for number, _ in windows)
+        for batch, nats in scored:
+            for window, row in zip(batch, nats.double().numpy(), strict=True):
+                own = row[window.context : len(window.ids)]
+                found[next(numbers)][window.offset : window.offset + len(own)] = own
+        return found
 
     def bits_per_byte(
         self, source: Source, *, mode: str = Mode.windows, stride: int | None = None, rows: int = ROWS
@@ -291,6 +346,17 @@ class Model:
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise EvaluationError(f"{name} is {value}; it must be one of {', '.join(choices)}")
+
+
+def _windows_at_end(module: ByteModel, ids: NDArray[np.int16], count: int) -> Iterator[ScoredWindow]:
+    """Yield the windows that score the last `count` ids of a document. Their offset is that of the first scored id."""
+    length = len(ids)
+    whole = len(range(min(length, module.sequence_length))[module.scored(min(length, module.sequence_length))])
+    step = count if count <= whole else stride_of(module, Mode.sliding)
+    for begin in range(length - count, length, step or 1):
+        end = min(begin + step, length)
+        first = max(0, end - module.sequence_length)
+        yield ScoredWindow("", "binary", ids[first:end], begin - (length - count), begin - first)
 
 
 def _document(data: bytes) -> list[Piece]:

@@ -38,11 +38,18 @@ PANELS = {
     ),
     "Models and recipes": (
         LazyCommand("eval", "models.evaluate", "Measure the bits per byte of a checkpoint on a corpus or a file."),
+        LazyCommand(
+            "harness", "models.harness", "Evaluate a model by lm-evaluation-harness, or write tasks about bytes."
+        ),
         LazyCommand("generate", "models.generate", "Continue a prompt with bytes from a model."),
         LazyCommand("surprise", "models.surprise", "Show the bits of each byte of a file as shades."),
         LazyCommand("chat", "models.chat", "Type a text, and the model continues it."),
-        LazyCommand("import", "models.exchange", "Import weights of the authors' code as an export folder."),
-        LazyCommand("export", "models.exchange", "Export the weights of a model in a format of the authors' code."),
+        LazyCommand("import", "models.exchange", "Import weights of other programs as an export folder."),
+        LazyCommand(
+            "export",
+            "models.exchange",
+            "Export the weights of a model for other programs.",
+        ),
         LazyCommand("models", "models.estimate", "List model families and recipes, with size, cost and memory."),
         LazyCommand("config", "config", "Show, copy, check and explain recipes."),
         LazyCommand("check-family", "models.conformance", "Check that a model family works with everything else."),

@@ -30,8 +30,8 @@ from pretrain.models import usage_of
 from pretrain.terminal.console import display
 from pretrain.terminal.tables import JsonOption, print_json
 from pretrain.tracking import store_evaluation
-from pretrain.training.run_folder import RunFolder
 from pretrain.training.stop import stopping_at_once
+from pretrain.training.weights.results import run_of
 
 app = typer.Typer()
 log = logging.getLogger(__name__)
@@ -164,11 +164,8 @@ def _validation_corpus(model: str, validation: Mapping[str, Any]) -> ValidationC
 
 def _store_evaluation(model: str, checkpoint: Metadata, report: EvaluationReport) -> None:
     """Store an evaluation in the run folder, and in MLflow, if the model is a run or one of its checkpoints."""
-    path = Path(model).resolve()
-    run = RunFolder(path.parent.parent)
-    if path.parent != run.checkpoints_in(None):
-        run = RunFolder(path)
-    if not (run.path / "run.json").exists():
+    run = run_of(model)
+    if run is None:
         return
     place = run.evaluations / checkpoint.name / report.name
     try:

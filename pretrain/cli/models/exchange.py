@@ -1,4 +1,4 @@
-"""The commands `import` and `export`: weights in the formats of the authors' code."""
+"""The commands `import` and `export`: weights in the formats of the authors' code and of transformers."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from byteloom.core.text import count
 from pretrain.cli.arguments import parse_path
 from pretrain.cli.models.weights import ModelPath
 from pretrain.config.errors import ConfigError
@@ -14,6 +15,8 @@ from pretrain.terminal.console import display, say
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights import find_checkpoint
 from pretrain.training.weights.foreign import ForeignFileError, export_foreign, import_foreign
+from pretrain.training.weights.hugging_face import export_for_transformers
+from pretrain.training.weights.results import evaluations_of, logged_bits_per_byte, run_of
 
 app = typer.Typer()
 
@@ -24,6 +27,7 @@ class Form(StrEnum):
     nanogpt = "nanogpt"
     transformer_xl = "transformer-xl"
     perceiver_ar = "perceiver-ar"
+    hf = "hf"
 
 
 OutOption = Annotated[
@@ -54,7 +58,7 @@ def import_command(
         typer.Option(help="Symbol that each row begins with. Default: the separator (256), else a newline or a space."),
     ] = None,
 ) -> None:
-    r"""Import weights of the authors' code as an export folder.
+    r"""Import weights of other programs as an export folder.
 
     No pickle is executed. `eval`, `generate` and initialize.weights take the folder.
 
@@ -67,6 +71,8 @@ def import_command(
     perceiver-ar: Haiku parameters of google-research/perceiver-ar. In its environment, write
     numpy.savez("params.npz", arguments=json.dumps(model_kwargs), **{f"{m}/{n}": v for m, p in params.items() for n, v
     in p.items()}), where params are in float32.
+
+    hf: folder of a Byteloom model that transformers has saved. A folder of export --as hf itself needs no import.
     """
     given = tree_of(fields or [])
     if unknown := given.keys() - {"model"}:
@@ -83,12 +89,20 @@ def export_command(
     form: Annotated[Form, typer.Option("--as", help="Format of the file.", show_default=False)],
     out: OutOption,
 ) -> None:
-    """Export the weights of a model in a format of the authors' code.
+    """Export the weights of a model for other programs.
 
-    A model that the format cannot express is refused. `byteloom checkpoint export` writes safetensors.
+    hf is a folder that transformers and Byteloom load; transformers needs no Byteloom there. The others are files of
+    the authors' code, which refuse a model that they cannot express. `byteloom checkpoint export` writes safetensors.
     """
     with display.phase("verifying the checkpoint") as phase:
         checkpoint = find_checkpoint(model, progress=phase.update)
+    if form is Form.hf:
+        run = run_of(model)
+        results = evaluations_of(run, checkpoint) if run else []
+        export_for_transformers(checkpoint, out, logged_bits_per_byte(checkpoint), results)
+        measured = f", {count(len(results), 'measured result')} in README.md" if results else ""
+        say(f"{out}: a folder for transformers{measured}")
+        return
     export_foreign(form.value, checkpoint, out)
     say(f"{out}: weights for {form.value}")
 

@@ -17,7 +17,6 @@ from pretrain.checkpoint import (
     InvalidCheckpointError,
     Location,
     Metadata,
-    Url,
     locate,
     read_metadata,
     verify,
@@ -27,7 +26,6 @@ from pretrain.cli.arguments import RunFolderArgument, parse_location, parse_path
 from pretrain.terminal.console import display, say
 from pretrain.terminal.progress import size
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json
-from pretrain.tracking.journal import read_journal
 from pretrain.training.ancestry import ANCESTRY, ancestors_in, describe_ancestry
 from pretrain.training.rollback import roll_back
 from pretrain.training.run_folder import RunFolder
@@ -35,13 +33,11 @@ from pretrain.training.run_status import check_run
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights import find_checkpoint, is_checkpoint, store_of
 from pretrain.training.weights.exports import export, is_export
+from pretrain.training.weights.results import logged_bits_per_byte
 
 app = typer.Typer(help="List, verify, show, prune, roll back to and export checkpoints.", no_args_is_help=True)
 
 _run_argument = partial(typer.Argument, metavar="RUN", show_default=False, parser=parse_location)
-
-BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
-"""Metrics of the journal: of a step's batch, and of the validation corpus."""
 
 
 @app.command("list")
@@ -229,20 +225,8 @@ def export_command(
         checkpoint = find_checkpoint(path, progress=phase.update)
     if is_export(Path(path)):
         raise CheckpointError(f"{path} is an export already; name a run or a checkpoint")
-    card = export(checkpoint, out, _bits_per_byte(checkpoint))
+    card = export(checkpoint, out, logged_bits_per_byte(checkpoint))
     say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,} in {', '.join(card['files'])}, all finite")
-
-
-def _bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
-    """Return the last metrics that the run logged up to the checkpoint; none if the checkpoint is not in its run."""
-    if isinstance(checkpoint.folder, Url):
-        return {}
-    metrics = RunFolder(checkpoint.folder.parent.parent).metrics
-    last: dict[str, float] = {}
-    for record in read_journal(metrics):
-        if record["step"] <= checkpoint.state["reading"]["step"]:
-            last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
-    return last
 
 
 def _of_run(run: str) -> CheckpointStore:

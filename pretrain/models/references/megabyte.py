@@ -1,7 +1,4 @@
-"""Forward pass of a Byteloom MEGABYTE in plain torch, for the weights in this folder.
-
-`python model.py FILE` prints the bits per byte of the beginning of a file.
-"""
+"""Forward pass of a Byteloom MEGABYTE in plain torch, for the weights in this folder."""
 
 from pathlib import Path
 from typing import Any
@@ -97,6 +94,6 @@ class Model:
         return norm(w, "local_stack.norm", x)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # python model.py FILE prints the bits per byte of the beginning of a file
     model = Model(*load(Path(__file__).parent))
     measure(model.logits, model.config["sequence_length"])

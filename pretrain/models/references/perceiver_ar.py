@@ -1,7 +1,4 @@
-"""Forward pass of a Byteloom Perceiver AR in plain torch, for the weights in this folder.
-
-`python model.py FILE` prints the bits per byte of the last latents at the beginning of a file.
-"""
+"""Forward pass of a Byteloom Perceiver AR in plain torch, for the weights in this folder."""
 
 from pathlib import Path
 from typing import Any
@@ -90,6 +87,6 @@ class Model:
         return rotate(x, places, half, longest=self.config["sequence_length"])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # python model.py FILE prints the bits per byte of the last latents
     model = Model(*load(Path(__file__).parent))
     measure(model.logits, model.config["sequence_length"])

@@ -1,7 +1,4 @@
-"""Forward pass of a Byteloom Transformer-XL in plain torch, for the weights in this folder.
-
-`python model.py FILE` prints the bits per byte of the first segment of a file.
-"""
+"""Forward pass of a Byteloom Transformer-XL in plain torch, for the weights in this folder."""
 
 from pathlib import Path
 from typing import Any
@@ -85,6 +82,6 @@ class Model:
         return F.linear(x, table, w.get("head_bias")), (every[:, keys - min(keys, c["memory_length"]) :], states)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # python model.py FILE prints the bits per byte of the first segment of a file
     model = Model(*load(Path(__file__).parent))
     measure(model.logits, model.config["sequence_length"])

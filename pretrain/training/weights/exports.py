@@ -40,13 +40,25 @@ PIECE_VALUES = 4 << 20
 """Values that are checked together."""
 
 
-def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> dict[str, Any]:
+def _reference_files(card: dict[str, Any]) -> dict[str, str]:
+    """Return the forward pass of a card's family in plain torch; nothing if the family has none."""
+    reference = family(card["architecture"]).reference
+    return files_of(reference) if reference else {}
+
+
+def export(
+    checkpoint: Metadata,
+    out: Path,
+    bits_per_byte: dict[str, float],
+    files: Callable[[dict[str, Any]], dict[str, str]] = _reference_files,
+) -> dict[str, Any]:
     """Write a verified checkpoint's weights to a new folder, all or nothing; return the card.
 
     Args:
         checkpoint: verified.
         out: the new folder.
         bits_per_byte: of the run after the checkpoint's step, by the scored corpus.
+        files: returns the text files beside the weights by their names, given the card.
 
     Raises:
         FileExistsError: the folder exists already.
@@ -59,7 +71,7 @@ def export(checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float]) -> 
         read(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in tensors.items()])
         return tensors
 
-    return _write(out, sizes, read_some, checkpoint.state["config"], _about(checkpoint, bits_per_byte))
+    return _write(out, sizes, read_some, checkpoint.state["config"], _about(checkpoint, bits_per_byte), files)
 
 
 def write_export(
@@ -87,6 +99,7 @@ def _write(
     read_some: Callable[[list[str]], dict[str, torch.Tensor]],
     recipe: dict[str, Any],
     about: dict[str, Any],
+    files: Callable[[dict[str, Any]], dict[str, str]] = _reference_files,
 ) -> dict[str, Any]:
     """Write the folder of an export, a file at a time; see `export` and `write_export`."""
     shards = list(_shards(sizes))
@@ -117,9 +130,8 @@ def _write(
             "files": {name: sha256_of(folder / name) for name in names},
         }
         _write_json(folder / CARD, card)
-        if reference := family(config.family).reference:
-            for name, source in files_of(reference).items():
-                (folder / name).write_text(source, encoding="utf-8")
+        for name, text in files(card).items():
+            (folder / name).write_text(text, encoding="utf-8")
     return card
 
 
@@ -296,9 +308,12 @@ def _is_weight(fragment: str) -> bool:
 
 
 def _about(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, Any]:
-    """Return the fields of a card that say where a checkpoint comes from."""
+    """Return the fields of a card that say where a checkpoint comes from; fewer for one that is an export."""
     state = checkpoint.state
     config = state["config"]
+    kept = {key: state[key] for key in ("precision", CARD_FIELD) if key in state}
+    if "reading" not in state:
+        return kept
     return {
         "bits_per_byte": bits_per_byte,
         "run": config["run"]["name"],
@@ -310,7 +325,7 @@ def _about(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, A
             "mixture": {name: source["shards"] for name, source in config["data"]["mixture"].items()},
         },
         "environment": state["environment"],
-        **{key: state[key] for key in ("precision", CARD_FIELD) if key in state},
+        **kept,
     }
 
 

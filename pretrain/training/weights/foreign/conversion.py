@@ -15,21 +15,27 @@ from pretrain.checkpoint import Metadata, read
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import ModelConfig, build_model, model_config
 from pretrain.training.weights.exports import sha256_of, write_export
-from pretrain.training.weights.foreign import nanogpt, perceiver_ar, transformer_xl
+from pretrain.training.weights.foreign import hub_folder, nanogpt, perceiver_ar, transformer_xl
 from pretrain.training.weights.foreign.source import ForeignFileError, Source, read_numpy, read_torch
 
 
 @dataclass(frozen=True)
-class Format:
-    """A format of foreign weights."""
+class ImportFormat:
+    """A format of foreign weights that is read."""
 
-    family: str
-    """Byteloom's family of its models."""
     read: Callable[[Path], Source]
     config_of: Callable[[Source], dict[str, Any]]
     """Returns the section `model`, as far as a file says."""
     to_byteloom: Callable[[Source, Any, list[int] | None, int | None], dict[str, Tensor]]
     """Returns the weights by Byteloom's names, given the config, symbols and start."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A format of the authors' code that is written."""
+
+    family: str
+    """Byteloom's family of its models."""
     from_byteloom: Callable[[Any, dict[str, Tensor]], dict[str, Any]]
     """Returns the content of a file."""
     write: Callable[[Path, dict[str, Any]], None]
@@ -46,36 +52,19 @@ def _write_numpy(path: Path, content: dict[str, Any]) -> None:
         np.savez(file, **content)
 
 
-FORMATS = {
-    "nanogpt": Format(
-        "transformer",
-        read_torch,
-        nanogpt.config_of,
-        nanogpt.to_byteloom,
-        nanogpt.from_byteloom,
-        _write_torch,
-        nanogpt.ONLY,
-    ),
-    "transformer-xl": Format(
-        "transformer_xl",
-        read_torch,
-        transformer_xl.config_of,
-        transformer_xl.to_byteloom,
-        transformer_xl.from_byteloom,
-        _write_torch,
-        transformer_xl.ONLY,
-    ),
-    "perceiver-ar": Format(
-        "perceiver_ar",
-        read_numpy,
-        perceiver_ar.config_of,
-        perceiver_ar.to_byteloom,
-        perceiver_ar.from_byteloom,
-        _write_numpy,
-        perceiver_ar.ONLY,
-    ),
+IMPORTS = {
+    "nanogpt": ImportFormat(read_torch, nanogpt.config_of, nanogpt.to_byteloom),
+    "transformer-xl": ImportFormat(read_torch, transformer_xl.config_of, transformer_xl.to_byteloom),
+    "perceiver-ar": ImportFormat(read_numpy, perceiver_ar.config_of, perceiver_ar.to_byteloom),
+    "hf": ImportFormat(hub_folder.read_folder, hub_folder.config_of, hub_folder.to_byteloom),
 }
-"""Formats by their names on the command line."""
+"""Formats that are read, by their names on the command line."""
+EXPORTS = {
+    "nanogpt": ExportFormat("transformer", nanogpt.from_byteloom, _write_torch, nanogpt.ONLY),
+    "transformer-xl": ExportFormat("transformer_xl", transformer_xl.from_byteloom, _write_torch, transformer_xl.ONLY),
+    "perceiver-ar": ExportFormat("perceiver_ar", perceiver_ar.from_byteloom, _write_numpy, perceiver_ar.ONLY),
+}
+"""Formats of one file that are written. `pretrain.training.weights.hugging_face` writes hf."""
 
 
 def import_foreign(
@@ -85,7 +74,7 @@ def import_foreign(
 
     Args:
         form: name of the format.
-        path: the file.
+        path: the file, or the folder of a model of transformers.
         out: the new folder.
         given: fields of the section `model`, which replace what the file says.
         symbols: id of each symbol of the vocabulary; None for what the file says, or the ids from 0 on.
@@ -96,14 +85,14 @@ def import_foreign(
         FileExistsError: the folder exists already.
         OSError: a file cannot be read or written.
     """
-    entry = FORMATS[form]
-    digest = sha256_of(path)
+    entry = IMPORTS[form]
+    digest = sha256_of(path / hub_folder.CONFIG if path.is_dir() else path)
     source = entry.read(path)
     config = _config(path, _merged(entry.config_of(source), given))
     weights = entry.to_byteloom(source, config, symbols, start)
     source.check_all_taken()
     _check_shapes(path, config, weights)
-    recipe = {"model": config.model_dump(mode="json"), "data": {"separate_documents": False}}
+    recipe = {"model": config.model_dump(mode="json"), "data": {"separate_documents": source.separates_documents}}
     origin = {"format": form, "file": path.name, "sha256": digest}
     return write_export(out, weights, recipe, {"origin": origin})
 
@@ -116,7 +105,7 @@ def export_foreign(form: str, checkpoint: Metadata, out: Path) -> None:
         FileExistsError: the file exists already.
         OSError: it cannot be written.
     """
-    entry = FORMATS[form]
+    entry = EXPORTS[form]
     config = model_config(checkpoint.state["config"]["model"])
     if config.family != entry.family:
         raise ForeignFileError(f"{form} has models of the family {entry.family}; this is a {config.family}")

@@ -38,6 +38,8 @@ class Source:
     """Id of each of the vocabulary's symbols, if the file says so."""
     start: int | None = None
     """Id with which rows begin, if the file says so."""
+    separates_documents: bool = False
+    """Whether documents follow a separator in training."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.

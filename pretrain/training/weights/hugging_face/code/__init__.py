@@ -1,0 +1,1 @@
+"""Files that an export for transformers carries as its own code. Byteloom itself does not import them."""

@@ -1,0 +1,61 @@
+"""Measured results of a checkpoint: of the run's journal, and of `byteloom eval`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.checkpoint import Metadata, Url
+from pretrain.tracking.journal import read_journal
+from pretrain.training.run_folder import RunFolder
+
+BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
+"""Metrics of the journal: of a step's batch, and of the validation corpus."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured result of a model."""
+
+    dataset: str
+    """Name of the corpus and of the way it was scored."""
+    bits_per_byte: float
+    bytes: int | None = None
+    """Scored bytes; None if they are not known."""
+    mode: str | None = None
+    """Mode, stride and beginning of the evaluation; None for a value of the run's journal."""
+
+
+def run_of(model: str) -> RunFolder | None:
+    """Return the run folder of a run, or of one of its checkpoints, by its path; None if it is neither."""
+    path = Path(model).resolve()
+    run = RunFolder(path.parent.parent)
+    if path.parent != run.checkpoints_in(None):
+        run = RunFolder(path)
+    return run if (run.path / "run.json").exists() else None
+
+
+def evaluations_of(run: RunFolder, checkpoint: Metadata) -> list[Result]:
+    """Return what `byteloom eval` has stored about a checkpoint.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return [_result(path) for path in sorted((run.evaluations / checkpoint.name).glob("*/figures.json"))]
+
+
+def _result(path: Path) -> Result:
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    mode = f"mode {figures['mode']}, stride {figures['stride']}, begin {figures['begin']}"
+    total = figures["total"]
+    return Result(path.parent.name, total["bits_per_byte"], total["bytes"], mode)
+
+
+def logged_bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
+    """Return the last metrics that the run logged up to a checkpoint; none if the checkpoint is not in its run."""
+    if isinstance(checkpoint.folder, Url) or "reading" not in checkpoint.state:
+        return {}
+    last: dict[str, float] = {}
+    for record in read_journal(RunFolder(checkpoint.folder.parent.parent).metrics):
+        if record["step"] <= checkpoint.state["reading"]["step"]:
+            last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
+    return last
