@@ -174,7 +174,7 @@ class Model:
         """Return the negative log-likelihood of each byte of continuations, in nats, given their contexts.
 
         A model with a memory reads the whole context. Another one scores a continuation in one window if it can, with
-        the longest context that fits. A longer continuation is scored in windows that move by half their length or less.
+        the longest context that fits. A longer continuation is scored in windows that move by at most half of it.
 
         Args:
             pairs: (context, continuation) each; the context is the beginning of a document, or empty.

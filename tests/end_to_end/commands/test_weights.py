@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -83,6 +84,19 @@ def test_export_scores_like_its_checkpoint(run: Path, exported: Path, corpus_fol
         shown = CliRunner().invoke(app, ["eval", str(source), str(corpus_folder / "validation"), "--json"])
         scores.append(json.loads(shown.stdout)["total"])
     assert scores[0] == scores[1]
+
+
+def test_export_for_transformers_has_the_measured_results(run: Path, corpus_folder: Path, tmp_path: Path):
+    measured = json.loads(
+        CliRunner().invoke(app, ["eval", str(run), str(corpus_folder / "validation"), "--json"]).stdout
+    )
+    output = invoke("export", run, "--as", "hf", "--out", tmp_path / "hub")
+    assert "measured result" in output
+    head = yaml.safe_load((tmp_path / "hub/README.md").read_text().split("---\n")[1])
+    values = [result["metrics"][0]["value"] for result in head["model-index"][0]["results"]]
+    assert measured["total"]["bits_per_byte"] in values
+    again = CliRunner().invoke(app, ["eval", str(tmp_path / "hub"), str(corpus_folder / "validation"), "--json"])
+    assert json.loads(again.stdout)["total"] == measured["total"]
 
 
 def test_large_export_has_several_files(run: Path, exported: Path, tmp_path: Path):

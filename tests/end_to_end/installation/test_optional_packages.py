@@ -16,6 +16,7 @@ from tests.hidden import without
 OPTIONAL = {
     *("PIL", "aiohttp", "boto3", "botocore", "deepspeed", "matplotlib", "mlflow", "moto", "pyarrow", "s3fs"),
     *("soundfile", "soxr", "submitit", "webdataset"),
+    *("datasets", "huggingface_hub", "lm_eval", "transformers"),
 }
 
 
