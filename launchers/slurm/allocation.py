@@ -33,6 +33,7 @@ from launchers.slurm.calls import SchedulerError
 from launchers.slurm.hosts import expand_hosts
 from launchers.slurm.presets import load_cluster
 from launchers.slurm.scheduler import JobPhase
+from launchers.slurm.steps import environment_beside_ranks, has_dead_steps, options_beside_ranks, steps_of
 from launchers.slurm.times import seconds_of
 from launchers.supervision.causes import STORAGE_EXIT_CODES, fault_of_exit
 from launchers.supervision.heartbeat import FOLDER, read_beat
@@ -55,6 +56,12 @@ EARLY_SECONDS = 90.0
 """Seconds by which Slurm may send the signal too early."""
 EXCLUSION_SECONDS = 20.0
 """Deadline, in seconds, to exclude nodes from a requeued job."""
+CHECK = "check"
+"""Name of the steps that check the nodes."""
+OTHERS_SECONDS = 1.0
+"""Time that the other ranks have to end after a signal has killed one. Slurm gives them its KillWait, often 30 s."""
+ENDED_RANKS = re.compile(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)", re.MULTILINE)
+"""Pattern of the lines of srun about ranks that have failed: the node, the first rank, and how it ended."""
 
 
 log = logging.getLogger(__name__)
@@ -79,6 +86,8 @@ class Allocation:
         """Node of this process."""
         self._allocated = len(allocated)
         """Number of nodes of the job."""
+        self._shares_processors = False
+        """Whether the next step may use processors that Slurm calls busy."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 
@@ -96,6 +105,7 @@ class Allocation:
         gone = self._gone()
         nodes, began = [node for node in (*self.nodes, *self.spares) if node not in gone], time.time()
         try:
+            self._shares_processors = has_dead_steps(self.job, nodes, is_step)
             reports = self._reports(nodes)
             if len(reports) < len(nodes):  # srun ends all tasks if it cannot start one of them
                 reports |= self._reports(nodes)
@@ -116,32 +126,13 @@ class Allocation:
         others = [node for node in (*self.spares, *self.nodes) if node != self._first]
         if not self._cluster.spares or not others or (self._guard is not None and self._guard.poll() is None):
             return
-        environment = {
-            name: value for name, value in calls.step_environment().items() if not name.startswith("SLURM_GPUS")
-        }
-        options = [
-            "--job-name=guard",
-            "--overlap",
-            "--gres=none",
-            "--nodes=1",
-            "--ntasks=1",
-            "--ntasks-per-node=1",
-            "--chdir=/",
-        ]
-        options.append("--export=ALL")
         with Path(f"{self._folder}/guard.log").open("ab") as log_file:
             self._guard = subprocess.Popen(
                 [
-                    "srun",
-                    *options,
-                    f"--nodelist={others[0]}",
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "launchers.slurm.guard",
-                    self.job,
+                    *("srun", "--job-name=guard", *options_beside_ranks(others[:1])),
+                    *(sys.executable, "-P", "-m", "launchers.slurm.guard", self.job),
                 ],
-                env=environment,
+                env=environment_beside_ranks(),
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
@@ -168,6 +159,7 @@ class Allocation:
         seconds = longest_seconds(request)
         done = calls.ask(
             "srun",
+            f"--job-name={CHECK}",
             f"--nodes={len(nodes)}",
             *self.chosen(nodes),
             f"--ntasks={len(nodes)}",
@@ -192,8 +184,9 @@ class Allocation:
         return parse_reports(done.stdout, NodeFault("folder", blind))
 
     def chosen(self, nodes: Sequence[str]) -> list[str]:
-        """Return options of `srun` that choose nodes of the job; none if they are all of its nodes."""
-        return [f"--nodelist={','.join(nodes)}"] if len(nodes) < self._allocated else []
+        """Return options of `srun` that choose nodes and processors of the job; none if they are all of them."""
+        shared = ["--overlap"] if self._shares_processors else []
+        return [*shared, *([f"--nodelist={','.join(nodes)}"] if len(nodes) < self._allocated else [])]
 
     def leave(self, nodes: Sequence[str]) -> bool:
         """Use spares instead of some nodes from the next start on; return whether there are enough."""
@@ -297,7 +290,7 @@ class SrunRanks:
         self._heartbeats = heartbeats_of(folder, name)
         self._heartbeats.mkdir(parents=True, exist_ok=True)
         # On the node's own disk: when the run folder's is full, srun's words say so.
-        self._printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115
         self._srun = subprocess.Popen(
             srun_command(plan, folder, nodes, name, allocation.chosen(allocation.nodes)),
             env={
@@ -311,13 +304,15 @@ class SrunRanks:
             stdout=subprocess.DEVNULL,
             stderr=self._printed,
         )
+        self._killed_at: float | None = None
+        """Time at which srun was seen to say that a signal has killed a rank."""
 
     def ending(self) -> Ending | None:
         """Return how the ranks ended; None while they run."""
         if (code := self._srun.poll()) is None:
+            self._end_others()
             return None
-        self._printed.seek(0)
-        printed = self._printed.read()
+        printed = self._read()
         with suppress(OSError):  # a full disk
             (self._heartbeats / "srun.log").write_text(printed, encoding="utf-8")
         # srun exits with 0 also when Slurm has ended the job.
@@ -325,6 +320,23 @@ class SrunRanks:
         if code == 0 and all(beat is not None and beat.code == 0 for beat in beats):
             return Ending("finished", "")
         return ending_of_step(printed, self._outputs)
+
+    def _read(self) -> str:
+        """Return what srun has printed. srun writes at the offset of the file, which does not move."""
+        size = os.fstat(self._printed.fileno()).st_size
+        return os.pread(self._printed.fileno(), size, 0).decode(errors="backslashreplace")
+
+    def _end_others(self) -> None:
+        """Kill the other ranks soon after a signal has killed one: they only wait for it.
+
+        Ranks that exit by themselves are left to Slurm's KillWait: a later one may know the cause.
+        """
+        now = time.monotonic()
+        if self._killed_at is None:
+            self._killed_at = now if has_killed_rank(self._read()) else None
+        elif now > self._killed_at + OTHERS_SECONDS:
+            self._srun.terminate()  # srun then sends SIGKILL to all ranks, also while slurmctld is down
+            self._killed_at = float("inf")
 
     def ask_where(self) -> None:
         """Make every rank write the stacks of its threads."""
@@ -336,9 +348,19 @@ class SrunRanks:
 
     def _signal(self, name: str) -> None:
         """Send a signal to all ranks. If Slurm does not answer, the supervisor calls this again."""
-        asked = calls.look("squeue", "--steps", f"--jobs={self._job}", "--noheader", "--format=%i %j")
-        for step in [words[0] for line in asked.splitlines() if (words := line.split())[1:] == [self._name]]:
+        for step in steps_of(self._job, lambda step: step == self._name):
             calls.look("scancel", f"--signal={name}", step)
+
+
+def is_step(name: str) -> bool:
+    """Return whether a step of this name has ranks, or checks nodes."""
+    return name == CHECK or name.startswith("start-")
+
+
+def has_killed_rank(printed: str) -> bool:
+    """Return whether srun says that a signal has killed a rank, and not a request to stop that came too early."""
+    words = [words for _, _, words in ENDED_RANKS.findall(printed)]
+    return any(each not in STOP_WORDS and not each.startswith("Exited") for each in words)
 
 
 def ending_of_step(printed: str, folder: Path) -> Ending:
@@ -350,7 +372,7 @@ def ending_of_step(printed: str, folder: Path) -> Ending:
     """
     if lost := re.search(r"^srun: error: Node failure on (\S+)", printed, re.MULTILINE):
         return Ending("failed", f"lost {lost[1]}", lost[1], fault="node", is_lost=True)
-    found = re.findall(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)", printed, re.MULTILINE)
+    found = ENDED_RANKS.findall(printed)
     if not found:
         lines = [line for line in printed.splitlines() if "error" in line] or ["the ranks were ended from outside"]
         return Ending("failed", lines[0].removeprefix("srun: error: "), fault="scheduler")
@@ -385,7 +407,7 @@ def srun_command(plan: LaunchPlan, folder: Path, nodes: int, name: str, chosen: 
         folder: of the submission.
         nodes: number of nodes.
         name: name of the start.
-        chosen: options that choose nodes of the job.
+        chosen: options that choose nodes and processors of the job.
     """
     ranks = nodes * plan.processes_per_node
     # Every rank sees its node's GPUs and takes the one of its local rank, so that they can copy to each other.

@@ -12,7 +12,7 @@ from launchers.supervision.heartbeat import Beat, Phase, probe, read_beat, stack
 from launchers.supervision.plan import SuperviseConfig
 from launchers.supervision.site import Ending
 
-STACK_SECONDS = 10.0
+STACK_SECONDS = 5.0
 """Time that ranks have to write their stacks before they are killed."""
 NOTICE_SECONDS = 60.0
 """Time without a step before a notice to a person, or half of `supervise.step_seconds` if that is less."""

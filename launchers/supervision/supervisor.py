@@ -90,6 +90,10 @@ class Supervisor:
         """Number of the current start."""
         self._has_waited = False
         """The run folder was not usable for some time since the current start."""
+        self._have_ended = False
+        """The ranks of the current start have ended, so that there will be no newer checkpoint."""
+        self._last_step: list[int | None] = []
+        """Step of the newest checkpoint of ranks that have ended, once it is known."""
         self._slow: set[str] = set()
         """Nodes whose slow ranks are on record for the current start."""
 
@@ -117,6 +121,7 @@ class Supervisor:
                 return outcome
             self._note("started")
             ending = self._watch(self._surely(self._start))
+            self._have_ended = True
             if not self._is_newest():
                 return "superseded"
             if outcome := self._after(ending):
@@ -283,7 +288,8 @@ class Supervisor:
         return in_vain
 
     def _start(self) -> Ranks:
-        self._has_waited = False
+        self._has_waited = self._have_ended = False
+        self._last_step = []
         write_slow_ranks(self.run, 0, [])  # those of the last start
         return self.site.start(self.plan, self.folder, f"start-{self._number}")
 
@@ -416,13 +422,18 @@ class Supervisor:
 
     def _newest_checkpoint(self) -> int | None:
         """Return the step of the newest checkpoint, or the last recorded one if the home does not answer."""
+        if self._last_step:
+            return self._last_step[0]
         try:
             steps = _committed_steps(self.plan.checkpoints)
         except Exception as error:  # backends have kinds of errors of their own
             log.warning("%s cannot be read: %s", self.plan.checkpoints, error)
             launches = self.record.read()
             return launches[-1].step if launches else None
-        return max(steps, default=None)
+        step = max(steps, default=None)
+        if self._have_ended:
+            self._last_step = [step]
+        return step
 
     def _evidence(self, reason: str, ending: Ending | None) -> str:
         """Return the page for the person who has to repair the run."""

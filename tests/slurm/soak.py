@@ -11,8 +11,9 @@ metrics of an uninterrupted run, each step once in metrics.jsonl and in MLflow, 
 left behind.
 
 The nodes have networks of their own, whose links can be cut, and the S3 server is in the controller's. A table at the
-end has what was done about each fault, and the time to the next step: since the fault was over, and without the time
-until Slurm has started the job again. It says how busy the machine was before: only a quiet machine gives the times.
+end has what was done about each fault, and the time to the next step: since the fault was over, and without waits. A
+wait is Slurm's, from the request to requeue the job until its next start, or the recipe's: a limit of silence, a pause.
+The table says how busy the machine was before: only a quiet machine gives the times.
 """
 
 import argparse
@@ -75,7 +76,7 @@ class Recovery:
     seconds: float
     """Time from the end of the fault to the next step."""
     own_seconds: float
-    """The same, without the time until Slurm has started the job again."""
+    """The same, without the waits of Slurm and of the recipe."""
     repeated: int
     """Steps done again."""
     starts: int
@@ -83,7 +84,7 @@ class Recovery:
     """Events of the launch record, with the classes of failures."""
 
     def __str__(self) -> str:
-        own = f" ({self.own_seconds:.1f} s of them after Slurm)" if self.own_seconds < self.seconds else ""
+        own = f" ({self.own_seconds:.1f} s without waits)" if self.own_seconds < self.seconds else ""
         return f"next step after {self.seconds:.1f} s{own}, {self.repeated} steps done again; {self.done}"
 
 
@@ -188,17 +189,29 @@ class Soak:
     def _recovery(self, name: str, at: float, over: float, restarts: int) -> Recovery:
         seconds = (self._next_step(name, at, over) or over) - over
         starts = self.target.starts(at)
-        own = seconds
+        waits = sum(float(LIMITS[wait]) for wait in SOAK_FAULTS[name].waits)
         if self._restarts() > restarts:
-            began = time.mktime(time.strptime(self.target.job_field("StartTime"), "%Y-%m-%dT%H:%M:%S"))
-            own = min(own, over + seconds - began)
+            waits += self._wait_of_slurm(at, over)
         repeated = self._watch.highest(at, starts[0].time) - (starts[0].step or 0) if starts else 0
         done = [
             f"{launch.event.replace('_', ' ')}{f' ({launch.fault})' if launch.fault else ''}"
             for launch in self.run.launches()
             if launch.time > at
         ]
-        return Recovery(name, seconds, own, max(repeated, 0), len(starts), ", ".join(done) or "nothing")
+        return Recovery(name, seconds, seconds - waits, max(repeated, 0), len(starts), ", ".join(done) or "nothing")
+
+    def _wait_of_slurm(self, at: float, over: float) -> float:
+        """Return the seconds in which a job that was returned to the queue waited for Slurm.
+
+        They begin with the supervisor's request, or with the fault if Slurm acted by itself.
+
+        Args:
+            at: time before the fault.
+            over: time at which the fault was over.
+        """
+        requests = [event.time for event in self.target.events("requeued", at)]
+        began = time.mktime(time.strptime(self.target.job_field("StartTime"), "%Y-%m-%dT%H:%M:%S"))
+        return max(0.0, began - max([over, *requests]))
 
     def _check_status(self) -> None:
         """Check that `status` is that of a run that trains."""
@@ -268,8 +281,8 @@ def servers_in_network(cluster: Cluster) -> Iterator[FaultyS3]:
 def check_end(target: SoakTarget, steps: int) -> None:
     """Check the run's metrics against an uninterrupted run, its trackers and status, and that nothing is left."""
     run, folder = target.run, target.run.cwd
-    untracked = ("tracking.enabled=false", f"train.steps={steps}", f"launch.processes={RANKS}")
-    byteloom(target.cluster, folder, "train", "recipe.yaml", "run.name=reference", *untracked)
+    plain = ("tracking.enabled=false", f"checkpoint.every={steps}", f"launch.processes={RANKS}")
+    byteloom(target.cluster, folder, "train", "recipe.yaml", "run.name=reference", f"train.steps={steps}", *plain)
     assert_trained_as(run.folder, folder / "runs/reference", steps=steps)
     tracked, metrics = delivered(f"sqlite:///{folder}/mlflow.db")
     recorded = journal(run.folder)
@@ -304,7 +317,7 @@ def print_table(recoveries: Sequence[Recovery], load: float) -> None:
     by_fault = defaultdict[str, list[Recovery]](list)
     for each in recoveries:
         by_fault[each.fault].append(each)
-    print("\n| fault | count | what is done | next step, s | without Slurm's delay, s | steps done again |")
+    print("\n| fault | count | what is done | next step, s | without waits, s | steps done again |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in [name for name in SOAK_FAULTS if name in by_fault]:
         columns = [

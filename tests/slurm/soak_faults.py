@@ -305,13 +305,15 @@ class SoakFault:
     """Function that brings the fault on a run, and returns the time at which it was over."""
     has_restart: bool
     """Whether the ranks always start again. Otherwise they may go on."""
+    waits: tuple[str, ...] = ()
+    """Times of `supervise` that pass after the fault by design: the limit of a phase, a pause."""
 
 
 SOAK_FAULTS = {
     "a rank killed -9": SoakFault(kill_rank, True),
-    "a rank stopped (SIGSTOP)": SoakFault(freeze_rank, True),
-    "all ranks stopped (SIGSTOP)": SoakFault(freeze_all_ranks, True),
-    "a shard is missing, a rank killed -9": SoakFault(hide_shard, True),
+    "a rank stopped (SIGSTOP)": SoakFault(freeze_rank, True, ("step_seconds",)),
+    "all ranks stopped (SIGSTOP)": SoakFault(freeze_all_ranks, True, ("step_seconds", "pause_seconds")),
+    "a shard is missing, a rank killed -9": SoakFault(hide_shard, True, ("pause_seconds",)),
     "the step of the ranks cancelled": SoakFault(cancel_step, True),
     "preempted": SoakFault(preempt, True),
     "time limit": SoakFault(reach_time_limit, True),

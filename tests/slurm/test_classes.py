@@ -5,6 +5,8 @@ cluster.
 """
 
 import os
+import re
+import signal
 import time
 from pathlib import Path
 
@@ -79,6 +81,32 @@ def test_slurmctld_that_restarts_as_the_job_begins_is_waited_for(
     wait_until(lambda: log.exists() and "attempt 3" in log.read_text(), "srun has failed", 60)
     cluster.continue_controller()
     assert story(run.wait_for("finished")) == [("started", ""), ("finished", "")]
+
+
+def test_ranks_start_beside_a_step_that_slurm_has_not_ended(
+    cluster: Cluster,
+    modelless_run: type[ModellessRun],  # noqa: F811
+    tmp_path: Path,
+):
+    """A slurmstepd that cannot reach slurmctld when its step ends tries again after 60 s; nothing waits for it."""
+    starts = [{"does": "wait"}, {"does": "wait"}, {"does": "finish"}]
+    run = modelless_run(cluster, tmp_path / "run", starts, ONE_ATTEMPT, nodes="2")
+    wait_for_ranks(run.run, 2)
+    [victim] = cluster.processes(run.job, rank=1)
+    cluster.stop_controller()
+    os.kill(victim, signal.SIGKILL)
+    logs = [cluster.folder / f"log/slurmd.{node}.log" for node in cluster.nodes]
+    in_vain = re.compile(rf"\[{run.job}\.\d+\] error: .*failed sending step completion message")
+    wait_until(lambda: any(in_vain.search(log.read_text()) for log in logs), "slurmstepd cannot reach slurmctld", 60)
+    cluster.continue_controller()
+    wait_for_ranks(run.run, 2, start=1)
+    names = cluster.run("squeue", "--steps", f"--jobs={run.job}", "--noheader", "--format=%j").split()
+    assert {"start-0", "start-1"} <= set(names)
+    cluster.run("scancel", "--signal=USR2", run.job)
+    assert story(run.wait_for("finished")) == [
+        ("started", ""), ("failed", "node"), ("started", ""), ("stopped", ""), ("requeued", ""),
+        ("started", ""), ("finished", ""),
+    ]  # fmt: skip
 
 
 def test_suspended_job_has_not_hung(
