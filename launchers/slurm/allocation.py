@@ -86,6 +86,8 @@ class Allocation:
         """Node of this process."""
         self._allocated = len(allocated)
         """Number of nodes of the job."""
+        self._has_started = False
+        """Whether this process has started ranks."""
         self._shares_processors = False
         """Whether the next step may use processors that Slurm calls busy."""
         self._guard: subprocess.Popen[bytes] | None = None
@@ -105,7 +107,7 @@ class Allocation:
         gone = self._gone()
         nodes, began = [node for node in (*self.nodes, *self.spares) if node not in gone], time.time()
         try:
-            self._shares_processors = has_dead_steps(self.job, nodes, is_step)
+            self._shares_processors = self._has_started and has_dead_steps(self.job, nodes, is_step)
             reports = self._reports(nodes)
             if len(reports) < len(nodes):  # srun ends all tasks if it cannot start one of them
                 reports |= self._reports(nodes)
@@ -199,6 +201,7 @@ class Allocation:
 
     def start(self, plan: LaunchPlan, folder: Path, name: str) -> "SrunRanks":
         """Start all ranks."""
+        self._has_started = True
         self._start_guard()
         return SrunRanks(self, plan, folder, name)
 

@@ -20,10 +20,10 @@ NO_PROCESS = "no process"
 LOOK = f"""
 listed() {{ scontrol listpids "$SLURM_JOB_ID.$1" "$SLURMD_NODENAME" 2> /dev/null | grep -q '^ *[0-9]'; }}
 listed "$SLURM_STEP_ID" || exit 0
-for step in {{steps}}; do if listed "$step"; then exit 0; fi; done
+for step in "$@"; do if listed "$step"; then exit 0; fi; done
 echo {NO_PROCESS}
 """
-"""Shell script for each node. It answers only if it sees its own process in the same way."""
+"""Shell script for each node, with the numbers of steps. It answers only if it sees its own process in the same way."""
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,9 @@ def has_dead_steps(job: str, nodes: Sequence[str], is_wanted: Callable[[str], bo
         time.sleep(POLL_SECONDS)
     else:
         return False
-    numbers = " ".join(step.rpartition(".")[2] for step in steps)
     done = calls.ask(
         *("srun", *options_beside_ranks(nodes)),
-        *("sh", "-c", LOOK.format(steps=numbers)),
+        *("sh", "-c", LOOK, "look", *(step.rpartition(".")[2] for step in steps)),
         policy=calls.IN_JOB,
         environment=environment_beside_ranks(),
         passing=(calls.ANY_WORDS,),
