@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from byteloom.core.errors import CorrectableError
+    from byteloom.dataset import StreamDataset
     from byteloom.model import Model, load
     from byteloom.stream import Stream
     from byteloom.training import train
@@ -37,6 +38,7 @@ _HOMES = {
     "ReadOptions": "data_pipeline.readers.options",
     "Selection": "data_pipeline.sources.listing",
     "Stream": "byteloom.stream",
+    "StreamDataset": "byteloom.dataset",
     "load": "byteloom.model",
     "open_corpus": "data_pipeline.corpus.corpus:Corpus",
     "prepare": "data_pipeline.preparation.prepare",
@@ -51,6 +53,7 @@ __all__ = [
     "ReadOptions",
     "Selection",
     "Stream",
+    "StreamDataset",
     "__version__",
     "load",
     "open_corpus",

@@ -21,6 +21,8 @@ from pretrain.training.starting.checks import stream_of_state
 from pretrain.training.weights import is_checkpoint, store_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 NO_WARM_UP = {"schedule": {"warmup_steps": 0}}
@@ -76,7 +78,23 @@ class Stream:
         Raises:
             CorpusError: there is no such step, or a block cannot be read.
         """
-        return self._reading.mixture.read(self._reading.sequences_of(step)).ids
+        return self.read(self.sequences(step))
+
+    def sequences(self, step: int) -> "NDArray[np.int64]":
+        """Return the numbers of the training sequences of a step: (global_batch,).
+
+        Raises:
+            CorpusError: there is no such step.
+        """
+        return self._reading.sequences_of(step)
+
+    def read(self, sequences: "NDArray[np.int64]") -> Ids:
+        """Return training sequences by their numbers: (n, sequence_length) int16, as of `rows`.
+
+        Raises:
+            CorpusError: a block cannot be read.
+        """
+        return self._reading.mixture.read(sequences).ids
 
     def tensor(self, step: int) -> "Tensor":
         """Return the rows of a step as a torch tensor of int64, on the CPU. See `rows`."""
