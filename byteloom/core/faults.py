@@ -169,6 +169,8 @@ def status_of(error: BaseException) -> int | None:
         if isinstance(response, dict):  # botocore, whose errors s3fs hides behind errors of the operating system
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return found if isinstance(found, int) else None
+        if isinstance(found := getattr(response, "status_code", None), int):  # httpx and requests
+            return found
     # The cause of aiohttp's error for a body that is cut short has a code as well, which no server sent.
     for name in ("status", "code", "get_http_status_code"):  # the last is a method of MLflow's errors
         found = getattr(error, name, None)

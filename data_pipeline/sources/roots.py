@@ -17,6 +17,7 @@ from byteloom.core.packages import MissingPackageError
 from byteloom.core.storage.urls import is_url, is_web, join_url, without_query
 from data_pipeline.errors import CorpusError
 from data_pipeline.sources.gitignore import RuleFile, rules_above
+from data_pipeline.sources.hub_cache import cached_snapshot
 from data_pipeline.sources.opening import ask, in_a_line, source_file_system
 from data_pipeline.sources.source_file import LeftOutError, SourceFile
 
@@ -28,7 +29,7 @@ CORPORA = (
     frozenset({"plan.json", "files.jsonl", "units.npy"}),
 )
 """Names in a folder that `prepare` wrote: a corpus, the parts of one, and work in progress."""
-VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
+VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created", "blob_id")
 """Names under which fsspec's libraries tell the version of a file, the best first."""
 READABLE = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
@@ -120,6 +121,8 @@ def root_of(number: int, source: str, hidden: frozenset[tuple[int, int]] = froze
     """
     if is_pipe(source):
         return _pipe_root(number, source)
+    if (cached := cached_snapshot(source)) is not None:
+        return _local_root(number, str(cached), hidden)._replace(source=source, name=_last_part(source))
     return _remote_root(number, source) if is_url(source) else _local_root(number, source, hidden)
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from byteloom.core.packages import MissingPackageError, missing, needed_by
 
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "gcs": "gcsfs"}
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface-hub",
+}
 """Packages that fsspec needs, by protocol. For other protocols its own message names the package."""
 S3 = ("s3", "s3a")
 WEB = ("http", "https")
