@@ -11,12 +11,14 @@ CPUs round in the same way.
 Version 1 drew each parameter whole, by torch's generator. Runs that began with it keep it.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from byteloom.core.seeds import seed_of
@@ -39,12 +41,14 @@ until its maximum was smallest (7e-8; in fp32 4e-7)."""
 
 @dataclass(frozen=True)
 class Initial:
-    """Normal distribution that is cut at two standard deviations; a constant if the deviation is 0."""
+    """Normal distribution that is cut at two standard deviations; a constant if the deviation is 0; or any other."""
 
     std: float = 0.0
     """Standard deviation before the cut."""
     mean: float = 0.0
     """Mean, or the constant."""
+    quantile: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None
+    """Quantile function of another distribution: maps numbers between 0 and 1 to values, element by element."""
 
 
 @runtime_checkable
@@ -69,14 +73,18 @@ def draw(initial: Initial, seed: int, name: str, begin: int, end: int) -> Tensor
         begin: of the range.
         end: of the range, exclusive.
     """
-    if not initial.std:
+    if not initial.std and initial.quantile is None:
         return torch.full((end - begin,), initial.mean)
     values = np.empty(end - begin, np.float32)
     key = seed_of("first values", seed, name)
 
     def fill(first: int) -> None:
         part = values[first - begin : first - begin + CACHED_VALUES]
-        _quantiles(_uniform(key, first, len(part)), part)
+        numbers = _uniform(key, first, len(part))
+        if initial.quantile is not None:  # in fp64, whose last bit may depend on the CPU; rounding to fp32 drops it
+            part[:] = initial.quantile((numbers.astype(np.float64) + 1) / 2)
+            return
+        _quantiles(numbers, part)
         part *= np.float32(initial.std)
         part += np.float32(initial.mean)
 
@@ -88,6 +96,8 @@ def draw(initial: Initial, seed: int, name: str, begin: int, end: int) -> Tensor
 
 def draw_whole(initial: Initial, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Return the values of a parameter in version 1: fp32, on the CPU."""
+    if initial.quantile is not None:
+        raise ValueError(f"version {WHOLE_DRAWING} of the generator draws normal distributions alone, not {name}")
     if not initial.std:
         return torch.full(shape, initial.mean)
     generator = torch.Generator().manual_seed(seed_of("parameter", seed, name))

@@ -17,11 +17,12 @@ from pretrain.config.explanation import explain
 from pretrain.config.fields import all_fields
 from pretrain.config.loading import load, with_overrides
 from pretrain.config.schema import Config
+from pretrain.models import all_families
 from pretrain.models.families.transformer import TransformerConfig
 from tests.conftest import Run, recipe_tree
 from tests.test_project import ROOT
 
-FAMILIES = "'megabyte', 'perceiver_ar', 'transformer' or 'transformer_xl'"
+FAMILIES = "'mamba', 'megabyte', 'perceiver_ar', 'transformer' or 'transformer_xl'"
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_explain_covers_every_family():
     assert explain("model.latents").startswith("model.latents: int, default 1024, at least 1\n")
     assert "In MegabyteConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
     assert "In PerceiverARConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
-    assert explain("model.sequence_length").count("model.sequence_length: int, required") == 4
+    assert explain("model.sequence_length").count("model.sequence_length: int, required") == len(all_families())
     assert "model.latent_model.width: int, required, at least 1" in explain("model")
 
 

@@ -17,6 +17,10 @@ from pretrain.models import ByteModel
 from pretrain.models.families.transformer import Transformer
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "mamba": [
+        {},
+        {"attention_across_documents": False, "chunk": 5},
+    ],
     "megabyte": [
         {},
         {"activation": "relu"},

@@ -17,6 +17,7 @@ from pretrain.models import ByteModel, all_families, build_model, family, model_
 from pretrain.models.references import FOLDER, files_of, load_reference
 
 SMALL: dict[str, dict[str, Any]] = {
+    "mamba": {"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 7},
     "transformer": {"sequence_length": 24, "width": 16, "layers": 2, "heads": 2},
     "transformer_xl": {"sequence_length": 12, "memory_length": 7, "width": 16, "layers": 2, "heads": 2},
     "megabyte": {
@@ -33,6 +34,11 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 CHANGES: dict[str, list[dict[str, Any]]] = {
+    "mamba": [
+        {},
+        {"attention_across_documents": False, "expansion": 3},
+        {"head_width": 16, "state": 6},
+    ],
     "transformer": [
         {},
         {"positions": "learned", "activation": "gelu"},
@@ -70,7 +76,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Options of each family that change its forward pass, in several combinations."""
-IN_SHAPES = {"width", "input_width", "feed_forward_width", "biases"}
+IN_SHAPES = {"width", "expansion", "input_width", "feed_forward_width", "biases"}
 """Fields that the shapes and names of the weights tell."""
 
 

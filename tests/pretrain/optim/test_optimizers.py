@@ -116,6 +116,7 @@ def test_warm_up_ends_before_the_run_and_before_decay(schedule: dict[str, Any], 
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "mamba": {"width": 16, "layers": 2, "head_width": 8, "state": 4},
     "megabyte": {
         "patch_size": 4,
         "global_model": STACK,
@@ -127,6 +128,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "transformer_xl": STACK | {"memory_length": 8},
 }
 TABLES = {
+    "mamba": {"embedding.weight"},
     "megabyte": {"global_embedding.weight", "local_embedding.weight", "global_positions", "local_positions"},
     "perceiver_ar": {"embedding.weight", "position_tables.0"},
     "transformer": {"embedding.weight", "positions"},
@@ -153,7 +155,7 @@ def decays_of(model: ByteModel, **config: Any) -> dict[str, float]:
 
 @names
 @families
-def test_norms_biases_and_pads_do_not_decay_and_embeddings_decay_by_option(family: str, name: str):
+def test_norms_biases_and_the_like_do_not_decay_and_embeddings_decay_by_option(family: str, name: str):
     model = model_of(family)
     decays = decays_of(model, name=name, weight_decay=0.3)
     undecayed = {parameter for parameter, decay in decays.items() if decay == 0.0}
@@ -161,7 +163,7 @@ def test_norms_biases_and_pads_do_not_decay_and_embeddings_decay_by_option(famil
     assert undecayed == {
         parameter
         for parameter in decays
-        if "norm" in parameter or parameter.endswith(("bias", "pad")) or parameter == "start"
+        if "norm" in parameter or parameter.endswith(("bias", "pad", "log_rate", "skip")) or parameter == "start"
     }
     without = decays_of(model, name=name, weight_decay=0.3, decay_embeddings=False)
     assert {parameter for parameter, decay in without.items() if decay == 0.0} == undecayed | TABLES[family]
@@ -180,7 +182,7 @@ def test_muon_updates_exactly_the_matrices_within_blocks(family: str):
     assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
     muon_parameters = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        is_matrix = "blocks" in name and name.endswith("weight") and "norm" not in name
+        is_matrix = "blocks" in name and name.endswith("weight") and "norm" not in name and "convolution" not in name
         assert (id(parameter) in muon_parameters) == is_matrix, name
 
 
