@@ -185,6 +185,14 @@ register_family(
         config=MambaConfig,
         build=Mamba,
         free_fields=frozenset({"chunk", "dropout", "initial_std"}),
-        small={"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 8},
+        small={
+            "sequence_length": 32,
+            "width": 16,
+            "layers": 2,
+            "head_width": 8,
+            "state": 4,
+            "chunk": 8,
+            "dropout": 0.1,
+        },
     )
 )

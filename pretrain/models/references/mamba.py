@@ -37,6 +37,15 @@ class Model:
             x = x + self.mixer(f"{name}.mixer", norm(w, f"{name}.norm", x), documents)
         return F.linear(norm(w, "norm", x), table)
 
+    def empty_memory(self, rows: int) -> Tensor:
+        """Return the ids before rows that begin: none."""
+        return torch.empty(rows, 0, dtype=torch.long)
+
+    def segment(self, ids: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (rows, T, 258) logits of ids that follow those of the memory, and both together."""
+        every = torch.cat([memory, ids], 1)
+        return self.logits(every)[:, memory.shape[1] :], every
+
     def mixer(self, name: str, x: Tensor, documents: Tensor) -> Tensor:
         """Apply a Mamba-2 layer to (rows, T, width)."""
         w, size = self.w, self.config["state"]
