@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from byteloom.core.progress import Progress, ignore
 from data_pipeline.corpus.corpus import Corpus
@@ -24,6 +25,7 @@ from data_pipeline.corpus.storage.storage import RemoteConfig
 from data_pipeline.documents import Piece
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers.restoring import options_of
+from data_pipeline.stream.rows import Ids
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.checkpoint import Metadata, read
 from pretrain.distributed.fragments import MODEL, fragment_name, whole
@@ -32,10 +34,18 @@ from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.evaluate import Scored, add_up, score_windows, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
 from pretrain.evaluation.modes import Mode, check_usage, score_documents, stride_of
-from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
+from pretrain.evaluation.objective_scores import score_objective
+from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf, Score
 from pretrain.evaluation.windows import ScoredWindow
-from pretrain.models import ByteModel, build_model, model_config, with_usage_options
-from pretrain.training.weights import find_checkpoint, trained_card, trained_precision, trained_separators
+from pretrain.models import ByteModel, build_model, form_of, model_config, with_usage_options
+from pretrain.objectives import Visibility
+from pretrain.training.weights import (
+    find_checkpoint,
+    trained_card,
+    trained_objective,
+    trained_precision,
+    trained_separators,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -81,6 +91,7 @@ class Model:
         checkpoint: the verified checkpoint that the weights come from.
         card: layout of the media that the model was trained on; None for other documents.
         begin: context of the first byte of a document: a separator, or the start of a row.
+        objective: objective that trained the model, which decides what its loss counts.
 
     Args:
         checkpoint: a verified checkpoint.
@@ -114,6 +125,8 @@ class Model:
         self._usage = dict(usage or {})
         self.config = with_usage_options(model_config(checkpoint.state["config"]["model"]), self._usage)
         self.card = trained_card(checkpoint)
+        self.objective = trained_objective(checkpoint)
+        self.form = form_of(self.config, self.objective)
         module = build_model(self.config).eval()
         read(checkpoint, [whole(fragment_name(MODEL, name), own) for name, own in module.named_parameters()], progress)
         place = choose_device(device)
@@ -248,6 +261,32 @@ class Model:
         """
         return add_up(self._score(corpus.pieces(), mode, rows, stride), group_of, progress)
 
+    def loss(self, corpus: Corpus, *, rows: int = ROWS, progress: Callable[[int], None] = lambda done: None) -> Score:
+        """Return the loss of the model's objective on a corpus, in bits per byte that counts; see `objective.metric`.
+
+        What is hidden of each document is the same in every call.
+
+        Args:
+            corpus: an open corpus.
+            rows: rows scored at once.
+            progress: called with the bytes scored since the last call.
+
+        Raises:
+            EvaluationError: the objective is causal, whose bits per byte depend on a mode; call `evaluate`.
+        """
+        if self.objective.entry.show is None:
+            raise EvaluationError(f"objective.name {self.objective.name} is scored in a mode; call evaluate")
+        device = next(self.module.parameters()).device
+
+        def nats_of(ids: Ids, given: NDArray[np.integer] | None) -> Tensor:
+            with torch.no_grad():
+                further = [] if given is None else [torch.from_numpy(given).to(device)]
+                nats: Tensor = self.module(torch.from_numpy(ids).to(device), *further)
+            return nats.cpu()
+
+        length = self.sequence_length
+        return score_objective(nats_of, corpus, self.objective, self.form, rows, length=length, progress=progress)
+
     @contextmanager
     def open_corpus(self, source: str | os.PathLike[str], digest: str | None = None) -> Iterator[Corpus]:
         """Open a corpus for this model. A file becomes one, in a temporary folder.
@@ -280,7 +319,11 @@ class Model:
 
         Returns:
             (258,) probabilities: of each byte; at 256, that the document ends; at 257, of padding, which is almost 0.
+
+        Raises:
+            SamplingError: the model predicts no next byte.
         """
+        self._check_generates()
         ids = [SEPARATOR] * self._after_separator + list(context)
         if not self.module.decodes_without_end:
             ids = ids[max(0, len(ids) - self.sequence_length + 1) :]
@@ -328,10 +371,21 @@ class Model:
             prompts: one a row.
             counts: most bytes of each continuation.
             sampling: how to draw. A model that saw no separator in training does not end a document.
+
+        Raises:
+            SamplingError: the model predicts no next byte.
         """
+        self._check_generates()
         separators = sampling.separators and trained_separators(self.checkpoint)
         how = replace(sampling, separators=separators)
         return generate_rows(self.module, prompts, counts, how, after_separator=self._after_separator)
+
+    def _check_generates(self) -> None:
+        if self.form.visibility is Visibility.bidirectional:
+            raise SamplingError(
+                f"{self.checkpoint.folder} is a {self.config.family} of objective.name {self.objective.name}: it "
+                "predicts hidden bytes, and no next one, so it does not generate"
+            )
 
     @property
     def _after_separator(self) -> bool:
@@ -339,6 +393,11 @@ class Model:
 
     def _score(self, pieces: Iterable[Piece], mode: str, rows: int, stride: int | None) -> Scored:
         _check_choice("mode", mode, list(Mode))
+        if self.form.visibility in (Visibility.bidirectional, Visibility.encoder_decoder):
+            raise EvaluationError(
+                f"{self.checkpoint.folder} was trained with objective.name {self.objective.name}, and has no bits per "
+                f"byte; its loss is {self.objective.metric}, which `loss` and `byteloom eval` measure"
+            )
         check_usage(self.config, self._usage, Mode(mode))
         return score_documents(self.module, pieces, Mode(mode), rows, stride, after_separator=self._after_separator)
 

@@ -24,13 +24,17 @@ from pydantic import BaseModel, Field
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.dealing import deal
-from data_pipeline.stream.rows import DIGEST_MODULUS, Ids, Rows
+from data_pipeline.stream.rows import DIGEST_MODULUS, Example, Ids, Rows
 from data_pipeline.stream.skips import Skips
 
 WINDOW = 32 << 20
 """Largest number of ids of a window, unless one micro-batch has more."""
 GIVE_UP_SECONDS = 0.5
 """Seconds between two checks whether a window is still needed."""
+
+
+ShowRows = Callable[[Rows, NDArray[np.int64]], Example]
+"""Function that shows rows to a model, given their sequence numbers."""
 
 
 class LoaderConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -65,16 +69,18 @@ class MicroBatch:
     rows: Rows
     """Rows in the form that is moved to a device."""
     targets: NDArray[np.bool_]
-    """(rows, T): whether a position counts in the loss. Micro-batches share this array, so do not write to it."""
+    """(rows, n): whether an id counts in the loss. Micro-batches share this array, so do not write to it."""
     digest: int = 0
     """Rows.digest of the rows; 0 unless the loader computes digests."""
     first_sequence: int = 0
     """Sequence number of the first row; those of the others follow, except skipped ones."""
+    example: Example | None = None
+    """The rows as the objective shows them; None if they are predicted as they are."""
 
     @property
     def ids(self) -> Ids:
-        """(rows, T) int16: bytes 0..255, 256 between documents, 257 padding."""
-        return self.rows.ids
+        """(rows, n) int16 ids that are predicted: bytes 0..255, 256 between documents, 257 padding."""
+        return self.rows.ids if self.example is None else self.example.ids
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class Batch:
 
     @property
     def masked(self) -> int:
-        """Number of positions that are no targets: holes and padding."""
-        return sum(m.targets.size - int(np.count_nonzero(m.targets)) for m in self.micro_batches)
+        """Number of padding ids of the rows, holes among them."""
+        return sum(int(np.count_nonzero(m.rows.padding)) for m in self.micro_batches if m.rows.padding is not None)
 
     @property
     def digest(self) -> int:
@@ -131,6 +137,7 @@ class Loader:
         self._skips = Skips()
         self._digest = digest
         self._give_up = give_up
+        self._show: ShowRows | None = None
         self._my_micro_batches = deal(global_batch, micro_batch, rank, world_size)
         self._largest_window = max(1, WINDOW // stream.sequence_length // micro_batch)
         self._every_position = np.ones((micro_batch, stream.sequence_length), np.bool_)
@@ -157,6 +164,14 @@ class Loader:
     def without(self, skips: Skips) -> Self:
         """Set the sequences that no batch has; return this loader. Call it first, or before `read_again`."""
         self._skips = skips
+        return self
+
+    def showing(self, show: ShowRows | None) -> Self:
+        """Set the function that shows rows as the objective does; return this loader. Call it first.
+
+        None: they are predicted as they are.
+        """
+        self._show = show
         return self
 
     def read_again(self, first_sequence: int) -> None:
@@ -212,8 +227,11 @@ class Loader:
         ]
 
     def _micro_batch_of(self, index: int, sequences: NDArray[np.int64], rows: Rows) -> MicroBatch:
-        targets = self._every_position[: len(sequences)] if rows.padding is None else ~rows.padding
         digest = rows.digest(sequences.tolist()) if self._digest else 0
+        if self._show is not None:
+            example = self._show(rows, sequences)
+            return MicroBatch(index, rows, example.targets, digest, int(sequences[0]), example)
+        targets = self._every_position[: len(sequences)] if rows.padding is None else ~rows.padding
         return MicroBatch(index, rows, targets, digest, int(sequences[0]))
 
     def _sequences(self, g: int, index: int) -> NDArray[np.int64]:

@@ -71,6 +71,17 @@ class Rows(NamedTuple):
         return total % DIGEST_MODULUS
 
 
+class Example(NamedTuple):
+    """Rows as an objective shows them to a model."""
+
+    ids: Ids
+    """(rows, n) ids that are predicted."""
+    targets: NDArray[np.bool_]
+    """(rows, n): whether an id counts in the loss."""
+    given: Ids | NDArray[np.int64] | None
+    """(rows, m) ids that the model reads besides, or (rows,) lengths of prefixes; None if it reads `ids` alone."""
+
+
 def _by_row(places: Places, shape: tuple[int, ...]) -> tuple[bytes, list[int]]:
     """Return positions of flattened rows as positions in their row, 4 bytes each, and where each row ends in them."""
     rows, length = shape

@@ -15,7 +15,8 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch
 from pretrain.evaluation.config import ValidationConfig
-from pretrain.models import ModelConfig, all_families, carries_memory, default_family, row_parts
+from pretrain.models import FamilyError, ModelConfig, all_families, carries_memory, default_family, form_of, row_parts
+from pretrain.objectives import ObjectiveConfig
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
@@ -31,6 +32,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     run: RunConfig
     data: DataConfig
     loader: LoaderConfig = LoaderConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     model: ModelConfig
     initialize: InitializeConfig = InitializeConfig()
     train: TrainConfig
@@ -56,6 +58,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             schedule_mismatch(self.optimizer.schedule, self.train.steps),
             self._too_many_sequences(),
             self._context_without_parts(),
+            self._objective_without_model(),
         )
         if found := [mismatch for mismatch in checked if mismatch]:
             raise MismatchError(found)
@@ -117,6 +120,19 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
                 f"engine.context ({context}) does not divide the {count(parts, 'part')} into which ranks can cut a row "
                 f"of this {name} model",
                 ("engine.context", "model.sequence_length"),
+            )
+        return None
+
+    def _objective_without_model(self) -> Mismatch | None:
+        try:
+            form_of(self.model, self.objective)
+        except FamilyError as error:
+            return Mismatch(str(error), ("objective.name", "model.family"))
+        if self.engine.context > 1 and self.objective.name != "causal":
+            return Mismatch(
+                f"engine.context cuts rows over ranks, which only objective.name causal supports, not "
+                f"{self.objective.name}; set it to 1",
+                ("engine.context", "objective.name"),
             )
         return None
 

@@ -10,10 +10,11 @@
 """
 
 from pretrain.conformance.engines import ENGINE_LAWS
+from pretrain.conformance.examples import EXAMPLE_LAWS
 from pretrain.conformance.models import MODEL_LAWS
 from pretrain.conformance.subject import BrokenLawError, Law, Subject
 
-LAWS: tuple[Law, ...] = (*MODEL_LAWS, *ENGINE_LAWS)
+LAWS: tuple[Law, ...] = (*MODEL_LAWS, *EXAMPLE_LAWS, *ENGINE_LAWS)
 """All laws, from the cheapest to the dearest."""
 
-__all__ = ["ENGINE_LAWS", "LAWS", "MODEL_LAWS", "BrokenLawError", "Law", "Subject"]
+__all__ = ["ENGINE_LAWS", "EXAMPLE_LAWS", "LAWS", "MODEL_LAWS", "BrokenLawError", "Law", "Subject"]

@@ -28,6 +28,7 @@ from pretrain.distributed.fragments import MODEL, split_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
 from pretrain.models import build_model
+from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
 
 ROWS, MICRO_BATCH, STEPS, SAVED = 7, 2, 6, 3
@@ -134,14 +135,13 @@ def train(engine: Engine, subject: Subject, steps: range, world: World = ALONE) 
         ids = subject.ids(ROWS, seed=step).numpy()
         row_bytes = np.where(ids < SEPARATOR, ids, 0).astype(np.uint8)
         parts = [slice(first, first + MICRO_BATCH) for first in range(0, ROWS, MICRO_BATCH)]
-        batch = [
-            MicroBatch(
-                index,
-                Rows(row_bytes[part], np.flatnonzero(ids[part] == SEPARATOR), None),
-                np.ones(ids[part].shape, bool),
-            )
-            for index, part in enumerate(parts)
-        ]
+        show = show_rows(subject.objective, subject.form, SEED)
+        batch = []
+        for index, part in enumerate(parts):
+            rows = Rows(row_bytes[part], np.flatnonzero(ids[part] == SEPARATOR), None)
+            example = None if show is None else show(rows, step * ROWS + np.arange(ROWS)[part])
+            targets = np.ones(ids[part].shape, bool) if example is None else example.targets
+            batch.append(MicroBatch(index, rows, targets, example=example))
         result = engine.train_step(batch[world.rank :: world.size], step=step, learning_rate=LEARNING_RATE)
         losses.append(result.nats / result.target_bytes)
     return losses

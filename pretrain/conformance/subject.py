@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.vocabulary import SEPARATOR
-from pretrain.models import ByteModel, ModelConfig, build_model, small_config
+from pretrain.models import ByteModel, FamilyError, ModelConfig, build_model, form_of, small_config
+from pretrain.objectives import OBJECTIVES, Form, ObjectiveConfig, Visibility
 
 SEED = 3
 OPTION = "attention_across_documents"
@@ -57,6 +58,37 @@ class Subject:
         return model.to(dtype).eval()
 
     @property
+    def objective(self) -> ObjectiveConfig:
+        """First objective that trains the family."""
+        for name in OBJECTIVES.names():
+            objective = ObjectiveConfig(name=name)
+            try:
+                form_of(self.config, objective)
+            except FamilyError:
+                continue
+            return objective
+        raise BrokenLawError(f"no objective trains the model family {self.config.family}")
+
+    @property
+    def form(self) -> Form:
+        """Form of the examples of `objective`."""
+        return form_of(self.config, self.objective)
+
+    def example(self, rows: int, seed: int = SEED) -> tuple[Tensor, Tensor]:
+        """Return (rows, n) random ids, and (rows, m) given ids, for a model that reads both."""
+        form = self.form
+        length = form.source_length if form.visibility is Visibility.encoder_decoder else form.length
+        return self.ids(rows, form.length, seed), self.ids(rows, length, seed + 1)
+
+    def arguments(self, rows: int, length: int | None = None) -> tuple[Tensor, ...]:
+        """Return random arguments of a forward pass over rows of a length; None is the longest."""
+        if self.form.visibility is Visibility.causal:
+            return (self.ids(rows, length),)
+        ids, given = self.example(rows)
+        kept = length or ids.shape[1]
+        return ids[:, :kept], given[:, :kept] if self.form.visibility is Visibility.bidirectional else given
+
+    @property
     def sequence_length(self) -> int:
         """T: bytes of a training sequence."""
         return self.config.sequence_length
@@ -87,13 +119,21 @@ class Law:
     statement: str
     check: Callable[[Subject, Path], None]
     """Called with a family and an empty folder for files. Raises BrokenLawError."""
+    visibilities: frozenset[Visibility] = frozenset(Visibility)
+    """Visibilities of the families that it is a law of."""
+
+    def is_of(self, subject: Subject) -> bool:
+        """Return whether it is a law of a family."""
+        return subject.form.visibility in self.visibilities
 
     @classmethod
-    def of(cls, check: Callable[..., None], name: str = "") -> "Law":
+    def of(
+        cls, check: Callable[..., None], name: str = "", visibilities: frozenset[Visibility] = frozenset(Visibility)
+    ) -> "Law":
         """Return the law of a function `check_NAME`, whose docstring says "Check that" and the statement."""
         function = check.func if isinstance(check, partial) else check
         statement = (function.__doc__ or "").strip().removeprefix("Check that ")
-        return cls(name or function.__name__.removeprefix("check_"), statement, check)
+        return cls(name or function.__name__.removeprefix("check_"), statement, check, visibilities)
 
     def __str__(self) -> str:
         """Return the name, which pytest shows."""

@@ -18,7 +18,13 @@ from torch import Tensor
 ALIGNMENT = 16
 """Divisor of the offset of each array among arrays that are copied together, in bytes."""
 
-_DTYPES = {"uint8": torch.uint8, "bool": torch.bool, "int64": torch.int64, "float64": torch.float64}
+_DTYPES = {
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+    "int16": torch.int16,
+    "int64": torch.int64,
+    "float64": torch.float64,
+}
 """Types of arrays that are sent, by NumPy's name."""
 
 

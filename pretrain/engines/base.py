@@ -92,8 +92,14 @@ class BaseEngine(ABC):
         """Times of the current step."""
 
     @abstractmethod
-    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Return the nats, and the next memory if the model carries one."""
+    def _forward(self, ids: Tensor, memory: Memory, given: Tensor | None = None) -> tuple[Tensor, Memory]:
+        """Return the nats, and the next memory if the model carries one.
+
+        Args:
+            ids: ids that are predicted.
+            memory: of the rows; empty if the model carries none.
+            given: second argument of a model that reads more than `ids`; None for other models.
+        """
 
     @abstractmethod
     def _prepare(self, *, last: bool) -> None:
@@ -155,10 +161,10 @@ class BaseEngine(ABC):
             EngineError: there is too little memory.
         """
         self._begin_passes(True)
-        ids = torch.zeros(rows, self.model.sequence_length, dtype=torch.long, device=self.device)
+        ids, given = self.model.empty_example(rows, self.device)
         try:
             self._prepare(last=True)
-            self._backward(self._forward(ids, self._empty_memory(rows))[0].mean())
+            self._backward(self._forward(ids, self._empty_memory(rows), given)[0].mean())
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
                 raise EngineError(
@@ -195,7 +201,8 @@ class BaseEngine(ABC):
         for number, (micro_batch, rows) in enumerate(zip(micro_batches, staged, strict=True), 1):
             self._prepare(last=number == self._passes)
             seed_generators(self._seed_of(micro_batch, step))
-            row_nats, carried[micro_batch.index] = self._forward(rows.ids, self._memory.get(micro_batch.index, {}))
+            memory = self._memory.get(micro_batch.index, {})
+            row_nats, carried[micro_batch.index] = self._forward(rows.ids, memory, rows.given)
             target_nats = torch.where(rows.targets, row_nats, 0.0)
             batch_nats = target_nats.sum()
             self._backward_watched(batch_nats * scale.to(batch_nats.dtype))
@@ -265,11 +272,12 @@ class BaseEngine(ABC):
             rows[row] = RowLoss(row, (rows[row].nats if row in rows else 0.0) + row_nats, target_bytes)
         return [rows[row] for row in sorted(rows)]
 
-    def nats(self, ids: Ids) -> Tensor:
-        """Return the nats of ids, without gradient, dropout and memory."""
+    def nats(self, ids: Ids, given: NDArray[np.integer] | None = None) -> Tensor:
+        """Return the nats of ids, without gradient, dropout and memory (see `Engine`)."""
         self._begin_passes(False)
         with torch.no_grad():
-            result, _ = self._forward(torch.from_numpy(ids).to(self.device), {})
+            further = None if given is None else torch.from_numpy(given).to(self.device)
+            result, _ = self._forward(torch.from_numpy(ids).to(self.device), {}, further)
             return self._context.sum(result).cpu()
 
     def _begin_passes(self, training: bool) -> None:
@@ -300,8 +308,8 @@ class BaseEngine(ABC):
     def _idle_pass(self, *, last: bool) -> None:
         """Join a pass for which other ranks have a micro-batch and this rank has none."""
         self._prepare(last=last)
-        ids = torch.zeros(1, self.model.sequence_length, dtype=torch.long, device=self.device)
-        nats, _ = self._forward(ids, self._empty_memory(1))
+        ids, given = self.model.empty_example(1, self.device)
+        nats, _ = self._forward(ids, self._empty_memory(1), given)
         self._backward_watched(0.0 * nats.sum())
 
     def _backward_watched(self, loss: Tensor) -> None:

@@ -155,10 +155,10 @@ class DeepSpeedEngine(BaseEngine):
                 part, _ = self._zero._get_fp32_opt_state_partition(parameter, True, key)
                 yield kind, tuple(parameter.ds_shape), start, part[:length]
 
-    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def _forward(self, ids: Tensor, memory: Memory, given: Tensor | None = None) -> tuple[Tensor, Memory]:
         if memory:
             return self._deepspeed(ids, memory)
-        return self._deepspeed(ids), {}
+        return (self._deepspeed(ids) if given is None else self._deepspeed(ids, given)), {}
 
     def _prepare(self, *, last: bool) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(last)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from byteloom.core.errors import CorrectableError
@@ -129,8 +131,13 @@ class Engine(Protocol):
             NonFiniteError: the gradient is not finite; on all ranks, before any parameter is changed.
         """
 
-    def nats(self, ids: Ids) -> Tensor:
-        """Return the (rows, T) fp32 nats of (rows, T) ids on the CPU, without gradient, dropout and memory."""
+    def nats(self, ids: Ids, given: NDArray[np.integer] | None = None) -> Tensor:
+        """Return the (rows, n) fp32 nats of (rows, n) ids on the CPU, without gradient, dropout and memory.
+
+        Args:
+            ids: ids that are predicted.
+            given: `Example.given`, if the model reads more than `ids`.
+        """
 
     def forget(self) -> None:
         """Empty the memory that the model carries: the next rows do not continue the last ones."""

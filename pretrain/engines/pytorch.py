@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -114,9 +116,9 @@ class PyTorchEngine(BaseEngine):
         ignore_view_warnings()
         return self.model
 
-    def nats(self, ids: Ids) -> Tensor:
+    def nats(self, ids: Ids, given: NDArray[np.integer] | None = None) -> Tensor:
         """Return the nats of ids (see `Engine`). No backward pass follows, so what was gathered is dropped here."""
-        result = super().nats(ids)
+        result = super().nats(ids, given)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -164,10 +166,10 @@ class PyTorchEngine(BaseEngine):
         start = min(self._world.rank % self._shards * rows, length) * math.prod(rest)
         return Fragment(name, tuple(tensor.shape), start, _local_part(tensor.detach()).view(-1))
 
-    def _forward(self, ids: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def _forward(self, ids: Tensor, memory: Memory, given: Tensor | None = None) -> tuple[Tensor, Memory]:
         if memory:
             return self._module(ids, memory)
-        return self._module(ids), {}
+        return (self._module(ids) if given is None else self._module(ids, given)), {}
 
     def _begin_passes(self, training: bool) -> None:
         super()._begin_passes(training)

@@ -1,6 +1,7 @@
 """Staging: micro-batches on their way to the device, one ahead of the pass that needs them.
 
 Rows: bytes, separators, padding ─▶ one copy ─▶ (rows, T) int16 ids, widened on the device
+Example: ids, given ids        ─▶ one copy ─▶ the same
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,13 @@ class StagedBatch:
     """Micro-batch on the device."""
 
     ids: Tensor
-    """(rows, T) int16."""
+    """(rows, n) int16 ids that are predicted."""
     targets: Tensor
-    """(rows, T) positions that count in the loss."""
+    """(rows, n) positions that count in the loss."""
     sources: Tensor | None
     """(rows,) number of each row's source; None without sources."""
+    given: Tensor | None = None
+    """Second argument of the forward pass; see `Example.given`."""
 
 
 def stage(
@@ -45,21 +48,27 @@ def stage(
     """
 
     def send(number: int) -> Sent:
-        rows = micro_batches[number].rows
-        arrays: list[NDArray[Any]] = [rows.bytes, rows.separators, scored[number]]
-        if sources is not None:
-            arrays.append(sources[number])
-        if rows.padding is not None:
-            arrays.append(rows.padding)
-        return transfers.send(*arrays)
+        rows, example = micro_batches[number].rows, micro_batches[number].example
+        own = [] if sources is None else [sources[number]]
+        arrays: list[NDArray[Any] | None]
+        if example is None:
+            arrays = [scored[number], *own, rows.bytes, rows.separators, rows.padding]
+        else:
+            arrays = [scored[number], *own, example.ids, example.given]
+        return transfers.send(*(array for array in arrays if array is not None))
 
     sent = send(0) if micro_batches else None
     for number in range(len(micro_batches)):
         assert sent is not None
-        content, separators, targets, *rest = sent.take()
+        targets, *rest = sent.take()
         sent = send(number + 1) if number + 1 < len(micro_batches) else None
         of_rows = None if sources is None else rest.pop(0)
-        yield StagedBatch(widened(content, separators, rest[0] if rest else None), targets, of_rows)
+        if micro_batches[number].example is None:
+            content, separators, *padding = rest
+            yield StagedBatch(widened(content, separators, padding[0] if padding else None), targets, of_rows)
+        else:
+            ids, *given = rest
+            yield StagedBatch(ids, targets, of_rows, given[0] if given else None)
 
 
 def widened(content: Tensor, separators: Tensor, padding: Tensor | None) -> Tensor:

@@ -184,7 +184,14 @@ def measure_kept(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
 
 
 def mean_loss(model: ByteModel, ids: Tensor) -> Tensor:
-    """Return the mean loss of a training pass, with an empty memory if the model carries one."""
+    """Return the mean loss of a training pass, with an empty memory if the model carries one.
+
+    A model that reads more than ids gets made-up examples of full length, as many as there are rows.
+    """
+    example, given = model.empty_example(len(ids), ids.device)
+    if given is not None:
+        loss: Tensor = model(example, given).mean()
+        return loss
     memory = model.empty_memory(len(ids))
     nats: Tensor = model(ids, memory)[0] if memory else model(ids)
     return nats.mean()

@@ -103,6 +103,10 @@ class ByteModel(nn.Module, ABC):
         """Return the memory of lanes that begin, on the parameters' device; {} if the model carries none."""
         return {}
 
+    def empty_example(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return made-up arguments of a forward pass of full length: ids, and the second argument if there is one."""
+        return torch.zeros(rows, self.sequence_length, dtype=torch.long, device=device), None
+
     @abstractmethod
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return the linear map from the last hidden states to logits.

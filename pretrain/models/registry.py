@@ -25,7 +25,9 @@ from pydantic import BaseModel, Discriminator, Tag, TypeAdapter, ValidationError
 
 from byteloom.core.errors import CorrectableError
 from byteloom.core.registries.registry import Registry
+from byteloom.core.text import count
 from pretrain.models.base import ByteModel
+from pretrain.objectives import OBJECTIVES, Form, ObjectiveConfig, Visibility
 
 PACKAGE = "pretrain.models.families"
 """Package that holds Byteloom's own families, one module each."""
@@ -83,12 +85,14 @@ class Family(Generic[AnyConfig]):
     row_parts: Callable[[AnyConfig], int] | None = None
     """Number of equal parts into which ranks can cut a row of a model of this config; engine.context must divide it.
     None: the family does not support context parallelism."""
+    visibilities: frozenset[Visibility] = frozenset({Visibility.causal})
+    """Visibilities of the examples that a model reads, and so the objectives that can train it."""
     is_default: bool = False
     """Whether this is the family of a recipe that names none."""
     reference: Path | None = None
     """Python file with the forward pass in plain torch, which exports carry as model.py; see `references`. Its class
-    `Model` takes the section `model` of a recipe and the weights by name. Its `logits` maps (rows, T) ids to the logits
-    of those that are scored. None: exports have no model.py."""
+    `Model` takes the section `model` of a recipe and the weights by name. Its `logits` maps the arguments of a forward
+    pass to the logits of the ids that are scored. None: exports have no model.py."""
     small: Mapping[str, Any] = field(default_factory=dict)
     """Config fields, besides the defaults, of a model that is small enough to check in seconds (`check-family`)."""
 
@@ -248,6 +252,31 @@ def row_parts(config: "ModelConfig") -> int | None:
     """Return the number of equal parts into which ranks can cut a row; None if the family does not support it."""
     parts = family(config.family).row_parts
     return None if parts is None else parts(config)
+
+
+def form_of(config: "ModelConfig", objective: ObjectiveConfig) -> Form:
+    """Return the form in which an objective shows rows to a model.
+
+    Raises:
+        FamilyError: the objective does not train models of this family, or not a model of this config.
+    """
+    supported = family(config.family).visibilities
+    chosen = next((each for each in objective.entry.visibilities if each in supported), None)
+    if chosen is None:
+        fitting = [name for name, entry in OBJECTIVES.entries().items() if not supported.isdisjoint(entry.visibilities)]
+        raise FamilyError(
+            f"objective.name {objective.name} does not train the model family {config.family}; "
+            f"{' or '.join(fitting) or 'no objective'} does"
+        )
+    needed = objective.entry.special_ids(objective, config.sequence_length)
+    if needed > getattr(config, "special_ids", 0):
+        raise FamilyError(
+            f"objective.name {objective.name} uses {count(needed, 'id')} beyond the vocabulary for rows of "
+            f"{config.sequence_length:,} ids, and model.special_ids is {getattr(config, 'special_ids', 0)}; set it to "
+            f"{needed}"
+        )
+    source = getattr(config, "source_length", 0) if chosen is Visibility.encoder_decoder else 0
+    return Form(chosen, getattr(config, "target_length", config.sequence_length), source)
 
 
 def build_model(config: "ModelConfig") -> ByteModel:

@@ -147,8 +147,8 @@ def _facts(run: RunData) -> dict[str, str]:
         "last reason": status.why,
         "step": f"{status.step:,}" + (f" of {status.steps:,}" if status.steps else ""),
         "bytes trained": size(trained[-1] or 0) if trained else "",
-        "training loss": _bits(status.bits_per_byte),
-        "validation loss": _bits(status.validation_bits_per_byte),
+        "training loss": _bits(status.loss, status.metric),
+        "validation loss": _bits(status.validation_loss, status.metric),
         "model": config.get("model.family", ""),
         "parameters": f"{run.parameters:,}" if run.parameters is not None else "",
         "sequence length": f"{config['model.sequence_length']:,} bytes" if "model.sequence_length" in config else "",
@@ -389,8 +389,8 @@ def _value(value: float | None, kind: str) -> str:
     return {"share": f"{100 * value:.3g} %", "seconds": f"{value:.3g} s"}.get(kind, f"{value:.4g}")
 
 
-def _bits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f} bits per byte"
+def _bits(value: float | None, metric: str) -> str:
+    return "" if value is None else f"{value:.4f} {metric.replace('_', ' ')}"
 
 
 def _moment(seconds: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrain.report.numbers import PLACES
 from pretrain.report.run_data import RunData
+from pretrain.terminal.losses import BITS_PER_BYTE, is_loss
 
 KNOWN = {
     "loss": ("Loss", "bits per byte", "bits"),
@@ -99,8 +100,11 @@ def _columns(run: RunData) -> Iterator[tuple[str, str, str, str]]:
                 continue
             if column in COLUMNS:
                 yield table, column, *COLUMNS[column]
-            elif column.endswith("bits_per_byte"):
-                yield table, column, "loss", column.removesuffix("/bits_per_byte").replace("/", " ")
+            elif column.endswith(f"/{BITS_PER_BYTE}"):
+                yield table, column, "loss", column.removesuffix(f"/{BITS_PER_BYTE}").replace("/", " ")
+            elif is_loss(column):
+                place, _, metric = column.rpartition("/")
+                yield table, column, f"Loss in {metric.replace('_', ' ')}", place.replace("/", " ")
             elif any(value not in (0, None) for value in values):
                 group, _, rest = column.rpartition("/")
                 yield (

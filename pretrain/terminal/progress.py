@@ -18,6 +18,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from pretrain.terminal.losses import BITS_PER_BYTE, loss_at, unit_of
+
 QUIET_SECONDS = 3.0
 """Shortest time, in seconds, of work that is shown."""
 PLAIN_LINE_SECONDS = 30.0
@@ -225,8 +227,9 @@ class Field(NamedTuple):
 
 def describe(metrics: Mapping[str, float]) -> list[Field]:
     """Return the metrics of a step as fields; with the step and the time left, they fit 80 columns."""
+    loss = loss_at("train", metrics) or f"train/{BITS_PER_BYTE}"
     fields = [
-        Field(1, f"{metrics['train/bits_per_byte']:.4f} bits/byte"),
+        Field(1, f"{metrics[loss]:.4f} {unit_of(loss)}"),
         Field(2, f"{size(metrics['bytes_per_second'])}/s"),
         Field(4, f"wait {metrics['data_wait_share']:.1%}"),
         Field(5, f"mem {size(metrics['peak_memory_bytes'])}"),

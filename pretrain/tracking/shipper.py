@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.terminal.losses import loss_at
 from pretrain.tracking.delivery import Delivery, Start
 from pretrain.tracking.journal import JournalLine, lines
 from pretrain.tracking.store import NOTE_TAG, PARAM_LENGTH, PARENT_TAG, MlflowStore, TrackingError, Value, fault_of
@@ -229,10 +230,12 @@ class MlflowShipper:
 
     def _last_step_known_to(self, store: MlflowStore, run_id: str) -> int:
         """Return the last step that MLflow has, for a delivery whose end is unknown."""
+        client = store.client
+        logged = client.get_run(run_id).data.metrics
         steps = (
             metric.step
-            for name in ("train/bits_per_byte", "validation/bits_per_byte")
-            for metric in store.client.get_metric_history(run_id, name)
+            for name in filter(None, (loss_at("train", logged), loss_at("validation", logged)))
+            for metric in client.get_metric_history(run_id, name)
         )
         return max(steps, default=-1)
 

@@ -13,6 +13,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import ModelConfig
+from pretrain.objectives import ObjectiveConfig
 from pretrain.optim.config import OptimizerConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.training.health.config import HealthConfig
@@ -31,7 +32,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     """Sequences of one forward and backward pass. Gradients add up over the micro-batches of a global batch. Lower it
     when memory is short: the order of bytes does not depend on it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of the initial weights and of dropout."""
+    """Seed of the initial weights, of dropout, and of what the objective hides."""
 
 
 class ProfileConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -72,6 +73,10 @@ class TrainingRecipe(Protocol):
     @property
     def model(self) -> ModelConfig:
         """Section `model`: model of any family."""
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """Section `objective`: what the model predicts."""
 
     @property
     def initialize(self) -> InitializeConfig:

@@ -13,10 +13,11 @@ class Meter:
     Args:
         flops_a_step: FLOPs of forward and backward over a global batch.
         peak: FLOP/s of all devices of the run; None if unknown, and then there is no MFU.
+        metric: name of the loss; see `ObjectiveConfig.metric`.
     """
 
-    def __init__(self, flops_a_step: float, peak: float | None) -> None:
-        self._flops_a_step, self._peak = flops_a_step, peak
+    def __init__(self, flops_a_step: float, peak: float | None, metric: str = "bits_per_byte") -> None:
+        self._flops_a_step, self._peak, self._metric = flops_a_step, peak, metric
         self._begin = 0.0
         self.data_seconds = 0.0
         """Seconds that this rank waited for the step's batch."""
@@ -52,7 +53,7 @@ class Meter:
         self.compute_seconds_by_rank = [rank.forward_backward for rank in ranks]
         self.peak_memory_by_rank = [rank.peak_memory_bytes for rank in ranks]
         numbers = {
-            "train/bits_per_byte": result.nats / max(result.target_bytes, 1) / math.log(2),
+            f"train/{self._metric}": result.nats / max(result.target_bytes, 1) / math.log(2),
             "gradient_norm": result.gradient_norm,
             "bytes_per_second": result.target_bytes / seconds,
             "step_seconds": seconds,
@@ -66,7 +67,7 @@ class Meter:
             numbers["allocation_retries"] = max(rank.allocation_retries for rank in ranks)
         for name, (nats, target_bytes) in zip(sources, result.by_source, strict=bool(result.by_source)):
             if target_bytes:
-                numbers[f"train/{name}/bits_per_byte"] = nats / target_bytes / math.log(2)
+                numbers[f"train/{name}/{self._metric}"] = nats / target_bytes / math.log(2)
         if self._peak is not None:
             # A measured peak can be too low; then the fastest step so far is the peak.
             self._peak = max(self._peak, self._flops_a_step / seconds)

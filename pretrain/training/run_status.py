@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +30,7 @@ from launchers.supervision.slow_ranks import read_slow_ranks
 from pretrain.checkpoint import CheckpointError, Location, locate
 from pretrain.checkpoint.fence import starts_noted_at
 from pretrain.checkpoint.home import committed, open_home
+from pretrain.terminal.losses import BITS_PER_BYTE, loss_at
 from pretrain.tracking.journal import lines, read_journal
 from pretrain.training.ancestry import ANCESTRY
 from pretrain.training.run_folder import RunFolder, RunFolderError, read_recipe
@@ -42,12 +43,10 @@ TAIL_BYTES = 64 << 10
 """Bytes at the end of the journal that are read; they hold more than RECENT_STEPS steps."""
 ANSWER_SECONDS = 10.0
 """Seconds that the server of a home of checkpoints may take to answer."""
-NUMBERS_OF_A_STEP = {"step_seconds", "bytes_per_second", "train/bits_per_byte"}
-"""Metrics that each line of a step has."""
+NUMBERS_OF_A_STEP = {"step_seconds", "bytes_per_second"}
+"""Metrics that each line of a step has, besides the loss."""
 DAMAGED = "damaged"
 """State of a run that no process trains and that has a damaged file."""
-VALIDATION = "validation/bits_per_byte"
-"""Metric of validations."""
 ENDINGS = ("stopped", "failed", "requeued", "excluded", "gave_up")
 """Events of the record that explain why ranks do not run, or run again."""
 
@@ -76,9 +75,9 @@ class RunStatus:
     steps: int | None
     """Steps of the whole run."""
     bits_per_byte: float | None
-    """Training loss of the last step."""
+    """Training loss of the last step; None for an objective with another loss."""
     validation_bits_per_byte: float | None
-    """Newest validation loss."""
+    """Newest validation loss; None for an objective with another loss."""
     bytes_per_second: float | None
     """Mean speed over the last steps; None while no process trains the run."""
     seconds_left: float | None
@@ -106,6 +105,12 @@ class RunStatus:
     """Fields of each SlowRank of the last window of steps; empty while no process trains the run."""
     problems: list[str]
     """Files that are damaged or cannot be read, a line each."""
+    metric: str = BITS_PER_BYTE
+    """Name of the loss, which the objective decides."""
+    loss: float | None = None
+    """Training loss of the last step, in `metric`."""
+    validation_loss: float | None = None
+    """Newest validation loss, in `metric`."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -139,11 +144,14 @@ def status_of(path: Path) -> RunStatus:
     job = _job(launches, is_local)
     holder = problems.read(folder.holder, None)
     recent = problems.read(lambda: _recent(folder.metrics, problems.lines.append), list[dict[str, Any]]())
-    trained = [line for line in recent if line.keys() >= NUMBERS_OF_A_STEP][-RECENT_STEPS:]
     step = recent[-1]["step"] if recent else ancestry[-1]["step"] if ancestry else 0
     resolved = folder.config if folder.config.exists() or submission is None else submission / "config.yaml"
     recipe = problems.read(lambda: read_recipe(resolved), None)
     steps = recipe.train.steps if recipe else None
+    metric = _metric(recent)
+    trained = [line for line in recent if line.keys() >= {*NUMBERS_OF_A_STEP, f"train/{metric}"}][-RECENT_STEPS:]
+    loss = trained[-1][f"train/{metric}"] if trained else None
+    validation_loss = problems.read(lambda: _last(f"validation/{metric}", folder.metrics), None)
     starts = problems.read(lambda: starts_noted_at(folder.generation), 0)
     newest = problems.read(lambda: _newest_checkpoint(folder), None)
     state = _state(job, launches, holder is not None, is_done=step == steps, is_damaged=problems.has_damage)
@@ -162,8 +170,8 @@ def status_of(path: Path) -> RunStatus:
         nodes=nodes,
         step=step,
         steps=steps,
-        bits_per_byte=trained[-1]["train/bits_per_byte"] if trained else None,
-        validation_bits_per_byte=problems.read(lambda: _last_validation(folder.metrics), None),
+        bits_per_byte=loss if metric == BITS_PER_BYTE else None,
+        validation_bits_per_byte=validation_loss if metric == BITS_PER_BYTE else None,
         bytes_per_second=bytes_per_second,
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
@@ -177,6 +185,9 @@ def status_of(path: Path) -> RunStatus:
         coverage=problems.read(lambda: _coverage(folder), {}),
         slow_ranks=[asdict(rank) for rank in read_slow_ranks(path)] if state == JobPhase.RUNNING else [],
         problems=problems.lines,
+        metric=metric,
+        loss=loss,
+        validation_loss=validation_loss,
     )
 
 
@@ -326,17 +337,23 @@ def _age(checkpoint: Location | None) -> float | None:
     return None
 
 
-def _last_validation(journal: Path) -> float | None:
-    """Return the newest validation loss in metrics.jsonl, which may be far from the end; None if there is none."""
+def _metric(recent: Sequence[Mapping[str, Any]]) -> str:
+    """Return the name of a run's loss, given the last lines of its journal; that of causal if they have none."""
+    found = (loss_at(place, line) for line in reversed(recent) for place in ("train", "validation"))
+    return next(filter(None, found), BITS_PER_BYTE).rpartition("/")[2]
+
+
+def _last(metric: str, journal: Path) -> float | None:
+    """Return the newest value of a metric in metrics.jsonl, which may be far from the end; None if there is none."""
     if not journal.is_file() or not journal.stat().st_size:
         return None
     with journal.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
-        found = text.rfind(f'"{VALIDATION}"'.encode(), 0, text.rfind(b"\n") + 1)
+        found = text.rfind(f'"{metric}"'.encode(), 0, text.rfind(b"\n") + 1)
         if found < 0:
             return None
         begin = text.rfind(b"\n", 0, found) + 1
     line = next(lines(journal, begin, lambda fault: None), None)  # `_recent` reports damage
-    return line.record.get(VALIDATION) if line else None
+    return line.record.get(metric) if line else None
 
 
 def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | None]:

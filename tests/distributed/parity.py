@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.checkpoint import CheckpointStore, read, verify
+from pretrain.conformance.subject import Subject
 from pretrain.distributed.context import group_of
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, build_engine
 from pretrain.models import ByteModel, all_families, build_model, small_config
+from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
 
@@ -44,23 +47,34 @@ def build(
     return built
 
 
-def micro_batches(step: int, world: World = ALONE, context: int = 1) -> list[MicroBatch]:
-    """Return a rank's part of the batch of a step, in which some positions are not targets."""
+def micro_batches(step: int, world: World = ALONE, context: int = 1, family: str = "transformer") -> list[MicroBatch]:
+    """Return a rank's part of the batch of a step, in which some positions are not targets.
+
+    The first objective that trains the family shows the rows.
+    """
     ids = np.random.default_rng(step).integers(0, 257, (ROWS, T)).astype(np.int16)
     ids[np.random.default_rng(2000 + step).random((ROWS, T)) < 0.05] = SEPARATOR
     targets = np.random.default_rng(1000 + step).random((ROWS, T)) < 0.7
     parts = [slice(first, first + MICRO_BATCH) for first in range(0, ROWS, MICRO_BATCH)]
+    subject = Subject.of(family)
     batch = [MicroBatch(index, rows_of(ids[part]), targets[part]) for index, part in enumerate(parts)]
+    if show := show_rows(subject.objective, subject.form, 0):
+        examples = [
+            show(each.rows, step * ROWS + np.arange(ROWS)[part]) for each, part in zip(batch, parts, strict=True)
+        ]
+        batch = [replace(each, targets=own.targets, example=own) for each, own in zip(batch, examples, strict=True)]
     group, groups = group_of(world.rank, world.size, context)
     return batch[group::groups]
 
 
-def losses(engine: Engine, steps: range, world: World = ALONE, context: int = 1) -> list[float]:
+def losses(
+    engine: Engine, steps: range, world: World = ALONE, context: int = 1, family: str = "transformer"
+) -> list[float]:
     """Train for some steps and return the nats per byte of each."""
     nats_per_byte = []
     for step in steps:
         learning_rate = 1e-3 * min(1.0, (step + 1) / WARM_UP)
-        result = engine.train_step(micro_batches(step, world, context), step=step, learning_rate=learning_rate)
+        result = engine.train_step(micro_batches(step, world, context, family), step=step, learning_rate=learning_rate)
         nats_per_byte.append(result.nats / result.target_bytes)
     return nats_per_byte
 
@@ -83,7 +97,7 @@ def losses_of_all(
 ) -> dict[tuple[str, str], list[float]]:
     """Return the losses of each case, which is a family and the name of an engine config."""
     return {
-        (family, name): losses(build(family, world, optimizer, **engines[name]), range(steps), world)
+        (family, name): losses(build(family, world, optimizer, **engines[name]), range(steps), world, family=family)
         for family, name in cases
     }
 
@@ -99,7 +113,7 @@ def checkpointing_of_all(
     for precision, families in families_by_precision.items():
         for family, mode in itertools.product(families, modes):
             engine = build(family, world, name="fsdp", precision=precision, activation_checkpointing=mode)
-            step_losses = losses(engine, range(4), world)
+            step_losses = losses(engine, range(4), world, family=family)
             state = b"".join(fragment.data.numpy().tobytes() for fragment in engine.fragments())
             results.setdefault((family, precision), []).append((step_losses, state))
     return results

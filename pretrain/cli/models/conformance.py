@@ -37,10 +37,12 @@ def check_family(
     Uses the family's small model on the CPU, and takes about two minutes.
     The exit code is 1 if a law is broken.
     """
-    chosen = [known for known in LAWS if not law or known.name in law]
+    subject = Subject.of(name)
+    laws = [known for known in LAWS if known.is_of(subject)]
+    chosen = [known for known in laws if not law or known.name in law]
     if unknown := {*(law or ())} - {known.name for known in chosen}:
-        raise FamilyError(f"{min(unknown)} is not a law; the laws are {', '.join(map(str, LAWS))}")
-    results = list(check_laws(Subject.of(name), chosen))
+        raise FamilyError(f"{min(unknown)} is not a law of {name}; its laws are {', '.join(map(str, laws))}")
+    results = list(check_laws(subject, chosen))
     if as_json:
         print_json(results)
     else:

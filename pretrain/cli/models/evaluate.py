@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from byteloom.core.text import count
+from byteloom.model import Model
 from data_pipeline.errors import CorpusError
 from pretrain.checkpoint import Metadata
 from pretrain.cli.arguments import parse_location, parse_path
@@ -25,10 +27,12 @@ from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.config import ValidationConfig, ValidationCorpus
 from pretrain.evaluation.modes import Mode, check_usage, stride_of
 from pretrain.evaluation.report import EvaluationReport
+from pretrain.evaluation.scores import EvaluationError
 from pretrain.evaluation.words import count_words
 from pretrain.models import usage_of
 from pretrain.terminal.console import display
-from pretrain.terminal.tables import JsonOption, print_json
+from pretrain.terminal.losses import unit_of
+from pretrain.terminal.tables import JsonOption, Table, print_json
 from pretrain.tracking import store_evaluation
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights.results import run_of
@@ -110,8 +114,17 @@ def eval_command(
     """Measure the bits per byte of a checkpoint on a corpus or a file.
 
     The file may hold text, sound, an image or any other bytes.
+    A model of another objective than causal has another loss, such as bits per masked byte.
     """
     loaded = load_model(model, device, precision, usage, begin)
+    if loaded.objective.entry.show is not None:
+        if (mode, stride, words, curves) != (Mode.windows, None, None, None):
+            raise EvaluationError(
+                f"{model} was trained with objective.name {loaded.objective.name}, whose loss has no mode, stride, "
+                "words and curves; leave these options out"
+            )
+        _show_loss(loaded, model, shards, rows, as_json=as_json)
+        return
     check_usage(loaded.config, usage, mode)
     stride = stride or stride_of(loaded.module, mode)
     validation = loaded.checkpoint.state["config"]["validation"]
@@ -144,6 +157,32 @@ def eval_command(
     if curves is not None:
         report.write_curves(curves)
     _store_evaluation(model, loaded.checkpoint, report)
+
+
+def _show_loss(loaded: Model, model: str, shards: str | None, rows: int, *, as_json: bool) -> None:
+    """Print the loss of a model whose objective is not causal."""
+    objective = loaded.objective
+    named = (
+        ValidationCorpus(shards=shards)
+        if shards
+        else _validation_corpus(model, loaded.checkpoint.state["config"]["validation"])
+    )
+    with (
+        loaded.open_corpus(named.shards, named.shards_sha256) as corpus,
+        display.phase("scoring", corpus.raw_bytes) as phase,
+    ):
+        score = loaded.loss(corpus, rows=rows, progress=phase.advance)
+    if not score.bytes:
+        raise EvaluationError(f"{named.shards} has no {objective.entry.unit} to score")
+    if as_json:
+        counts = {"bytes": score.bytes, "nats": score.nats, "documents": score.documents}
+        print_json({"objective": objective.model_dump(mode="json"), objective.metric: score.bits_per_byte} | counts)
+        return
+    unit, scored = unit_of(objective.metric), f"{objective.entry.unit}s"
+    title = f"{loaded.checkpoint.folder} on {named.shards}, objective {objective.name}: rows of "
+    table = Table(f"{title}{count(loaded.sequence_length, 'id')}", [unit, scored, "documents"])
+    table.add_row(f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}")
+    table.print()
 
 
 def _validation_corpus(model: str, validation: Mapping[str, Any]) -> ValidationCorpus:

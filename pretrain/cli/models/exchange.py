@@ -16,7 +16,7 @@ from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights import find_checkpoint
 from pretrain.training.weights.foreign import ForeignFileError, export_foreign, import_foreign
 from pretrain.training.weights.hugging_face import export_for_transformers
-from pretrain.training.weights.results import evaluations_of, logged_bits_per_byte, run_of
+from pretrain.training.weights.results import evaluations_of, logged_losses, run_of
 
 app = typer.Typer()
 
@@ -99,7 +99,7 @@ def export_command(
     if form is Form.hf:
         run = run_of(model)
         results = evaluations_of(run, checkpoint) if run else []
-        export_for_transformers(checkpoint, out, logged_bits_per_byte(checkpoint), results)
+        export_for_transformers(checkpoint, out, logged_losses(checkpoint), results)
         measured = f", {count(len(results), 'measured result')} in README.md" if results else ""
         say(f"{out}: a folder for transformers{measured}")
         return

@@ -33,7 +33,7 @@ from pretrain.training.run_status import check_run
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights import find_checkpoint, is_checkpoint, store_of
 from pretrain.training.weights.exports import export, is_export
-from pretrain.training.weights.results import logged_bits_per_byte
+from pretrain.training.weights.results import logged_losses
 
 app = typer.Typer(help="List, verify, show, prune, roll back to and export checkpoints.", no_args_is_help=True)
 
@@ -225,7 +225,7 @@ def export_command(
         checkpoint = find_checkpoint(path, progress=phase.update)
     if is_export(Path(path)):
         raise CheckpointError(f"{path} is an export already; name a run or a checkpoint")
-    card = export(checkpoint, out, logged_bits_per_byte(checkpoint))
+    card = export(checkpoint, out, logged_losses(checkpoint))
     say(f"{out}: {card['parameters']:,} parameters of step {card['step']:,} in {', '.join(card['files'])}, all finite")
 
 

@@ -19,6 +19,7 @@ from launchers.supervision.record import last_submission
 from launchers.supervision.slow_ranks import SlowRank, describe_slow_ranks
 from pretrain.cli.arguments import RunFolderArgument, parse_path
 from pretrain.terminal.console import say
+from pretrain.terminal.losses import BITS_PER_BYTE, unit_of
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
 from pretrain.training.ancestry import Ancestor, describe_ancestry
@@ -108,6 +109,8 @@ def status_table(found: Sequence[RunStatus]) -> Table:
             "step": f"{each.step}/{each.steps or '?'}",
             "bits/byte": _bits(each.bits_per_byte),
             "validation": _bits(each.validation_bits_per_byte),
+            "loss": _other_loss(each, each.loss),
+            "validation loss": _other_loss(each, each.validation_loss),
             "bytes/s": "" if each.bytes_per_second is None else size(each.bytes_per_second),
             "left": "" if each.seconds_left is None else duration(each.seconds_left),
             "checkpoint": _checkpoint(each),
@@ -119,6 +122,11 @@ def status_table(found: Sequence[RunStatus]) -> Table:
     for row in rows:
         table.add_row(*(row[name] for name in columns))
     return table
+
+
+def _other_loss(status: RunStatus, value: float | None) -> str:
+    """Return a loss of an objective other than causal, with its unit."""
+    return "" if value is None or status.metric == BITS_PER_BYTE else f"{value:.4f} {unit_of(status.metric)}"
 
 
 def _bits(value: float | None) -> str:

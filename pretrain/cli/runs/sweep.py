@@ -44,6 +44,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
 from pretrain.terminal.console import say
+from pretrain.terminal.losses import unit_of
 from pretrain.tracking import ParentRun, fault_of, shown
 from pretrain.training.run_status import status_of
 
@@ -223,8 +224,9 @@ def _train_here(
     for name in configs:
         if (root / name / "run.json").exists():
             status = status_of(root / name)
-            bits = status.validation_bits_per_byte or status.bits_per_byte
-            say(f"{name}: {status.state} at step {status.step}" + (f", {bits:.4f} bits/byte" if bits else ""))
+            bits = status.validation_loss or status.loss
+            loss = f", {bits:.4f} {unit_of(status.metric)}" if bits else ""
+            say(f"{name}: {status.state} at step {status.step}{loss}")
     failed = [name for name, code in codes.items() if code not in (0, *STOPPED)]
     stopped = len(codes) < len(configs) or any(code in STOPPED for code in codes.values())
     for name in failed:

@@ -119,6 +119,42 @@ class Attention(MultiHead):
         return window_attention_over_ranks(q, k, v, self.window, self.dropout_now, self.context, visible)
 
 
+class FullAttention(MultiHead):
+    """Multi-head self-attention in which each position sees its whole row. Rotary positions are an option."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, rotary: Rotary | None = None, bias: bool = False
+    ) -> None:
+        """Build the layer.
+
+        Args:
+            width: channels of the input and of the output.
+            heads: attention heads; they divide the width.
+            dropout: share of attention weights that is dropped in training.
+            rotary: rotary positions; None means none.
+            bias: whether the linear maps have biases.
+        """
+        super().__init__(width, heads, dropout, bias)
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None) -> Tensor:
+        """Attend to the positions of the row.
+
+        Args:
+            x: (rows, length, width)
+            cache: None; these positions are read once.
+            visible: (rows, 1, 1, length) booleans: the positions that are seen, such as those without padding.
+                None: all.
+
+        Returns:
+            (rows, length, width)
+        """
+        q, k, v = self.project(x)
+        if self.rotary:
+            q, k = rotate_alike((q, k), torch.arange(x.shape[1], device=x.device), self.rotary)
+        return self.merge(attention(q, k, v, visible, self.dropout_now))
+
+
 class CrossAttention(InContext):
     """Multi-head attention of latents to inputs. Rotary positions are an option.
 

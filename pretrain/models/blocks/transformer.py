@@ -1,7 +1,7 @@
 """Pre-norm Transformer blocks, blocks that attend to other inputs, and stacks of blocks."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ class StackConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
         if self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) does not divide width ({self.width})")
         return self
+
+
+NormPlace = Literal["pre", "post"]
+"""Place of the norms. pre: before each layer, and after the last block (Xiong et al. 2020). post: after each sum of a
+layer's input and output, and none after the last block (Vaswani et al. 2017)."""
 
 
 class PreNorm(Unit):
@@ -70,7 +75,9 @@ class PreNorm(Unit):
 
 
 class TransformerBlock(PreNorm):
-    """Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x)). Post-norm is an option."""
+
+    norm_place: NormPlace = "pre"
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, *shared: Any) -> Tensor:
         """Map (rows, length, width) to the same shape.
@@ -80,6 +87,9 @@ class TransformerBlock(PreNorm):
             cache: passed to the attention layer.
             *shared: passed to the attention layer.
         """
+        if self.norm_place == "post":
+            x = self.attention_norm(x + self.dropout(self.attention(x, cache, *shared)))
+            return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return self.add(x, self.attention(self.attention_norm(x), cache, *shared))
 
 
@@ -132,6 +142,7 @@ class Stack(InContext):
         attention: AttentionMaker = Attention,
         bias: bool = False,
         attention_dropout: float | None = None,
+        norm_place: NormPlace = "pre",
     ) -> None:
         """Build the blocks.
 
@@ -142,6 +153,7 @@ class Stack(InContext):
             attention: makes each block's attention layer.
             bias: whether the maps of the feed-forward layers have biases.
             attention_dropout: share of attention weights that is dropped in training. None: as `dropout`.
+            norm_place: place of the norms.
         """
         super().__init__()
         self.width = config.width
@@ -156,7 +168,10 @@ class Stack(InContext):
             )
             for _ in range(config.layers)
         )
-        self.norm = LayerNorm(config.width)
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.norm_place = norm_place
+        self.norm = LayerNorm(config.width) if norm_place == "pre" else nn.Identity()
 
     def forward(self, x: Tensor, caches: list[LayerCache] | None = None, *shared: Any) -> Tensor:
         """Map (rows, length, width) to the same shape.
@@ -168,7 +183,8 @@ class Stack(InContext):
         """
         for index, block in enumerate(self.blocks):
             x = run_unit(block, x, caches[index] if caches is not None else None, *shared)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
     def visible(self, documents: Tensor, x: Tensor) -> "Tensor | BlockMask":
         """Return the mask in which positions see the earlier positions of their documents.

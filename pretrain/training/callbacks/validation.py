@@ -1,15 +1,20 @@
-"""Validation: bits per byte of corpora that are not trained on."""
+"""Validation: the loss of corpora that are not trained on. It is in bits per byte if the objective is causal."""
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from data_pipeline.corpus.corpus import Corpus
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.evaluate import evaluate, share_of_rank
 from pretrain.evaluation.modes import stride_of
+from pretrain.evaluation.objective_scores import score_objective
 from pretrain.evaluation.scores import Score
+from pretrain.models import form_of
 from pretrain.terminal.console import display
+from pretrain.terminal.losses import unit_of
 from pretrain.terminal.progress import duration
 from pretrain.training.agreement import Vote
 from pretrain.training.callbacks.base import Callback
@@ -29,7 +34,7 @@ class ValidationCallback(Callback):
         self._is_owed = bool(run.unlogged)
 
     def measure(self, run: TrainingRun) -> dict[str, float]:
-        """Return the bits per byte of the validation corpora, of all together and of each, where the step is due.
+        """Return the loss of the validation corpora, of all together and of each, where the step is due.
 
         Raises:
             StoppedError: a rank was asked to stop; on all ranks.
@@ -40,39 +45,66 @@ class ValidationCallback(Callback):
         if not is_due or not run.validation:
             return {}
         vote, total, numbers = Vote(run.stop, run.world), Score(), dict[str, float]()
+        metric = run.recipe.objective.metric
         for name, corpus in run.validation.items():
             score = _validate(run, vote, name, corpus)
             total.add(score)
             if name:
-                numbers[f"{name}/bits_per_byte"] = score.bits_per_byte
-        return {"bits_per_byte": total.bits_per_byte} | numbers
+                numbers[f"{name}/{metric}"] = score.bits_per_byte
+        return {metric: total.bits_per_byte} | numbers
 
 
 def _validate(run: TrainingRun, vote: Vote, name: str, corpus: Corpus) -> Score:
     """Return the score of a corpus. Each rank scores a part of it."""
     started, context = time.perf_counter(), run.recipe.engine.context
-    begin = run.recipe.validation.begin.resolved(run.recipe.data.model_dump(mode="json"))
     run.heartbeat.beat("evaluation", run.step)
     with display.phase(f"validating {name}".strip(), corpus.raw_bytes) as phase:
-        part = evaluate(
-            run.engine.nats,
+        own = _own_score(
+            run,
             corpus,
-            run.recipe.model.sequence_length,
-            run.recipe.train.micro_batch,
             progress=lambda done: phase.advance(done * run.world.size // context),  # other groups do about as many
-            stride=stride_of(run.model),
-            after_separator=begin is Beginning.separator,
             share=lambda batches: vote.agreed(share_of_rank(batches, run.world.rank, run.world.size, context)),
         )
     total = Score()
-    for score in run.world.gather(asdict(part.total)):
+    for score in run.world.gather(asdict(own)):
         total.add(Score(**score))
     log.info(
-        "step %d: validation%s %.4f bits/byte over %s bytes in %s",
+        "step %d: validation%s %.4f %s over %s bytes in %s",
         run.step,
         f" of {name}" if name else "",
         total.bits_per_byte,
+        unit_of(run.recipe.objective.metric),
         f"{total.bytes:,}",
         duration(time.perf_counter() - started),
     )
     return total
+
+
+def _own_score(
+    run: TrainingRun, corpus: Corpus, *, progress: Callable[[int], None], share: Callable[[Any], Any]
+) -> Score:
+    """Return the score of this rank's part of a corpus."""
+    recipe = run.recipe
+    if recipe.objective.entry.show is not None:
+        form, rows = form_of(recipe.model, recipe.objective), recipe.train.micro_batch
+        return score_objective(
+            run.engine.nats,
+            corpus,
+            recipe.objective,
+            form,
+            rows,
+            length=recipe.model.sequence_length,
+            progress=progress,
+            share=share,
+        )
+    begin = recipe.validation.begin.resolved(recipe.data.model_dump(mode="json"))
+    return evaluate(
+        run.engine.nats,
+        corpus,
+        recipe.model.sequence_length,
+        recipe.train.micro_batch,
+        progress=progress,
+        stride=stride_of(run.model),
+        after_separator=begin is Beginning.separator,
+        share=share,
+    ).total

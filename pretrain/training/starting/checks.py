@@ -14,7 +14,7 @@ from pretrain.checkpoint import CheckpointError, InvalidCheckpointError, Metadat
 from pretrain.distributed.world import World
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.run import TrainingError
-from pretrain.training.weights import model_changes
+from pretrain.training.weights import model_changes, trained_objective
 
 
 def check_same_recipe(recipe: TrainingRecipe, world: World) -> None:
@@ -134,13 +134,21 @@ def check_resumes(checkpoint: Metadata, recipe: TrainingRecipe, streams: Mapping
     """Check that a recipe can continue from a checkpoint. It may add sources, which the run then reads from a stage on.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another stream of bytes, which a new run folder does not know; or to
-            another optimizer. Moments are one optimizer's; its rates and decays may change.
+        CheckpointError: the checkpoint belongs to another stream of bytes, which a new run folder does not know; to
+            another objective; or to another optimizer. Moments are one optimizer's; its rates and decays may change.
     """
     fingerprint, names = stream_of_state(checkpoint.state)
     if fingerprint != fingerprint_of(streams, names):
         why = _data_changes(checkpoint.state["config"]["data"], recipe)
         raise _other_bytes(f"{checkpoint.folder} belongs to a run that reads other bytes", why)
+    if differences := changes(
+        {"objective": trained_objective(checkpoint).model_dump(mode="json")},
+        {"objective": recipe.objective.model_dump(mode="json")},
+    ):
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to a run with another objective ({'; '.join(differences)}); restore the old "
+            "one, or choose another run.name and set initialize.weights"
+        )
     then, now = checkpoint.state["config"]["optimizer"]["name"], recipe.optimizer.name
     if then != now:
         raise CheckpointError(

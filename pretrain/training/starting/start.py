@@ -41,8 +41,9 @@ from pretrain.engines import (
     remark_on_idle_ranks,
 )
 from pretrain.engines.peak import peak_flops
-from pretrain.models import ByteModel, build_model, carries_memory, image_of
+from pretrain.models import ByteModel, build_model, carries_memory, form_of, image_of
 from pretrain.models.initial import WHOLE_DRAWING
+from pretrain.objectives import show_rows
 from pretrain.terminal.console import display
 from pretrain.tracking import Journal, RunDescription, open_recorder
 from pretrain.training.agreement import agree_on_corpora, raise_together
@@ -124,7 +125,7 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
         coverage = _coverage(folder, streams, world)
         log_facts(recipe, engine, reading, coverage, checkpoint, initial)
         log_course(recipe, folder, identity, checkpoint if world.is_first else None)
-        meter = Meter(flops_a_step, None if peak is None else peak * world.size)
+        meter = Meter(flops_a_step, None if peak is None else peak * world.size, recipe.objective.metric)
         loader = _loader(recipe, reading, world, stop)
         journal = _journal(folder, checkpoint) if world.is_first else None
         unlogged = _unlogged(checkpoint, journal, world)
@@ -323,6 +324,7 @@ def _loader(recipe: TrainingRecipe, reading: Reading, world: World, stop: StopRe
         digest=world.rank % recipe.engine.context == 0,  # once for each micro-batch
         give_up=lambda: stop.signal is not None,
     )
+    loader = loader.showing(show_rows(recipe.objective, form_of(recipe.model, recipe.objective), recipe.train.seed))
     return loader.without(reading.skips).until(reading.sequences_in_all(recipe.train.steps))
 
 

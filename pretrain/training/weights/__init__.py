@@ -9,6 +9,7 @@ from pretrain.training.weights.finding import (
     model_changes,
     store_of,
     trained_card,
+    trained_objective,
     trained_precision,
     trained_separators,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "model_changes",
     "store_of",
     "trained_card",
+    "trained_objective",
     "trained_precision",
     "trained_separators",
 ]

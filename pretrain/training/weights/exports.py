@@ -27,8 +27,10 @@ from data_pipeline.media import CARD_FIELD
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, metadata_of_files, read
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
-from pretrain.models import family, model_config
+from pretrain.models import ModelConfig, family, model_config
 from pretrain.models.references import files_of
+from pretrain.objectives import ObjectiveConfig
+from pretrain.objectives.registry import FIRST_SPECIAL_ID
 
 EXPORT_FORMAT = "byteloom-export/1"
 """Name and version of the format, in card.json."""
@@ -49,7 +51,7 @@ def _reference_files(card: dict[str, Any]) -> dict[str, str]:
 def export(
     checkpoint: Metadata,
     out: Path,
-    bits_per_byte: dict[str, float],
+    losses: dict[str, float],
     files: Callable[[dict[str, Any]], dict[str, str]] = _reference_files,
 ) -> dict[str, Any]:
     """Write a verified checkpoint's weights to a new folder, all or nothing; return the card.
@@ -57,7 +59,7 @@ def export(
     Args:
         checkpoint: verified.
         out: the new folder.
-        bits_per_byte: of the run after the checkpoint's step, by the scored corpus.
+        losses: of the run after the checkpoint's step, by the scored corpus.
         files: returns the text files beside the weights by their names, given the card.
 
     Raises:
@@ -71,7 +73,7 @@ def export(
         read(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in tensors.items()])
         return tensors
 
-    return _write(out, sizes, read_some, checkpoint.state["config"], _about(checkpoint, bits_per_byte), files)
+    return _write(out, sizes, read_some, checkpoint.state["config"], _about(checkpoint, losses), files)
 
 
 def write_export(
@@ -124,7 +126,8 @@ def _write(
             "model": config.model_dump(mode="json"),
             "parameters": parameters,
             "dtype": "float32",
-            "vocabulary": {"size": VOCABULARY, "bytes": 256, "separator": SEPARATOR, "padding": PADDING},
+            "vocabulary": _vocabulary(config),
+            "objective": ObjectiveConfig.model_validate(recipe.get("objective", {})).model_dump(mode="json"),
             **about,
             "recipe": recipe,
             "files": {name: sha256_of(folder / name) for name in names},
@@ -133,6 +136,13 @@ def _write(
         for name, text in files(card).items():
             (folder / name).write_text(text, encoding="utf-8")
     return card
+
+
+def _vocabulary(config: ModelConfig) -> dict[str, Any]:
+    """Return the ids of a model: bytes, separator, padding, and those that its objective adds, if it has any."""
+    special = getattr(config, "special_ids", 0)
+    ids = {"size": VOCABULARY + special, "bytes": 256, "separator": SEPARATOR, "padding": PADDING}
+    return ids | ({"special": {"first": FIRST_SPECIAL_ID, "count": special}} if special else {})
 
 
 def is_export(folder: Path) -> bool:
@@ -307,7 +317,7 @@ def _is_weight(fragment: str) -> bool:
     return split_name(fragment)[0] == MODEL
 
 
-def _about(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, Any]:
+def _about(checkpoint: Metadata, losses: dict[str, float]) -> dict[str, Any]:
     """Return the fields of a card that say where a checkpoint comes from; fewer for one that is an export."""
     state = checkpoint.state
     config = state["config"]
@@ -315,7 +325,7 @@ def _about(checkpoint: Metadata, bits_per_byte: dict[str, float]) -> dict[str, A
     if "reading" not in state:
         return kept
     return {
-        "bits_per_byte": bits_per_byte,
+        ObjectiveConfig.model_validate(config.get("objective", {})).metric: losses,
         "run": config["run"]["name"],
         "step": state["reading"]["step"],
         "sequences": state["reading"]["next_sequence"],

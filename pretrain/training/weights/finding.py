@@ -23,6 +23,7 @@ from pretrain.distributed.fragments import MEMORY, MODEL, fragment_name, split_n
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine
 from pretrain.models import ByteModel, ModelConfig, family, image_of, model_config
+from pretrain.objectives import ObjectiveConfig
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.weights.exports import is_export, read_export
 
@@ -251,3 +252,8 @@ def _difference(name: str, there: tuple[int, ...] | None, here: tuple[int, ...] 
 def _few(lines: Sequence[str]) -> str:
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more
+
+
+def trained_objective(checkpoint: Metadata) -> ObjectiveConfig:
+    """Return the objective that trained a checkpoint. Earlier versions of Byteloom had causal alone."""
+    return ObjectiveConfig.model_validate(checkpoint.state["config"].get("objective", {}))

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint import Metadata, Url
+from pretrain.terminal.losses import loss_at
 from pretrain.tracking.journal import read_journal
 from pretrain.training.run_folder import RunFolder
-
-BITS_PER_BYTE = ("train/bits_per_byte", "validation/bits_per_byte")
-"""Metrics of the journal: of a step's batch, and of the validation corpus."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,16 @@ def _result(path: Path) -> Result:
     return Result(path.parent.name, total["bits_per_byte"], total["bytes"], mode)
 
 
-def logged_bits_per_byte(checkpoint: Metadata) -> dict[str, float]:
-    """Return the last metrics that the run logged up to a checkpoint; none if the checkpoint is not in its run."""
+def logged_losses(checkpoint: Metadata) -> dict[str, float]:
+    """Return the last losses that the run logged up to a checkpoint; none if the checkpoint is not in its run.
+
+    They are those of a step's batch, train, and of the validation corpora, validation.
+    """
     if isinstance(checkpoint.folder, Url) or "reading" not in checkpoint.state:
         return {}
     last: dict[str, float] = {}
     for record in read_journal(RunFolder(checkpoint.folder.parent.parent).metrics):
         if record["step"] <= checkpoint.state["reading"]["step"]:
-            last |= {name.removesuffix("/bits_per_byte"): record[name] for name in BITS_PER_BYTE if name in record}
+            found = {place: loss_at(place, record) for place in ("train", "validation")}
+            last |= {place: record[name] for place, name in found.items() if name is not None}
     return last

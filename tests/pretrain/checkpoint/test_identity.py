@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.checkpoint import CheckpointStore, InvalidCheckpointError, read_metadata, verify
+from pretrain.conformance import Subject
 from pretrain.distributed.fragments import whole
 from pretrain.models import all_families, build_model, small_config
 from pretrain.training.weights import find_checkpoint, model_changes
@@ -282,14 +283,14 @@ def test_fields_that_may_change_do_not_change_the_function(name: str):
     }
     torch.manual_seed(0)
     model = build_model(own).eval()
-    ids = torch.randint(0, 256, (2, own.sequence_length))
+    arguments = Subject.of(name).arguments(2)
     for field in free & others.keys():
         changed = small_config(name, **{field: others[field]})
         assert model_changes(own.model_dump(mode="json"), changed) == []
         twin = build_model(changed).eval()
         twin.load_state_dict(model.state_dict())
         with torch.no_grad():
-            assert torch.equal(model(ids), twin(ids)), field
+            assert torch.equal(model(*arguments), twin(*arguments)), field
     assert free - others.keys() <= {
         "minimum_crop",
         "chunk",

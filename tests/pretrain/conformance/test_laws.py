@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from pretrain.conformance import ENGINE_LAWS, LAWS, MODEL_LAWS, BrokenLawError, Law, Subject
+from pretrain.conformance import ENGINE_LAWS, EXAMPLE_LAWS, LAWS, MODEL_LAWS, BrokenLawError, Law, Subject
 from pretrain.engines.registry import ENGINES
 from pretrain.models import ByteModel
 from pretrain.models.families.transformer import Transformer
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "encoder": [
+        {},
+        {"norm": "post", "positions": "sinusoidal", "scale_embeddings": True},
+        {"positions": "rotary", "biases": False, "activation": "swiglu"},
+    ],
     "mamba": [
         {},
         {"attention_across_documents": False, "chunk": 5},
@@ -65,7 +70,8 @@ def cases() -> Iterator[Any]:
     """Yield every variant with every law; `make test` has every law for the first variant, and half for the others."""
     for name, variants in VARIANTS.items():
         for number, changes in enumerate(variants):
-            for place, law in enumerate(MODEL_LAWS):
+            laws = [law for law in (*MODEL_LAWS, *EXAMPLE_LAWS) if law.is_of(Subject.of(name))]
+            for place, law in enumerate(laws):
                 is_short = number == 0 or (number + place) % 2 == 0
                 marks = [] if is_short else [pytest.mark.long]
                 yield pytest.param(law, name, changes, id=f"{name}-{changes}-{law}", marks=marks)

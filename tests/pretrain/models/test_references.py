@@ -76,7 +76,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Options of each family that change its forward pass, in several combinations."""
-IN_SHAPES = {"width", "expansion", "input_width", "feed_forward_width", "biases"}
+IN_SHAPES = {"width", "expansion", "input_width", "feed_forward_width", "biases", "special_ids"}
 """Fields that the shapes and names of the weights tell."""
 
 
@@ -92,6 +92,8 @@ def mixed(name: str, seed: int) -> dict[str, Any]:
             return change
 
 
+ENCODERS = ("encoder",)
+"""Families whose references conformance laws compare with the models."""
 CASES = [(name, change) for name, changes in CHANGES.items() for change in changes]
 MIXED = [(name, mixed(name, seed)) for name in CHANGES for seed in range(20)]
 
@@ -147,7 +149,7 @@ def test_reference_of_transformer_xl_carries_the_memory(change: dict[str, Any]):
         torch.testing.assert_close(nats_of(logits, ids), nats, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, *ENCODERS])
 def test_reference_reads_each_field_that_the_function_depends_on(name: str):
     own = family(name)
     assert own.reference
@@ -157,7 +159,7 @@ def test_reference_reads_each_field_that_the_function_depends_on(name: str):
 
 
 def test_each_family_has_a_reference_that_is_short_and_needs_no_byteloom():
-    assert all_families().keys() == SMALL.keys()
+    assert all_families().keys() == {*SMALL, *ENCODERS}
     for own in all_families().values():
         assert own.reference
         files = files_of(own.reference)
@@ -170,4 +172,4 @@ def test_each_family_has_a_reference_that_is_short_and_needs_no_byteloom():
             }
             allowed = {"torch", "safetensors", "layers", *sys.stdlib_module_names}
             assert {name.partition(".")[0] for name in imported} <= allowed
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"__init__", "layers", *SMALL}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"__init__", "layers", *SMALL, *ENCODERS}

@@ -21,8 +21,9 @@ from pretrain.checkpoint import Metadata
 from pretrain.evaluation.beginning import Beginning
 from pretrain.models import build_model, family, model_config
 from pretrain.models.references import files_of
+from pretrain.objectives import Visibility
 from pretrain.training.weights.exports import export
-from pretrain.training.weights.finding import trained_separators
+from pretrain.training.weights.finding import trained_objective, trained_separators
 from pretrain.training.weights.foreign.source import ForeignFileError
 from pretrain.training.weights.hugging_face.model_card import model_card
 from pretrain.training.weights.results import Result
@@ -34,22 +35,28 @@ SEPARATOR_TOKEN, PADDING_TOKEN = "<|separator|>", "<|padding|>"
 
 
 def export_for_transformers(
-    checkpoint: Metadata, out: Path, bits_per_byte: dict[str, float], results: Sequence[Result]
+    checkpoint: Metadata, out: Path, losses: dict[str, float], results: Sequence[Result]
 ) -> dict[str, Any]:
     """Write a verified checkpoint's weights to a new folder that transformers loads, all or nothing; return the card.
 
     Args:
         checkpoint: verified: of a run, or an export.
         out: the new folder.
-        bits_per_byte: of the run after the checkpoint's step, by the scored corpus.
+        losses: of the run after the checkpoint's step, by the scored corpus.
         results: measured results for the model card.
 
     Raises:
-        ForeignFileError: the family has no forward pass in plain torch.
+        ForeignFileError: the model is no causal language model, or its family has no forward pass in plain torch.
         FileExistsError: the folder exists already.
         OSError: it cannot be written.
     """
     config = model_config(checkpoint.state["config"]["model"])
+    objective = trained_objective(checkpoint)
+    if Visibility.causal not in objective.entry.visibilities:
+        raise ForeignFileError(
+            f"hf is for causal language models, and {checkpoint.folder} is a {config.family} of objective.name "
+            f"{objective.name}; `byteloom checkpoint export` writes its weights"
+        )
     reference = family(config.family).reference
     if reference is None:
         raise ForeignFileError(f"the family {config.family} has no forward pass in plain torch, which exports carry")
@@ -62,7 +69,7 @@ def export_for_transformers(
             "README.md": model_card(card, results, out.name),
         }
 
-    return export(checkpoint, out, bits_per_byte, files)
+    return export(checkpoint, out, losses, files)
 
 
 def _code(path: Path) -> str:

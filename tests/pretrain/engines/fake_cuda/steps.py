@@ -25,9 +25,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.mixture import RowSources
 from data_pipeline.stream.rows import Rows
+from pretrain.conformance.subject import Subject
 from pretrain.distributed.world import World
 from pretrain.engines import EngineConfig, UpdateLimits, build_engine
 from pretrain.models import ByteModel, all_families, build_model, small_config
+from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
 from tests.pretrain.engines.fake_cuda import device
 
@@ -79,7 +81,7 @@ def findings(
         with device.watched(mode):
             for step in range(STEPS):
                 built.train_step(
-                    _micro_batches(built_model.sequence_length),
+                    _micro_batches(family, built_model.sequence_length),
                     step=step,
                     learning_rate=1e-3,
                     sources=sources,
@@ -117,12 +119,16 @@ def _with_values(draw: Callable[..., Any]) -> Callable[..., Any]:
     return drawn
 
 
-def _micro_batches(length: int) -> list[MicroBatch]:
-    """Return micro-batches with separators and padding."""
+def _micro_batches(family: str, length: int) -> list[MicroBatch]:
+    """Return micro-batches with separators and padding, as the objective of a family shows them."""
     content, padding = np.zeros((ROWS, length), np.uint8), np.zeros((ROWS, length), bool)
     padding[:, -3:] = True
     rows = Rows(content, np.array([3, length + 5]), padding)
-    return [MicroBatch(index, rows, ~padding) for index in range(MICRO_BATCHES)]
+    subject = Subject.of(family)
+    show = show_rows(subject.objective, subject.form, 0)
+    example = None if show is None else show(rows, np.arange(ROWS))
+    targets = ~padding if example is None else example.targets
+    return [MicroBatch(index, rows, targets, example=example) for index in range(MICRO_BATCHES)]
 
 
 if __name__ == "__main__":

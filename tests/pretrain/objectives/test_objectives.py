@@ -1,0 +1,104 @@
+"""Objectives: an example is a function of row, seed and sequence number, and each objective names its loss."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
+from data_pipeline.stream.loader import Loader, LoaderConfig
+from data_pipeline.vocabulary import PADDING, SEPARATOR
+from pretrain.config.errors import ConfigError
+from pretrain.config.loading import load
+from pretrain.models import form_of, small_config
+from pretrain.objectives import OBJECTIVES, Draws, ObjectiveConfig, Shown, show_rows
+from pretrain.objectives.masked import MASK
+from pretrain.terminal.losses import is_loss, unit_of
+
+MASKED = ObjectiveConfig(name="masked")
+
+
+def shown(row: np.ndarray, sequence: int = 0, share: float = 0.15) -> Shown:
+    """Return a row as the masked objective shows it."""
+    objective = ObjectiveConfig(name="masked", share=share)
+    show = objective.entry.show
+    assert show is not None
+    return show(row, Draws(0, sequence), form_of(small_config("encoder"), objective), objective)
+
+
+def test_draws_are_pinned():
+    """Resume and replay rely on it: SHA-256 makes the key, and NumPy guarantees the words of Philox."""
+    assert Draws(0, 0).uniform(2).tolist() == pytest.approx([0.721283091431453, 0.05436398752530325], abs=0)
+    assert len({Draws(0, sequence).uniform(1)[0] for sequence in range(50)}) == 50
+
+
+@given(st.integers(1, 40), st.data())
+def test_choice_is_of_different_places_in_order(count: int, data: st.DataObject):
+    chosen = Draws(1, count).choose(count, data.draw(st.integers(0, count)))
+    assert (np.diff(chosen) > 0).all() and ((chosen >= 0) & (chosen < count)).all()
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_masked_hides_a_share_of_the_bytes_and_nothing_else(share: float):
+    """Devlin et al. 2019, section 3.1: 15 % of the tokens, of which 80 % are masked and 10 % replaced."""
+    row = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.int16)
+    row[::100], row[19_000:] = SEPARATOR, PADDING
+    example = shown(row, share=share)
+    hidden = example.targets
+    assert hidden.sum() == round(share * (row < SEPARATOR).sum())
+    assert (row[hidden] < SEPARATOR).all()
+    assert np.array_equal(example.ids, row)
+    read = np.asarray(example.given)
+    assert np.array_equal(read[~hidden], row[~hidden])
+    masked, same = (read[hidden] == MASK).mean(), (read[hidden] == row[hidden]).mean()
+    assert masked == pytest.approx(0.8, abs=0.03)
+    assert same == pytest.approx(0.1 + 0.1 / 256, abs=0.03)
+
+
+def test_masked_predicts_a_byte_of_any_row_that_has_one():
+    assert shown(np.array([65, PADDING], np.int16)).targets.tolist() == [True, False]
+    assert not shown(np.array([SEPARATOR, PADDING], np.int16)).targets.any()
+
+
+def test_examples_are_the_same_on_any_number_of_ranks_and_in_any_micro_batch(corpus: Corpus):
+    stream = ByteStream(corpus, PackingConfig(), 64, lanes=4, seed=0, bad_blocks=0)
+    form = form_of(small_config("encoder", sequence_length=64), MASKED)
+
+    def read(micro_batch: int, ranks: int) -> dict[int, tuple[bytes, ...]]:
+        found = {}
+        for rank in range(ranks):
+            sizes = {"global_batch": 6, "micro_batch": micro_batch, "rank": rank, "world_size": ranks}
+            with Loader(stream, LoaderConfig(), **sizes).until(18).showing(show_rows(MASKED, form, 5)) as loader:
+                for part in (micro for batch in loader for micro in batch.micro_batches):
+                    assert part.example is not None and part.example.given is not None
+                    rows = zip(part.ids, part.targets, part.example.given, strict=True)
+                    found |= {part.first_sequence + n: tuple(x.tobytes() for x in row) for n, row in enumerate(rows)}
+        return found
+
+    alone = read(6, 1)
+    assert sorted(alone) == list(range(18))
+    assert read(1, 3) == alone and read(4, 2) == alone
+    assert len({targets for _, targets, _ in alone.values()}) == 18
+
+
+def test_losses_of_different_objectives_have_different_names():
+    metrics = [entry.metric for entry in OBJECTIVES.entries().values()]
+    assert len(set(metrics)) == len(metrics)
+    assert all(is_loss(f"validation/books/{metric}") for metric in metrics)
+    assert ObjectiveConfig().metric == "bits_per_byte"
+    assert unit_of("train/bits_per_masked_byte") == "bits/masked byte"
+
+
+def test_objective_that_does_not_train_a_family_is_refused_by_name():
+    with pytest.raises(
+        ConfigError, match=r"objective.name causal does not train the model family encoder; masked does"
+    ):
+        load("encoder/debug", ["objective.name=causal"])
+    with pytest.raises(ConfigError, match=r"objective.name masked does not train the model family megabyte"):
+        load("debug", ["objective.name=masked"])
+    with pytest.raises(ValidationError, match=r"objective.share is 0.2, and objective.name causal does not use it"):
+        ObjectiveConfig(share=0.2)
+    with pytest.raises(ConfigError, match="did you mean masked"):
+        load("debug", ["objective.name=maskd"])
