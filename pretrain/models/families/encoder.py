@@ -69,7 +69,7 @@ class Encoder(ByteModel):
             dropout=config.dropout,
         )
         attention = partial(FullAttention, rotary=self.read.rotary, bias=config.biases)
-        self.stack = Stack(config, config.activation, config.dropout, attention, config.biases, config.norm)
+        self.stack = Stack(config, config.activation, config.dropout, attention, config.biases, norm_place=config.norm)
         self.head_bias = nn.Parameter(torch.empty(VOCABULARY)) if config.biases else None
         self.initialize()
 
