@@ -64,7 +64,7 @@ test-fast: setup ## run the tests that start no process and no server, in a minu
 	$(PYTEST) --fast -r fE
 
 test-long: setup ## run the tests that take minutes: full products, real clusters, soaks
-	$(PYTEST) -m long
+	$(PYTEST) -m long --hypothesis-profile=random
 
 test-oldest: ## run a quick part of the tests with the oldest supported versions, in .venv-oldest
 	@echo "Downloads the oldest supported versions into $(OLDEST), torch $(OLDEST_TORCH) among them: up to 4 GB."

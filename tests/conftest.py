@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
@@ -33,6 +34,12 @@ LONG_FOLDERS = ("slurm", "end_to_end", "distributed", "launchers")
 """Folders of tests that start processes, with the files that take longest."""
 START_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind", "tests.server")
 """Audit events that --fast does not allow: events of Python, and the event of tests/s3.py."""
+
+
+# A test has the same examples each time, and no time limit: a busy machine must not fail it.
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

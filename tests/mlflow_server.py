@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from launchers.processes import free_port
 from pretrain.tracking.store import MlflowStore
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ class Server:
     """
 
     def __init__(self, folder: Path, store: Path | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()  # none that the kernel may give to a connection before the server starts
         self.folder = folder
         self.store = store or folder / "server.db"
         self.uri = f"http://127.0.0.1:{self.port}"
@@ -118,7 +116,7 @@ def misbehaving(fault: str, requests: list[str] | None = None) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

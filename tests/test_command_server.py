@@ -39,8 +39,10 @@ def test_forked_training_equals_the_real_command_bit_for_bit(recipe: Path, tmp_p
     assert checkpoints[0] == checkpoints[1]
 
 
-def test_signal_ends_a_forked_command_in_a_new_session():
-    process = start(["generate", "--prompt-file", "/dev/stdin", "nowhere"], start_new_session=True, **PIPES)
+def test_signal_ends_a_forked_command_in_a_new_session(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)  # the command waits for a writer, so it does not end by itself
+    process = start(["config", "show", recipe], start_new_session=True, **PIPES)
     assert os.getsid(process.pid) == process.pid
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

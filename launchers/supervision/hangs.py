@@ -1,6 +1,7 @@
 """Detection of hung ranks by their heartbeats."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,10 @@ from launchers.supervision.site import Ending
 
 STACK_SECONDS = 5.0
 """Time that ranks have to write their stacks before they are killed."""
+OTHER_STACKS_SECONDS = 2.0
+"""Time that the other ranks have once one has written its stacks. All ranks are asked in one moment."""
+STACK_POLL_SECONDS = 0.1
+"""Time between two looks at the files of stacks."""
 NOTICE_SECONDS = 60.0
 """Time without a step before a notice to a person, or half of `supervise.step_seconds` if that is less."""
 GAP_SECONDS = 5.0
@@ -146,15 +151,20 @@ class HangDetector:
         self._stack_sizes = [self._stack_size(rank) for rank in range(len(self._seen))]
         self._ask()
         deadline = time.monotonic() + STACK_SECONDS
-        while len(self._without_stack()) == len(self._seen) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(1.0)
+        has_answer = False
+        while (mute := self._without_stack()) and time.monotonic() < deadline:
+            if not has_answer and len(mute) < len(self._seen):
+                has_answer = True
+                deadline = min(deadline, time.monotonic() + OTHER_STACKS_SECONDS)
+            time.sleep(STACK_POLL_SECONDS)
+        time.sleep(STACK_POLL_SECONDS)  # the last stack may be half written
         return self._without_stack()
 
     def _without_stack(self) -> list[int]:
         return [rank for rank, earlier in enumerate(self._stack_sizes) if self._stack_size(rank) == earlier]
 
     def _stack_size(self, rank: int) -> int:
-        with suppress(OSError):
-            return stack_of(self._folder, rank).stat().st_size
+        # NFS asks its server when a file is opened. The size that `stat` returns may be some seconds old.
+        with suppress(OSError), stack_of(self._folder, rank).open("rb") as file:
+            return file.seek(0, os.SEEK_END)
         return 0

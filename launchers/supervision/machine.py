@@ -5,7 +5,7 @@ import platform
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +21,15 @@ from launchers.supervision.site import Ending, Examination
 def is_running(last: Launch) -> bool:
     """Return whether the supervisor of a run is a process of this machine, by the run's last event."""
     is_here = not last.ends_background and not is_elsewhere(last)
-    return is_here and last.job.isdecimal() and Path(f"/proc/{last.job}").exists()
+    return is_here and last.job.isdecimal() and _has_not_ended(int(last.job))
+
+
+def _has_not_ended(process: int) -> bool:
+    """Return whether a process of this machine runs. One that has ended stays as a zombie until it is waited for."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return fields[0] not in ("Z", "X")
+    return False
 
 
 def is_elsewhere(last: Launch) -> bool:

@@ -4,15 +4,18 @@ import os
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from byteloom.core import provenance
 from byteloom.core.git import Repository, ask_git
 from byteloom.core.provenance import read_source, save_resolved, trace
 from tests.test_project import ROOT
 
 GIT = shutil.which("git")
+PATIENCE_SECONDS = 60.0
 pytestmark = pytest.mark.skipif(GIT is None, reason="git is not installed")
 
 
@@ -37,9 +40,15 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let git answer late, on a busy machine."""
+    monkeypatch.setattr(provenance, "ask_git", partial(ask_git, seconds=PATIENCE_SECONDS))
+
+
 def tags(file: Path, tracked: bool = False) -> dict[str, str]:
     repository = Repository(file, tracked)
-    ask_git([repository])
+    ask_git([repository], PATIENCE_SECONDS)
     return repository.tags()
 
 
@@ -78,7 +87,7 @@ def test_hanging_git_is_killed_at_the_deadline(repository: Path, tmp_path: Path,
     repositories = [Repository(repository / "recipe.yaml"), Repository(Path(__file__), tracked=True)]
     ask_git(repositories, seconds=1.0)
     assert [each.tags() for each in repositories] == [{}, {}]
-    for process in map(int, started.read_text().split()):
+    for process in map(int, started.read_text().split() if started.exists() else ()):
         while Path(f"/proc/{process}").exists():
             time.sleep(0.01)
 

@@ -1,5 +1,6 @@
 """Locks between real processes."""
 
+import logging
 import os
 import platform
 import subprocess
@@ -58,18 +59,32 @@ def test_waiting_process_gets_the_lock_file_when_the_holder_ends(tmp_path: Path)
     assert second.wait(20) == 0
 
 
+class KillWhenLogged(logging.Handler):
+    """Handler that kills a process when something is logged."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        super().__init__()
+        self._process = process
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._process.kill()
+
+
 @pytest.mark.slow
 def test_long_wait_for_a_lock_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("byteloom.core.storage.locks.SILENT_WAIT_SECONDS", 0.0)
     caplog.set_level("INFO")
+    logger = logging.getLogger("byteloom.core.storage.locks")
     for kind, lock in (("lock_file", lock_file), ("lock_folder", lambda path: lock_folder(path, wait=True))):
         path = tmp_path if kind == "lock_folder" else tmp_path / "lock"
         with lock_in_process(kind, path) as process:
-            subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {process.pid}"])
+            killer = KillWhenLogged(process)
+            logger.addHandler(killer)
             with lock(path):
                 pass
+            logger.removeHandler(killer)
         holder = f"process {process.pid} on {platform.node()}" if kind == "lock_file" else "another process"
         assert caplog.messages.pop() == f"waiting for {path}, which {holder} holds"
 

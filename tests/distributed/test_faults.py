@@ -1,6 +1,5 @@
 """Runs whose ranks are killed or whose disk is full resume; `python -m tests.faults` tests many more."""
 
-import random
 import re
 import resource
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from tests.faults import EVERY, KINDS, FaultHarness, Setup, Trap
 SETUPS = (Setup("zero2", 2), Setup("fsdp", 3))
 SHORT = ("mid-file", "during deletion", "during load", "infinite moment")
 """Kinds of `make test`. The others kill at a neighboring moment, or are checked by tests/pretrain/checkpoint too."""
-SEED = random.randrange(1_000_000)
+SEED = 0
+"""Seed of the rounds. `make faults` draws another one each time."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,6 @@ def harness(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fa
     ],
 )
 def test_disturbed_run_resumes_from_its_last_checkpoint(harness: FaultHarness, number: int):
-    print(f"seed {SEED}")
     harness.run_round(SEED, number, SETUPS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from byteloom.core.faults import exit_code_of
-from launchers.supervision.heartbeat import FOLDER, Heartbeat
+from launchers.supervision.heartbeat import FOLDER, Heartbeat, folder_of
 from launchers.supervision.slow_ranks import SlowRank, write_slow_ranks
 from pretrain.terminal import console
 from pretrain.terminal.console import say
@@ -20,9 +20,9 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 def start(recipe: Path) -> int:
     """Behave as the recipe says, which lists {rank: …, does: …, checkpoint: step} for each start.
 
-    The last entry of the list also applies to all further starts. The other ranks wait for a signal. Ranks that work
-    have a heartbeat each second, until the run folder has a file "done". A rank in `slow` reports that it is slow. With
-    `deaf`, the other ranks do not hear signals, as in a collective.
+    The last entry of the list also applies to all further starts. The rank acts once all ranks have arrived, and the
+    other ranks wait for a signal. Ranks that work have a heartbeat each second, until the run folder has a file "done".
+    A rank in `slow` reports that it is slow. With `deaf`, the other ranks do not hear signals, as in a collective.
     """
     tree = yaml.safe_load(recipe.read_text())
     requests: list[int] = []
@@ -37,9 +37,10 @@ def start(recipe: Path) -> int:
     if "checkpoint" in behavior and rank == 0:
         (Path(tree["run"]) / "checkpoints" / f"step-{behavior['checkpoint']:08d}").mkdir(parents=True, exist_ok=True)
     heartbeat = Heartbeat.of(os.environ, rank)
-    heartbeat.beat("step", behavior.get("checkpoint", 0))
     if "slow" in behavior and rank == behavior["slow"]:
         write_slow_ranks(Path(tree["run"]), 100, [SlowRank(rank, heartbeat.node, 1.3)])
+    wait_for_all_ranks(rank, requests)
+    heartbeat.beat("step", behavior.get("checkpoint", 0))
     if behavior["does"] == "finish":
         return 0
     while behavior["does"] == "work" and not requests:
@@ -48,7 +49,6 @@ def start(recipe: Path) -> int:
         if (Path(tree["run"]) / "done").exists():
             return 0
     if behavior.get("rank") == rank:
-        time.sleep(0.5)  # until the other ranks have started
         does = {"die": die, "fail": fail, "freeze": freeze, "loop": loop_for_ever}
         if behavior["does"] == "fill":
             return console.run(lambda: fill_disk(Path(tree["run"]), heartbeat), exit_code_of)
@@ -59,6 +59,19 @@ def start(recipe: Path) -> int:
     while not requests or behavior.get("deaf"):
         time.sleep(0.05)
     return 128 + requests[0]
+
+
+def wait_for_all_ranks(rank: int, requests: list[int]) -> None:
+    """Wait until all ranks of this start have arrived, or a signal has come.
+
+    Ranks that start late on a busy machine would otherwise look like ranks that hang.
+    """
+    folder = folder_of(os.environ)
+    assert folder is not None
+    (folder / f"arrived-{rank}").touch()
+    size = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"])
+    while not requests and len(list(folder.glob("arrived-*"))) < size:
+        time.sleep(0.02)
 
 
 def die() -> int:

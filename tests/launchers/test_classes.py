@@ -222,7 +222,7 @@ def test_clocks_start_again_when_the_watcher_was_stopped_too(tmp_path: Path):
 @pytest.mark.long
 def test_suspended_run_has_not_hung(tmp_path: Path):
     run = tmp_path / "run"
-    job = int(submission(run, [{"does": "work"}]).submit())
+    job = int(submission(run, [{"does": "work"}], SuperviseConfig(step_seconds=3.0)).submit())
     beats = run / "jobs/001/heartbeats/start-0"
     wait_until(lambda: len(list(beats.glob("rank-*.json"))) == 2, "both ranks", 60)
     processes = [job, *children_of(job)]

@@ -97,7 +97,7 @@ def test_command_and_address_get_the_facts_as_json(tmp_path: Path, webhooks: lis
 
 def test_server_that_is_busy_or_stalls_gets_the_notice_again(webhooks: list[Webhook], caplog: pytest.LogCaptureFixture):
     webhooks.append(webhook := Webhook([503, "stall", 429]))
-    send(NotifyConfig(url=webhook.url, seconds=0.3), LAUNCH)
+    send(NotifyConfig(url=webhook.url, seconds=2), LAUNCH)
     assert (webhook.requests, len(webhook.got)) == (4, 1)
     assert caplog.text == ""
 
@@ -161,11 +161,11 @@ def test_command_that_fails_is_repeated_and_one_that_hangs_is_killed_with_its_ch
     assert [record.message.partition("works: ")[2] for record in caplog.records] == [
         "the command ended with exit code 127"
     ]
-    hanging = NotifyConfig(command=f"sleep 600 & echo $! >> '{tmp_path}/children'; wait", seconds=0.2)
+    hanging = NotifyConfig(command=f"sleep 600 & echo $! >> '{tmp_path}/children'; wait", seconds=0.4)
     send(hanging, LAUNCH)
     assert "the command took more than 0 s (attempt 4 of 4)" in caplog.text
     children = (tmp_path / "children").read_text().split()
-    assert len(children) == 4
+    assert 1 <= len(children) <= 4  # an attempt may end before its shell has started
     wait_until(lambda: not any(_lives(int(child)) for child in children), "all are killed", 10)
 
 

@@ -1,5 +1,6 @@
 """Preparation that is killed, restarted and shared gives the same corpus and repeats no work."""
 
+import contextlib
 import json
 import os
 import random
@@ -145,8 +146,9 @@ def test_workers_that_are_killed_are_replaced(sources, undisturbed: Path, out: P
     while process.poll() is None and kills < 3:
         time.sleep(random_.uniform(0.4, 0.7))
         if children := workers_of(process):
-            os.kill(random_.choice(children), signal.SIGKILL)
-            kills += 1
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(random_.choice(children), signal.SIGKILL)
+                kills += 1
     assert process.wait() == 0
     assert kills
     assert_same(out, undisturbed)
@@ -159,7 +161,7 @@ def test_workers_end_when_the_process_that_started_them_is_killed(sources, out: 
         time.sleep(0.01)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_alive(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -20,6 +20,8 @@ from data_pipeline.readers import ReadOptions, document_of
 from data_pipeline.sources import opening
 from data_pipeline.sources.listing import Selection, list_files
 
+PATIENT = RetryPolicy(30, 0.0, 60.0)
+
 
 class StuckFile(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
@@ -80,12 +82,13 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_source_is_read_over_a_new_connection(text: Path, stuck: type[StuckFiles]):
+def test_a_source_is_read_over_a_new_connection(text: Path, stuck: type[StuckFiles], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(opening, "SOURCE_POLICY", PATIENT)
     [file] = list_files([f"stuck://{text}"], Selection())
     before = len(stuck.connections)
     stuck.unanswered = 2
     assert b"".join(document_of(file, ReadOptions()).read()) == b"0123456789" * 20_000
-    assert len(stuck.connections) == before + 2
+    assert len(stuck.connections) >= before + 2  # on a busy machine, good answers may come too late
 
 
 @pytest.mark.slow
@@ -97,7 +100,10 @@ def test_source_that_never_answers_is_unreachable_and_not_a_bad_document(text: P
 
 
 @pytest.mark.slow
-def test_a_folder_that_does_not_answer_is_listed_again(text: Path, stuck: type[StuckFiles]):
+def test_a_folder_that_does_not_answer_is_listed_again(
+    text: Path, stuck: type[StuckFiles], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(opening, "SOURCE_POLICY", PATIENT)
     stuck.unanswered = 1
     assert [file.key for file in list_files([f"stuck://{text}"], Selection())] == ["source/a.txt"]
 
@@ -107,12 +113,12 @@ def test_a_corpus_is_read_over_a_new_connection(text: Path, stuck: type[StuckFil
     prepare([text], out, PrepareOptions())
     with Corpus(out) as corpus:
         expected, _ = corpus.read_content(0)
-    remote = RemoteConfig(timeout_seconds=0.2, backoff_seconds=0.0, attempts=3)
+    remote = RemoteConfig(timeout_seconds=0.2, backoff_seconds=0.0, attempts=30)
     with Corpus(f"stuck://{out}", remote=remote) as corpus:
         before = len(stuck.connections)
         stuck.unanswered = 1
         assert corpus.read_content(0)[0] == expected
-        assert len(stuck.connections) == before + 1
+        assert len(stuck.connections) > before
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Progress display of long work at each width, with and without a terminal."""
 
 import io
+import re
 import time
 from collections.abc import Callable
 
@@ -95,10 +96,9 @@ def test_phase_is_shown_below_its_run(monkeypatch: pytest.MonkeyPatch):
     display = Display(console)
     with TrainingProgress(display, 10, 3), display.phase("validating", 100.0) as phase:
         phase.advance(50.0)
-        wait_until(lambda: "validating ━" in text_of(console))
-        frame = text_of(console)[text_of(console).rindex("3/10") :]
-        assert frame.splitlines()[1].startswith("validating ━")
-    after = text_of(console)[text_of(console).rindex("3/10") :]
+        wait_until(lambda: re.search("3/10[^\n]*\nvalidating ━", text_of(console)) is not None)
+    shown = text_of(console)
+    after = shown[shown.rindex("3/10") :]
     assert "validating" not in after
     assert after.endswith("\x1b[?25h"), "the cursor is shown again"
 
@@ -110,7 +110,7 @@ def test_phase_without_a_terminal_is_a_plain_line(monkeypatch: pytest.MonkeyPatc
         wait_until(lambda: text_of(console).endswith("\n"))
         phase.update(50, 100)
         assert phase.plain_line().startswith("loading the checkpoint: 50% of 100 B")
-    assert text_of(console) == "loading the checkpoint: 0s so far\n"
+    assert re.fullmatch(r"loading the checkpoint: \d+s so far\n", text_of(console))
 
 
 def test_closed_display_restores_the_terminal(monkeypatch: pytest.MonkeyPatch):

@@ -132,7 +132,7 @@ class Drag(Callback):
 
     def on_start(self, run: TrainingRun) -> None:
         if run.world.rank == 1:
-            run.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+            run.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
 
     def on_numbers(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
         if run.world.is_first and run.is_done:
