@@ -46,7 +46,6 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from common.report import Metric, options, report
 from pretrain.checkpoint import CheckpointStore, Metadata
 from pretrain.checkpoint.data import digests_of, share_of, windows_of
-from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
     StoredFile,
@@ -56,6 +55,7 @@ from pretrain.checkpoint.format import (
     owned_ranges,
     plan_reads,
 )
+from pretrain.checkpoint.homes.folder import FolderHome
 from pretrain.checkpoint.staging import host_buffer
 from pretrain.checkpoint.values import copy, copy_and_look
 from pretrain.distributed.fragments import Fragment, whole

@@ -32,7 +32,7 @@ import yaml
 from byteloom.core.storage.step_folders import is_step_name
 from data_pipeline.stream.loader import MicroBatch
 from pretrain.checkpoint import CheckpointStore, store, verify
-from pretrain.checkpoint.folder import PAGE_BYTES
+from pretrain.checkpoint.homes.folder import PAGE_BYTES
 from pretrain.checkpoint.loading import Share
 from pretrain.distributed.fragments import Fragment
 from pretrain.engines.base import BaseEngine

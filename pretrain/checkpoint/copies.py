@@ -25,7 +25,7 @@ from pretrain.checkpoint.format import (
     encode_metadata,
     file_from,
 )
-from pretrain.checkpoint.home import Home, open_home
+from pretrain.checkpoint.homes.home import Home, open_home
 from pretrain.checkpoint.identity import fault_in_course
 from pretrain.checkpoint.staging import host_buffer
 from pretrain.checkpoint.values import StoredValues, refuse_not_finite

@@ -23,7 +23,6 @@ from byteloom.core.progress import Progress, Tally, ignore
 from byteloom.core.storage.locations import Location, locate
 from byteloom.core.storage.step_folders import MARKER, is_checkpoint_name
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
-from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import (
     BLOCK_BYTES,
     ELEMENT,
@@ -36,7 +35,8 @@ from pretrain.checkpoint.format import (
     digest_of,
     file_from,
 )
-from pretrain.checkpoint.home import Home, open_home
+from pretrain.checkpoint.homes.folder import FolderHome
+from pretrain.checkpoint.homes.home import Home, open_home
 from pretrain.checkpoint.identity import fault_of_place
 from pretrain.checkpoint.staging import CHUNK_BYTES, bytes_in
 from pretrain.checkpoint.values import StoredValues

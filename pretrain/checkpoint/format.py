@@ -5,7 +5,7 @@
     metadata.json      the files and the digests of their blocks; the run's state; the count of values that are not
                        finite; a digest of itself
 
-This module encodes and decodes; data.py reads and writes the files, in a home that home.py describes.
+This module encodes and decodes; data.py reads and writes the files, in a home that homes/home.py describes.
 
 Why not torch.distributed.checkpoint (DCP) or safetensors:
 - ZeRO owns flat ranges of tensors. A safetensors file holds whole tensors. DCP plans N-dimensional boxes, of which a
@@ -31,7 +31,7 @@ import numpy as np
 
 from byteloom.core.storage.locations import Location
 from pretrain.checkpoint.errors import CheckpointError, InvalidCheckpointError
-from pretrain.checkpoint.home import Home
+from pretrain.checkpoint.homes.home import Home
 from pretrain.distributed.fragments import MODEL, Fragment, fragment_name, split_name
 
 FORMAT = "byteloom-checkpoint/4"

@@ -43,7 +43,7 @@ from pretrain.checkpoint.format import (
     encode_metadata,
     owned_ranges,
 )
-from pretrain.checkpoint.home import committed, open_home
+from pretrain.checkpoint.homes.home import committed, open_home
 from pretrain.checkpoint.identity import fault_in_course
 from pretrain.checkpoint.loading import Share
 from pretrain.checkpoint.staging import Staging, is_on_gpu, pieces_of, places_of

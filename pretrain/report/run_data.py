@@ -14,7 +14,7 @@ from byteloom.core.errors import CorrectableError
 from byteloom.core.provenance import flatten
 from byteloom.core.storage.locations import locate
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.stream.coverage import Coverage
+from data_pipeline.stream.inspection.coverage import Coverage
 from pretrain.report.events import Event, events_of, parameters_of
 from pretrain.report.numbers import NumberTable, tables_of
 from pretrain.tracking.journal import read_journal

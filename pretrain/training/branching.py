@@ -20,7 +20,7 @@ from data_pipeline.stream.reading import Reading, open_streams
 from data_pipeline.stream.record import Record
 from pretrain.checkpoint import CheckpointError, Metadata
 from pretrain.checkpoint.copies import checkpoint_of_step, copy_checkpoint
-from pretrain.checkpoint.home import committed, open_home
+from pretrain.checkpoint.homes.home import committed, open_home
 from pretrain.training.ancestry import ANCESTRY, Ancestor, ancestors_in
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.home_owner import owner_of, take_home

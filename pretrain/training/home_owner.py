@@ -19,7 +19,7 @@ from byteloom.core.storage.locations import Location, locate
 from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.mixture import fingerprint_of
 from pretrain.checkpoint import CheckpointError, CheckpointStore
-from pretrain.checkpoint.fence import Fence, Note
+from pretrain.checkpoint.homes.fence import Fence, Note
 from pretrain.checkpoint.identity import KNOWN_RUN, fault_of_run
 from pretrain.models import FamilyError, model_config
 from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING

@@ -12,8 +12,8 @@ from launchers.slurm.scheduler import JobPhase
 from pretrain.checkpoint import CheckpointError, Metadata
 from pretrain.checkpoint.copies import checkpoint_of_step
 from pretrain.checkpoint.data import state_in, verify_data
-from pretrain.checkpoint.fence import starts_noted_at
-from pretrain.checkpoint.home import Home
+from pretrain.checkpoint.homes.fence import starts_noted_at
+from pretrain.checkpoint.homes.home import Home
 from pretrain.checkpoint.values import refuse_not_finite
 from pretrain.tracking import Journal
 from pretrain.tracking.journal import lines

@@ -9,7 +9,7 @@ from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.reading import Reading
 from launchers.supervision.heartbeat import Heartbeat
 from pretrain.checkpoint import CheckpointStore, Metadata
-from pretrain.checkpoint.fence import Fence
+from pretrain.checkpoint.homes.fence import Fence
 from pretrain.distributed.world import World
 from pretrain.engines import Engine
 from pretrain.models import ByteModel

@@ -7,7 +7,7 @@ ROOT/NAME/
     metrics.jsonl      one line a step
     run.json           the run's identity
     health.jsonl       bad batches and what was done about them; see health/events.py
-    generation         number of starts of the run; see fence.py
+    generation         number of starts of the run; see checkpoint/homes/fence.py
     mlflow.json        what MLflow has received
     coverage.json      what an epoch reads of each source
     checkpoints/       step-00001200/, …, unless the recipe has another home for them
@@ -34,7 +34,7 @@ from byteloom.core.storage.files import replace_file
 from byteloom.core.storage.locations import LocationText
 from byteloom.core.storage.locks import LockHeldError, LockHolder, holder_of, lock_file
 from byteloom.core.storage.state_files import StateFileError, read_json, read_yaml
-from data_pipeline.stream.coverage import Coverage
+from data_pipeline.stream.inspection.coverage import Coverage
 from pretrain.training.ancestry import ANCESTRY, Ancestor
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from launchers.supervision.machine import is_elsewhere, is_running
 from launchers.supervision.record import Launch, LaunchRecord, last_submission
 from launchers.supervision.slow_ranks import read_slow_ranks
 from pretrain.checkpoint import CheckpointError, Location, locate
-from pretrain.checkpoint.fence import starts_noted_at
-from pretrain.checkpoint.home import committed, open_home
+from pretrain.checkpoint.homes.fence import starts_noted_at
+from pretrain.checkpoint.homes.home import committed, open_home
 from pretrain.terminal.losses import BITS_PER_BYTE, loss_at
 from pretrain.tracking.journal import lines, read_journal
 from pretrain.training.ancestry import ANCESTRY

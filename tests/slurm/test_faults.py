@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.fence import starts_noted_at
+from pretrain.checkpoint.homes.fence import starts_noted_at
 from tests.end_to_end.runs.test_tracking import delivered, journal
 from tests.slurm.cluster import Cluster, running_cluster, wait_until
 from tests.slurm.submitted import (

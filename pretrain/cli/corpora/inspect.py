@@ -14,7 +14,7 @@ from byteloom.stream import PastReading, past_reading
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.media import CARD_FIELD, MediaCard
-from data_pipeline.stream.explain import explain
+from data_pipeline.stream.inspection.explain import explain
 from data_pipeline.stream.reading import Reading, replay
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream
-from data_pipeline.stream.coverage import coverage_of
+from data_pipeline.stream.inspection.coverage import coverage_of
 from data_pipeline.stream.reading import Reading, Record, open_stream
 from pretrain.checkpoint import Metadata
 from pretrain.config.checks.findings import Check

@@ -16,7 +16,7 @@ import numpy as np
 from byteloom.core.storage.step_folders import step_in
 from byteloom.core.text import count
 from data_pipeline.errors import CorpusError
-from data_pipeline.stream.explain import explain
+from data_pipeline.stream.inspection.explain import explain
 from data_pipeline.stream.loader import Batch
 from data_pipeline.stream.reading import Reading
 from data_pipeline.stream.skips import Skips

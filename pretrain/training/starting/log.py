@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from byteloom.core.provenance import changes, environment
-from data_pipeline.stream.coverage import Coverage
+from data_pipeline.stream.inspection.coverage import Coverage
 from data_pipeline.stream.reading import Reading
 from pretrain.checkpoint import Metadata
-from pretrain.checkpoint.fence import Fence, starts_noted_at
+from pretrain.checkpoint.homes.fence import Fence, starts_noted_at
 from pretrain.distributed.world import World
 from pretrain.engines import Engine, choose_device
 from pretrain.models import describe_attention

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from byteloom.core.storage.step_folders import step_of
 from pretrain.checkpoint import Metadata
-from pretrain.checkpoint.home import committed
+from pretrain.checkpoint.homes.home import committed
 from pretrain.optim import OptimizerConfig, ScheduleConfig, learning_rate_at
 from pretrain.training.config import TrainingRecipe
 

@@ -20,14 +20,14 @@ from byteloom.core.storage.files import replace_file
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.byte_stream import ByteStream
-from data_pipeline.stream.coverage import Coverage, coverage_of
+from data_pipeline.stream.inspection.coverage import Coverage, coverage_of
 from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.mixture import as_begun, fingerprint_of
 from data_pipeline.stream.reading import Reading, open_streams
 from launchers.supervision.heartbeat import Heartbeat
 from launchers.supervision.record import reason_of_start
 from pretrain.checkpoint import CheckpointError, CheckpointStore, Metadata
-from pretrain.checkpoint.fence import Fence, starts_noted_at
+from pretrain.checkpoint.homes.fence import Fence, starts_noted_at
 from pretrain.distributed.context import group_of
 from pretrain.distributed.fragments import Fragment
 from pretrain.distributed.world import World

@@ -67,6 +67,7 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StuckFiles]]:
     fsspec.register_implementation("stuck", StuckFiles, clobber=True)
     monkeypatch.setattr(opening, "READ_SECONDS", 0.2)
     monkeypatch.setattr(opening, "SOURCE_POLICY", RetryPolicy(3, 0.0, 60.0))
+    monkeypatch.setattr(opening, "QUESTION_POLICY", PATIENT)
     StuckFiles.clear_instance_cache()
     StuckFiles.unanswered, StuckFiles.ended = 0, threading.Event()
     StuckFiles.connections.clear()
@@ -100,10 +101,7 @@ def test_source_that_never_answers_is_unreachable_and_not_a_bad_document(text: P
 
 
 @pytest.mark.slow
-def test_a_folder_that_does_not_answer_is_listed_again(
-    text: Path, stuck: type[StuckFiles], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(opening, "SOURCE_POLICY", PATIENT)
+def test_a_folder_that_does_not_answer_is_listed_again(text: Path, stuck: type[StuckFiles]):
     stuck.unanswered = 1
     assert [file.key for file in list_files([f"stuck://{text}"], Selection())] == ["source/a.txt"]
 

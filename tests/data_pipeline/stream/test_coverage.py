@@ -9,7 +9,7 @@ import yaml
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
-from data_pipeline.stream.coverage import coverage_of
+from data_pipeline.stream.inspection.coverage import coverage_of
 from data_pipeline.vocabulary import SEPARATOR
 from tests.conftest import Run, prepare_corpus, recipe_tree
 

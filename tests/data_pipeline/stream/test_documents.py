@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
-from data_pipeline.stream.explain import explain
+from data_pipeline.stream.inspection.explain import explain
 from data_pipeline.stream.mixture import Mixture, Stage
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from tests.conftest import prepare_corpus

@@ -15,7 +15,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdraw import withdraw
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.config import DataConfig
-from data_pipeline.stream.explain import explain
+from data_pipeline.stream.inspection.explain import explain
 from data_pipeline.stream.loader import Loader, LoaderConfig
 from data_pipeline.stream.reading import Reading, open_streams, replay
 from data_pipeline.stream.record import Record

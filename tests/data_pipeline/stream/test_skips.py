@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.stream.explain import explain
+from data_pipeline.stream.inspection.explain import explain
 from data_pipeline.stream.loader import Loader, LoaderConfig
 from data_pipeline.stream.reading import Reading, replay
 from data_pipeline.stream.skips import Skips

@@ -21,9 +21,9 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint import data as checkpoint_data
 from pretrain.checkpoint import format as checkpoint_format
 from pretrain.checkpoint.data import bytes_of, write_file
-from pretrain.checkpoint.fence import Fence, FencedError
-from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import LAYOUT, StoredFile, encode_layout, encode_metadata, owned_ranges
+from pretrain.checkpoint.homes.fence import Fence, FencedError
+from pretrain.checkpoint.homes.folder import FolderHome
 from pretrain.distributed.fragments import Fragment, whole
 
 

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from byteloom.core.faults import is_of_storage
 from byteloom.core.retries import RetryPolicy
-from pretrain.checkpoint import CheckpointError, CheckpointStore, Url, bucket, read, read_metadata, verify
-from pretrain.checkpoint.bucket import BucketHome
-from pretrain.checkpoint.fence import Fence, FencedError, Note
+from pretrain.checkpoint import CheckpointError, CheckpointStore, Url, read, read_metadata, verify
+from pretrain.checkpoint.homes import bucket
+from pretrain.checkpoint.homes.bucket import BucketHome
+from pretrain.checkpoint.homes.fence import Fence, FencedError, Note
 from pretrain.cli.app import app
 from pretrain.distributed.fragments import Fragment, whole
 from tests.s3 import faulty_proxy, s3_client, s3_server

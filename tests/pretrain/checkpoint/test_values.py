@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from pretrain.checkpoint import CheckpointError, CheckpointStore, NotFiniteError, read_metadata, verify
 from pretrain.checkpoint.data import bytes_of, write_file
-from pretrain.checkpoint.folder import FolderHome
 from pretrain.checkpoint.format import LAYOUT, StoredFile, encode_layout, encode_metadata, owned_ranges
+from pretrain.checkpoint.homes.folder import FolderHome
 from pretrain.checkpoint.values import CACHED_ELEMENTS, copy_and_look, is_finite
 from pretrain.distributed.fragments import Fragment, whole
 from pretrain.training.callbacks.base import CALLBACKS, Callback, register_callback

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from byteloom.core.storage.step_folders import step_in
 from data_pipeline.stream.skips import Skips
 from pretrain.checkpoint import CheckpointStore
-from pretrain.checkpoint.folder import REASON
+from pretrain.checkpoint.homes.folder import REASON
 from pretrain.cli.corpora.inspect import past_reading, replay
 from pretrain.distributed.fragments import Fragment
 from pretrain.distributed.world import ALONE

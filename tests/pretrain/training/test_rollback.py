@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.checkpoint.fence import Fence, FencedError
+from pretrain.checkpoint.homes.fence import Fence, FencedError
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.run_status import status_of
 from tests.commands import run_here

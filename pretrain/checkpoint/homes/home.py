@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from byteloom.core.storage.locations import Location, Url, locate
-from pretrain.checkpoint.bucket import BucketHome
 from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.folder import FolderHome
+from pretrain.checkpoint.homes.bucket import BucketHome
+from pretrain.checkpoint.homes.folder import FolderHome
 
 
 class Writable(Protocol):

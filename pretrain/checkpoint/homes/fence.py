@@ -16,7 +16,7 @@ from byteloom.core.errors import CorrectableError
 from byteloom.core.storage.files import create_file, replace_file
 from byteloom.core.storage.locations import Location, Url
 from byteloom.core.storage.state_files import StateFileError
-from pretrain.checkpoint.bucket import BucketHome
+from pretrain.checkpoint.homes.bucket import BucketHome
 
 log = logging.getLogger(__name__)
 

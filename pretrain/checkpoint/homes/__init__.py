@@ -1,0 +1,1 @@
+"""Homes of checkpoints: a folder or a bucket, and the fence that lets only the newest start of a run write there."""
