@@ -20,7 +20,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from launchers.environment import clean_environment, replaced_environment
 from launchers.slurm import calls
-from launchers.slurm.allocation import ending_of_step
+from launchers.slurm.allocation import ending_of_step, has_killed_rank
 from launchers.slurm.calls import SchedulerError
 from launchers.supervision.causes import DEADLINES, fault_of_exit
 from launchers.supervision.hangs import HangDetector
@@ -62,6 +62,7 @@ def test_words_of_srun_have_a_class(said: str, kind: str, fault: str, node: str,
     ending = ending_of_step(f"srun: launching\n{said}\n", tmp_path)
     assert (ending.kind, ending.node) == (kind, node)
     assert kind == "stopped" or ending.fault == fault
+    assert has_killed_rank(said) == (kind == "failed" and ": task" in said and "Exited" not in said)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS])

@@ -30,18 +30,21 @@ def test_home_that_is_down_is_waited_for(corpus_folder: Path, tmp_path: Path, wh
     tree["checkpoint"] = {"every": 100}
     tree["supervise"] = {"attempts": 1, "pause_seconds": 1.0}
     recipe.write_text(yaml.safe_dump(tree))
-    is_down = threading.Event()
+    is_down, was_down = threading.Event(), threading.Event()
     run = RunUnderTest(recipe, tmp_path, "down")
-    with s3_server("home"), faulty_proxy(lambda path, credentials: "broken" if is_down.is_set() else None):
-        if when == "start":
+
+    def fault_of(path: str, credentials: str) -> str | None:
+        """Go down before the first request at the start, or before the first one about the last checkpoint."""
+        if not was_down.is_set() and (when == "start" or f"step-{STEPS:08d}" in path):
+            was_down.set()
             is_down.set()
+        return "broken" if is_down.is_set() else None
+
+    with s3_server("home"), faulty_proxy(fault_of):
         words = ["submit", recipe, "--cluster=local", "--processes-per-node=1", "run.name=down"]
         # A pipe would be the ranks' too.
         commands.run([*words, "checkpoint.home=s3://home/runs"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
         record = LaunchRecord(run.folder)
-        if when == "end":
-            wait_until(lambda: run.last_step() >= 8, "step 8", 200)
-            is_down.set()
         wait_until(lambda: "failed" in [launch.event for launch in record.read()], "the rank gives up", 400)
         is_down.clear()
         wait_until(lambda: record.read()[-1].event == "finished", "the end", 200)

@@ -189,6 +189,7 @@ def test_run_resumes_after_two_time_limits(cluster: Cluster, run_folder: Path, r
     """The run has no end until it was stopped twice, so that the machine's speed does not matter."""
     endless = ("optimizer.schedule.shape=constant", "train.steps=1000000")
     run = submit(cluster, run_folder, "limited", *endless, "--time=2", f"--cluster={quick_preset(run_folder)}")
+    run.wait_for("requeued")  # a wait for each, because a start may take all of its time
     run.wait_for("requeued", 2)
     run.wait_for("started", 3)
     stops = [launch for launch in run.launches() if launch.event == "stopped"]
