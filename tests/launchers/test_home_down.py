@@ -31,7 +31,7 @@ def test_home_that_is_down_is_waited_for(corpus_folder: Path, tmp_path: Path, wh
     tree["supervise"] = {"attempts": 1, "pause_seconds": 1.0}
     recipe.write_text(yaml.safe_dump(tree))
     is_down, was_down = threading.Event(), threading.Event()
-    run = RunUnderTest(recipe, tmp_path, "down")
+    run = RunUnderTest(recipe, tmp_path, f"down-at-{when}")  # servers of one process share their objects
 
     def fault_of(path: str, credentials: str) -> str | None:
         """Go down before the first request at the start, or before the first one about the last checkpoint."""
@@ -41,7 +41,7 @@ def test_home_that_is_down_is_waited_for(corpus_folder: Path, tmp_path: Path, wh
         return "broken" if is_down.is_set() else None
 
     with s3_server("home"), faulty_proxy(fault_of):
-        words = ["submit", recipe, "--cluster=local", "--processes-per-node=1", "run.name=down"]
+        words = ["submit", recipe, "--cluster=local", "--processes-per-node=1", f"run.name=down-at-{when}"]
         # A pipe would be the ranks' too.
         commands.run([*words, "checkpoint.home=s3://home/runs"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
         record = LaunchRecord(run.folder)
