@@ -17,13 +17,13 @@ from launchers.supervision.heartbeat import read_beat
 from launchers.supervision.plan import LaunchPlan
 from launchers.supervision.record import LaunchRecord, last_submission
 from pretrain.cli.app import app
-from pretrain.cli.runs.checkpoints import _bits_per_byte
 from pretrain.terminal.console import run as run_command
 from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_recorder
 from pretrain.tracking.journal import read_journal
 from pretrain.training import run_status
 from pretrain.training.run_status import find_runs, statuses_of
 from pretrain.training.weights import find_checkpoint
+from pretrain.training.weights.results import logged_losses
 from tests.conftest import recipe_tree
 from tests.distributed.starts import Start, start, train
 from tests.mlflow_server import client_of, make_store
@@ -124,10 +124,10 @@ def test_journal_after_a_checkpoint_is_the_same_byte_for_byte(run: Path):
 
 
 def test_export_reads_its_scores_from_a_damaged_journal(run: Path):
-    expected = _bits_per_byte(find_checkpoint(run))
+    expected = logged_losses(find_checkpoint(run))
     damaged_journal(run)
     assert expected.keys() == {"train", "validation"}
-    assert _bits_per_byte(find_checkpoint(run)) == expected
+    assert logged_losses(find_checkpoint(run)) == expected
 
 
 def test_damaged_mlflow_json_is_rewritten_and_nothing_is_sent_twice(
