@@ -1,6 +1,6 @@
 """Reader of Parquet: each row of a column of text or binary values is a document."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from byteloom.core.packages import needed_by
@@ -16,7 +16,6 @@ from data_pipeline.sources.source_file import Skipped, SourceFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 BATCH_ROWS = 64
 """Rows in memory at once, besides the page of the file that they are in."""
@@ -33,20 +32,35 @@ def documents_in_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Doc
         BadDocumentError: the file cannot be read, or not further, or has no such column of text or binary values.
     """
     with needed_by("a Parquet file", "pyarrow"):
-        import pyarrow as pa  # noqa: PLC0415 - Arrow takes long to import
+        import pyarrow  # noqa: F401, PLC0415 - Arrow takes long to import
 
     with open_file(file.url) as stream, seekable(stream) as source:
-        row = 0
-        for column in _columns(source, options.field, file.url):
-            modality = options.modality or ("binary" if _is_binary(column.type) else "text")
-            for content in column.cast(pa.large_binary()).to_pylist():
-                key = f"{file.key}#{row:09d}"
-                if content:
-                    yield document_in_memory(key, modality, content)
-                else:
-                    reason, what = ("no field", "null") if content is None else ("empty", "empty")
-                    yield Skipped(key, reason, f"row {row + 1:,} of {file.url}: its {options.field!r} is {what}")
-                row += 1
+        yield from documents_in_columns(_columns(source, options.field, file.url), file, options)
+
+
+def documents_in_columns(
+    columns: "Iterator[pa.Array]", file: SourceFile, options: ReadOptions
+) -> Iterator[Document | Skipped]:
+    """Yield a document, or the reason why there is none, for each value of a column.
+
+    Args:
+        columns: parts of the column, in order.
+        file: file that the column is in.
+        options: the column's name, and the modality of the documents.
+    """
+    import pyarrow as pa  # noqa: PLC0415 - Arrow takes long to import
+
+    row = 0
+    for column in columns:
+        modality = options.modality or ("binary" if _is_binary(column.type) else "text")
+        for content in column.cast(pa.large_binary()).to_pylist():
+            key = f"{file.key}#{row:09d}"
+            if content:
+                yield document_in_memory(key, modality, content)
+            else:
+                reason, what = ("no field", "null") if content is None else ("empty", "empty")
+                yield Skipped(key, reason, f"row {row + 1:,} of {file.url}: its {options.field!r} is {what}")
+            row += 1
 
 
 PARQUET_READER = register_reader(
@@ -63,45 +77,57 @@ PARQUET_READER = register_reader(
 
 def _columns(source: BinaryIO, field: str, name: str) -> "Iterator[pa.Array]":
     """Yield the column of a file, a few rows at a time."""
-    import pyarrow as pa  # noqa: PLC0415 - Arrow takes long to import
-    import pyarrow.compute as pc  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415 - Arrow takes long to import
 
     try:
         # With a buffer and without pre_buffer, Arrow does not hold row groups in memory.
         file = pq.ParquetFile(source, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True)
-        _check_column(file, field, name)
+        paths = [file.schema.column(number).path for number in range(len(file.schema))]
+        check_column(file.schema_arrow, paths, field, name)
         for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
             check_time()
-            column = batch.column(0)
-            if field not in batch.schema.names:
-                column = pc.struct_field(column, field.split(".")[1:])
-            if isinstance(column.type, pa.BaseExtensionType):  # JSON, UUID
-                column = column.storage
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            yield column
+            yield column_of(batch, field)
     except Exception as error:
         if is_passed(error):
             raise
         raise BadDocumentError(f"cannot read {name}: {described(error)}") from error
 
 
-def _check_column(file: "pq.ParquetFile", field: str, name: str) -> None:
-    """Raise a BadDocumentError if the file has no column of text or binary values at a path of names."""
+def column_of(batch: "pa.RecordBatch", field: str) -> "pa.Array":
+    """Return the column at a path of names, as stored and without a dictionary."""
+    import pyarrow as pa  # noqa: PLC0415 - Arrow takes long to import
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    first, *names = [field] if field in batch.schema.names else field.split(".")
+    column = batch.column(batch.schema.get_field_index(first))
+    if names:
+        column = pc.struct_field(column, names)
+    if isinstance(column.type, pa.BaseExtensionType):  # JSON, UUID
+        column = column.storage
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def check_column(schema: "pa.Schema", paths: Sequence[str], field: str, name: str) -> None:
+    """Raise a BadDocumentError if a schema has no column of text or binary values at a path of names.
+
+    Args:
+        schema: of the file.
+        paths: all columns of the file, for the message.
+        field: the path.
+        name: of the file.
+    """
     import pyarrow as pa  # noqa: PLC0415 - Arrow takes long to import
 
-    schema = file.schema_arrow
+    shown = ", ".join(paths)
     first, *names = [field] if field in schema.names else field.split(".")
-    paths = ", ".join(file.schema.column(i).path for i in range(len(file.schema)))
     if schema.get_field_index(first) < 0:
-        raise BadDocumentError(f"{name} has no column {field!r}; it has {paths}")
+        raise BadDocumentError(f"{name} has no column {field!r}; it has {shown}")
     kind = schema.field(first).type
     for each in names:
         if not pa.types.is_struct(kind) or kind.get_field_index(each) < 0:
             lists = f"; {first!r} has type {kind}, and lists and maps are not supported"
             raise BadDocumentError(
-                f"{name} has no column {field!r}{lists if pa.types.is_nested(kind) else ''}; it has {paths}"
+                f"{name} has no column {field!r}{lists if pa.types.is_nested(kind) else ''}; it has {shown}"
             )
         kind = kind.field(each).type
     stored = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
