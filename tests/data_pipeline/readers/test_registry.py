@@ -36,7 +36,17 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_module_of_the_folder_registers_a_reader():
-    assert sorted(own_readers()) == ["arrow", "audio", "files", "images", "jsonl", "lines", "parquet", "tar", "webdataset"]
+    assert sorted(own_readers()) == [
+        "arrow",
+        "audio",
+        "files",
+        "images",
+        "jsonl",
+        "lines",
+        "parquet",
+        "tar",
+        "webdataset",
+    ]
 
 
 def test_a_reader_of_another_package_is_chosen_by_name(tmp_path: Path, package: Path):
