@@ -111,6 +111,9 @@ def test_transformers_has_the_numbers_of_byteloom(
     for prompt, row in zip(prompts, drawn.tolist(), strict=True):
         continued = bytes(row[: row.index(SEPARATOR)] if SEPARATOR in row else row)
         assert continued == b"".join(own.generate(prompt.encode(), bytes=30, temperature=0))
+    alone = theirs.generate(**tokenizer(prompts[:1], return_tensors="pt"), max_new_tokens=30, do_sample=False)
+    assert alone[0, 3:].tolist() == drawn[0, : alone.shape[1] - 3].tolist()
+    assert theirs.generate(**batch, max_new_tokens=3, num_beams=2, do_sample=False).shape[0] == 3
 
 
 def test_folder_loads_offline_without_byteloom_and_comes_back(tmp_path: Path):

@@ -5,6 +5,7 @@
 The forward pass has no cache: `generate` reads the whole context for each byte.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from .configuration_byteloom import ByteloomConfig
 PADDING = 257
 IGNORED = -100
 """Label of a position that does not count in the loss."""
+
+
+@dataclass
+class ByteloomOutput(CausalLMOutput):
+    """Output of the model."""
+
+    prompt_length: int | None = None
+    """Argument of the same name, which `generate` passes to the next step."""
 
 
 class ByteloomForCausalLM(PreTrainedModel, GenerationMixin):
@@ -66,7 +75,7 @@ class ByteloomForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> CausalLMOutput | tuple[Tensor, ...]:
+    ) -> ByteloomOutput | tuple[Tensor, ...]:
         """Return the logits of the next id at each position, and the loss.
 
         Args:
@@ -98,7 +107,7 @@ class ByteloomForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self._all_logits(input_ids, attention_mask)[:, -logits_to_keep:]
         if return_dict is False:
             return tuple(value for value in (loss, logits) if value is not None)
-        return CausalLMOutput(loss=loss, logits=logits)
+        return ByteloomOutput(loss=loss, logits=logits, prompt_length=prompt_length)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_length: int | None = None, **kwargs: Any
@@ -111,7 +120,7 @@ class ByteloomForCausalLM(PreTrainedModel, GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
     ) -> dict[str, Any]:
         """Keep the length of the prompt, besides what transformers keeps."""
-        model_kwargs.setdefault("prompt_length", model_kwargs["attention_mask"].shape[1])
+        model_kwargs["prompt_length"] = outputs.prompt_length
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *arguments, **options)
 
     def _by_mask(self, ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
