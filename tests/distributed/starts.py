@@ -53,7 +53,7 @@ class Start:
         for _ in range(PATIENCE):
             self.wait(1.0)
             if any(process.exitcode for process in self.processes):
-                time.sleep(grace)
+                self._wait_for_all(grace)
                 break
             if all(process.exitcode is not None for process in self.processes):
                 break
@@ -63,6 +63,12 @@ class Start:
             process.kill()
             process.join()
         return [process.exitcode for process in self.processes]
+
+    def _wait_for_all(self, seconds: float) -> None:
+        """Wait until all ranks have ended, but no longer than some seconds."""
+        deadline = time.monotonic() + seconds
+        while any(process.exitcode is None for process in self.processes) and time.monotonic() < deadline:
+            self.wait(deadline - time.monotonic())
 
     def _print_stacks(self) -> str:
         """Return the ranks that have not ended, after each has printed the stacks of its threads."""
