@@ -13,7 +13,6 @@ import typer
 from byteloom.model import Model
 from pretrain.cli.models.shades import print_legend, print_shaded
 from pretrain.cli.models.weights import (
-    Device,
     DeviceOption,
     ModelPath,
     PrecisionOption,
@@ -38,7 +37,7 @@ def chat_command(
     top_k: TopKOption = None,
     top_p: TopPOption = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the draws.")] = 0,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     *,
     usage: Mapping[str, Any],

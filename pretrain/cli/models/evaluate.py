@@ -16,7 +16,6 @@ from pretrain.checkpoint import Metadata
 from pretrain.cli.arguments import parse_location, parse_path
 from pretrain.cli.models.weights import (
     BeginOption,
-    Device,
     DeviceOption,
     ModelPath,
     PrecisionOption,
@@ -90,7 +89,7 @@ def eval_command(
         ),
     ] = None,
     begin: BeginOption = Beginning.auto,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     words: Annotated[
         str | None,

@@ -14,7 +14,6 @@ from data_pipeline.errors import CorpusError
 from pretrain.cli.arguments import parse_path
 from pretrain.cli.models.weights import (
     BeginOption,
-    Device,
     DeviceOption,
     ModelPath,
     PrecisionOption,
@@ -64,7 +63,7 @@ def generate_command(
     top_p: TopPOption = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
     begin: BeginOption = Beginning.auto,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     *,
     usage: Mapping[str, Any],

@@ -11,7 +11,6 @@ from byteloom.core.text import count, printable
 from pretrain.cli.arguments import parse_path
 from pretrain.cli.models.shades import print_legend, print_shaded
 from pretrain.cli.models.weights import (
-    Device,
     DeviceOption,
     ModelPath,
     PrecisionOption,
@@ -38,7 +37,7 @@ def surprise_command(
         Path | None, typer.Option(help="Write an HTML page, instead of colors in the terminal.", parser=parse_path)
     ] = None,
     mode: Annotated[Mode, typer.Option(help="Context of each byte; windows is its own window only.")] = Mode.sliding,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     *,
     usage: Mapping[str, Any],

@@ -4,12 +4,11 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from typing import Annotated, Any, Optional
 
 import typer
 
-from byteloom.model import Model
+from byteloom.model import Device, Model, Precision
 from pretrain.cli.arguments import parse_location
 from pretrain.evaluation.beginning import Beginning
 from pretrain.models.registry import options_by_name
@@ -25,21 +24,6 @@ ModelPath = Annotated[
         parser=parse_location,
     ),
 ]
-
-
-class Device(StrEnum):
-    """Devices that a model is loaded on."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(StrEnum):
-    """Precisions that a model computes in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 DeviceOption = Annotated[Device, typer.Option(help="Device. auto is cuda if there is a GPU.")]
@@ -112,8 +96,8 @@ def load_model(
     with display.phase("loading the weights") as phase:
         return Model(
             checkpoint,
-            device.value,
-            precision.value if precision else None,
+            device,
+            precision,
             usage,
             phase.update,
             begin=begin,

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.checkpoint import CheckpointStore
-from pretrain.cli.models.weights import Device, load_model
+from pretrain.cli.models.weights import load_model
 from pretrain.conformance import Subject
 from pretrain.conformance.engines import build, check_activation_checkpointing, train
 from pretrain.estimate.activations import measure_activations
@@ -212,7 +212,7 @@ def test_evaluation_and_generation_use_the_option_of_the_training(across: bool, 
     }
     store = CheckpointStore(tmp_path, keep=1)
     store.save(1, engine.owned_fragments(), state)
-    model = load_model(str(store.committed()[-1]), Device.cpu, None, {}).module
+    model = load_model(str(store.committed()[-1]), "cpu", None, {}).module
     assert model.attends_across_documents == across
     ids = subject.short_documents(2)
     with torch.no_grad():
