@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launchers.supervision.causes import Fault
-from launchers.supervision.heartbeat import Beat, Phase, probe, read_beat, stack_of
+from launchers.supervision.heartbeat import BEATS_A_SECOND, Beat, Phase, probe, read_beat, stack_of
 from launchers.supervision.plan import SuperviseConfig
 from launchers.supervision.site import Ending
 
@@ -52,6 +52,10 @@ class HangDetector:
         self._folder, self._config, self._ask = folder, config, ask
         self._seen: list[tuple[Beat | None, float]] = [(None, time.monotonic())] * size
         """Last heartbeat of each rank, and the time at which it was first seen."""
+        self._read = float("-inf")
+        """Time at which the heartbeats were read."""
+        self._seconds = size / BEATS_A_SECOND if size > BEATS_A_SECOND else 0.0
+        """Least seconds between two readings: ranks of a large run do not write more often."""
         self._looked = time.monotonic()
         """Time of the last look."""
         self._stack_sizes = [0] * size
@@ -120,10 +124,12 @@ class HangDetector:
     def _silences(self) -> list[_Silence]:
         """Return each rank with the phase of its last heartbeat and the seconds since then."""
         now = time.monotonic()
-        for rank, (earlier, _) in enumerate(self._seen):
-            beat = read_beat(self._folder, rank)
-            if beat != earlier:
-                self._seen[rank] = (beat, now)
+        if now - self._read >= self._seconds:
+            self._read = now
+            for rank, (earlier, _) in enumerate(self._seen):
+                beat = read_beat(self._folder, rank)
+                if beat != earlier:
+                    self._seen[rank] = (beat, now)
         return [
             _Silence(rank, beat.phase if beat else "start", now - since)
             for rank, (beat, since) in enumerate(self._seen)

@@ -3,6 +3,7 @@
 import os
 import platform
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import yaml
 from launchers.slurm.hosts import expand_hosts
 from launchers.slurm.presets import ClusterConfig, ClusterError, load_cluster
 from launchers.submission import Submission
-from launchers.supervision.heartbeat import Heartbeat, read_beat
+from launchers.supervision.hangs import HangDetector
+from launchers.supervision.heartbeat import Beat, Heartbeat, read_beat
 from launchers.supervision.plan import SuperviseConfig
 from launchers.supervision.record import Launch, LaunchRecord
 from tests.launchers.plans import modelless_plan
@@ -117,6 +119,23 @@ def test_heartbeat_is_written_when_the_phase_changes_and_only_under_a_supervisor
 def test_many_ranks_write_as_many_heartbeats_as_128(tmp_path: Path):
     assert Heartbeat(tmp_path, 0, ranks=128).seconds == Heartbeat(tmp_path, 0).seconds == 1
     assert Heartbeat(tmp_path, 0, ranks=1024).seconds == 8
+
+
+def test_supervisor_reads_each_heartbeat_of_many_ranks_as_seldom_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads = list[int]()
+
+    def counted(folder: Path, rank: int) -> Beat | None:
+        reads.append(rank)
+        return read_beat(folder, rank)
+
+    monkeypatch.setattr("launchers.supervision.hangs.read_beat", counted)
+    Heartbeat(tmp_path, 5, ranks=1024).beat("step", 1)
+    begin, detector = time.monotonic(), HangDetector(tmp_path, 1024, SuperviseConfig(), lambda: None)
+    for _ in range(20):
+        assert not detector.has_hung()
+    assert 1024 <= len(reads) <= 1024 * (1 + (time.monotonic() - begin) / 8)
 
 
 @pytest.mark.parametrize(
