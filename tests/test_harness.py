@@ -125,6 +125,16 @@ def test_lm_eval_finds_the_registered_model_and_evaluates_tasks_about_bytes(
 
 
 @pytest.mark.long
+def test_unknown_task_is_one_line(tmp_path: Path):
+    pytest.importorskip("lm_eval")
+    command = [sys.executable, "-m", "pretrain.cli.entry", "harness", "run", weights(tmp_path, "transformer")]
+    done = subprocess.run([*command, "--tasks", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: lm_eval: Tasks not found: nothing")
+    assert list(tmp_path.glob("byteloom-crash-*")) == []
+
+
+@pytest.mark.long
 def test_command_of_the_harness_evaluates_tasks_about_bytes(tmp_path: Path):
     pytest.importorskip("lm_eval")
     folder = weights(tmp_path, "transformer")

@@ -91,8 +91,9 @@ def export_command(
 ) -> None:
     """Export the weights of a model for other programs.
 
-    hf is a folder that transformers and Byteloom load; transformers needs no Byteloom there. The others are files of
-    the authors' code, which refuse a model that they cannot express. `byteloom checkpoint export` writes safetensors.
+    hf is a folder that transformers loads, without Byteloom there. Byteloom loads it too.
+    The other formats are those of the authors' code. A model that one cannot express is refused.
+    `byteloom checkpoint export` writes safetensors.
     """
     with display.phase("verifying the checkpoint") as phase:
         checkpoint = find_checkpoint(model, progress=phase.update)

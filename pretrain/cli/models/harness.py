@@ -1,15 +1,22 @@
 """The `harness` commands: evaluate a model by lm_eval, and write tasks about bytes for it."""
 
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from byteloom.core.errors import CorrectableError
 from byteloom.core.packages import needed_by
 from byteloom.harness_tasks import write_tasks
 from pretrain.cli.arguments import parse_path
 from pretrain.cli.models.weights import ModelPath
 from pretrain.terminal.console import say
+
+
+class HarnessError(CorrectableError):
+    """lm_eval refuses its options, tasks or data."""
+
 
 app = typer.Typer(help="Evaluate a model by lm-evaluation-harness, or write tasks about bytes.", no_args_is_help=True)
 
@@ -22,14 +29,19 @@ app = typer.Typer(help="Evaluate a model by lm-evaluation-harness, or write task
 def run_command(context: typer.Context, model: ModelPath) -> None:
     """Evaluate a model by lm-evaluation-harness.
 
-    All words after RUN are options of `lm_eval run`: --tasks, --include_path, --limit, --output_path and others. It is
-    `lm_eval run --model byteloom --model_args run=RUN`, which needs this command: lm_eval has no hook for models of
-    other packages.
+    All words after RUN are options of `lm_eval run`: --tasks, --include_path, --limit and others.
+    lm_eval has no hook for models of other packages. This command registers the model and starts
+    `lm_eval run --model byteloom --model_args run=RUN`.
     """
     with needed_by("byteloom harness", "lm-eval"):
         from byteloom.harness.__main__ import main  # noqa: PLC0415 - it takes seconds
 
-    main(["run", "--model", "byteloom", "--model_args", f"run={model}", *context.args])
+    try:
+        main(["run", "--model", "byteloom", "--model_args", f"run={model}", *context.args])
+    except (ValueError, OSError) as error:
+        if _is_of_harness(error):
+            raise HarnessError(f"lm_eval: {error}") from error
+        raise
 
 
 @app.command("tasks")
@@ -43,8 +55,15 @@ def tasks_command(
 ) -> None:
     """Write tasks about case, typos and spelling, made of a text.
 
-    The group byteloom_bytes has all of them: bits per byte of clean, lower-case, upper-case and misspelled passages,
-    and questions about the letters of words.
+    The group byteloom_bytes has bits per byte of clean, lower-case, upper-case and misspelled
+    passages, and questions about the letters of words.
     """
     names = write_tasks(text.read_text(encoding="utf-8", errors="replace"), out, number, seed)
     say(f"{out}: {len(names)} tasks; byteloom harness run RUN --include_path {out} --tasks byteloom_bytes")
+
+
+def _is_of_harness(error: BaseException) -> bool:
+    """Return whether the code that raised an error is that of lm_eval or of the libraries under it."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    calls = [name.partition(".")[0] for name in modules]
+    return "lm_eval" in calls and not {"byteloom", "pretrain"} & set(calls[calls.index("lm_eval") :])

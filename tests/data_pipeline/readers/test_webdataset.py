@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import webdataset
 from PIL import Image
 
@@ -67,6 +68,18 @@ def test_each_sample_is_a_document_of_its_members(tmp_path: Path):
     captions = ReadOptions(reader="webdataset", members=("txt",))
     assert read(shard, captions) == {f"000.tar/{n:06d}": f"caption {n}".encode() for n in range(3)}
     assert {one.modality for one in documents_in(shard, captions)} == {"text"}
+
+
+def test_pictures_and_sound_of_a_sample_are_decoded_by_their_suffixes(tmp_path: Path):
+    sound = np.arange(-50, 50, dtype=np.int16)
+    flac, jpeg = io.BytesIO(), io.BytesIO()
+    soundfile.write(flac, sound, 16_000, format="FLAC")
+    Image.fromarray(np.full((4, 4, 3), 128, np.uint8)).save(jpeg, "JPEG")
+    with webdataset.TarWriter(str(tmp_path / "000.tar")) as writer:
+        writer.write({"__key__": "a", "txt": "caption", "flac": flac.getvalue(), "jpg": jpeg.getvalue()})
+    [shard] = files(tmp_path / "000.tar")
+    found = read(shard, ReadOptions(reader="webdataset", members=("txt", "jpg", "flac")))
+    assert found == {"000.tar/a": b"caption" + bytes([128] * 48) + sound.tobytes()}
 
 
 def test_webdataset_itself_groups_the_same_samples(tmp_path: Path):
