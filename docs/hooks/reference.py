@@ -3,6 +3,7 @@
 Config (pydantic) ─▶ reference/config.md      fields, types, defaults, bounds, docstrings
 typer app         ─▶ reference/commands.md    commands, arguments, options
 configs/*.yaml    ─▶ reference/recipes.md     names, tasks, and the debug recipe in full
+catalogue         ─▶ reference/catalogue.md   Transformers of papers, with their lineage
 notebook.ipynb    ─▶ reference/notebook.md    cells, outputs and pictures
 """
 
@@ -24,6 +25,7 @@ from pydantic.fields import FieldInfo
 from byteloom.core.configs import find_preset, recipe_names
 from byteloom.core.registries.names import RegisteredName
 from byteloom.core.registries.nodes import RegisteredNodes
+from pretrain.catalogue import read_catalogue
 from pretrain.cli.app import app
 from pretrain.cli.lazy import LazyCommand
 from pretrain.config.loading import load
@@ -34,7 +36,12 @@ BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the rendered pages to the pages of the site."""
-    pages = {"config": config_page(), "commands": commands_page(), "recipes": recipes_page()}
+    pages = {
+        "config": config_page(),
+        "commands": commands_page(),
+        "recipes": recipes_page(),
+        "catalogue": catalogue_page(),
+    }
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     notebook, resources = MarkdownExporter().from_filename(Path(config.docs_dir) / "guides/notebook.ipynb")
@@ -145,6 +152,28 @@ def _nodes(annotation: Any) -> list[type[BaseModel]]:
         return [] if annotation is BaseModel else [annotation]
     found = [node for argument in typing.get_args(annotation) for node in _nodes(argument)]
     return list(dict.fromkeys(found))
+
+
+def catalogue_page() -> str:
+    """Return the page of the catalogue of Transformers, with a picture of its lineage."""
+    entries = read_catalogue().values()
+    rows = [
+        f"| [{entry.name}]({entry.source}) | {entry.date} | {entry.lab} | {entry.architecture} | {entry.task} "
+        f"| {', '.join(entry.extends)} | {_cell(entry.extension)} | {entry.sizes} "
+        f"| {', '.join(f'`{recipe}`' for recipe in entry.recipes)} |"
+        for entry in entries
+    ]
+    columns = ["model", "date", "lab", "architecture", "task", "extends", "what it adds", "parameters", "recipes"]
+    parts = [
+        "# Catalogue of Transformers",
+        "The models of Amatriain et al. 2023 (arXiv:2302.07730), and those that Byteloom trains. Models with recipes "
+        "train here on bytes; the others stand as data. `byteloom models --by family` lists the catalogue, "
+        "`byteloom models --lineage` draws its tree, and `byteloom models about GPT-3` shows an entry with its "
+        "results.",
+        "![Lineage of the models: each below the first one that it extends](../assets/lineage.svg)",
+        "\n".join([f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *rows]),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def commands_page() -> str:

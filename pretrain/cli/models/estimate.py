@@ -1,4 +1,4 @@
-"""The `models` commands: the catalogue of recipes, and an estimate of their memory."""
+"""The `models` commands: recipes, the catalogue of Transformers, and an estimate of memory."""
 
 import itertools
 import string
@@ -12,7 +12,9 @@ import typer
 from byteloom.core.configs import CONFIGS
 from byteloom.core.text import count
 from data_pipeline.stream.dealing import deal
+from pretrain.catalogue import Grouping
 from pretrain.cli.arguments import OverridesArgument, RecipeArgument, check_finite, parse_path
+from pretrain.cli.models.catalogue import about, print_catalogue, print_lineage
 from pretrain.config.catalogue import CatalogueEntry, read_recipes
 from pretrain.config.loading import load
 from pretrain.distributed.context import group_of
@@ -23,6 +25,7 @@ from pretrain.models import all_families
 from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
 
 app = typer.Typer(invoke_without_command=True)
+app.command()(about)
 
 
 @app.callback(invoke_without_command=True)
@@ -35,6 +38,12 @@ def models(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Also measure the activations of this many rows (slow).")
     ] = None,
+    by: Annotated[
+        Grouping | None, typer.Option(help="List the catalogue of Transformers in groups, and not the recipes.")
+    ] = None,
+    show_lineage: Annotated[
+        bool, typer.Option("--lineage", help="Show which model of the catalogue extends which.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List model families and recipes, with size, cost and memory.
@@ -42,6 +51,12 @@ def models(
     Also shows the figures that the papers print.
     """
     if context.invoked_subcommand is not None:
+        return
+    if by is not None or show_lineage:
+        if by is not None:
+            print_catalogue(by, as_json=as_json)
+        else:
+            print_lineage(as_json=as_json)
         return
     found = read_recipes(recipes, micro_batch)
     if as_json:
