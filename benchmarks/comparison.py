@@ -1,6 +1,6 @@
 """Comparison of the model families with equal training FLOPs on the same bytes in the same order.
 
-python benchmarks/comparison.py BOOKS [--steps N] [--runs FOLDER] [--out FOLDER]
+python benchmarks/comparison.py BOOKS [--steps N] [--context T] [--models NAME;NAME] [--runs FOLDER] [--out FOLDER]
 
 BOOKS holds the folders train and valid with text files. `byteloom train` trains each model with the same recipe
 (configs/comparison.yaml) except `model`. All models cost about the same per byte, and each has the number of steps that
@@ -25,7 +25,7 @@ from pretrain.models import ByteModel, build_model, model_config
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs/comparison.yaml"
 CONTEXT, ROWS = 1024, 8
-"""Shape of every batch."""
+"""Default context, and rows of every batch."""
 AVERAGED = 20
 """Steps averaged in the plot."""
 MODELS: dict[str, dict[str, object]] = {
@@ -84,37 +84,40 @@ def main() -> None:
     for source, corpus in ((chosen.books / "train", train), (first, valid)):
         if not corpus.exists():
             byteloom("prepare", source, "--out", corpus)
-    results = [measure(name, chosen, train, valid) for name in MODELS]
+    results = [measure(name, chosen, train, valid) for name in chosen.models]
     (chosen.out / "results.png").parent.mkdir(parents=True, exist_ok=True)
-    draw(results, chosen.out / "results.png")
+    draw(results, chosen.out / "results.png", chosen.context)
     print(table(results, first))
 
 
 def measure(name: str, chosen: argparse.Namespace, train: Path, valid: Path) -> Result:
     """Train a model with its number of steps, and score it."""
-    budget = chosen.steps * flops(MODELS["MEGABYTE"])
-    steps = round(budget / flops(MODELS[name]))
-    run = chosen.runs / f"comparison-{name.lower().replace(', ', '-').replace(' ', '-')}-{steps}"
+    context = chosen.context
+    budget, cost = chosen.steps * flops("MEGABYTE", context), flops(name, context)
+    steps = round(budget / cost)
+    run = chosen.runs / f"comparison-{name.lower().replace(', ', '-').replace(' ', '-')}-{context}-{steps}"
     overrides = [f"run.root={chosen.runs}", f"run.name={run.name}", f"data.shards={train}", f"train.steps={steps}"]
-    byteloom("train", RECIPE, *overrides, f"model={json.dumps(model_tree(MODELS[name]))}")
+    byteloom("train", RECIPE, *overrides, f"model={json.dumps(model_tree(name, context))}")
     mode = LONGEST_CONTEXT_MODES[str(MODELS[name]["family"])]
     alone, best = (bits_per_byte(run, valid, each) for each in ("windows", mode))
-    parameters = on_meta(MODELS[name]).parameter_count()
-    return Result(name, parameters, flops(MODELS[name]) / CONTEXT, steps, run, alone, best, mode)
+    parameters = on_meta(name, context).parameter_count()
+    return Result(name, parameters, cost / context, steps, run, alone, best, mode)
 
 
-def model_tree(fields: dict[str, object]) -> dict[str, object]:
-    return {"sequence_length": CONTEXT, "dropout": 0.0, **fields}
+def model_tree(name: str, context: int) -> dict[str, object]:
+    """Return the section `model` of a recipe. A Perceiver AR has a quarter of the context as latents."""
+    tree = {"sequence_length": context, "dropout": 0.0, **MODELS[name]}
+    return tree | {"latents": context // 4} if "latents" in tree else tree
 
 
-def on_meta(fields: dict[str, object]) -> ByteModel:
+def on_meta(name: str, context: int) -> ByteModel:
     with torch.device("meta"):
-        return build_model(model_config(model_tree(fields)))
+        return build_model(model_config(model_tree(name, context)))
 
 
-def flops(fields: dict[str, object]) -> int:
+def flops(name: str, context: int) -> int:
     """Return the FLOPs of the forward pass over one row."""
-    return on_meta(fields).flops(CONTEXT)
+    return on_meta(name, context).flops(context)
 
 
 def byteloom(*arguments: object) -> str:
@@ -143,7 +146,7 @@ def table(results: list[Result], book: Path) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[Result], path: Path) -> None:
+def draw(results: list[Result], path: Path, context: int) -> None:
     """Plot training bits per byte, as running means, over training FLOPs."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for result in results:
@@ -153,7 +156,7 @@ def draw(results: list[Result], path: Path) -> None:
         step = np.array([record["step"] for record in records])
         width = min(AVERAGED, len(bits))
         smooth = np.convolve(bits, np.full(width, 1 / width), "valid")
-        spent = step[width - 1 :] * 3 * result.flops_per_byte * ROWS * CONTEXT
+        spent = step[width - 1 :] * 3 * result.flops_per_byte * ROWS * context
         axes.plot(spent, smooth, label=f"{result.name}, {result.parameters / 1e6:.1f} M parameters")
     axes.set(xlabel="training FLOPs", ylabel=f"bits per byte, mean of {AVERAGED} steps", ylim=(None, 4.5))
     axes.grid(alpha=0.3)
@@ -165,6 +168,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path, help="folder that holds the folders train and valid")
     parser.add_argument("--steps", type=int, default=600, help="steps of MEGABYTE; the other models get the same FLOPs")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="bytes of a row")
+    parser.add_argument(
+        "--models", type=lambda text: text.split(";"), default=list(MODELS), help="names, by semicolons"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
     return parser.parse_args()
