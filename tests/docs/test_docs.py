@@ -25,7 +25,7 @@ COMMANDS: Any = typer.main.get_command(app)
 WITH_OVERRIDES = {"train", "submit", "sweep", "config check", "config show"}
 MADE_BY_A_READER = ("runs/", "mine.yaml", "my.yaml")
 """Prefixes of runs and recipes that only a reader makes."""
-GENERATED = {"commands.md", "config.md", "notebook.md", "recipes.md"}
+GENERATED = {"commands.md", "config.md", "notebook.md", "recipes.md", "catalogue.md"}
 """Pages of docs/reference that the site build generates."""
 
 
