@@ -6,7 +6,7 @@ Items are whole micro-batches, in the order in which Byteloom trains. `DataLoade
 of its workers in turn, so the items are the same for any number of workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from os import PathLike
 from typing import Any, NamedTuple, TypedDict
@@ -21,6 +21,8 @@ from byteloom.stream import Stream
 from data_pipeline.stream.dealing import deal
 from data_pipeline.vocabulary import PADDING
 
+WINDOW = 1 << 20
+"""Largest number of ids that are read together, unless one micro-batch has more."""
 IGNORED = -100
 """Label of a position that does not count, for torch's cross-entropy."""
 
@@ -120,12 +122,15 @@ class StreamDataset(IterableDataset[Item]):
             # Workers that share a state of the process itself take places in turn from there.
             skipped = 0 if start.worker == worker else worker[0]
             own = islice(self._places(stream, start.next), skipped, None, worker[1])
-            place = next(own, None)
+            place, size = next(own, None), 1
             while place is not None:
-                following = next(own, None)
-                self._state = _State(following, worker)
-                yield self._read(stream, place)
-                place = following
+                window = [place, *islice(own, size - 1)]
+                place = next(own, None)
+                items = self._read(stream, window)
+                for item, following in zip(items, [*window[1:], place], strict=True):
+                    self._state = _State(following, worker)
+                    yield item
+                size = min(2 * size, max(1, WINDOW // items[0]["input_ids"].numel()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last item, as JSON values."""
@@ -163,9 +168,15 @@ class StreamDataset(IterableDataset[Item]):
             )
         return list(deal(rows, micro_batch, self._rank, self._ranks).values())
 
-    def _read(self, stream: Stream, place: Place) -> Item:
-        step, index = place
-        sequences = stream.sequences(step)
-        rows = self._dealt(len(sequences))[index]
-        ids = torch.from_numpy(stream.read(sequences[rows.start : rows.stop]).astype(np.int64))
-        return {"input_ids": ids, "labels": ids.masked_fill(ids == PADDING, IGNORED), "step": step}
+    def _read(self, stream: Stream, places: Sequence[Place]) -> list[Item]:
+        """Return the items at several places, which are read together."""
+        groups = []
+        for step, index in places:
+            sequences = stream.sequences(step)
+            rows = self._dealt(len(sequences))[index]
+            groups.append(sequences[rows.start : rows.stop])
+        items = list[Item]()
+        for (step, _), found in zip(places, stream.read_groups(groups), strict=True):
+            ids = torch.from_numpy(found.astype(np.int64))
+            items.append({"input_ids": ids, "labels": ids.masked_fill(ids == PADDING, IGNORED), "step": step})
+        return items

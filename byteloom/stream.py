@@ -78,7 +78,7 @@ class Stream:
         Raises:
             CorpusError: there is no such step, or a block cannot be read.
         """
-        return self.read(self.sequences(step))
+        return self.read_groups([self.sequences(step)])[0]
 
     def sequences(self, step: int) -> "NDArray[np.int64]":
         """Return the numbers of the training sequences of a step: (global_batch,).
@@ -88,13 +88,16 @@ class Stream:
         """
         return self._reading.sequences_of(step)
 
-    def read(self, sequences: "NDArray[np.int64]") -> Ids:
-        """Return training sequences by their numbers: (n, sequence_length) int16, as of `rows`.
+    def read_groups(self, groups: "Sequence[NDArray[np.int64]]") -> list[Ids]:
+        """Return groups of training sequences by their numbers, which is faster than one by one.
+
+        Returns:
+            (n, sequence_length) int16 of each group, as of `rows`.
 
         Raises:
             CorpusError: a block cannot be read.
         """
-        return self._reading.mixture.read(sequences).ids
+        return [rows.ids for rows in self._reading.mixture.read_groups(groups)]
 
     def tensor(self, step: int) -> "Tensor":
         """Return the rows of a step as a torch tensor of int64, on the CPU. See `rows`."""
