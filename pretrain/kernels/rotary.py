@@ -6,6 +6,9 @@ bf16 numbers that are turned in bf16 are rounded three times, and their cosines 
     in fp32, operation by operation           22
     in fp32, compiled to one loop              4    on CUDA, and in compiled blocks
     in fp32, in a CPU's cache                  8    on a CPU
+
+Scores of one distance then deviate by the rounding of queries and keys alone: by 0.0023 where scores have a deviation
+of 1. Only fp32 queries and keys deviate less, and their products take 15 times as long on an H100 (data sheet).
 """
 
 from collections.abc import Callable
