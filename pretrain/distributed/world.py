@@ -155,7 +155,7 @@ class World:
         """Return the numbers of each rank by rank, in double precision. Each rank gives equally many."""
         if self.size == 1:
             return [list(map(float, numbers))]
-        with self._waits_for_hosts(), self._transfers.on_own_stream():
+        with self.waits_for_hosts(), self._transfers.on_own_stream():
             own = self._transfers.send(np.array(numbers, np.float64)).take()[0]
             return self._transfers.fetch(self.gather_tensor(own)).wait().tolist()
 
@@ -262,7 +262,7 @@ class World:
             limit_device_waits(limit)
 
     @contextmanager
-    def _waits_for_hosts(self) -> Iterator[None]:
+    def waits_for_hosts(self) -> Iterator[None]:
         """Let collectives of the device within wait as long as those of hosts: another rank may wait for its disk."""
         self._limit_device_waits(COLLECTIVE_TIMEOUT)
         yield

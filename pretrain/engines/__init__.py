@@ -11,7 +11,7 @@ from pretrain.engines.config import (
     optimizer_mismatch,
     remark_on_idle_ranks,
 )
-from pretrain.engines.engine import Engine, EngineError, NonFiniteError, RowLoss, StepResult, UpdateLimits
+from pretrain.engines.engine import Engine, EngineError, NonFiniteError, RowLoss, StepResult, Upcoming, UpdateLimits
 from pretrain.engines.phases import RankStep, peak_resident_bytes
 from pretrain.engines.precision import (
     choose_precision,
@@ -37,6 +37,7 @@ __all__ = [
     "RowLoss",
     "StateSharding",
     "StepResult",
+    "Upcoming",
     "UpdateLimits",
     "build_engine",
     "check_context",

@@ -13,7 +13,8 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_nam
 from pretrain.distributed.transfers import Transfers
 from pretrain.distributed.world import World
 from pretrain.engines.config import EngineConfig
-from pretrain.engines.engine import NO_LIMITS, EngineError, NonFiniteError, RowLoss, StepResult, UpdateLimits
+from pretrain.engines.engine import NO_LIMITS, EngineError, NonFiniteError, RowLoss, StepResult, Upcoming, UpdateLimits
 from pretrain.engines.phases import Clock, PassTimes, StepMarks, StepTimes, device_memory
 from pretrain.engines.precision import compute_dtype
 from pretrain.engines.process_state import keep_freed_memory, seed_generators, set_up_cuda
@@ -44,6 +45,20 @@ from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING
 
 DRAWN_VALUES = 1 << 24
 """First values that are drawn at a time, and then sent to the device."""
+
+
+@dataclass(frozen=True)
+class CountedBatch:
+    """This rank's part of a global batch, with the targets that the model will score."""
+
+    micro_batches: Sequence[MicroBatch]
+    step: int
+    scored: list[NDArray[np.bool_]]
+    """(rows, T) positions that count in the loss, by micro-batch."""
+    own_bytes: int
+    """Target bytes of this rank."""
+    all_bytes: int | None = None
+    """Sum of `own_bytes` over all ranks; None if they have not exchanged it."""
 
 
 class BaseEngine(ABC):
@@ -85,6 +100,8 @@ class BaseEngine(ABC):
         """Rows of the global batch, by this rank's micro-batches."""
         self._global_batch = global_batch
         self._memory: dict[int, Memory] = {}
+        self._next: CountedBatch | None = None
+        """Batch of the next step, if the ranks have exchanged its target bytes."""
         self._transfers = Transfers(self.device)
         self._clock = Clock(self.device)
         self._step_times = StepTimes(self._clock)
@@ -183,15 +200,15 @@ class BaseEngine(ABC):
         before_update: Callable[[], None] = lambda: None,
         sources: RowSources | None = None,
         limits: UpdateLimits = NO_LIMITS,
+        look_ahead: Callable[[], Upcoming] | None = None,
     ) -> StepResult:
         """Do one optimizer step (see `Engine`)."""
         self._begin_passes(True)
-        scored_targets = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
-        own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored_targets, strict=True))
-        by_source = SourceLosses(sources, micro_batches, scored_targets, self.device)
-        staged = stage(self._transfers, micro_batches, scored_targets, by_source.of_rows)
+        batch = self._counted(micro_batches, step)
+        by_source = SourceLosses(sources, micro_batches, batch.scored, self.device)
+        staged = stage(self._transfers, micro_batches, batch.scored, by_source.of_rows)
         counting = self._clock.mark()
-        target_bytes = self._target_bytes(own_bytes)
+        target_bytes = self._target_bytes(batch)
         counted = self._clock.mark()
         scale = self._world.size / target_bytes.clamp(min=1)  # engines average over ranks, and the loss is a sum
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -219,14 +236,17 @@ class BaseEngine(ABC):
         decided = self._transfers.mark()
         self._update(learning_rate, is_fit)
         marks = StepMarks(counting, counted, times, passed, self._clock.mark())
-        of_host = numbers_of_host(self._step_times.known(marks), device_memory(self.device), own_bytes, by_source)
-        with self._transfers.on_own_stream(decided, own):
-            sent = self._transfers.send(np.array(of_host, np.float64)).take()[0]
-            numbers = self._transfers.fetch(self._world.gather_tensor(torch.cat([own, sent])))
-        result = result_of(numbers.wait().tolist(), self._world.rank, self._context.size)
+        upcoming = [] if look_ahead is None else self._upcoming(look_ahead(), step + 1)
+        of_host = numbers_of_host(
+            self._step_times.known(marks), device_memory(self.device), batch.own_bytes, by_source, upcoming
+        )
+        by_rank = self._exchanged(decided, own, of_host, waits_for_data=look_ahead is not None)
+        result = result_of(by_rank, self._world.rank, self._context.size, len(upcoming))
+        if look_ahead is not None:
+            result = self._heard(result)
         self._step_times.read(marks)
         if not result.is_updated:
-            result = replace(result, rows=self._row_losses(micro_batches, scored_targets, by_row))
+            result = replace(result, rows=self._row_losses(batch, by_row))
             fault = "" if np.isfinite(result.gradient_norm) else self._describe_non_finite(result.nats)
             self._drop_gradient()
             if fault:
@@ -238,10 +258,52 @@ class BaseEngine(ABC):
                 self._memory[index][name].copy_(tensor)
         return result
 
-    def _target_bytes(self, own_bytes: int) -> Tensor:
+    def _exchanged(
+        self, decided: torch.cuda.Event | None, own: Tensor, of_host: Sequence[float], *, waits_for_data: bool
+    ) -> list[list[float]]:
+        """Return the vectors of numbers of all ranks, by rank. The host waits for them, and not for the update.
+
+        Args:
+            decided: moment of the device at which its numbers are known.
+            own: this rank's numbers on the device.
+            of_host: this rank's numbers on the host.
+            waits_for_data: whether another rank may wait for its data before.
+        """
+        with (
+            self._world.waits_for_hosts() if waits_for_data else nullcontext(),
+            self._transfers.on_own_stream(decided, own),
+        ):
+            sent = self._transfers.send(np.array(of_host, np.float64)).take()[0]
+            numbers = self._transfers.fetch(self._world.gather_tensor(torch.cat([own, sent])))
+        by_rank: list[list[float]] = numbers.wait().tolist()
+        return by_rank
+
+    def _counted(self, micro_batches: Sequence[MicroBatch], step: int) -> CountedBatch:
+        """Return this rank's micro-batches of a step, with their targets; all ranks have counted them or none."""
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead.micro_batches is micro_batches and ahead.step == step:
+            return ahead
+        scored = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
+        own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored, strict=True))
+        return CountedBatch(micro_batches, step, scored, own_bytes)
+
+    def _upcoming(self, upcoming: Upcoming, step: int) -> list[float]:
+        """Count the targets of the next step; return what this rank tells the others about it."""
+        self._next = self._counted(upcoming.micro_batches, step)
+        return [self._next.own_bytes, *upcoming.numbers]
+
+    def _heard(self, result: StepResult) -> StepResult:
+        """Take the target bytes of the next step out of a result."""
+        assert self._next is not None
+        self._next = replace(self._next, all_bytes=int(sum(of_rank[0] for of_rank in result.upcoming)))
+        return replace(result, upcoming=[numbers for _, *numbers in result.upcoming])
+
+    def _target_bytes(self, batch: CountedBatch) -> Tensor:
         """Return the target bytes of the global batch: an fp64 scalar on the device. The host does not wait on CUDA."""
-        total = self._transfers.send(np.array([own_bytes], np.float64)).take()[0]
-        self._world.sum_in_place(total)
+        known = batch.own_bytes if batch.all_bytes is None else batch.all_bytes
+        total = self._transfers.send(np.array([known], np.float64)).take()[0]
+        if batch.all_bytes is None:
+            self._world.sum_in_place(total)
         return total[0] / self._context.size
 
     def _fits(self, limits: UpdateLimits, nats: Tensor, target_bytes: Tensor, norm: Tensor) -> Tensor:
@@ -258,13 +320,11 @@ class BaseEngine(ABC):
         loss, mean_norm = numbers[0] / target_bytes.clamp(min=1), numbers[1] / self._world.size
         return finite & (loss <= limits.nats_per_byte) & (mean_norm <= limits.gradient_norm)
 
-    def _row_losses(
-        self, micro_batches: Sequence[MicroBatch], scored: Sequence[NDArray[np.bool_]], nats: Sequence[Tensor]
-    ) -> list[RowLoss]:
+    def _row_losses(self, batch: CountedBatch, nats: Sequence[Tensor]) -> list[RowLoss]:
         """Return the loss of each row of the global batch, from the nats of this rank's rows by micro-batch."""
         own = [
             (row, row_nats, count_bytes(m.ids[i : i + 1], targets[i : i + 1]))
-            for m, targets, own_nats in zip(micro_batches, scored, nats, strict=True)
+            for m, targets, own_nats in zip(batch.micro_batches, batch.scored, nats, strict=True)
             for i, (row, row_nats) in enumerate(zip(self._rows_of[m.index], own_nats.tolist(), strict=False))
         ]
         rows: dict[int, RowLoss] = {}

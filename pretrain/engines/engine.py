@@ -37,6 +37,15 @@ NO_LIMITS = UpdateLimits()
 """Limits that every finite gradient keeps."""
 
 
+class Upcoming(NamedTuple):
+    """This rank's part of the next step. The ranks exchange it with the numbers of the current step."""
+
+    micro_batches: Sequence[MicroBatch]
+    """Of this rank. If the next step gets this very object on all ranks, it does not count target bytes again."""
+    numbers: Sequence[float] = ()
+    """Numbers for all ranks; equally many on each."""
+
+
 class RowLoss(NamedTuple):
     """Loss of one row of a global batch."""
 
@@ -65,6 +74,8 @@ class StepResult:
     """Whether the update was done. False: a number exceeds its limit, and the step changed nothing."""
     rows: list[RowLoss] = field(default_factory=list)
     """Loss of each row of the global batch, if the update was not done."""
+    upcoming: list[list[float]] = field(default_factory=list, compare=False)
+    """`Upcoming.numbers` of each rank, by rank; empty lists without."""
 
 
 class NonFiniteError(Exception):
@@ -112,6 +123,7 @@ class Engine(Protocol):
         before_update: Callable[[], None] = lambda: None,
         sources: RowSources | None = None,
         limits: UpdateLimits = NO_LIMITS,
+        look_ahead: Callable[[], Upcoming] | None = None,
     ) -> StepResult:
         """Do one optimizer step on this rank's micro-batches of the global batch.
 
@@ -126,6 +138,8 @@ class Engine(Protocol):
             sources: sources of the rows, if losses by source are wanted; given on all ranks or on none.
             limits: largest numbers with which the update is done, the same on all ranks. The ranks agree before the
                 update: either all of them do it or none.
+            look_ahead: called once the update is queued, to exchange what a rank knows of the step after this one
+                together with the numbers of this one; given on all ranks or on none.
 
         Raises:
             NonFiniteError: the gradient is not finite; on all ranks, before any parameter is changed.

@@ -30,9 +30,9 @@ class RankStep(NamedTuple):
     optimizer: float
     """Time of clipping and of the update. A sharded model includes the sum over ranks that the global norm needs."""
     communication: float
-    """Time of waiting for other ranks, slower ones included: for the count of target bytes, after the last gradient
-    until all sums over ranks are done, and on a CPU in FSDP's gathers and sums. The exchange of these numbers is not
-    included."""
+    """Time of waiting for other ranks, slower ones included: after the last gradient until all sums over ranks are
+    done, and on a CPU in FSDP's gathers and sums; also for the count of target bytes, if the step before has not
+    exchanged it. The exchange of these numbers is not included."""
     peak_memory_bytes: float
     """Peak memory of its process: allocated on a CUDA device, or else resident."""
     reserved_memory_bytes: float = 0
@@ -116,7 +116,7 @@ class StepMarks(NamedTuple):
     """Moments of a step."""
 
     counting: Mark
-    """Begin of the sum of target bytes over ranks."""
+    """Begin of the sum of target bytes over ranks, if they are not known."""
     counted: Mark
     passes: PassTimes
     passed: Mark

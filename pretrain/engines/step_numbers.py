@@ -2,6 +2,7 @@
 
     device ─▶ nats, gradient norm, whether the update is done, nats of each source
     host ───▶ times, memory, target bytes, target bytes of each source
+              target bytes and votes of the next step, if the loop looks ahead
 
 Times are one step late on CUDA; see `StepTimes`.
 """
@@ -22,28 +23,32 @@ def numbers_of_device(nats: Tensor, norm: Tensor, is_fit: Tensor, by_source: Sou
     return torch.cat([torch.stack([nats, norm.double(), is_fit.double()]), by_source.nats])
 
 
-def numbers_of_host(times: PhaseTimes, memory: DeviceMemory, target_bytes: int, by_source: SourceLosses) -> list[float]:
+def numbers_of_host(
+    times: PhaseTimes, memory: DeviceMemory, target_bytes: int, by_source: SourceLosses, upcoming: Sequence[float]
+) -> list[float]:
     """Return the second part of a rank's vector."""
-    return [*times, *memory, target_bytes, *by_source.bytes.tolist()]
+    return [*times, *memory, target_bytes, *by_source.bytes.tolist(), *upcoming]
 
 
-def result_of(by_rank: Sequence[Sequence[float]], rank: int, sharing: int) -> StepResult:
+def result_of(by_rank: Sequence[Sequence[float]], rank: int, sharing: int, upcoming: int) -> StepResult:
     """Return the result of a step.
 
     Args:
         by_rank: vector of each rank.
         rank: this rank, whose norm and decision are the result's.
         sharing: ranks that share each row; each counts all of its bytes.
+        upcoming: numbers of the next step at the end of each vector.
     """
     first, times, memory = 3, len(PhaseTimes._fields), len(DeviceMemory._fields)
-    sources = (len(by_rank[0]) - first - times - memory - 1) // 2
+    end = len(by_rank[0]) - upcoming
+    sources = (end - first - times - memory - 1) // 2
     of_host = first + sources
     ranks, of_sources, target_bytes = [], [], 0
     for numbers in by_rank:
         measured = numbers[of_host : of_host + times + memory]
         ranks.append(RankStep(numbers[0], *measured))
         target_bytes += int(numbers[of_host + times + memory])
-        of_sources.append([*numbers[first:of_host], *numbers[of_host + times + memory + 1 :]])
+        of_sources.append([*numbers[first:of_host], *numbers[of_host + times + memory + 1 : end]])
     return StepResult(
         nats=math.fsum(each.nats for each in ranks),
         target_bytes=target_bytes // sharing,
@@ -51,4 +56,5 @@ def result_of(by_rank: Sequence[Sequence[float]], rank: int, sharing: int) -> St
         ranks=ranks,
         by_source=summed(of_sources, sharing),
         is_updated=bool(by_rank[rank][2]),
+        upcoming=[list(numbers[end:]) for numbers in by_rank],
     )

@@ -2,6 +2,12 @@
 
 Each rank reads its own rows from its own disk or network. A fault that one rank sees must end the work of all of them
 at the same place, and all must read the same content.
+
+    step n      ─▶ numbers of step n, and each rank's vote on the batch of step n + 1: one exchange
+    step n + 1  ─▶ numbers of step n + 1, and …
+
+A vote has an exchange of its own before the first step of a start, after a batch that is skipped, and where blocks are
+damaged.
 """
 
 import time
@@ -18,6 +24,7 @@ from data_pipeline.stream.loader import Batch
 from data_pipeline.stream.reading import Hole
 from pretrain.checkpoint import NotFiniteError
 from pretrain.distributed.world import World
+from pretrain.engines import StepResult, Upcoming
 from pretrain.training.run import TrainingError, TrainingRun
 from pretrain.training.stop import Decision, StoppedError, StopRequest
 
@@ -35,50 +42,100 @@ class AgreedBatch(NamedTuple):
     masked: int
     """Bytes masked in it, on all ranks."""
     data_seconds: list[float]
-    """Seconds that each rank waited for it."""
+    """Seconds that each rank waited for it since the step began."""
 
 
-def next_batch(run: TrainingRun) -> AgreedBatch | Decision:
-    """Return the next batch; on all ranks the decision to stop once one of them is asked to.
+class _Ballot(NamedTuple):
+    """A rank's vote on its next batch."""
 
-    Raises:
-        TrainingError: a rank cannot read any further, or too many blocks are damaged; on all of them.
-        NotFiniteError: the last save found values that are not finite; on all of them.
-    """
-    while True:
-        batch, fault = None, None
-        try:
-            run.fence.look()
-            batch = None if run.stop.signal else next(run.loader, None)  # None if asked to stop while it waited
-        except Exception as error:
-            if run.world.size == 1:
-                raise
-            fault = error
-        run.meter.data_is_here()
-        unread = run.reading.unread(batch) if batch else []
-        masked = batch.masked if batch else 0
-        not_finite = run.store.not_finite
-        stops, values, faults, holes, all_masked, data_seconds = zip(
-            *run.world.gather_numbers(
-                batch is None and fault is None,
-                bool(not_finite),
-                fault is not None,
-                len(unread),
-                masked,
-                run.meter.data_seconds,
-            ),
-            strict=True,
+    batch: Batch | None
+    """None if it has none: it was asked to stop, or cannot read any further."""
+    fault: Exception | None
+    unread: list[Hole]
+    not_finite: str
+    """What the last save found; empty if all values are finite."""
+    data_seconds: float
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Return what the ranks exchange."""
+        return (
+            self.batch is None and self.fault is None,
+            bool(self.not_finite),
+            self.fault is not None,
+            len(self.unread),
+            self.batch.masked if self.batch else 0,
+            self.data_seconds,
         )
-        if any(values):  # ranks learn it at different times
-            raise NotFiniteError(next(filter(None, run.world.gather(not_finite))))
-        if any(faults):
-            raise_together(run.world, fault)
-        if batch is None or any(stops):
-            run.stop.signal = Signals(max(run.world.gather(run.stop.signal or 0)))
-            return Decision.stopped_by(run.stop.signal)
-        if not any(holes):
-            return AgreedBatch(batch, int(sum(all_masked)) // run.recipe.engine.context, list(data_seconds))
-        _skip_everywhere(run, unread)
+
+
+class AgreedBatches:
+    """Batches of a start, one after another, that all ranks have."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._cast: _Ballot | None = None
+        """This rank's vote on the next batch, until the ranks have exchanged it."""
+        self._ahead: tuple[_Ballot, Sequence[Sequence[float]]] | None = None
+        """The same, and the votes of all ranks, by rank."""
+
+    def look_ahead(self) -> Upcoming:
+        """Read the batch of the next step during the current one, and vote on it. It raises nothing: `next` does."""
+        self._cast = self._vote()
+        batch = self._cast.batch
+        return Upcoming(batch.micro_batches if batch else [], self._cast.numbers)
+
+    def heard(self, result: StepResult) -> None:
+        """Keep the votes that came with a step's numbers. Without this, the next batch is read and voted on again."""
+        assert self._cast is not None
+        self._ahead = self._cast, result.upcoming
+
+    def next(self) -> AgreedBatch | Decision:
+        """Return the next batch; on all ranks the decision to stop once one of them is asked to.
+
+        Raises:
+            TrainingError: a rank cannot read any further, or too many blocks are damaged; on all of them.
+            NotFiniteError: the last save found values that are not finite; on all of them.
+        """
+        run, ahead, self._ahead = self._run, self._ahead, None
+        while True:
+            if ahead is not None:
+                own, votes = ahead
+            else:
+                own = self._vote()
+                if own.fault is not None and run.world.size == 1:
+                    raise own.fault
+                votes = run.world.gather_numbers(*own.numbers)
+            stops, values, faults, holes, all_masked, data_seconds = zip(*votes, strict=True)
+            if any(values):  # ranks learn it at different times
+                raise NotFiniteError(next(filter(None, run.world.gather(own.not_finite))))
+            if any(faults):
+                raise_together(run.world, own.fault)
+            if own.batch is None or any(stops):
+                run.stop.signal = Signals(max(run.world.gather(run.stop.signal or 0)))
+                return Decision.stopped_by(run.stop.signal)
+            if not any(holes):
+                waited = list(data_seconds) if ahead is None else [0.0] * run.world.size
+                return AgreedBatch(own.batch, int(sum(all_masked)) // run.recipe.engine.context, waited)
+            _skip_everywhere(run, own.unread)
+            ahead = None
+
+    def _vote(self) -> _Ballot:
+        """Read this rank's next batch."""
+        run, batch, unread, fault = self._run, None, list[Hole](), None
+        with run.meter.wait_for_data():
+            try:
+                run.fence.look()
+                batch = None if run.stop.signal else next(run.loader, None)  # None if asked to stop while it waited
+                unread = run.reading.unread(batch) if batch else []
+            except Exception as error:
+                fault = error
+        return _Ballot(batch, fault, unread, run.store.not_finite, run.meter.data_seconds)
+
+
+def data_seconds_of(votes: Sequence[Sequence[float]]) -> list[float]:
+    """Return the seconds that each rank has waited for data in a step, given the votes that came with its numbers."""
+    return [seconds for *_, seconds in votes]
 
 
 def _skip_everywhere(run: TrainingRun, unread: list[Hole]) -> None:

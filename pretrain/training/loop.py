@@ -2,9 +2,9 @@
 
     Reading ─▶ Loader ─▶ Engine.train_step ─▶ numbers ─▶ callbacks: tracking, validation, checkpoint, …
 
-Every rank runs this loop. Before each step the ranks agree on whether all have data and none is asked to stop, so all
-end at the same step. They also agree on the damaged blocks that the step's batch skips. Only the first rank writes
-numbers.
+Every rank runs this loop. The ranks agree on whether all have data for a step and none is asked to stop, so all end at
+the same step. They also agree on the damaged blocks that its batch skips. Their votes travel with the numbers of the
+step before (agreement.py). Only the first rank writes numbers.
 
 starting/ prepares a run; callbacks/base.py lists the events that this file calls.
 """
@@ -19,7 +19,7 @@ from pretrain.distributed.world import ALONE, COLLECTIVE_TIMEOUT, STEP_TIMEOUT, 
 from pretrain.engines import NonFiniteError, StepResult
 from pretrain.optim import learning_rate_at
 from pretrain.terminal.progress import size
-from pretrain.training.agreement import AgreedBatch, next_batch
+from pretrain.training.agreement import AgreedBatch, AgreedBatches, data_seconds_of
 from pretrain.training.callbacks import CallbackList
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.health.response import BadBatch, respond_to_batch, respond_to_values
@@ -101,11 +101,11 @@ def _take_steps(run: TrainingRun, callbacks: CallbackList) -> Decision:
     if run.checkpoint is None or run.unlogged:
         decision = _publish(run, callbacks, run.unlogged)
     run.world.limit_device_waits(COLLECTIVE_TIMEOUT)  # the first step may compile
-    is_first = True
+    batches, is_first = AgreedBatches(run), True
     while decision is CONTINUE and not run.is_done:
         callbacks.before_step(run)
         run.meter.start()
-        numbers = _take_step(run)
+        numbers = _take_step(run, batches)
         if isinstance(numbers, Decision):
             decision = numbers
             continue
@@ -133,14 +133,14 @@ def _publish(run: TrainingRun, callbacks: CallbackList, numbers: dict[str, float
     return CONTINUE
 
 
-def _take_step(run: TrainingRun) -> dict[str, float] | Decision:
+def _take_step(run: TrainingRun, batches: AgreedBatches) -> dict[str, float] | Decision:
     """Take an optimizer step, and return its numbers; or the decision to end, or to continue without a bad batch.
 
     Raises:
         TrainingError, NotFiniteError: the run stops because of its health; on all ranks.
     """
     try:
-        batch = next_batch(run)
+        batch = batches.next()
     except NotFiniteError as error:
         return respond_to_values(run, error)
     if isinstance(batch, Decision):
@@ -149,6 +149,7 @@ def _take_step(run: TrainingRun) -> dict[str, float] | Decision:
     rate *= run.health.rate_factor(run.step + 1)
     if not run.reading.goes_on:
         run.engine.forget()
+    look_ahead = batches.look_ahead if run.world.size > 1 and run.steps_left > 1 else None
     try:
         result = run.engine.train_step(
             batch.own.micro_batches,
@@ -157,11 +158,14 @@ def _take_step(run: TrainingRun) -> dict[str, float] | Decision:
             before_update=run.store.wait_for_copy,
             sources=run.reading.sources_of(batch.own),
             limits=run.health.limits,
+            look_ahead=look_ahead,
         )
     except NonFiniteError as error:
         return respond_to_batch(run, BadBatch(batch.own, error.result, str(error)))
     if not result.is_updated:
         return respond_to_batch(run, BadBatch(batch.own, result))
+    if look_ahead is not None:
+        batches.heard(result)
     run.health.accept(result, len(run.reading.record.stages))
     return _numbers_of_step(run, batch, result, rate)
 
@@ -170,7 +174,8 @@ def _numbers_of_step(run: TrainingRun, batch: AgreedBatch, result: StepResult, r
     """Record that a step has used its batch, and return the step's numbers."""
     weights = run.reading.weights
     run.reading.advance(batch.own)
-    numbers = run.meter.numbers(result, batch.data_seconds, list(run.reading.mixture.streams))
+    data_seconds = data_seconds_of(result.upcoming) if any(result.upcoming) else batch.data_seconds
+    numbers = run.meter.numbers(result, data_seconds, list(run.reading.mixture.streams))
     numbers |= {"learning_rate": rate, "masked_bytes": batch.masked, "holes": run.reading.holes}
     numbers |= run.health.numbers(run.step)
     if skipped := run.reading.skips.before(run.reading.record.next_sequence):

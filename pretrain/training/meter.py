@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pretrain.engines import StepResult
 
 
 class Meter:
-    """Clock of a step: call `start`, then `data_is_here` when the batch has come, then `numbers` after the step.
+    """Clock of a step: call `start`, then `wait_for_data` for each wait, then `numbers` after the step.
 
     Args:
         flops_a_step: FLOPs of forward and backward over a global batch.
@@ -20,7 +21,7 @@ class Meter:
         self._flops_a_step, self._peak, self._metric = flops_a_step, peak, metric
         self._begin = 0.0
         self.data_seconds = 0.0
-        """Seconds that this rank waited for the step's batch."""
+        """Seconds that this rank has waited for data since the step began: for its batch, or for the next one."""
         self.seconds_a_step = 0.0
         """Seconds of a step, a moving average over about ten steps."""
         self.compute_seconds_by_rank: list[float] = []
@@ -31,10 +32,14 @@ class Meter:
     def start(self) -> None:
         """Note that a step begins."""
         self._begin = time.perf_counter()
+        self.data_seconds = 0.0
 
-    def data_is_here(self) -> None:
-        """Note that the step's batch has come."""
-        self.data_seconds = time.perf_counter() - self._begin
+    @contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        """Count the time within as a wait for data."""
+        begin = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - begin
 
     def numbers(self, result: StepResult, data_seconds: Sequence[float], sources: Sequence[str]) -> dict[str, float]:
         """Return the step's metrics, by their names in the journal and the trackers.
@@ -44,7 +49,7 @@ class Meter:
 
         Args:
             result: of the step.
-            data_seconds: seconds that each rank waited for the batch.
+            data_seconds: seconds that each rank waited for data.
             sources: names of the sources of the batch's rows, in the order of `result.by_source`.
         """
         seconds = time.perf_counter() - self._begin

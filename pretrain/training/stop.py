@@ -1,7 +1,7 @@
 """Requests to stop a run, by SIGINT, SIGTERM or SIGUSR2, and the ranks' decision about them.
 
     signal ─▶ pipe ─▶ a thread ─┬─ nothing to save yet: log a line, exit with 128 + signal
-                                └─ else: note the request; the ranks vote on it before each step and in validations
+                                └─ else: note the request; the ranks vote on it in each step and in validations
 
 Python calls its own signal handlers on the main thread between bytecodes, so only after a long call into C++. The pipe
 is written at once, and the thread reads it while the main thread computes.
@@ -86,7 +86,7 @@ class StopRequest:
             threading.Event().wait()
 
     def request(self, number: Signals) -> None:
-        """Note a request to stop, as if the signal had come; the ranks agree on it before the next step."""
+        """Note a request to stop, as if the signal had come; the ranks agree on it at the end of a step."""
         if self.signal is None:
             self.signal = number
             more = "; Ctrl-C once more stops at once, without a checkpoint" if number == signal.SIGINT else ""

@@ -36,8 +36,8 @@ from pretrain.engines import Engine, build_engine
 from pretrain.engines.base import BaseEngine
 from pretrain.estimate.activations import on_meta
 
-NUMBERS_BYTES = 128
-"""Most bytes of the numbers that a rank exchanges at once: sixteen numbers."""
+NUMBERS_BYTES = 192
+"""Most bytes of the numbers that a rank exchanges at once: twenty-four numbers."""
 OF_CONTEXT = {"context_gather", "context_scatter", "context_halo", "ring_attention", "ring_attention_backward"}
 """Byteloom's operations that exchange tensors within a context group."""
 _item = torch.ops.aten._local_scalar_dense.default

@@ -17,7 +17,7 @@ from pretrain.conformance.subject import Subject
 from pretrain.distributed.context import group_of
 from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
-from pretrain.engines import Engine, EngineConfig, build_engine
+from pretrain.engines import Engine, EngineConfig, Upcoming, build_engine
 from pretrain.models import ByteModel, all_families, build_model, small_config
 from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
@@ -70,11 +70,18 @@ def micro_batches(step: int, world: World = ALONE, context: int = 1, family: str
 def losses(
     engine: Engine, steps: range, world: World = ALONE, context: int = 1, family: str = "transformer"
 ) -> list[float]:
-    """Train for some steps and return the nats per byte of each."""
-    nats_per_byte = []
-    for step in steps:
-        learning_rate = 1e-3 * min(1.0, (step + 1) / WARM_UP)
-        result = engine.train_step(micro_batches(step, world, context, family), step=step, learning_rate=learning_rate)
+    """Train for some steps and return the nats per byte of each. Several ranks look ahead, as in a run."""
+    nats_per_byte, ahead = [], range(steps.start, steps.stop + 1)
+    batches = [micro_batches(step, world, context, family) for step in ahead]
+    for step, batch, following in zip(steps, batches, batches[1:], strict=False):
+        upcoming = Upcoming(following, [world.rank])
+        result = engine.train_step(
+            batch,
+            step=step,
+            learning_rate=1e-3 * min(1.0, (step + 1) / WARM_UP),
+            look_ahead=None if world.size == 1 else lambda upcoming=upcoming: upcoming,
+        )
+        assert result.upcoming == ([[]] if world.size == 1 else [[rank] for rank in range(world.size)])
         nats_per_byte.append(result.nats / result.target_bytes)
     return nats_per_byte
 

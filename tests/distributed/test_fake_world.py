@@ -1,11 +1,13 @@
 """A thousand ranks in one process: the large recipes are sharded and train, within budgets of communication."""
 
+from functools import partial
 from math import prod
 
 import pytest
 
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
+from pretrain.engines import Upcoming
 from pretrain.models import ByteModel
 from tests.distributed.fake_world import Collectives, fake_engine, fake_world, micro_batches_of
 from tests.test_project import ROOT
@@ -19,8 +21,10 @@ TWO_LAYERS = {
     "transformer_xl/enwik8-24-layers": ("model.layers=2",),
 }
 """The large recipe of each family, and the overrides that leave two blocks of each stack."""
-EXCHANGES_OF_NUMBERS = 2
-"""Exchanges of a few numbers of each rank in a step: the count of target bytes, and the numbers of the step."""
+EXCHANGES_OF_NUMBERS = 1
+"""Exchanges of a few numbers of each rank in a step: its numbers, and what a rank knows of the next step."""
+VOTE = (0.0,) * 6
+"""What a rank tells the others about its next batch."""
 
 
 def recipe(name: str, engine: str, *overrides: str) -> Config:
@@ -30,12 +34,15 @@ def recipe(name: str, engine: str, *overrides: str) -> Config:
 
 
 def collectives_of_a_step(config: Config, ranks: int, micro_batches: int = 1) -> tuple[Collectives, ByteModel]:
-    """Return the collectives of a step, and the model."""
+    """Return the collectives of the second step, and the model."""
     with fake_world(ranks) as world:
         engine = fake_engine(config, world, micro_batches=micro_batches)
-        with Collectives() as collectives:
-            batch = micro_batches_of(config, world, micro_batches)
-            result = engine.train_step(batch, step=0, learning_rate=1e-4)
+        batch = micro_batches_of(config, world, micro_batches)
+        for step in range(2):
+            with Collectives() as collectives:
+                result = engine.train_step(
+                    batch, step=step, learning_rate=1e-4, look_ahead=partial(Upcoming, batch, VOTE)
+                )
         assert result.is_updated
         return collectives, engine.model
 

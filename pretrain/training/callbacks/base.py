@@ -7,7 +7,7 @@ A start of a run calls each event on every callback, in the order of callbacks/_
         measure(run); on_numbers(run, numbers)
     while steps are left:
         before_step(run)
-        every rank has its part of the batch and no rank is asked to stop, or the loop ends
+        every rank has its part of the batch and no rank was asked to stop, or the loop ends
         forward, backward and update
         after_step(run, numbers)
         measure(run)                 may be cut short by a stop; then the next start measures again
@@ -40,7 +40,7 @@ class Callback:
         """Act before the first step of a start: the model, the engine and the data are ready."""
 
     def before_step(self, run: TrainingRun) -> None:
-        """Act before the batch of a step is requested. The step may still end in a stop, without `after_step`."""
+        """Act before a step. The step may still end in a stop, without `after_step`."""
 
     def after_step(self, run: TrainingRun, numbers: Mapping[str, float]) -> None:
         """Act after an optimizer step, before validation; `run.step` counts the step.

@@ -63,7 +63,6 @@ def test_mfu_is_never_above_one_and_absent_without_a_peak():
 
     def mfu(meter: Meter) -> float | None:
         meter.start()
-        meter.data_is_here()
         return meter.numbers(result, [0.0], []).get("mfu")
 
     assert mfu(Meter(1e12, None)) is None
