@@ -1,10 +1,13 @@
 """Ranks that share rows (context parallelism) train as one process does, dropout included."""
 
+from functools import partialmethod
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pretrain.distributed.context import Context
 from pretrain.distributed.world import ALONE, World
@@ -57,6 +60,13 @@ CASES = {
     ),
 }
 
+COMPILED = {
+    "perceiver_ar, dropped inputs, compiled": Case("perceiver_ar", {}, {"context": 2, "compile": True}),
+    "perceiver_ar, ring, compiled": Case(
+        "perceiver_ar", {"dropout": 0.0, "cross_attend_dropout": 0.0}, {"name": "fsdp", "context": 2, "compile": True}
+    ),
+}
+
 
 @pytest.mark.parametrize("patches", [None, 8])
 def test_dropout_keeps_the_mask_of_this_rank_only(patches: int | None):
@@ -75,7 +85,13 @@ def numbers(case: Case, world: World = ALONE, **engine: Any) -> tuple[list[float
 
 
 def numbers_of_all(world: World) -> dict[str, Any]:
-    return {name: numbers(case, world, **case.engine) for name, case in CASES.items()}
+    """Return the numbers of all cases. Compiled blocks are traced and differentiated, and run without machine code."""
+    with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager")):
+        return {name: numbers(case, world, **case.engine) for name, case in (CASES | COMPILED).items()}
+
+
+def numbers_of_compiled(world: World) -> dict[str, Any]:
+    return {name: numbers(case, world, **case.engine) for name, case in COMPILED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +100,21 @@ def by_rank() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | COMPILED)
 def test_numbers_equal_those_of_one_process(name: str, by_rank: list[dict[str, Any]]):
-    expected, expected_nats = numbers(CASES[name])
+    check(name, by_rank)
+
+
+@pytest.mark.long
+def test_compiled_numbers_equal_those_of_one_process():
+    by_rank = on_ranks(2, numbers_of_compiled)
+    for name in COMPILED:
+        check(name, by_rank)
+
+
+def check(name: str, by_rank: list[dict[str, Any]]) -> None:
+    """Check that the numbers of a case on each rank are those of one process."""
+    expected, expected_nats = numbers((CASES | COMPILED)[name])
     for of_rank in by_rank:
         step_losses, nats = of_rank[name]
         assert step_losses == pytest.approx(expected, rel=1e-5)

@@ -115,6 +115,10 @@ def test_engine_deepspeed_overrides_the_settings_of_the_recipe():
     ("engine", "fault"),
     [
         ({"name": "zero2", "shards": 2}, "engine.shards=2 is for hsdp, not for zero2"),
+        *(
+            ({"name": f"zero{stage}", "context": 2}, f"engine.context=2 is for ddp, fsdp and hsdp, not for zero{stage}")
+            for stage in (1, 2, 3)
+        ),
         ({"name": "zero3", "reshard_after_forward": False}, "engine.reshard_after_forward=false is for fsdp and hsdp"),
         ({"name": "zero3", "compile": True}, "engine.compile is not for zero3"),
         ({"name": "ddp", "offload": True}, "engine.offload is not for ddp"),
