@@ -1,8 +1,8 @@
 """Attention as functions of queries, keys and values, and the choice of the kernel that computes it.
 
 On a CPU in bf16, short attention is two products and a softmax, and long causal attention is a kernel for AMX. On
-CUDA, attention within documents is FlexAttention. All other attention is torch's fused kernel, except where CUDA
-refuses the shape.
+CUDA, attention within documents and from latents to all inputs is FlexAttention. All other attention is torch's fused
+kernel, except where CUDA refuses the shape.
 """
 
 from collections.abc import Callable
@@ -127,7 +127,7 @@ def attention(
 
 
 def takes_blocks(x: Tensor, channels: int, keys: int, dropout: float) -> bool:
-    """Return whether a mask by documents is a block mask of FlexAttention; otherwise it is boolean.
+    """Return whether a mask by documents or by latents is a block mask of FlexAttention; otherwise it is boolean.
 
     FlexAttention has no dropout. The meta device counts as CUDA, whose memory is estimated on it.
 
@@ -217,7 +217,7 @@ def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         return (
             f"torch's fused kernel, for {LARGEST_FUSED_BATCH:,} rows or patches at a time; FlexAttention within "
-            "documents, without dropout"
+            "documents and from latents to inputs, without dropout"
         )
     return "torch's fused kernel"
 

@@ -302,13 +302,18 @@ class PerceiverAR(ByteModel):
     def visible(self, places: Tensor, inputs: Tensor, documents: Tensor | None = None) -> "Mask":
         """Return the mask in which each latent sees the inputs up to its own.
 
+        Where FlexAttention is used, it skips the inputs after a crop. torch's fused kernel would multiply them too, and
+        each head would read a mask of N T numbers.
+
         Args:
             places: (rows, N)
             inputs: (rows, T, W)
             documents: (rows, T) document of each input, if a latent sees only its own; None: it sees all.
         """
         if documents is None:
-            return CausalMask(places[:, 0])
+            if not self._takes_blocks(inputs, inputs.shape[1]):
+                return CausalMask(places[:, 0])
+            documents = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         return self.visible_inputs(documents.gather(1, places), documents, places[:, 0], inputs)
 
     def visible_inputs(
@@ -322,8 +327,12 @@ class PerceiverAR(ByteModel):
             first: (rows,) position of the first latent among the inputs.
             inputs: (rows, n, W) any of the inputs.
         """
-        in_blocks = takes_blocks(inputs, self.input_width // self.config.cross_heads, documents.shape[1], dropout=0.0)
+        in_blocks = self._takes_blocks(inputs, documents.shape[1])
         return visible_in_documents(of_latents, documents, first, in_blocks=in_blocks)
+
+    def _takes_blocks(self, inputs: Tensor, count: int) -> bool:
+        """Return whether the mask over `count` inputs is a block mask of FlexAttention."""
+        return takes_blocks(inputs, self.input_width // self.config.cross_heads, count, dropout=0.0)
 
     def visible_latents(self, documents: Tensor, z: Tensor) -> "Tensor | BlockMask":
         """Return the mask in which latents see the earlier latents of their documents.

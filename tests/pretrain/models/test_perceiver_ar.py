@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
@@ -290,6 +291,27 @@ def test_b8_attention_equals_its_formula_with_the_mask_at_the_bottom_right(dtype
     torch.testing.assert_close(attention(q, k, v, added).double(), expected, atol=tolerance, rtol=0)
     top_left = F.scaled_dot_product_attention(q, k, v, is_causal=True).double()
     assert torch.allclose(top_left, expected, atol=tolerance) == (queries == keys)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_block_mask_of_a_crop_has_the_numbers_of_the_dense_one(positions: str, monkeypatch: pytest.MonkeyPatch):
+    """A CPU has no backward pass of FlexAttention, so its mask becomes a dense one. Inputs cross blocks of 128."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+        assert block_mask.sparsity() > 10  # inputs after the crop are skipped
+        visible = create_mask(block_mask.mask_mod, len(q), None, q.shape[2], k.shape[2], device="cpu")
+        return F.scaled_dot_product_attention(q, k, v, visible)
+
+    monkeypatch.setattr("pretrain.models.blocks.attention._compiled", lambda kernel: dense)
+    model = build(sequence_length=520, latents=140, positions=positions, **layers(1)).train()
+    ids, results = random_ids(length=520), []
+    for in_blocks in (False, True):
+        monkeypatch.setattr(model, "_takes_blocks", lambda inputs, count, takes=in_blocks: takes)
+        torch.manual_seed(4)  # of the crops
+        nats = model(ids)
+        results.append([nats, *torch.autograd.grad(nats.sum(), list(model.parameters()))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
 
 def test_z_loss_changes_gradients_and_no_loss():
