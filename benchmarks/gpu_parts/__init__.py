@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import torch
 
+from byteloom.core.provenance import driver_version
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -69,7 +71,7 @@ class Setting:
                 "CUDA": str(torch.version.cuda),
                 "cuDNN": str(torch.backends.cudnn.version()),
                 "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
-                "driver": _driver(),
+                "driver": driver_version(),
             }
         return found
 
@@ -127,7 +129,7 @@ class Part:
 PARTS = {
     "machine": Part("machine", "versions, and peaks of products and copies", 20),
     "agreement": Part("agreement", "families, attention and decoding against the CPU; activation checkpointing", 70),
-    "waits": Part("waits", "where the host waits for the device in a step", 20),
+    "waits": Part("waits", "no operation of a step waits for the device", 20),
     "resume": Part("resume", "20 steps against 10 and 10 resumed, with default and with deterministic kernels", 40),
     "saving": Part("saving", "a checkpoint while steps continue: stall, pinned memory, load", 60),
     "speed": Part("speed", "megabyte/pg19-best by micro-batch, eager and compiled", 120),
@@ -152,12 +154,4 @@ def _commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"

@@ -33,6 +33,7 @@ def engine_of(
     *,
     micro_batch: int = 1,
     micro_batches: int = 1,
+    optimizer: str = "adamw",
     **fields: Any,
 ) -> Engine:
     """Return an engine with first values; those of large models are only roughly as in training.
@@ -42,6 +43,7 @@ def engine_of(
         config: of the model.
         micro_batch: rows of a micro-batch.
         micro_batches: of a step.
+        optimizer: its name.
         fields: of the engine's config.
     """
     with torch.device("meta"):
@@ -50,7 +52,7 @@ def engine_of(
     engine = build_engine(
         engine_config,
         model,
-        OptimizerConfig(),
+        OptimizerConfig(name=optimizer),
         seed=0,
         world=ALONE,
         global_batch=micro_batch * micro_batches,

@@ -34,12 +34,12 @@ def environment() -> dict[str, str]:
         "cpu_threads": str(torch.get_num_threads()),
         "version.cuda": torch.version.cuda or "none",
         "version.nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none",
-        "version.driver": _driver_version(),
+        "version.driver": driver_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
     """Return the version of the machine's NVIDIA driver, or none."""
     try:
         text = DRIVER.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Laws of a training step on CUDA, on a device that computes no values; see fake_cuda/device.py.
 
 Left out: DDP over ranks, whose C++ code reads values; DeepSpeed and offload, which decide about updates on the host;
-float8, which needs torchao; compiled blocks.
+float8, which needs torchao; compiled blocks, and the kernel of FlexAttention.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pretrain.engines.fake_cuda.steps import CASES, STEPS
+from benchmarks.common import waits
+from tests.pretrain.engines.fake_cuda.steps import CASES, MICRO_BATCHES, STEPS
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 FOLDER = Path(__file__).parent / "fake_cuda"
@@ -26,16 +27,14 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA has its own device; see tests/gpu"),
 ]
 
-NUMBERS = "Event.synchronize in transfers:wait"
-"""The wait for the numbers of a step, which are there before its update ends."""
-WAITS_BEFORE_UPDATE = {"muon": "read of a value in pytorch:_update"}
-"""Waits of optimizers that cannot skip an update on the device."""
+NUMBERS = f"Event.synchronize in {waits.NUMBERS}"
+WAITS_BEFORE_UPDATE = {name: f"read of a value in {place}" for name, place in waits.WAITS_BEFORE_UPDATE.items()}
 ON_THE_HOST = {
     "base:_scored_targets": "the targets that a model draws are counted before the passes",
     "draws": "a model draws crops and inputs, whose number the host must know",
     "perceiver_ar:part": "takes this rank's part of the drawn inputs",
     "transfers:send": "moves arrays to pinned memory",
-    "base:train_step": "reads the numbers that have arrived",
+    "base:_exchanged": "reads the numbers that have arrived",
 }
 """Functions that may use tensors of the host, and why."""
 
@@ -54,12 +53,21 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 @pytest.mark.parametrize("case", CASES)
 def test_host_waits_once_a_step_after_it_has_queued_the_update(findings: dict[str, dict[str, Any]], case: str):
-    """Device mismatches raise, so a step that ends has none."""
+    """The votes and the target bytes of the next step come with the numbers of this one.
+
+    Device mismatches raise, so a step that ends has none.
+    """
     course = [what for what, _ in groupby(findings[case]["course"])]  # an update is one operation a group of parameters
     assert course == [*filter(None, [WAITS_BEFORE_UPDATE.get(case)]), "update", NUMBERS] * STEPS
 
 
-def test_ranks_vote_through_the_device(findings: dict[str, Any]):
+def test_latents_see_all_inputs_through_a_block_mask_and_not_a_dense_one(findings: dict[str, dict[str, Any]]):
+    """The cross-attend of each micro-batch."""
+    assert findings["all inputs in blocks"]["attentions in blocks"] == STEPS * MICRO_BATCHES
+    assert findings["perceiver_ar, bf16"]["attentions in blocks"] == 0  # inputs are dropped
+
+
+def test_ranks_exchange_other_numbers_through_the_device(findings: dict[str, Any]):
     assert findings["vote"] == [NUMBERS]
 
 

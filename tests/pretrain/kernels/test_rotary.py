@@ -52,7 +52,7 @@ def test_scores_of_one_distance_deviate_by_the_rounding_of_queries_and_keys_alon
     No rotation whose results are bf16 can do better.
     """
     torch.manual_seed(0)
-    heads, channels, distance, places = 256, 64, 5, torch.arange(1000, 1256)
+    heads, channels, distance, places = 64, 64, 5, torch.arange(1000, 1064)
     q, k = (torch.randn(1, heads, 1, channels).bfloat16() for _ in range(2))
     exact = q.double(), k.double()
 
@@ -63,7 +63,7 @@ def test_scores_of_one_distance_deviate_by_the_rounding_of_queries_and_keys_alon
         return (turned_q.double() * turned_k.double()).sum(-1) / math.sqrt(channels)
 
     deviation = (scores(q, k) - scores(*exact)).square().mean().sqrt().item()
-    assert deviation == pytest.approx(math.sqrt(2) * rounding_of_bf16(), rel=0.05)
+    assert deviation == pytest.approx(math.sqrt(2) * rounding_of_bf16(), rel=0.1)
     assert scores(*exact).std(-1).max() < 1e-10  # the distance alone matters
 
 

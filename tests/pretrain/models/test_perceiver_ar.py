@@ -298,7 +298,7 @@ def test_block_mask_of_a_crop_has_the_numbers_of_the_dense_one(positions: str, m
     """A CPU has no backward pass of FlexAttention, so its mask becomes a dense one. Inputs cross blocks of 128."""
 
     def dense(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-        assert block_mask.sparsity() > 10  # inputs after the crop are skipped
+        assert (block_mask.kv_num_blocks + block_mask.full_kv_num_blocks).min() < 5  # some after the crop are skipped
         visible = create_mask(block_mask.mask_mod, len(q), None, q.shape[2], k.shape[2], device="cpu")
         return F.scaled_dot_product_attention(q, k, v, visible)
 

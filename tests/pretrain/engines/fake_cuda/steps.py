@@ -6,7 +6,10 @@ C++ code reads values.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +22,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention.flex_attention import BlockMask
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data_pipeline.stream.loader import MicroBatch
@@ -27,19 +32,24 @@ from data_pipeline.stream.mixture import RowSources
 from data_pipeline.stream.rows import Rows
 from pretrain.conformance.subject import Subject
 from pretrain.distributed.world import World
-from pretrain.engines import EngineConfig, UpdateLimits, build_engine
+from pretrain.engines import EngineConfig, Upcoming, UpdateLimits, build_engine
 from pretrain.models import ByteModel, all_families, build_model, small_config
+from pretrain.models.blocks import attention
 from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
 from tests.pretrain.engines.fake_cuda import device
 
 STEPS, ROWS, MICRO_BATCHES, RANKS = 2, 2, 2, 8
+VOTE = (0.0,) * 6
+"""What a rank tells the others about its next batch."""
 
 PASSES = {
     "fp32, full": {"precision": "fp32", "activation_checkpointing": "full"},
     "bf16": {"precision": "bf16"},
     "bf16, selective": {"precision": "bf16", "activation_checkpointing": "selective"},
 }
+IN_BLOCKS = {"sequence_length": 512, "latents": 256, "cross_attend_dropout": 0.0}
+"""Perceiver AR whose latents see all inputs before them, by FlexAttention."""
 CASES: dict[str, dict[str, Any]] = {
     **{
         f"{family}, {name}": {"family": family, **passes}
@@ -59,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
         }
         for kind in ("strided", "fixed")
     },
+    "all inputs in blocks": {"family": "perceiver_ar", "model": IN_BLOCKS},
 }
 """Cases by name; arguments of `findings`."""
 
@@ -72,26 +83,39 @@ def findings(
     **engine: Any,
 ) -> dict[str, Any]:
     """Return what steps of a small model wait for, and how much they compute where."""
-    built_model = _model(family, model)
+    built_model, before = _model(family, model), in_blocks.total()
     config = EngineConfig.model_validate({"device": "cuda", "precision": precision, **engine})
-    batches = {"global_batch": ROWS * MICRO_BATCHES * ranks, "micro_batch": ROWS}
+    sizes = {"global_batch": ROWS * MICRO_BATCHES * ranks, "micro_batch": ROWS}
     sources = RowSources(2, [np.zeros(ROWS, np.int64)] * MICRO_BATCHES)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        built = build_engine(config, built_model, OptimizerConfig(name=optimizer), 0, World(0, ranks), **batches)
+        built = build_engine(config, built_model, OptimizerConfig(name=optimizer), 0, World(0, ranks), **sizes)
+        batches = [_micro_batches(family, built_model.sequence_length) for _ in range(STEPS + 1)]
         with device.watched(mode):
-            for step in range(STEPS):
+            for step, (batch, following) in enumerate(pairwise(batches)):
                 built.train_step(
-                    _micro_batches(family, built_model.sequence_length),
+                    batch,
                     step=step,
                     learning_rate=1e-3,
                     sources=sources,
                     limits=UpdateLimits(1e9, 1e9),
+                    look_ahead=partial(Upcoming, following, VOTE),
                 )
     return {
         "course": list(device.course),
         "host": sorted(device.host_operations),
         "device operations": device.device_operations.total(),
+        "attentions in blocks": in_blocks.total() - before,
     }
+
+
+in_blocks = Counter[str]()
+"""Calls of FlexAttention."""
+
+
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask) -> torch.Tensor:
+    """Take FlexAttention's place, which is compiled: torch's fused kernel keeps the same tensors."""
+    in_blocks["calls"] += 1
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def vote() -> list[str]:
@@ -133,5 +157,6 @@ def _micro_batches(family: str, length: int) -> list[MicroBatch]:
 
 if __name__ == "__main__":
     device.install()
+    attention._compiled = lambda kernel: _fused
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     print(json.dumps({"vote": vote()} | {name: findings(**case) for name, case in CASES.items()}))
