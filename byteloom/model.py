@@ -30,6 +30,8 @@ from data_pipeline.vocabulary import SEPARATOR
 from pretrain.checkpoint import Metadata, read
 from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import choose_device, compute_dtype, scoring_precision
+from pretrain.evaluation.answers import answer_rows
+from pretrain.evaluation.answers import beam_search as search_beams
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.evaluate import Scored, add_up, score_windows, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
@@ -128,6 +130,7 @@ class Model:
         self.objective = trained_objective(checkpoint)
         self.form = form_of(self.config, self.objective)
         module = build_model(self.config).eval()
+        module.reads_prompts_whole = self.form.visibility is Visibility.prefix
         read(checkpoint, [whole(fragment_name(MODEL, name), own) for name, own in module.named_parameters()], progress)
         place = choose_device(device)
         self.module = module.to(
@@ -324,6 +327,8 @@ class Model:
             SamplingError: the model predicts no next byte.
         """
         self._check_generates()
+        if self.form.visibility is Visibility.encoder_decoder:
+            raise SamplingError(f"{self.checkpoint.folder} predicts a target from a source; use `generate`")
         ids = [SEPARATOR] * self._after_separator + list(context)
         if not self.module.decodes_without_end:
             ids = ids[max(0, len(ids) - self.sequence_length + 1) :]
@@ -368,7 +373,7 @@ class Model:
         """Return an iterator over (row, byte) of the continuations of several prompts, which are decoded side by side.
 
         Args:
-            prompts: one a row.
+            prompts: one a row: the document so far, or the source of a model that was trained on pairs.
             counts: most bytes of each continuation.
             sampling: how to draw. A model that saw no separator in training does not end a document.
 
@@ -376,9 +381,36 @@ class Model:
             SamplingError: the model predicts no next byte.
         """
         self._check_generates()
+        if self.form.visibility is Visibility.encoder_decoder:
+            return answer_rows(self.module, prompts, counts, sampling)
         separators = sampling.separators and trained_separators(self.checkpoint)
         how = replace(sampling, separators=separators)
-        return generate_rows(self.module, prompts, counts, how, after_separator=self._after_separator)
+        return generate_rows(
+            self.module,
+            prompts,
+            counts,
+            how,
+            after_separator=self._after_separator,
+            before_separator=self.objective.entry.reads_pairs,
+        )
+
+    def beam_search(self, source: bytes, *, beams: int = 4, bytes: int = 256) -> bytes:
+        """Return the likeliest answer to a source that a beam search finds.
+
+        Args:
+            source: what the encoder reads.
+            beams: answers that are followed at a time; 1 takes the likeliest byte each time.
+            bytes: most bytes of the answer.
+
+        Raises:
+            SamplingError: the model has no encoder with a decoder, or an argument is out of bounds.
+        """
+        if self.form.visibility is not Visibility.encoder_decoder:
+            raise SamplingError(f"{self.checkpoint.folder} is a {self.config.family}; beams need an encoder_decoder")
+        if min(beams, bytes) < 1:
+            raise SamplingError(f"beams is {beams}, and bytes is {bytes}; both must be at least 1")
+        with torch.no_grad():
+            return search_beams(self.module, source, beams, bytes)
 
     def _check_generates(self) -> None:
         if self.form.visibility is Visibility.bidirectional:

@@ -24,6 +24,8 @@ class ReadOptions:
     """Reader of every file, by its name in the registry; "auto" decides by each file's suffix."""
     field: str = "text"
     """The field of a JSON line or the column of a Parquet file that is the document; dots lead into nested ones."""
+    target_field: str | None = None
+    """The field of a JSON line that is the target of a pair, whose source is `field`. None: documents are no pairs."""
     members: tuple[str, ...] | None = None
     """Suffixes of the members of a tar that are documents, or of a WebDataset sample that make up its document, such as
     ("jpg", "txt"). None takes every member."""

@@ -128,12 +128,27 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             form_of(self.model, self.objective)
         except FamilyError as error:
             return Mismatch(str(error), ("objective.name", "model.family"))
+        if self.objective.entry.reads_pairs and (mismatch := self._rows_without_pairs()):
+            return mismatch
         if self.engine.context > 1 and self.objective.name != "causal":
             return Mismatch(
                 f"engine.context cuts rows over ranks, which only objective.name causal supports, not "
                 f"{self.objective.name}; set it to 1",
                 ("engine.context", "objective.name"),
             )
+        return None
+
+    def _rows_without_pairs(self) -> Mismatch | None:
+        for name, source in self.data.sources().items():
+            prefix = f"data.mixture.{name}" if self.data.mixture else "data"
+            for field, needed in (("packing", "document"), ("documents", "cut"), ("separate_documents", True)):
+                if getattr(source, field) != needed:
+                    value = str(needed).lower()
+                    return Mismatch(
+                        f"objective.name {self.objective.name} reads a pair in each row; set {prefix}.{field} to "
+                        f"{value}",
+                        (f"{prefix}.{field}", "objective.name"),
+                    )
         return None
 
     def warnings(self) -> list[Fault]:

@@ -1,6 +1,7 @@
 """Laws of models that read more than the ids they predict: encoders, and encoders with a decoder."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.conformance.models import REFERENCE_TOLERANCE, TOLERANCE
 from pretrain.conformance.subject import SEED, Law, Subject, require
-from pretrain.models import ByteModel, family
+from pretrain.models import ByteModel, EncodingDecoder, family
 from pretrain.models.references import load_reference
 from pretrain.objectives import Visibility
 
@@ -87,6 +88,27 @@ def check_given_reference(subject: Subject, folder: Path) -> None:
     require(worst <= REFERENCE_TOLERANCE, f"the scores of the reference differ from the model's by {worst:.3g}")
 
 
+def check_given_decoder(subject: Subject, folder: Path) -> None:
+    """Check that a decoder that read the source predicts as `forward` for every prefix, also when rows are selected."""
+    model, (ids, given) = subject.build(torch.float64), subject.example(2)
+    given[1, -3:] = PADDING
+    expected = forward(model, ids, given)
+    with torch.no_grad():
+        for primed in range(ids.shape[1]):
+            decoder = cast(EncodingDecoder, model.decoder(2))
+            decoder.encode(given)
+            logits = decoder.prime(ids[:, :primed])
+            for place in range(primed, min(primed + 2, ids.shape[1])):
+                if place > primed:
+                    decoder.select(torch.tensor([1, 0]))
+                    logits = decoder.step(ids.flip(0)[:, place - 1])
+                of_row = ids if place == primed else ids.flip(0)
+                nats = F.cross_entropy(logits.double(), of_row[:, place], reduction="none")
+                worst = (nats - (expected if place == primed else expected.flip(0))[:, place]).abs().max().item()
+                require(worst <= TOLERANCE, f"after {place} ids a decoder differs from forward by {worst:.3g}")
+                require(decoder.length == place, f"a decoder that read {place} ids says that it read {decoder.length}")
+
+
 def _changed(ids: Tensor, place: int) -> Tensor:
     """Return ids with another byte at a place of the first row."""
     other = ids.clone()
@@ -102,13 +124,17 @@ def forward(model: ByteModel, ids: Tensor, given: Tensor) -> Tensor:
     return nats
 
 
-EXAMPLE_LAWS = tuple(
-    Law.of(check, visibilities=ENCODERS)
-    for check in (
-        check_given_output,
-        check_given_distribution,
-        check_given_visibility,
-        check_given_padding,
-        check_given_reference,
-    )
+EXAMPLE_LAWS = (
+    *(
+        Law.of(check, visibilities=ENCODERS)
+        for check in (
+            check_given_output,
+            check_given_distribution,
+            check_given_visibility,
+            check_given_padding,
+            check_given_reference,
+        )
+    ),
+    Law.of(check_given_decoder, visibilities=frozenset({Visibility.encoder_decoder})),
 )
+"""Laws of a model on one device that reads given ids."""

@@ -47,6 +47,7 @@ def generate_rows(
     sampling: Sampling,
     *,
     after_separator: bool = False,
+    before_separator: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """Yield at most as many bytes after each prompt as `counts` says; fewer if the model ends the document.
 
@@ -63,12 +64,13 @@ def generate_rows(
         counts: most bytes after each prompt.
         sampling: how bytes are drawn.
         after_separator: whether a separator precedes each prompt, as it precedes documents in training.
+        before_separator: whether a separator follows each prompt, as it follows the source of a pair.
 
     Yields:
         (row, byte): the bytes of each row in their order.
     """
-    before = [SEPARATOR] if after_separator else []
-    histories = {row: before + list(prompt) for row, prompt in enumerate(prompts)}
+    before, after = ([SEPARATOR] if is_wanted else [] for is_wanted in (after_separator, before_separator))
+    histories = {row: [*before, *prompt, *after] for row, prompt in enumerate(prompts)}
     if not model.decodes_without_end:
         histories = {
             row: history if len(history) < model.sequence_length else _last_half(model, history)

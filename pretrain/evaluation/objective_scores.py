@@ -63,7 +63,10 @@ def score_objective(
         EvaluationError: a loss is not finite, or too high.
     """
     total = Score()
-    for batch, is_own in share(_batched(document_rows(corpus.pieces(), length), rows)):
+    numbered = document_rows(corpus.pieces(), length)
+    if objective.entry.reads_pairs:  # the rest of a document that is longer than a row is no pair
+        numbered = (row for row in numbered if row[2])
+    for batch, is_own in share(_batched(numbered, rows)):
         example = _example(batch, objective, form, length)
         nats = nats_of(example.ids, example.given)
         if is_own:

@@ -9,7 +9,7 @@ blocks/       modules that families share
 from typing import TYPE_CHECKING, Any
 
 from pretrain.models import registry
-from pretrain.models.base import ByteModel, Decoder
+from pretrain.models.base import ByteModel, Decoder, EncodingDecoder
 from pretrain.models.blocks.attention import describe_attention
 from pretrain.models.registry import (
     Family,
@@ -44,6 +44,7 @@ else:
 __all__ = [
     "ByteModel",
     "Decoder",
+    "EncodingDecoder",
     "Family",
     "FamilyError",
     "ModelConfig",

@@ -45,6 +45,24 @@ class Decoder(Protocol):
         """
 
 
+class EncodingDecoder(Decoder, Protocol):
+    """Decoder of a model with an encoder. It reads the sources of its rows before anything else."""
+
+    def encode(self, source: Tensor) -> None:
+        """Read the sources, once.
+
+        Args:
+            source: (rows, m) ids, padded at the end.
+        """
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the rows by some of them, which may repeat, as a beam search does.
+
+        Args:
+            rows: (n,) numbers of rows.
+        """
+
+
 Memory = dict[str, Tensor]
 """Memory that a model carries from a sequence to the next one of its lane: tensors by name, one row a lane.
 
@@ -80,6 +98,9 @@ class ByteModel(nn.Module, ABC):
     memory."""
     z_loss: float = 0.0
     """Factor of the z-loss in the gradient of `nats`; see `linear_nats`."""
+    reads_prompts_whole: bool = False
+    """Whether the ids that prime a decoder are a prefix, which all see each other. A model that reads prefixes has it
+    set when it is used."""
     decodes_without_end: ClassVar[bool] = False
     """Whether a decoder continues past sequence_length bytes, with a memory of earlier ones."""
 

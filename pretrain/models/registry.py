@@ -48,6 +48,10 @@ def _reads_any(_: BaseModel) -> None:
     return None
 
 
+def _reads_causally(_: BaseModel) -> frozenset[Visibility]:
+    return frozenset({Visibility.causal})
+
+
 @dataclass(frozen=True)
 class UsageOption:
     """Option of `eval` and `generate` that changes how a trained model is used. No parameter depends on it."""
@@ -85,8 +89,8 @@ class Family(Generic[AnyConfig]):
     row_parts: Callable[[AnyConfig], int] | None = None
     """Number of equal parts into which ranks can cut a row of a model of this config; engine.context must divide it.
     None: the family does not support context parallelism."""
-    visibilities: frozenset[Visibility] = frozenset({Visibility.causal})
-    """Visibilities of the examples that a model reads, and so the objectives that can train it."""
+    visibilities: Callable[[AnyConfig], frozenset[Visibility]] = _reads_causally
+    """Visibilities of the examples that a model of this config reads, and so the objectives that can train it."""
     is_default: bool = False
     """Whether this is the family of a recipe that names none."""
     reference: Path | None = None
@@ -260,12 +264,12 @@ def form_of(config: "ModelConfig", objective: ObjectiveConfig) -> Form:
     Raises:
         FamilyError: the objective does not train models of this family, or not a model of this config.
     """
-    supported = family(config.family).visibilities
+    supported = family(config.family).visibilities(config)
     chosen = next((each for each in objective.entry.visibilities if each in supported), None)
     if chosen is None:
         fitting = [name for name, entry in OBJECTIVES.entries().items() if not supported.isdisjoint(entry.visibilities)]
         raise FamilyError(
-            f"objective.name {objective.name} does not train the model family {config.family}; "
+            f"objective.name {objective.name} does not train this model of family {config.family}; "
             f"{' or '.join(fitting) or 'no objective'} does"
         )
     needed = objective.entry.special_ids(objective, config.sequence_length)
@@ -275,8 +279,18 @@ def form_of(config: "ModelConfig", objective: ObjectiveConfig) -> Form:
             f"{config.sequence_length:,} ids, and model.special_ids is {getattr(config, 'special_ids', 0)}; set it to "
             f"{needed}"
         )
-    source = getattr(config, "source_length", 0) if chosen is Visibility.encoder_decoder else 0
-    return Form(chosen, getattr(config, "target_length", config.sequence_length), source)
+    if chosen is not Visibility.encoder_decoder:
+        return Form(chosen, config.sequence_length, 0)
+    form = Form(chosen, getattr(config, "target_length"), getattr(config, "source_length"))  # noqa: B009 of its config
+    if objective.entry.lengths is not None:
+        target, source = objective.entry.lengths(objective, config.sequence_length)
+        if target > form.length or source > form.source_length:
+            raise FamilyError(
+                f"objective.name {objective.name} makes targets of {target} and sources of {source} ids of rows of "
+                f"{config.sequence_length:,} ids; set model.target_length to {target} and model.source_length to "
+                f"{source}, at least"
+            )
+    return form
 
 
 def build_model(config: "ModelConfig") -> ByteModel:

@@ -97,6 +97,11 @@ class ObjectiveEntry:
     """Fields of ObjectiveConfig that it uses."""
     special_ids: Callable[["ObjectiveConfig", int], int] = _needs_none
     """Returns how many ids after the vocabulary it uses, such as masks, for rows of so many ids."""
+    lengths: Callable[["ObjectiveConfig", int], tuple[int, int]] | None = None
+    """Returns how many ids it predicts, and how many a source has, for rows of so many ids. None: a model of any
+    lengths fits."""
+    reads_pairs: bool = False
+    """Whether each row must be a pair of a source and a target."""
     options: type[BaseModel] | None = None
     """Config node of `objective.options`; None if it has no options of its own."""
 

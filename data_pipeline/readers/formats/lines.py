@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 from data_pipeline.documents import READ_BYTES, Document
+from data_pipeline.pairs import joined
 from data_pipeline.readers.compression import decompressed
 from data_pipeline.readers.encodings import in_utf8
 from data_pipeline.readers.formats.text import document_in_memory, utf8
@@ -33,14 +34,13 @@ def documents_in_lines(file: SourceFile, options: ReadOptions, is_json: bool) ->
         BadDocumentError: the file cannot be read, or not further.
     """
     modality = options.modality or "text"
-    path = options.field.split(".")
     with open_file(file.url) as stored, decompressed(stored, file.key, file.url) as stream:
         for number, line in enumerate(_lines(in_utf8(stream, keep_mark=not is_json))):
             key = f"{file.key}#{number:09d}"
             try:
                 if line is None:
                     raise LeftOutError("damaged", f"it is longer than {MAX_LINE_BYTES:,} bytes")
-                content = _field_of(line, path) if is_json else line
+                content = _document_of(line, options) if is_json else line
                 if not content:
                     raise LeftOutError("empty", "it is empty")
                 yield document_in_memory(key, modality, content)
@@ -56,7 +56,7 @@ JSON_LINES_READER = register_reader(
         "jsonl",
         "JSON objects, one on each line.",
         read_container=partial(documents_in_lines, is_json=True),
-        options=frozenset({"field"}),
+        options=frozenset({"field", "target_field"}),
         suffixes=frozenset({".jsonl", ".ndjson"}),
     )
 )
@@ -73,11 +73,11 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
         yield line if len(line) <= MAX_LINE_BYTES else None
 
 
-def _field_of(line: bytes, path: list[str]) -> bytes:
-    """Return the text at a path of names in a line of JSON; a blank line has none.
+def _document_of(line: bytes, options: ReadOptions) -> bytes:
+    """Return the document of a line of JSON: the text of a field, or a pair of two; a blank line has none.
 
     Raises:
-        LeftOutError: the line is not JSON, or there is no text at the path.
+        LeftOutError: the line is not JSON, or a field is no text.
     """
     if not line.strip():
         return b""
@@ -85,12 +85,25 @@ def _field_of(line: bytes, path: list[str]) -> bytes:
         value = _loaded(line.decode())  # json itself would accept surrogates in the bytes
     except (ValueError, RecursionError) as error:
         raise LeftOutError("damaged", f"not JSON: {error}") from error
-    for name in path:
+    text = _text_at(value, options.field)
+    if options.target_field is None:
+        return text
+    target = _text_at(value, options.target_field)
+    return joined(text, target) if target else b""
+
+
+def _text_at(value: Any, field: str) -> bytes:
+    """Return the text of a field; dots lead into nested ones.
+
+    Raises:
+        LeftOutError: there is no text.
+    """
+    for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise LeftOutError("no field", f"it has no field {'.'.join(path)!r}")
+            raise LeftOutError("no field", f"it has no field {field!r}")
         value = value[name]
     if not isinstance(value, str):
-        raise LeftOutError("no field", f"its field {'.'.join(path)!r} is of type {type(value).__name__}, not text")
+        raise LeftOutError("no field", f"its field {field!r} is of type {type(value).__name__}, not text")
     return utf8(value)
 
 

@@ -81,6 +81,9 @@ def prepare_command(
     text_field: Annotated[
         str, _option(READING, "JSON field or Parquet column of the document.", "--field")
     ] = ReadOptions.field,
+    target_field: Annotated[
+        str | None, _option(READING, "JSON field that --field is a source of. Each document is then a pair.")
+    ] = ReadOptions.target_field,
     member: Annotated[
         list[str] | None, _option(READING, "Suffix of tar members to read (repeatable). Default: all.")
     ] = None,
@@ -158,6 +161,7 @@ def prepare_command(
         reading=ReadOptions(
             reader=reader,
             field=text_field,
+            target_field=target_field,
             members=tuple(member) if member else None,
             image_size=image_size,
             image_filter=image_filter,

@@ -3,13 +3,14 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from byteloom.core.text import count
+from byteloom.model import Model
 from data_pipeline.errors import CorpusError
 from pretrain.cli.arguments import parse_path
 from pretrain.cli.models.weights import (
@@ -62,13 +63,17 @@ def generate_command(
     top_k: TopKOption = None,
     top_p: TopPOption = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
+    beams: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answers that a beam search follows, instead of draws. For an encoder_decoder."),
+    ] = None,
     begin: BeginOption = Beginning.auto,
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     *,
     usage: Mapping[str, Any],
 ) -> None:
-    """Continue a prompt with bytes from a model.
+    """Continue a prompt with bytes from a model, or answer it if the model was trained on pairs.
 
     Writes the bytes to standard output, or several continuations to a folder.
     A continuation ends early if the model ends the document. A picture ends at its last pixel.
@@ -88,12 +93,13 @@ def generate_command(
     task = Continuations(card, rows, most_bytes, output_format, to_files=out is not None)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    drawn = _drawn(loaded, task, sampling, beams)
     streams = out is None and task.format is OutputFormat.raw
     written = [bytearray() for _ in rows]
     shown = 0
     started = time.perf_counter()
     with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
-        for row, byte in loaded.generate_rows(task.prompts, task.counts, sampling):
+        for row, byte in drawn:
             written[row].append(byte)
             if streams and (end := task.whole(task.prompts[0], written[0])) > shown:
                 sys.stdout.buffer.write(written[0][shown:end])
@@ -111,3 +117,12 @@ def generate_command(
     ended = sum(len(continuation) < most for continuation, most in zip(written, task.counts, strict=True))
     ending = f"; the model ended {ended} of {count(len(written), 'document')}" if ended else ""
     say(f"\n{count(total, 'byte')}, {total / seconds:,.0f} bytes/s{ending}")
+
+
+def _drawn(loaded: Model, task: Continuations, sampling: Sampling, beams: int | None) -> Iterator[tuple[int, int]]:
+    """Return the bytes of each row: drawn, or those of a beam search."""
+    if beams is None:
+        return loaded.generate_rows(task.prompts, task.counts, sampling)
+    rows = zip(task.prompts, task.counts, strict=True)
+    found = (loaded.beam_search(prompt, beams=beams, bytes=count) for prompt, count in rows)
+    return ((row, byte) for row, answer in enumerate(found) for byte in answer)

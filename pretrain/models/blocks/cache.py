@@ -64,6 +64,15 @@ class LayerCache:
         """Drop all but the last `count` kept positions."""
         self._span = slice(max(self._span.stop - count, self._span.start), self._span.stop)
 
+    def select(self, rows: Tensor) -> None:
+        """Replace the rows by some of them, which may repeat.
+
+        Args:
+            rows: (n,) numbers of rows.
+        """
+        if self._buffer is not None:
+            self._buffer = self._buffer[:, rows]
+
     def clear(self) -> None:
         """Drop all positions, and count from 0 again."""
         self.length = 0

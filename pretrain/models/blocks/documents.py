@@ -47,6 +47,22 @@ def visible_in_documents(queries: Tensor, keys: Tensor, first: Tensor, *, in_blo
     return past & (queries[:, None, :, None] == keys[:, None, None])
 
 
+def visible_in_prefix(lengths: Tensor, positions: int) -> Tensor:
+    """Return the mask in which positions see those before them, and the positions of a prefix see each other.
+
+    Position t predicts id t. Position n, where n is the length of the prefix, reads the last id of the prefix.
+
+    Args:
+        lengths: (rows,) ids of each prefix.
+        positions: number of positions of a row.
+
+    Returns:
+        (rows, 1, positions, positions) booleans.
+    """
+    places = torch.arange(positions, device=lengths.device)
+    return (places <= places[:, None]) | (places <= lengths[:, None, None, None])
+
+
 def visible_in_window(documents: Tensor, window: int) -> Tensor:
     """Return the mask of `window_attention` in which a position sees only its document.
 

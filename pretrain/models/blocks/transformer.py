@@ -127,6 +127,75 @@ class CrossBlock(PreNorm):
         return self.add(z, self.attention(latents, inputs, places, input_places, visible, cache))
 
 
+class DecoderBlock(Unit):
+    """Block of a decoder with an encoder: causal attention, attention to the encoder's states, feed-forward layer.
+
+    Each layer is added to the residual stream. A norm precedes it, or follows the sum (Vaswani et al. 2017).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        attention: nn.Module,
+        cross_attention: CrossAttention,
+        feed_forward: FeedForward,
+        dropout: float,
+        norm_place: NormPlace,
+    ) -> None:
+        """Build the norms around the three layers.
+
+        Args:
+            width: channels of the residual stream.
+            attention: causal attention layer.
+            cross_attention: attention layer that reads the encoder's states.
+            feed_forward: feed-forward layer.
+            dropout: share of the output of each layer that is dropped in training.
+            norm_place: place of the norms.
+        """
+        super().__init__()
+        self.norm_place = norm_place
+        self.attention_norm = LayerNorm(width)
+        self.attention = attention
+        self.cross_attention_norm = LayerNorm(width)
+        self.cross_attention = cross_attention
+        self.feed_forward_norm = LayerNorm(width)
+        self.feed_forward = feed_forward
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        states: Tensor,
+        seen: Tensor,
+        cache: LayerCache | None = None,
+        source_cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map (rows, length, width) to the same shape.
+
+        Args:
+            x: residual stream.
+            states: (rows, m, width) states of the encoder; with a cache, those that follow the cached ones.
+            seen: (rows, 1, 1, m) booleans: states that are seen, the cached ones among them.
+            cache: of the causal attention.
+            source_cache: of the attention to the states.
+        """
+        nowhere = x.new_empty(0)  # no positions in the attention to the states
+        x = self._added(x, self.attention_norm, lambda x: self.attention(x, cache))
+        x = self._added(
+            x,
+            self.cross_attention_norm,
+            lambda x: self.cross_attention(x, states, nowhere, nowhere, seen, source_cache),
+        )
+        return self._added(x, self.feed_forward_norm, self.feed_forward)
+
+    def _added(self, x: Tensor, norm: LayerNorm, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.norm_place == "post":
+            normed: Tensor = norm(x + self.dropout(layer(x)))
+            return normed
+        added: Tensor = x + self.dropout(layer(norm(x)))
+        return added
+
+
 AttentionMaker = Callable[[int, int, float], MultiHead]
 """Function from width, heads and dropout to one layer's attention."""
 

@@ -132,7 +132,7 @@ register_family(
         config=EncoderConfig,
         build=Encoder,
         free_fields=frozenset({"dropout", "initial_std"}),
-        visibilities=frozenset({Visibility.bidirectional}),
+        visibilities=lambda _: frozenset({Visibility.bidirectional}),
         small={"sequence_length": 32, "width": 32, "layers": 2, "heads": 2, "dropout": 0.1},
     )
 )

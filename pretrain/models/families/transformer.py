@@ -25,7 +25,7 @@ from pretrain.models.base import ByteModel
 from pretrain.models.blocks.attention import window_pairs
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.context import set_context
-from pretrain.models.blocks.documents import documents_of, visible_in_window
+from pretrain.models.blocks.documents import documents_of, visible_in_prefix, visible_in_window
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation
 from pretrain.models.blocks.multi_head import Attention, MultiHead
@@ -36,6 +36,7 @@ from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
+from pretrain.objectives import Visibility
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -145,8 +146,13 @@ class Transformer(ByteModel):
         """Return a normal distribution with the deviation of the config, and 0 for biases."""
         return Initial() if name.endswith("bias") else Initial(self.initial_std)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every id; see `ByteModel.forward`."""
+    def forward(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
+        """Return the negative log-likelihood of every id; see `ByteModel.forward`.
+
+        Args:
+            ids: (rows, T)
+            given: (rows,) lengths of prefixes, whose ids all see each other. None: there are none.
+        """
         length = ids.shape[1]
         self.check_length(length)
         if self.context.size > 1:
@@ -154,7 +160,8 @@ class Transformer(ByteModel):
         own = self.context.own(ids.shape[1])
         x = self.embed(ids[:, :-1], own)
         documents = None if self.attends_across_documents else F.pad(documents_of(ids[:, :-1]), (1, 0))
-        nats = self.nats(self.stack(x, None, self.visible(documents, x)), ids[:, own].long())
+        visible = self.visible(documents, x) if given is None else visible_in_prefix(given, length)
+        nats = self.nats(self.stack(x, None, visible), ids[:, own].long())
         return self.context.placed(nats)[:, :length]
 
     def set_context(self, context: Context) -> None:
@@ -254,7 +261,11 @@ class TransformerDecoder:
         if self.length:
             raise ValueError("only a fresh decoder can be primed")
         self._advance(ids)
-        return self._logits(self._model.embed(ids))
+        x = self._model.embed(ids)
+        if self._model.reads_prompts_whole:
+            everything = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+            return self._model.logits(self._model.stack(x, self._caches, everything)[:, -1])
+        return self._logits(x)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -279,6 +290,12 @@ class TransformerDecoder:
                 self._documents = documents = documents[:, -max(model.window, x.shape[1]) :]
             visible = model.visible(documents, x)
         return model.logits(model.stack(x, self._caches, visible)[:, -1])
+
+
+def _visibilities(config: TransformerConfig) -> frozenset[Visibility]:
+    """Return causal, and prefix if each position may see the whole row."""
+    sees_all = config.window is None and config.attention == "full" and config.attention_across_documents
+    return frozenset({Visibility.causal, *([Visibility.prefix] if sees_all else [])})
 
 
 def _attention_maker(config: TransformerConfig) -> Callable[[int, int, float], MultiHead]:
@@ -312,6 +329,7 @@ register_family(
         build=Transformer,
         free_fields=frozenset({"dropout", "attention_dropout", "initial_std"}),
         row_parts=_row_parts,
+        visibilities=_visibilities,
         small={"sequence_length": 32, "width": 32, "layers": 2, "heads": 2, "window": 8, "dropout": 0.1},
     )
 )

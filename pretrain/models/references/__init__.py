@@ -1,6 +1,7 @@
 """Forward passes of the families in plain torch, which exports carry as model.py.
 
-A reference needs torch and safetensors alone. Byteloom's own references share `layers`, which exports carry beside it.
+A reference needs torch and safetensors alone. Byteloom's own references share `layers` and `encoding`, which exports
+carry beside it.
 """
 
 import importlib.util
@@ -11,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-HERE = f"from {__name__}.layers import"
-"""Beginning of the statement with which a reference imports from `layers`."""
+SHARED = ("encoding", "layers")
+"""Modules that references share. Each imports only later ones."""
 PROGRAM = 'if __name__ == "__main__":'
 """Beginning of the part of a reference that runs as a program."""
 
@@ -21,20 +22,18 @@ def files_of(reference: Path, *, in_package: bool = False) -> dict[str, str]:
     """Return the files of an export's reference: their text by their name.
 
     Args:
-        reference: Python file that imports nothing of Byteloom but `layers`.
+        reference: Python file that imports nothing of Byteloom but `SHARED`.
         in_package: whether the files are modules of one package, which import each other relatively. They are then no
             program.
     """
     source = reference.read_text(encoding="utf-8")
-    if in_package:
-        source = source.partition(PROGRAM)[0].rstrip() + "\n"
-    if HERE not in source:
-        return {"model.py": source}
-    layers = (FOLDER / "layers.py").read_text(encoding="utf-8")
-    return {
-        "model.py": source.replace(HERE, "from .layers import" if in_package else "from layers import"),
-        "layers.py": layers,
-    }
+    files = {"model.py": source.partition(PROGRAM)[0].rstrip() + "\n" if in_package else source}
+    for name in SHARED:
+        here, there = f"from {__name__}.{name} import", f"from {'.' if in_package else ''}{name} import"
+        if any(here in source for source in files.values()):
+            files[f"{name}.py"] = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+            files = {file: source.replace(here, there) for file, source in files.items()}
+    return files
 
 
 def load_reference(reference: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:

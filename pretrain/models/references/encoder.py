@@ -12,18 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.references.layers import (
-    PADDING,
-    Weights,
-    attend,
-    feed_forward,
-    linear,
-    load,
-    norm,
-    rotate,
-    sinusoids,
-    split_heads,
-)
+from pretrain.models.references.encoding import embed, place, seen, stack
+from pretrain.models.references.layers import Weights, load
 
 MASK = 258
 
@@ -37,46 +27,9 @@ class Model:
 
     def logits(self, ids: Tensor, given: Tensor) -> Tensor:
         """Map (rows, T) ids that are read to (rows, T, 258) logits of the ids behind them; `ids` are not read."""
-        table = self.w["read.table.weight"]
-        states = stack(self.w, "stack", read(self.w, "read", given, self.config), self.config, seen(given))
-        return F.linear(states, table[:258], self.w["head_bias"] if self.config["biases"] else None)
-
-
-def read(w: Weights, name: str, ids: Tensor, c: dict[str, Any]) -> Tensor:
-    """Map (rows, n) ids to their embeddings, with positions if these are added."""
-    x = w[f"{name}.table.weight"][ids] * (c["width"] ** 0.5 if c["scale_embeddings"] else 1.0)
-    if c["positions"] == "learned":
-        return x + w[f"{name}.learned"][: ids.shape[1]]
-    return x + sinusoids(torch.arange(ids.shape[1]), c["width"]).to(x) if c["positions"] == "sinusoidal" else x
-
-
-def seen(ids: Tensor) -> Tensor:
-    """Return the mask of ids that are no padding, (rows, 1, 1, n); a row of padding alone sees itself."""
-    is_id = ids != PADDING
-    return (is_id | ~is_id.any(1, keepdim=True))[:, None, None]
-
-
-def stack(w: Weights, name: str, x: Tensor, c: dict[str, Any], visible: Tensor) -> Tensor:
-    """Apply the blocks in which positions see the visible ones, and the last norm of a pre-norm stack."""
-    is_post = c["norm"] == "post"
-    for layer in range(c["layers"]):
-        block = f"{name}.blocks.{layer}"
-        q, k, v = (
-            split_heads(part, c["heads"])
-            for part in linear(
-                w, f"{block}.attention.query_key_value", x if is_post else norm(w, f"{block}.attention_norm", x)
-            ).chunk(3, -1)
-        )
-        if c["positions"] == "rotary":
-            q, k = (rotate(part, torch.arange(x.shape[-2])) for part in (q, k))
-        x = x + linear(w, f"{block}.attention.output", attend(q, k, v, visible))
-        if is_post:
-            x = norm(w, f"{block}.attention_norm", x)
-            x = norm(w, f"{block}.feed_forward_norm", x + feed_forward(w, f"{block}.feed_forward", x, c["activation"]))
-        else:
-            normed = norm(w, f"{block}.feed_forward_norm", x)
-            x = x + feed_forward(w, f"{block}.feed_forward", normed, c["activation"])
-    return x if is_post else norm(w, f"{name}.norm", x)
+        c, w = self.config, self.w
+        states = stack(w, "stack", place(w, "read", embed(w, given, c), c), c, c["layers"], seen(given))
+        return F.linear(states, w["read.table.weight"][:258], w["head_bias"] if c["biases"] else None)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SOME = {
         "fsdp": "perceiver_ar",
         "fsdp offloaded": "megabyte",
         "zero1": "transformer_xl",
-        "zero2": "transformer",
+        "zero2": "encoder_decoder",
         "zero3": "encoder",
     },
     (3, "fp32"): {

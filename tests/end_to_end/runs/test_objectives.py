@@ -17,12 +17,17 @@ from tests.conftest import Run, recipe_tree
 from tests.distributed.parity import content
 
 SMALL = {"width": 32, "layers": 2, "heads": 2, "initial_std": 0.02}
+LENGTHS = {"sequence_length": 128, "source_length": 110, "target_length": 21}
 RUNS: dict[str, dict[str, Any]] = {
     "masked": {"family": "encoder", "sequence_length": 128, **SMALL},
+    "span_corruption": {"family": "encoder_decoder", **LENGTHS, "special_ids": 1, **SMALL},
+    "prefix": {"family": "transformer", "sequence_length": 128, **SMALL},
 }
+"""Section `model` by objective."""
+IN_TURN = [name if name == "masked" else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
 
 
-@pytest.mark.parametrize("objective", RUNS)
+@pytest.mark.parametrize("objective", IN_TURN)
 def test_run_resumes_exactly_and_its_loss_has_one_name_everywhere(
     byteloom: Run, corpus_folder: Path, tmp_path: Path, objective: str
 ):
@@ -74,3 +79,48 @@ def test_encoder_refuses_what_only_a_causal_model_does(corpus_folder: Path, tmp_
     assert "whose loss has no mode, stride, words and curves" in str(shown.exception)
     again = byteloom("train", recipe, "train.steps=2", "objective.share=0.3", check=False)
     assert "belongs to a run with another objective (objective.share" in again.stderr
+
+
+@pytest.mark.long
+def test_models_train_on_pairs_and_answer_sources(byteloom: Run, tmp_path: Path):
+    """The pairs are of one letter, so few steps suffice; both kinds of model end their answers."""
+    lines = [json.dumps({"source": letter, "target": letter.upper()}) for letter in "abcd" * 40]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    fields = ("--field", "source", "--target-field", "target")
+    byteloom("prepare", "pairs.jsonl", *fields, "--out", "corpus")
+    tree = recipe_tree(tmp_path / "none") | {
+        "data": {"shards": "corpus", "packing": "document", "lanes": 4},
+        "validation": {"shards": "corpus"},
+        "objective": {"name": "conditional"},
+        "train": {"steps": 60, "global_batch": 16, "micro_batch": 16},
+    }
+    size = {"sequence_length": 8, **SMALL, "initial_std": 0.2, "dropout": 0.0}
+    lengths = {"source_length": 2, "target_length": 3}
+    for model in ({"family": "encoder_decoder", **size, **lengths}, {"family": "transformer", **size}):
+        recipe = tmp_path / f"{model['family']}.yaml"
+        recipe.write_text(yaml.safe_dump(tree | {"model": model}), encoding="utf-8")
+        byteloom("train", recipe, f"run.name={model['family']}")
+        run = tmp_path / "runs" / str(model["family"])
+        assert json.loads(byteloom("eval", run, "--json").stdout)["bits_per_target_byte"] < 0.5
+        for letter in "abcd":
+            asked = ("generate", run, "--prompt", letter)
+            assert byteloom(*asked, "--temperature", "0").stdout == letter.upper()
+            if model["family"] == "encoder_decoder":
+                assert byteloom(*asked, "--beams", "3").stdout == letter.upper()
+    refused = byteloom("generate", tmp_path / "runs/transformer", "--beams", "2", check=False)
+    assert "is a transformer; beams need an encoder_decoder" in refused.stderr
+
+
+def test_row_that_is_no_pair_stops_the_run(byteloom: Run, corpus_folder: Path, tmp_path: Path):
+    tree = recipe_tree(corpus_folder)
+    tree |= {
+        "data": {"shards": str(corpus_folder / "train"), "packing": "document"},
+        "model": {"family": "transformer", "sequence_length": 64, **SMALL},
+        "objective": {"name": "conditional"},
+        "validation": {},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    stopped = byteloom("train", recipe, check=False)
+    assert stopped.returncode == 1
+    assert "is no pair of a source and a target" in stopped.stderr.splitlines()[-1]

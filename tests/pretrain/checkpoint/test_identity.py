@@ -294,6 +294,7 @@ def test_fields_that_may_change_do_not_change_the_function(name: str):
     assert free - others.keys() <= {
         "minimum_crop",
         "chunk",
+        "sequence_length",
     }  # test_mamba has the law of a chunk
 
 

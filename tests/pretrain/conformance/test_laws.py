@@ -22,6 +22,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"norm": "post", "positions": "sinusoidal", "scale_embeddings": True},
         {"positions": "rotary", "biases": False, "activation": "swiglu"},
     ],
+    "encoder_decoder": [
+        {},
+        {"norm": "post", "activation": "gelu", "encoder_layers": None},
+        {"positions": "rotary", "biases": False, "scale_embeddings": False},
+        {"positions": "learned", "activation": "swiglu", "encoder_layers": 2},
+    ],
     "mamba": [
         {},
         {"attention_across_documents": False, "chunk": 5},

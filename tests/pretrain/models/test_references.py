@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.models import ByteModel, all_families, build_model, family, model_config
-from pretrain.models.references import FOLDER, files_of, load_reference
+from pretrain.models.references import FOLDER, SHARED, files_of, load_reference
 
 SMALL: dict[str, dict[str, Any]] = {
     "mamba": {"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 7},
@@ -92,7 +92,7 @@ def mixed(name: str, seed: int) -> dict[str, Any]:
             return change
 
 
-ENCODERS = ("encoder",)
+ENCODERS = ("encoder", "encoder_decoder")
 """Families whose references conformance laws compare with the models."""
 CASES = [(name, change) for name, changes in CHANGES.items() for change in changes]
 MIXED = [(name, mixed(name, seed)) for name in CHANGES for seed in range(20)]
@@ -170,6 +170,6 @@ def test_each_family_has_a_reference_that_is_short_and_needs_no_byteloom():
                 for node in ast.walk(ast.parse(source))
                 if isinstance(node, ast.Import | ast.ImportFrom)
             }
-            allowed = {"torch", "safetensors", "layers", *sys.stdlib_module_names}
+            allowed = {"torch", "safetensors", *SHARED, *sys.stdlib_module_names}
             assert {name.partition(".")[0] for name in imported} <= allowed
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"__init__", "layers", *SMALL, *ENCODERS}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"__init__", *SHARED, *SMALL, *ENCODERS}

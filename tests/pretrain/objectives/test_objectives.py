@@ -7,17 +7,33 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.pairs import joined
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 from data_pipeline.stream.loader import Loader, LoaderConfig
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.models import form_of, small_config
-from pretrain.objectives import OBJECTIVES, Draws, ObjectiveConfig, Shown, show_rows
+from pretrain.objectives import (
+    OBJECTIVES,
+    Draws,
+    Form,
+    ObjectiveConfig,
+    Shown,
+    Visibility,
+    conditional,
+    prefix,
+    show_rows,
+    span_corruption,
+)
 from pretrain.objectives.masked import MASK
+from pretrain.objectives.registry import FIRST_SPECIAL_ID
+from pretrain.objectives.span_corruption import hidden_and_spans, lengths
 from pretrain.terminal.losses import is_loss, unit_of
 
 MASKED = ObjectiveConfig(name="masked")
+PAIRS = ObjectiveConfig(name="conditional")
+PREFIX = ObjectiveConfig(name="prefix")
 
 
 def shown(row: np.ndarray, sequence: int = 0, share: float = 0.15) -> Shown:
@@ -62,6 +78,56 @@ def test_masked_predicts_a_byte_of_any_row_that_has_one():
     assert not shown(np.array([SEPARATOR, PADDING], np.int16)).targets.any()
 
 
+@given(st.integers(1, 700), st.floats(0.01, 0.9), st.floats(1, 30), st.integers(0, 9))
+def test_source_with_the_spans_of_the_target_in_place_of_sentinels_is_the_row(
+    length: int, share: float, span: float, sequence: int
+):
+    objective = ObjectiveConfig(name="span_corruption", share=share, span_length=span)
+    row = np.random.default_rng(length).integers(0, 257, length).astype(np.int16)
+    form = Form(Visibility.encoder_decoder, *lengths(objective, length))
+    example = span_corruption.show(np.append(row, np.int16(PADDING)), Draws(0, sequence), form, objective)
+    source, target = np.asarray(example.given), example.ids
+    assert len(target) <= form.length and len(source) <= form.source_length
+    spans = [list(part[1:]) for part in np.split(target[:-1], np.flatnonzero(target >= FIRST_SPECIAL_ID))[1:]]
+    assert all(spans)
+    restored = [id_ for each in source for id_ in (spans.pop(0) if each >= FIRST_SPECIAL_ID else [each])]
+    assert restored == row.tolist() and not spans
+    hidden, number = hidden_and_spans(objective, length)
+    assert number <= objective.entry.special_ids(objective, length)
+    if length > 1:
+        assert target[-1] == SEPARATOR and len(target) == hidden + number + 1
+        assert (example.ids[example.ids >= FIRST_SPECIAL_ID] == FIRST_SPECIAL_ID + np.arange(number)).all()
+
+
+def test_lengths_of_span_corruption_are_those_of_t5():
+    """T5's code makes inputs of 512 and targets of 114 ids, each with its end, of 568 tokens in spans of 3."""
+    assert lengths(ObjectiveConfig(name="span_corruption", span_length=3), 568) == (114, 511)
+
+
+def test_prefix_counts_the_rest_of_a_row():
+    row = np.array([*range(10), PADDING, PADDING], np.int16)
+    form = form_of(small_config("transformer", window=None), PREFIX)
+    examples = [prefix.show(row, Draws(0, sequence), form, PREFIX) for sequence in range(60)]
+    assert {example.given for example in examples} == set(range(1, 10))
+    for example in examples:
+        assert isinstance(example.given, int)
+        assert np.flatnonzero(example.targets).tolist() == list(range(example.given, 10))
+
+
+def test_conditional_counts_the_target_and_its_end_alone():
+    content = np.frombuffer(joined(b"ab\xff:", b"cd"), np.uint8).astype(np.int16)
+    row = np.array([*content, SEPARATOR, PADDING], np.int16)
+    encoded = Form(Visibility.encoder_decoder, 7, 28)
+    example = conditional.show(row, Draws(0, 0), encoded, PAIRS)
+    assert np.asarray(example.given).tolist() == list(b"ab\xff:")
+    assert example.ids.tolist() == [*b"cd", SEPARATOR] and example.targets.all()
+    example = conditional.show(row, Draws(0, 0), Form(Visibility.causal, len(row), 0), PAIRS)
+    assert example.ids.tolist() == [*b"ab\xff:", SEPARATOR, *b"cd", SEPARATOR]
+    assert np.flatnonzero(example.targets).tolist() == [5, 6, 7]
+    hole = np.full(9, PADDING, np.int16)
+    assert not conditional.show(hole, Draws(0, 0), encoded, PAIRS).targets.any()
+
+
 def test_examples_are_the_same_on_any_number_of_ranks_and_in_any_micro_batch(corpus: Corpus):
     stream = ByteStream(corpus, PackingConfig(), 64, lanes=4, seed=0, bad_blocks=0)
     form = form_of(small_config("encoder", sequence_length=64), MASKED)
@@ -93,10 +159,18 @@ def test_losses_of_different_objectives_have_different_names():
 
 def test_objective_that_does_not_train_a_family_is_refused_by_name():
     with pytest.raises(
-        ConfigError, match=r"objective.name causal does not train the model family encoder; masked does"
+        ConfigError, match=r"objective.name causal does not train this model of family encoder; masked does"
     ):
         load("encoder/debug", ["objective.name=causal"])
-    with pytest.raises(ConfigError, match=r"objective.name masked does not train the model family megabyte"):
+    with pytest.raises(ConfigError, match=r"objective.name prefix does not train this model of family transformer"):
+        load("transformer/debug", ["objective.name=prefix"])  # its window hides a part of the prefix
+    with pytest.raises(ConfigError, match=r"reads a pair in each row; set data.packing to document"):
+        load("encoder_decoder/base", ["data.packing=concatenate"])
+    with pytest.raises(ConfigError, match=r"uses 2 ids beyond the vocabulary .* model.special_ids is 1; set it to 2"):
+        load("encoder_decoder/debug", ["model.special_ids=1"])
+    with pytest.raises(ConfigError, match=r"makes targets of 41 and sources of 220 ids of rows of 256 ids"):
+        load("encoder_decoder/debug", ["model.source_length=219"])
+    with pytest.raises(ConfigError, match=r"objective.name masked does not train this model of family megabyte"):
         load("debug", ["objective.name=masked"])
     with pytest.raises(ValidationError, match=r"objective.share is 0.2, and objective.name causal does not use it"):
         ObjectiveConfig(share=0.2)
