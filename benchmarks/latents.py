@@ -2,15 +2,13 @@
 
 python benchmarks/latents.py RUN CORPUS [--most N] [--json PATH] [--plot PATH]
 
-RUN is a run, a checkpoint or an export, CORPUS a corpus or a file. `byteloom eval --latents N` scores the whole of it
-with each power of two up to N latents, in windows that move by N bytes: each byte has between T - N and T bytes of
-context, and is scored once. More latents cost more of the latent model and fewer cross-attends a byte. Section 4.3 of
-arXiv:2202.07765 asks what a trained model gains from more latents at test time. Matplotlib comes with mlflow.
+RUN is a run, a checkpoint or an export, CORPUS a corpus or a file. It is scored with each power of two up to N latents,
+as by `byteloom eval --latents n --stride n`: windows move by n bytes, a byte has between T - n and T bytes of context,
+and is scored once. More latents take more of the latent model and fewer cross-attends. Perceiver AR's paper
+(arXiv:2202.07765) asks what a trained model gains from more of them at test time. Matplotlib comes with mlflow.
 """
 
 import argparse
-import json
-import subprocess
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -30,7 +28,7 @@ def main() -> None:
     config = byteloom.load(chosen.run).config
     most = min(chosen.most or 4 * config.latents, config.sequence_length)
     counts = [2**n for n in range(3, most.bit_length()) if 2**n <= most]
-    bits = {count: bits_per_byte(chosen.run, chosen.corpus, count) for count in counts}
+    bits = {n: byteloom.load(chosen.run, latents=n).bits_per_byte(chosen.corpus, stride=n) for n in counts}
     metrics = [
         Metric(f"{count} latents", value, "bits per byte", "as in training" if count == config.latents else "")
         for count, value in bits.items()
@@ -46,13 +44,6 @@ def main() -> None:
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
         figure.savefig(chosen.plot, dpi=110)
-
-
-def bits_per_byte(run: str, corpus: str, latents: int) -> float:
-    """Return the bits per byte of a corpus that `byteloom eval` measures."""
-    words = ["byteloom", "eval", run, corpus, "--latents", str(latents), "--stride", str(latents), "--by", "none"]
-    done = subprocess.run([*words, "--json"], check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout)["total"]["bits_per_byte"])
 
 
 if __name__ == "__main__":
