@@ -43,7 +43,7 @@ def submit_and_wait_for(run: Path, event: str, starts: Sequence[dict[str, Any]])
 
 def wait_for(run: Path, event: str) -> list[Launch]:
     record = LaunchRecord(run)
-    wait_until(lambda: event in [launch.event for launch in record.read()], f"{event} in {run}", 60)
+    wait_until(lambda: event in [launch.event for launch in record.read()], f"{event} in {run}", 240)
     return record.read()
 
 
