@@ -89,3 +89,9 @@ def budget() -> int:
 
 OPEN_FILES = OpenFiles()
 """The open files of this process."""
+# A worker of PyTorch's DataLoader is a fork. It must not inherit a lock that a thread of its parent held.
+os.register_at_fork(
+    before=OPEN_FILES._lock.acquire,
+    after_in_parent=OPEN_FILES._lock.release,
+    after_in_child=OPEN_FILES._lock.release,
+)
