@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from launchers.processes import free_port
-from pretrain.tracking.store import MlflowStore
+from pretrain.tracking.mlflow.store import MlflowStore
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -61,12 +61,10 @@ def test_debug_recipes_list_every_field():
     assert {field[-1] for field, _ in all_fields(Config, ())} <= named
 
 
-def test_lock_file_pins_every_dependency():
+def test_lock_file_pins_every_dependency_except_wandb():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [
-        *project["dependencies"],
-        *(each for extra in project["optional-dependencies"].values() for each in extra),
-    ]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "wandb"}
+    required = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert {re.split(r"[<>=\[]", name)[0].lower().replace("_", "-") for name in required} <= pinned

@@ -31,7 +31,8 @@ PANELS = {
             "runs.report",
             "Write one HTML page about runs: loss, speed, events, recipe, corpora and evaluations.",
         ),
-        LazyCommand("track", "runs.tracking", "Send the metrics and files that MLflow lacks of a run."),
+        LazyCommand("samples", "runs.samples", "Write samples of a checkpoint, as a run does during its training."),
+        LazyCommand("track", "runs.tracking", "Send what MLflow and other trackers lack of a run."),
         LazyCommand(
             "checkpoint", "runs.checkpoints", "List, verify, show, prune, roll back to and export checkpoints."
         ),

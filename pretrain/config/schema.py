@@ -23,6 +23,7 @@ from pretrain.training.callbacks import CallbackNodes
 from pretrain.training.config import ProfileConfig, ReportConfig, TrainConfig
 from pretrain.training.health.config import HealthConfig
 from pretrain.training.run_folder import RunConfig
+from pretrain.training.sampling import SamplesConfig
 from pretrain.training.weights import InitializeConfig
 
 
@@ -46,6 +47,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     supervise: SuperviseConfig = SuperviseConfig()
     profile: ProfileConfig = ProfileConfig()
     report: ReportConfig = ReportConfig()
+    samples: SamplesConfig = SamplesConfig()
     callbacks: CallbackNodes = {}
     """Callbacks of other packages, each by its name with its own fields."""
 
@@ -59,6 +61,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             self._too_many_sequences(),
             self._context_without_parts(),
             self._objective_without_model(),
+            self._samples_without_checkpoints(),
         )
         if found := [mismatch for mismatch in checked if mismatch]:
             raise MismatchError(found)
@@ -150,6 +153,16 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
                         (f"{prefix}.{field}", "objective.name"),
                     )
         return None
+
+    def _samples_without_checkpoints(self) -> Mismatch | None:
+        every, of_checkpoints = self.samples.every, self.checkpoint.every
+        if every % of_checkpoints == 0:
+            return None
+        return Mismatch(
+            f"samples.every ({every}) is not a multiple of checkpoint.every ({of_checkpoints}), and samples come from "
+            f"checkpoints; set it to {max(1, round(every / of_checkpoints)) * of_checkpoints}",
+            ("samples.every", "checkpoint.every"),
+        )
 
     def warnings(self) -> list[Fault]:
         """Return values that are valid but most often a mistake."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.supervision.record import LaunchRecord
-from pretrain.tracking.delivery import Delivery
+from pretrain.tracking.mlflow.delivery import Delivery
 from pretrain.training.health.events import HealthLog
 from pretrain.training.run_folder import Rollback, RunFolder
 

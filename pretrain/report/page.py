@@ -17,8 +17,9 @@ from pretrain.report.events import Event
 from pretrain.report.numbers import at_time, sampled
 from pretrain.report.plots import Plot, plots_of
 from pretrain.report.run_data import RunData, StoredEvaluation
+from pretrain.report.samples import samples_section
 from pretrain.terminal.progress import duration, size
-from pretrain.tracking.store import shown
+from pretrain.tracking.mlflow.store import shown
 
 TABLE_ROWS = 25
 """Most rows of each run in the table behind a plot."""
@@ -46,6 +47,7 @@ def page_of(runs: Sequence[RunData], now: float) -> str:
         "Recipe": _recipe(runs),
         "Corpora": _corpora(runs),
         "Evaluations": _evaluations(runs),
+        "Samples": samples_section(runs),
         "Problems": _problems(runs),
     }
     sections = {name: body for name, body in sections.items() if body}

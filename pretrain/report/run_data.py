@@ -18,11 +18,14 @@ from data_pipeline.stream.inspection.coverage import Coverage
 from pretrain.report.events import Event, events_of, parameters_of
 from pretrain.report.numbers import NumberTable, tables_of
 from pretrain.tracking.journal import read_journal
+from pretrain.tracking.samples import SampleSet, read_samples, sample_folders
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.run_status import RunStatus, status_of
 
 T = TypeVar("T")
 
+SAMPLED_STEPS = 20
+"""Most steps of a run whose samples are shown: the newest."""
 START_SECONDS = 1800.0
 """Longest time from the first event of a run to its first numbers."""
 
@@ -71,6 +74,8 @@ class RunData:
     config_text: str
     corpora: list[CorpusFacts]
     evaluations: list[StoredEvaluation]
+    samples: list[tuple[Path, SampleSet]] = field(default_factory=list)
+    """Newest samples of the run and the folder of each, newest first."""
     problems: list[str] = field(default_factory=list)
     """Files that are damaged or cannot be read, a line each."""
 
@@ -114,6 +119,7 @@ def read_run(path: Path) -> RunData:
         config_text=text,
         corpora=[_facts(name, place, coverage) for name, place in _corpora(config).items()],
         evaluations=found(lambda: _evaluations(folder.evaluations), list[StoredEvaluation]()),
+        samples=found(lambda: _samples(folder.samples), list[tuple[Path, SampleSet]]()),
         problems=problems,
     )
 
@@ -167,6 +173,10 @@ def _evaluations(folder: Path) -> list[StoredEvaluation]:
         name = "/".join(figures.parent.parts[-2:])
         found.append(StoredEvaluation(name, json.loads(figures.read_text(encoding="utf-8")), curves))
     return found
+
+
+def _samples(folder: Path) -> list[tuple[Path, SampleSet]]:
+    return [(path, read_samples(path)) for path in reversed(sample_folders(folder)[-SAMPLED_STEPS:])]
 
 
 def _curve(path: Path) -> list[tuple[float, float]]:

@@ -31,7 +31,8 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
     parent: str | None = None
     """MLflow id of the run that this one is shown under; `byteloom sweep` sets it."""
     trackers: TrackerNodes = {}
-    """Trackers of other packages, each by its name with its own fields."""
+    """Other trackers, each by its name with its own fields. Byteloom has tensorboard and wandb; packages may add
+    others. Several may be on at once."""
 
     def store(self, folder: Path) -> str:
         """Return the URI of MLflow: the given one, or that of the embedded store of a folder of runs."""

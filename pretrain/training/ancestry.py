@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pretrain.tracking.shipper import PARENT_RUN_TAG
+from pretrain.tracking.mlflow.shipper import PARENT_RUN_TAG
 
 ANCESTRY = "ancestry"
 """Field of run.json and of a checkpoint's state."""

@@ -18,6 +18,7 @@ from pretrain.optim.config import OptimizerConfig
 from pretrain.tracking import TrackingConfig
 from pretrain.training.health.config import HealthConfig
 from pretrain.training.run_folder import RunConfig
+from pretrain.training.sampling import SamplesConfig
 from pretrain.training.weights import InitializeConfig
 
 
@@ -121,6 +122,10 @@ class TrainingRecipe(Protocol):
     @property
     def report(self) -> ReportConfig:
         """Section `report`: the page about the run."""
+
+    @property
+    def samples(self) -> SamplesConfig:
+        """Section `samples`: what the model writes during training."""
 
     @property
     def callbacks(self) -> Mapping[str, BaseModel]:

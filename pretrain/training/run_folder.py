@@ -8,11 +8,12 @@ ROOT/NAME/
     run.json           the run's identity
     health.jsonl       bad batches and what was done about them; see health/events.py
     generation         number of starts of the run; see checkpoint/homes/fence.py
-    mlflow.json        what MLflow has received
+    mlflow.json        what MLflow has received; trackers/NAME.json, what another tracker has
     coverage.json      what an epoch reads of each source
     checkpoints/       step-00001200/, …, unless the recipe has another home for them
     profile/           rank-00000/, …, if the recipe asks for it
     evaluations/       step-00001200/NAME/figures.json and curves, of each `byteloom eval`
+    samples/           step-00001200/samples.json, pictures and sounds, if the recipe asks for them
     report.html        page about the run, if the recipe asks for it
 
 launchers/submission.py describes the files that `byteloom submit` adds.
@@ -162,6 +163,7 @@ class RunFolder:
         self.health = path / "health.jsonl"
         self.evaluations = path / "evaluations"
         self.report = path / "report.html"
+        self.samples = path / "samples"
         self.lock = path / ".lock"
 
     def write_coverage(self, coverage: Mapping[str, Coverage]) -> None:

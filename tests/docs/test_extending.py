@@ -84,7 +84,7 @@ def test_family_optimizer_callback_and_tracker_train_resume_and_generate(command
     recipe["model"] = {"family": "gru", "sequence_length": 64, "width": 32, "layers": 1}
     recipe["optimizer"] = {"name": "lion", "learning_rate": 1e-3, "schedule": {"warmup_steps": 0}}
     recipe["callbacks"] = {"weight_norm": {"every": 2}}
-    recipe["tracking"] = {"enabled": False, "trackers": {"tensorboard": {}}}
+    recipe["tracking"] = {"enabled": False, "trackers": {"csv": {}}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     for overrides in (["train.steps=4", "checkpoint.every=4"], ["train.steps=8"]):
         done = command("train", "recipe.yaml", *overrides)
@@ -96,7 +96,7 @@ def test_family_optimizer_callback_and_tracker_train_resume_and_generate(command
     assert rows[8]["train/bits_per_byte"] < rows[1]["train/bits_per_byte"]
     assert [step for step, row in rows.items() if "weight_norm/l2" in row] == [0, 2, 4, 6, 8]
     assert all(row["weight_norm/l2"] > 0 for step, row in rows.items() if step % 2 == 0)
-    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert [line.partition(",")[0] for line in (run / "losses.csv").read_text().splitlines()] == list("12345678")
     shown = json.loads(command("checkpoint", "show", run, "--tensors", "--json").stdout)
     assert {name.partition("/")[0] for name in shown["tensors"]} == {"model", "exp_avg"}
     assert command("generate", "runs/run", "--prompt", "def ", "--bytes", 5).returncode == 0
@@ -147,6 +147,7 @@ def test_reader_prepares_a_corpus_and_skips_unreadable_files(command: Command, t
         ("optimizer.name=sgd", "optimizer.name is"),
         ("callbacks.weight_nrm.every=1", "did you mean weight_norm?"),
         ("tracking.trackers.tensorbord.flush_seconds=1", "did you mean tensorboard?"),
+        ("tracking.trackers.cvs.file=table.csv", "did you mean csv?"),
         ("engine.options.format=bf16", "has no options of its own"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The `track` command: send to MLflow what it lacks of a run."""
+"""The `track` command: send to the trackers what they lack of a run."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from byteloom.core.packages import MissingPackageError
 from byteloom.core.text import count
 from pretrain.cli.arguments import RunFolderArgument
 from pretrain.terminal.console import say
-from pretrain.tracking import MlflowShipper, deliver_all, fault_of, shown
+from pretrain.tracking import MlflowShipper, RegisteredShipper, Shipper, deliver_all, fault_of, registered_in
 from pretrain.training.run_folder import RunFolder, RunFolderError
 
 app = typer.Typer()
@@ -21,25 +21,44 @@ def track_command(
         bool, typer.Option("--new-run", help="Create a new MLflow run and send everything to it.")
     ] = False,
 ) -> None:
-    """Send the metrics and files that MLflow lacks of a run."""
+    """Send what MLflow and other trackers lack of a run.
+
+    Sends metrics, samples and files.
+    """
     folder = RunFolder(run)
-    if not folder.mlflow.exists():
+    others = registered_in(run)
+    if not folder.mlflow.exists() and not (others and not new_run):
         raise RunFolderError(
             f"{run} has no mlflow.json: it is not a run folder, or the run was started with tracking.enabled=false"
         )
+    faults = list[Exception]()
     with folder.locked():
-        shipper = MlflowShipper(folder.metrics, folder.mlflow, folder.config, folder.log_of(0), folder.report)
-        if new_run:
-            shipper.delivery.forget_run()
-        missing = shipper.undelivered()
-        if shipper.delivery.status == "RUNNING":  # its writer is dead: this process holds the lock
-            shipper.set_status("KILLED")
-        try:
-            deliver_all(shipper)
-        except MissingPackageError:
-            raise
-        except Exception as error:  # MLflow raises many kinds of errors
-            raise RunFolderError(
-                f"MLflow at {shown(shipper.delivery.uri)}: {fault_of(error)}. The numbers are safe in {folder.metrics}"
-            ) from error
-    say(f"{count(missing, 'step')} delivered to {shown(shipper.delivery.uri)}")
+        if folder.mlflow.exists():
+            mlflow = MlflowShipper(run)
+            if new_run:
+                mlflow.delivery.forget_run()
+            if mlflow.delivery.status == "RUNNING":  # its writer is dead: this process holds the lock
+                mlflow.set_status("KILLED")
+            _deliver(mlflow, faults)
+        for name in others:
+            shipper = RegisteredShipper(run, name)
+            if shipper.state.status == "RUNNING":
+                shipper.set_status("KILLED")
+            _deliver(shipper, faults)
+    if faults:
+        raise faults[0]
+
+
+def _deliver(shipper: Shipper, faults: list[Exception]) -> None:
+    """Deliver to a tracker, and say so. A fault is added to a list, so that the other trackers have their turn."""
+    missing = shipper.undelivered()
+    try:
+        deliver_all(shipper)
+    except MissingPackageError as error:
+        faults.append(error)
+    except Exception as error:  # trackers raise many kinds of errors
+        fault = RunFolderError(f"{shipper.place}: {fault_of(error)}. The numbers are safe in {shipper.journal}")
+        fault.__cause__ = error
+        faults.append(fault)
+    else:
+        say(f"{count(missing, 'step')} delivered to {shipper.place}")

@@ -1,6 +1,6 @@
 """Callbacks: actions around the steps of a run, one file each; base.py has the contract.
 
-    tracking, heartbeat, stragglers, profile, progress, report, those of the recipe, validation, checkpoint
+    tracking, heartbeat, stragglers, profile, progress, report, samples, those of the recipe, validation, checkpoint
 
 Events are called in this order, `on_end` in the reverse one.
 """
@@ -14,6 +14,7 @@ from pretrain.training.callbacks.heartbeat import HeartbeatCallback
 from pretrain.training.callbacks.profile import ProfileCallback
 from pretrain.training.callbacks.progress import ProgressCallback
 from pretrain.training.callbacks.report import ReportCallback
+from pretrain.training.callbacks.samples import SamplesCallback
 from pretrain.training.callbacks.stragglers import StragglersCallback
 from pretrain.training.callbacks.tracking import TrackingCallback
 from pretrain.training.callbacks.validation import ValidationCallback
@@ -38,6 +39,7 @@ class CallbackList:
             "profile": ProfileCallback(recipe.profile),
             "progress": ProgressCallback(),
             "report": ReportCallback(recipe.report),
+            "samples": SamplesCallback(recipe.samples),
             **{name: CALLBACKS.get(name).build(node) for name, node in recipe.callbacks.items()},
             "validation": ValidationCallback(),
             "checkpoint": CheckpointCallback(),

@@ -90,7 +90,10 @@ class CallbackEntry:
     """Makes the callback of a node."""
 
 
-OWN_NAMES = ("tracking", "heartbeat", "stragglers", "profile", "progress", "report", "validation", "checkpoint")
+OWN_NAMES = (
+    *("tracking", "heartbeat", "stragglers", "profile", "progress", "report", "samples", "validation", "checkpoint"),
+    "diagnostics",
+)
 """Names of the callbacks that every run has."""
 
 CALLBACKS = Registry[CallbackEntry]("callback", "byteloom.callbacks")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pretrain.tracking import ParentRun, TrackingConfig
-from pretrain.tracking.store import MlflowStore
+from pretrain.tracking.mlflow.store import MlflowStore
 from tests import commands
 from tests.conftest import Run
 from tests.mlflow_server import Server, client_of, make_store

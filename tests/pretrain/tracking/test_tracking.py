@@ -26,8 +26,8 @@ from pretrain.tracking import (
     TrackingError,
     deliver_all,
     fault_of,
-    mlflow_tracker,
     open_recorder,
+    outbox,
     shown,
 )
 from tests.mlflow_server import Server, client_of, make_store, misbehaving
@@ -69,9 +69,7 @@ class TrackedRun:
         recorder.close(status)
 
     def shipper(self) -> MlflowShipper:
-        return MlflowShipper(
-            *(self.path / name for name in ("metrics.jsonl", "mlflow.json", "config.yaml", "train.log", "report.html"))
-        )
+        return MlflowShipper(self.path)
 
     @property
     def client(self) -> Any:
@@ -229,13 +227,12 @@ def test_delivery_is_repeated_only_while_its_fault_may_pass(
     fault: str, attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A final delivery makes at most four attempts, and one if a person must change something first."""
-    monkeypatch.setattr(mlflow_tracker, "FINAL_POLICY", RetryPolicy(4, 0.0, 30.0))
+    monkeypatch.setattr(outbox, "FINAL_POLICY", RetryPolicy(4, 0.0, 30.0))
     requests = list[str]()
     with misbehaving(fault, requests) as uri:
         delivery = Delivery(uri, identity="run", status="FINISHED")
         delivery.save(tmp_path / "mlflow.json")
-        none = tmp_path / "none"
-        shipper = MlflowShipper(none, tmp_path / "mlflow.json", none, none, none)
+        shipper = MlflowShipper(tmp_path)
         with pytest.raises(Exception, match=fault):
             deliver_all(shipper)
     assert len(requests) == attempts

@@ -11,14 +11,17 @@ import jsonschema
 import pytest
 import yaml
 from pydantic import BaseModel, Field
+from typer.testing import CliRunner
 
 from byteloom.core.registries.registry import RegistryError
+from byteloom.core.retries import RetryPolicy
+from pretrain.cli.app import app
 from pretrain.config.errors import ConfigError
 from pretrain.config.explanation import explain
 from pretrain.config.loading import load
 from pretrain.config.schema import Config, recipe_schema
 from pretrain.distributed.world import World
-from pretrain.tracking import RunDescription, Tracker, register_tracker
+from pretrain.tracking import RunDescription, Tracker, outbox, register_tracker
 from pretrain.tracking.base import TRACKERS
 from pretrain.training.callbacks import CALLBACKS, Callback, register_callback
 from pretrain.training.loop import train
@@ -86,18 +89,18 @@ class Lines(Tracker):
     """Tracker that writes the losses to a file when it is closed."""
 
     def __init__(self, config: LinesConfig, run: RunDescription) -> None:
-        assert threading.current_thread() is not threading.main_thread()
+        self.thread = threading.current_thread().name
         self.config = config
         self.path = run.folder / config.file
         self.losses: dict[int, float] = {}
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], time: float) -> None:
         if step == self.config.fails_at:
             raise OSError("no space left")
         self.losses[step] = numbers["train/bits_per_byte"]
 
     def close(self, status: str) -> None:
-        self.path.write_text(json.dumps({"status": status, "losses": self.losses}))
+        self.path.write_text(json.dumps({"status": status, "losses": self.losses, "thread": self.thread}))
 
 
 @pytest.fixture
@@ -131,6 +134,7 @@ def test_callback_and_tracker_observe_a_run_and_change_no_loss(recipe: Path):
     observers = ["run.name=observed", "callbacks.weight_norm.every=2", "tracking.trackers.lines={}"]
     observed, plain = numbers_of(load(recipe, observers)), numbers_of(load(recipe))
     assert observed[0].keys() == {"step", "time", "weight_norm/l2"} and observed[0]["step"] == 0
+    assert json.loads((recipe.parent / "observed/lines.json").read_text())["thread"] == "tracker lines"
     losses = {line["step"]: line["train/bits_per_byte"] for line in observed[1:]}
     assert losses == {line["step"]: line["train/bits_per_byte"] for line in plain}
     assert [line["step"] for line in observed if "weight_norm/l2" in line] == [0, 2, 4]
@@ -139,18 +143,27 @@ def test_callback_and_tracker_observe_a_run_and_change_no_loss(recipe: Path):
 
 
 @pytest.mark.slow
-def test_failing_tracker_does_not_end_the_run_and_is_reported_once(recipe: Path, caplog: pytest.LogCaptureFixture):
-    config = load(recipe, ["tracking.trackers.lines={fails_at: 2}"])
-    numbers = numbers_of(config)
-    written = json.loads((Path(config.run.root) / "plain/lines.json").read_text())
-    assert written == {
-        "status": "FINISHED",
-        "losses": {str(line["step"]): line["train/bits_per_byte"] for line in numbers if line["step"] != 2},
-    }
+def test_what_a_failing_tracker_missed_is_delivered_later(
+    recipe: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(outbox, "FINAL_POLICY", RetryPolicy(1, 0.0, 30.0))
+    config = load(recipe, ["tracking.enabled=false", "tracking.trackers.lines={fails_at: 2}"])
+    losses = {str(line["step"]): line["train/bits_per_byte"] for line in numbers_of(config)}
+    run = Path(config.run.root) / "plain"
+    journal = run / "metrics.jsonl"
     messages = [record.message for record in caplog.records if "tracker lines" in record.message]
     assert messages == [
-        "tracker lines: OSError: no space left. Training continues; the numbers are safe in metrics.jsonl"
+        f"tracker lines: no space left. Training continues; the numbers are safe in {journal}",
+        f"{STEPS} steps did not reach tracker lines; they are safe in {journal}, and `byteloom track {run}` sends them",
     ]
+    assert json.loads((run / "lines.json").read_text())["status"] == "RUNNING"
+    state = json.loads((run / "trackers/lines.json").read_text())
+    state["config"]["fails_at"] = None  # the disk has space again
+    (run / "trackers/lines.json").write_text(json.dumps(state))
+    done = CliRunner().invoke(app, ["track", str(run)])
+    assert done.exit_code == 0, done.output
+    written = json.loads((run / "lines.json").read_text())
+    assert (written["status"], written["losses"]) == ("FINISHED", losses)
 
 
 class StopOnOneRank(WeightNorm):

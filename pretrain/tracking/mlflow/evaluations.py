@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from pretrain.tracking.delivery import Delivery
-from pretrain.tracking.store import MlflowStore, TrackingError, fault_of, shown
+from pretrain.tracking.mlflow.delivery import Delivery
+from pretrain.tracking.mlflow.store import MlflowStore, TrackingError, fault_of, shown
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pretrain.tracking.config import TrackingConfig
-from pretrain.tracking.shipper import RUNS_TAG
-from pretrain.tracking.store import MlflowStore
+from pretrain.tracking.mlflow.shipper import RUNS_TAG
+from pretrain.tracking.mlflow.store import MlflowStore
 
 
 class ParentRun:

@@ -4,14 +4,26 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from byteloom.core.storage.step_folders import step_in
 from pretrain.terminal.losses import loss_at
-from pretrain.tracking.delivery import Delivery, Start
 from pretrain.tracking.journal import JournalLine, lines
-from pretrain.tracking.store import NOTE_TAG, PARAM_LENGTH, PARENT_TAG, MlflowStore, TrackingError, Value, fault_of
+from pretrain.tracking.mlflow.delivery import Delivery, Start
+from pretrain.tracking.mlflow.store import (
+    NOTE_TAG,
+    PARAM_LENGTH,
+    PARENT_TAG,
+    MlflowStore,
+    TrackingError,
+    Value,
+    fault_of,
+    shown,
+)
+from pretrain.tracking.samples import sample_folders
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +46,25 @@ class MlflowShipper:
     Everything that a delivery needs is in the run folder, so another process can continue it, also after the run.
 
     Args:
-        journal: metrics.jsonl.
-        state: mlflow.json.
-        recipe: config.yaml, an artifact from the first delivery on.
-        train_log: train.log; its end is an artifact when the start ends.
-        report: report.html, an artifact whenever it has changed.
+        folder: the run folder.
+
+    Raises:
+        FileNotFoundError: the run has no mlflow.json.
     """
 
-    def __init__(self, journal: Path, state: Path, recipe: Path, train_log: Path, report: Path) -> None:
-        self.journal = journal
-        self._state = state
-        self._recipe = recipe
-        self._train_log = train_log
-        self._report = report
+    def __init__(self, folder: Path) -> None:
+        names = ("metrics.jsonl", "mlflow.json", "config.yaml", "train.log", "report.html", "samples")
+        self.journal, self._state, self._recipe, self._train_log, self._report, self._samples = (
+            folder / name for name in names
+        )
         self._sent_report: float | None = None
         """Modification time of the report that was sent last."""
-        loaded = Delivery.load(state)
+        loaded = Delivery.load(self._state)
         if loaded is None:
-            raise FileNotFoundError(f"{state} does not exist: the run was started without tracking")
+            raise FileNotFoundError(f"{self._state} does not exist: the run was started without tracking")
         self.delivery = loaded
+        self._tried_samples = -1
+        """Step of the newest samples that this process has tried to send."""
         self._store: MlflowStore | None = None
         self._saving = threading.Lock()
         self._recipe_was_sent = False
@@ -60,6 +72,11 @@ class MlflowShipper:
         """Offset in the journal before which every line is delivered, as far as this process knows."""
         self._reported = set[str]()
         """Faults of the journal's lines that were logged."""
+
+    @property
+    def place(self) -> str:
+        """MLflow and its URI, for messages."""
+        return f"MLflow at {shown(self.delivery.uri)}"
 
     def deliver(self) -> int:
         """Send what MLflow has not received; return the number of steps sent.
@@ -83,6 +100,7 @@ class MlflowShipper:
             self._recipe_was_sent = True
             self._send_files(store, run_id, with_log=False)
         self._send_report(store, run_id)
+        self._send_samples(store, run_id)
         return steps
 
     def finish(self) -> None:
@@ -91,15 +109,16 @@ class MlflowShipper:
         if self.delivery.status == "RUNNING":
             return
         store, run_id = self._connected()
-        store.client.set_terminated(run_id, self.delivery.status)
+        ended = self.delivery.ended
+        store.client.set_terminated(run_id, self.delivery.status, None if ended is None else int(1000 * ended))
         self._update_parent(store, run_id)
         if self.delivery.status == "FINISHED":
             store.mark_models_ready(run_id)
         self._send_files(store, run_id, with_log=True)
 
     def set_status(self, status: str) -> None:
-        """Store the state that the run should have in MLflow."""
-        self.delivery.status = status
+        """Store the state that the run should have in MLflow, and the time: a delivery may come much later."""
+        self.delivery.status, self.delivery.ended = status, time.time()
         self._save()
 
     def undelivered(self) -> int:
@@ -147,6 +166,17 @@ class MlflowShipper:
                 store.client.log_artifact(run_id, str(self._report))
         except Exception as error:  # artifact stores have kinds of errors of their own
             log.warning("%s was not stored as an MLflow artifact: %s", self._report.name, fault_of(error))
+
+    def _send_samples(self, store: MlflowStore, run_id: str) -> None:
+        """Store new samples as artifacts. A failure is a warning, and the next start repeats it."""
+        try:
+            for folder in sample_folders(self._samples, after=max(self.delivery.samples_step, self._tried_samples)):
+                self._tried_samples = step_in(folder.name)
+                store.client.log_artifacts(run_id, str(folder), f"samples/{folder.name}")
+                self.delivery.samples_step = self._tried_samples
+                self._save()
+        except Exception as error:  # artifact stores have kinds of errors of their own
+            log.warning("samples were not stored as MLflow artifacts: %s", fault_of(error))
 
     def _connected(self) -> tuple[MlflowStore, str]:
         """Return the MLflow store and the run's id, with the run there and described."""

@@ -50,6 +50,10 @@ class Delivery:
     """Last step of a delivery that was begun; beyond delivered_step only if its end is unknown."""
     status: str = "RUNNING"
     """State that the run should have in MLflow."""
+    ended: float | None = None
+    """When the start ended, in seconds since 1970; None while it trains."""
+    samples_step: int = -1
+    """Step of the newest samples that MLflow has received."""
     experiment: str = "byteloom"
     """MLflow experiment."""
     name: str = ""
@@ -90,4 +94,4 @@ class Delivery:
     def forget_run(self) -> None:
         """Make the next delivery find or create another MLflow run, and send everything to it."""
         self.run_id, self.note = None, ""
-        self.delivered_step = self.sending_step = -1
+        self.delivered_step = self.sending_step = self.samples_step = -1
