@@ -2,7 +2,7 @@
 
 python benchmarks/comparison.py BOOKS [--steps N] [--context T] [--models NAME;NAME] [--runs FOLDER] [--out FOLDER]
 
-BOOKS holds the folders train and valid with text files. `byteloom train` trains each model with the same recipe
+BOOKS holds the folders train and valid with text files. `byteloom compare` trains each model with the same recipe
 (configs/comparison.yaml) except `model`. All models cost about the same per byte, and each has the number of steps that
 makes its training FLOPs equal to the others'. `ByteModel.flops` counts a forward pass; training counts as three of
 them. The models therefore differ in parameters. `byteloom eval` scores each byte of the first valid book, by name,
@@ -11,16 +11,18 @@ once. Results that exist already in the runs folder are not computed again.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from pretrain.models import ByteModel, build_model, model_config
+from pretrain.models import build_model, model_config
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs/comparison.yaml"
@@ -84,24 +86,36 @@ def main() -> None:
     for source, corpus in ((chosen.books / "train", train), (first, valid)):
         if not corpus.exists():
             byteloom("prepare", source, "--out", corpus)
-    results = [measure(name, chosen, train, valid) for name in chosen.models]
+    trained = compare(chosen, train)
+    results = [scored(name, trained[key_of(name)], chosen.runs, valid) for name in chosen.models]
     (chosen.out / "results.png").parent.mkdir(parents=True, exist_ok=True)
     draw(results, chosen.out / "results.png", chosen.context)
     print(table(results, first))
 
 
-def measure(name: str, chosen: argparse.Namespace, train: Path, valid: Path) -> Result:
-    """Train a model with its number of steps, and score it."""
+def compare(chosen: argparse.Namespace, train: Path) -> dict[str, dict[str, Any]]:
+    """Train the models with the FLOPs of MEGABYTE's steps; return the results of `byteloom compare` by model."""
     context = chosen.context
-    budget, cost = chosen.steps * flops("MEGABYTE", context), flops(name, context)
-    steps = round(budget / cost)
-    run = chosen.runs / f"comparison-{name.lower().replace(', ', '-').replace(' ', '-')}-{context}-{steps}"
-    overrides = [f"run.root={chosen.runs}", f"run.name={run.name}", f"data.shards={train}", f"train.steps={steps}"]
-    byteloom("train", RECIPE, *overrides, f"model={json.dumps(model_tree(name, context))}")
+    budget = 3 * flops("MEGABYTE", context) * ROWS * chosen.steps
+    models = [f"{key_of(name)}={RECIPE}" for name in chosen.models]
+    sections = [f"{key_of(name)}:model={json.dumps(model_tree(name, context))}" for name in chosen.models]
+    words = [*models, *sections, f"run.root={chosen.runs}", f"data.shards={train}"]
+    printed = byteloom("compare", *words, "--flops", budget, "--name", f"comparison-{context}-{chosen.steps}", "--json")
+    return {each["name"]: each for each in json.loads(printed)["recipes"]}
+
+
+def scored(name: str, trained: dict[str, Any], runs: Path, valid: Path) -> Result:
+    """Score the run of a model."""
+    run = runs / trained["runs"][0]["run"]
     mode = LONGEST_CONTEXT_MODES[str(MODELS[name]["family"])]
     alone, best = (bits_per_byte(run, valid, each) for each in ("windows", mode))
-    parameters = on_meta(name, context).parameter_count()
-    return Result(name, parameters, cost / context, steps, run, alone, best, mode)
+    forward = trained["step_flops"] / 3 / trained["step_bytes"]
+    return Result(name, trained["parameters"], forward, trained["steps"], run, alone, best, mode)
+
+
+def key_of(name: str) -> str:
+    """Return the name of a model in the comparison."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def model_tree(name: str, context: int) -> dict[str, object]:
@@ -110,14 +124,10 @@ def model_tree(name: str, context: int) -> dict[str, object]:
     return tree | {"latents": context // 4} if "latents" in tree else tree
 
 
-def on_meta(name: str, context: int) -> ByteModel:
-    with torch.device("meta"):
-        return build_model(model_config(model_tree(name, context)))
-
-
 def flops(name: str, context: int) -> int:
     """Return the FLOPs of the forward pass over one row."""
-    return on_meta(name, context).flops(context)
+    with torch.device("meta"):
+        return build_model(model_config(model_tree(name, context))).flops(context)
 
 
 def byteloom(*arguments: object) -> str:

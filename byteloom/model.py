@@ -155,7 +155,9 @@ class Model:
 
         Raises:
             EvaluationError: the model does not support the mode or the stride.
+            TypeError: the document is text and not bytes.
         """
+        _check_bytes("data", data)
         return self.bits_of_documents([data], mode=mode, stride=stride)[0]
 
     def bits_of_documents(
@@ -325,7 +327,9 @@ class Model:
 
         Raises:
             SamplingError: the model predicts no next byte.
+            TypeError: the context is text and not bytes.
         """
+        _check_bytes("context", context)
         self._check_generates()
         if self.form.visibility is Visibility.encoder_decoder:
             raise SamplingError(f"{self.checkpoint.folder} predicts a target from a source; use `generate`")
@@ -361,7 +365,9 @@ class Model:
 
         Raises:
             SamplingError: an argument is out of bounds.
+            TypeError: the prompt is text and not bytes.
         """
+        _check_bytes("prompt", prompt)
         if bytes < 1:
             raise SamplingError(f"bytes is {bytes}; it must be at least 1")
         drawn = self.generate_rows([prompt], [bytes], Sampling(temperature, top_k, top_p, seed))
@@ -448,6 +454,12 @@ def _windows_at_end(module: ByteModel, ids: NDArray[np.int16], count: int) -> It
         end = min(begin + step, length)
         first = max(0, end - module.sequence_length)
         yield ScoredWindow("", "binary", ids[first:end], begin - (length - count), begin - first)
+
+
+def _check_bytes(name: str, value: object) -> None:
+    if not isinstance(value, bytes):
+        advice = f"encode it: {name}.encode()" if isinstance(value, str) else f"convert it: bytes({name})"
+        raise TypeError(f"{name} is of the type {type(value).__name__}, and a model reads bytes; {advice}")
 
 
 def _document(data: bytes) -> list[Piece]:

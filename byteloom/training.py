@@ -1,6 +1,7 @@
 """Train a run from Python code."""
 
 import signal
+import threading
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from byteloom.overrides import as_overrides
 from pretrain.cli.train import train_config
 from pretrain.config.loading import find, load
 from pretrain.terminal.console import logs_shown
+from pretrain.training.run import TrainingError
 
 
 def train(recipe: str | PathLike[str], **overrides: Any) -> Path:
@@ -25,10 +27,15 @@ def train(recipe: str | PathLike[str], **overrides: Any) -> Path:
         The run folder, once all steps are done.
 
     Raises:
-        CorrectableError: the recipe is wrong, or the run cannot start or continue.
+        CorrectableError: the recipe is wrong, the run cannot start or continue, or the call is not in the main thread.
         KeyboardInterrupt: SIGINT stopped the run.
         SystemExit: another signal stopped it, or one of several ranks failed.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise TrainingError(
+            "byteloom.train was called outside the main thread, and Python handles signals only there; call it from "
+            "the main thread, or start `byteloom train` as a process"
+        )
     path = find(str(recipe))
     config = load(path, as_overrides(overrides))
     with logs_shown():

@@ -42,11 +42,13 @@ REQUIRED_MODULES = (
     "pretrain.cli.models.evaluate",
     "pretrain.cli.models.generate",
     "pretrain.cli.runs.branch",
+    "pretrain.cli.runs.compare",
     "pretrain.cli.runs.checkpoints",
     "pretrain.cli.runs.health",
     "pretrain.cli.runs.status",
     "pretrain.cli.runs.submit",
     "pretrain.cli.runs.sweep",
+    "pretrain.cli.runs.top",
     "pretrain.cli.runs.tracking",
     "torch._dynamo",
     "torch.distributed.fsdp",
@@ -60,6 +62,8 @@ JEMALLOC = "jemalloc_bg_thd"
 LONGEST_REQUEST = 1 << 20
 RANK = [sys.executable, "-P", "-m", "launchers"]
 """First words of the command line of a rank."""
+TRAIN = [sys.executable, "-P", "-m", "pretrain.cli.entry", "train"]
+"""First words of the command line of a run of `sweep` or `compare`."""
 
 
 def serve(requests: socket.socket) -> list[str]:
@@ -150,12 +154,12 @@ class CommandExit:
 
 
 class ForkingPopen(subprocess.Popen[Any]):
-    """Process that a command starts. A rank is a fork of the command; others start as usual."""
+    """Process that a command starts. A rank or a run is a fork of the command; others start as usual."""
 
     command_exit: ClassVar[CommandExit]
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
-        if list(args[: len(RANK)]) != RANK:
+        if not any(list(args[: len(words)]) == words for words in (RANK, TRAIN)):
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
             return
         *_, new_session, _process_group = more

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -147,6 +148,18 @@ def test_the_working_folder_may_be_the_checkpoint(run: Path, monkeypatch: pytest
     checkpoint = max((run / "checkpoints").glob("step-*"))
     monkeypatch.chdir(checkpoint)
     assert byteloom.load(".", device="cpu").bits(b"data").shape == (4,)
+
+
+@pytest.mark.slow
+def test_text_in_place_of_bytes_is_an_error_that_says_what_to_do(model: byteloom.Model):
+    for name, use in (("data", model.bits), ("context", model.next), ("prompt", model.generate)):
+        with pytest.raises(TypeError, match=rf"{name} is of the type str, and a model reads bytes; encode it: {name}"):
+            use("text")
+
+
+def test_train_outside_the_main_thread_is_refused_before_it_begins():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(byteloom.CorrectableError, match="outside the main thread"):
+        pool.submit(byteloom.train, "debug").result()
 
 
 @pytest.mark.slow

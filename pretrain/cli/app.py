@@ -19,10 +19,20 @@ PANELS = {
         LazyCommand("train", "train", "Train a run, or resume it from its newest checkpoint."),
         LazyCommand("branch", "runs.branch", "Make a new run that continues a checkpoint of another run."),
         LazyCommand("submit", "runs.submit", "Submit a run to a cluster, or resume it there."),
-        LazyCommand("sweep", "runs.sweep", "Train one run for each combination of values."),
+        LazyCommand("sweep", "runs.sweep", "Train one run for each combination of recipes and values."),
+        LazyCommand(
+            "compare",
+            "runs.compare",
+            "Train recipes with an equal budget, each with several seeds, and compare their losses.",
+        ),
     ),
     "Runs": (
         LazyCommand("status", "runs.status", "Show the state, progress and restarts of runs."),
+        LazyCommand(
+            "top",
+            "runs.top",
+            "Watch runs in the terminal: step, loss, speed, MFU, wait for data, time left, nodes, last event.",
+        ),
         LazyCommand("logs", "runs.status", "Print the log of one rank of a run."),
         LazyCommand("cancel", "runs.status", "Stop a run."),
         LazyCommand("health", "runs.health", "Show the bad batches of a run, with their documents and the actions."),

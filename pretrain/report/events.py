@@ -46,6 +46,22 @@ def events_of(folder: RunFolder) -> list[Event]:
     return sorted(found, key=lambda event: event.time)
 
 
+def newest_event(folder: RunFolder, tail_bytes: int) -> Event | None:
+    """Return the newest event of a run; None if there is none.
+
+    Args:
+        folder: of the run.
+        tail_bytes: bytes at the end of train.log that are read.
+
+    Raises:
+        StateFileError: a file is damaged or cannot be read.
+    """
+    log = folder.log_of(0)
+    begin = max(0, log.stat().st_size - tail_bytes) if log.exists() else 0
+    found = [*_of_log(folder, begin), *_of_launches(folder.path), *_of_health(folder), *_of_rollbacks(folder)]
+    return max(found, key=lambda event: event.time, default=None)
+
+
 def parameters_of(folder: RunFolder) -> int | None:
     """Return the number of parameters that the newest start logged; None if none did."""
     found = None
@@ -55,16 +71,22 @@ def parameters_of(folder: RunFolder) -> int | None:
     return found
 
 
-def log_lines(path: Path) -> Iterator[tuple[float, str, str]]:
+def log_lines(path: Path, begin: int = 0) -> Iterator[tuple[float, str, str]]:
     """Yield time, level and text of each entry of a log, which may not exist. A traceback belongs to its entry.
 
     Times in a log have no zone; they are read as times of this machine.
+
+    Args:
+        path: of the log.
+        begin: offset of the first byte to read.
     """
     if not path.exists():
         return
     entry: tuple[float, str, str] | None = None
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with path.open("rb") as file:
+        file.seek(begin)
+        for content in file:
+            line = content.decode("utf-8", "replace")
             if match := LINE.match(line.rstrip("\n")):
                 if entry is not None:
                     yield entry
@@ -76,10 +98,10 @@ def log_lines(path: Path) -> Iterator[tuple[float, str, str]]:
         yield entry
 
 
-def _of_log(folder: RunFolder) -> list[Event]:
+def _of_log(folder: RunFolder, begin: int = 0) -> list[Event]:
     reasons = _reasons_of_starts(folder.mlflow)
     events: list[Event] = []
-    for moment, level, text in log_lines(folder.log_of(0)):
+    for moment, level, text in log_lines(folder.log_of(0), begin):
         if text.startswith("training "):
             near = min(reasons, key=lambda each: abs(each[0] - moment), default=(0.0, ""))
             is_same = abs(near[0] - moment) < SAME_START_SECONDS

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from byteloom.core.faults import hide_queries
 from byteloom.core.text import count, printable
 from pretrain.report.events import Event
-from pretrain.report.numbers import at_time, sampled
+from pretrain.report.numbers import NumberTable, at_time, sampled
 from pretrain.report.plots import Plot, plots_of
 from pretrain.report.run_data import RunData, StoredEvaluation
 from pretrain.report.samples import samples_section
@@ -29,20 +30,40 @@ CURVE_POINTS = 500
 """Most points of a curve by position."""
 AXES = (("bytes", "bytes"), ("step", "steps"), ("seconds", "time"))
 """Value and label of each choice of the horizontal axis."""
+FLOPS_AXIS = ("flops", "FLOPs")
+"""The same, of a page that compares recipes."""
 
 
-def page_of(runs: Sequence[RunData], now: float) -> str:
+@dataclass(frozen=True)
+class Comparison:
+    """Table of the recipes that runs are of."""
+
+    title: str
+    remark: str
+    """Sentence above the table."""
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """One a recipe; the first cell is its name."""
+    groups: Mapping[str, int]
+    """Number of the recipe of each run, by the run's name. Runs of one recipe have one colour."""
+    flops_per_byte: Mapping[str, float]
+    """FLOPs of training for each byte, by the run's name."""
+
+
+def page_of(runs: Sequence[RunData], now: float, comparison: Comparison | None = None) -> str:
     """Return the page of runs.
 
     Args:
         runs: one or more.
         now: time of the report, in seconds since 1970.
+        comparison: the recipes that the runs are of.
     """
-    title = f"Byteloom: {', '.join(run.name for run in runs)}"
+    title = f"Byteloom: {comparison.title if comparison else ', '.join(run.name for run in runs)}"
     plots = plots_of(runs)
     sections = {
+        "Comparison": _comparison(comparison),
         "Summary": _summary(runs),
-        "Training": _training(runs, plots),
+        "Training": _training(runs, plots, AXES if comparison is None else (*AXES, FLOPS_AXIS)),
         "Events": _events(runs),
         "Recipe": _recipe(runs),
         "Corpora": _corpora(runs),
@@ -67,7 +88,7 @@ def page_of(runs: Sequence[RunData], now: float) -> str:
 {_asset("page.css")}</style>
 </head>
 <body>
-<a class="skip" href="#summary">Skip to the summary</a>
+<a class="skip" href="#{next(iter(sections)).lower()}">Skip to the {next(iter(sections)).lower()}</a>
 <header>
 <h1>{_text(title)}</h1>
 <p class="faint">Made on {_moment(now)}.</p>
@@ -79,7 +100,7 @@ def page_of(runs: Sequence[RunData], now: float) -> str:
 </main>
 <footer><p>Plots by uPlot, whose licence follows.</p><details><summary>Licence of uPlot</summary>
 <pre>{_text(_asset("uplot.LICENSE"))}</pre></details></footer>
-<script type="application/json" id="data">{_json(_data(runs, plots))}</script>
+<script type="application/json" id="data">{_json(_data(runs, plots, comparison))}</script>
 <script>{_asset("uplot.js")}</script>
 <script>{_asset("page.js")}</script>
 </body>
@@ -87,8 +108,10 @@ def page_of(runs: Sequence[RunData], now: float) -> str:
 """
 
 
-def _data(runs: Sequence[RunData], plots: Sequence[Plot]) -> dict[str, Any]:
+def _data(runs: Sequence[RunData], plots: Sequence[Plot], comparison: Comparison | None) -> dict[str, Any]:
     """Return the numbers of the page as page.js reads them."""
+    groups = comparison.groups if comparison else {}
+    costs = comparison.flops_per_byte if comparison else {}
     drawn: list[dict[str, Any]] = [plot.as_json() for plot in plots]
     if any(run.events for run in runs):
         drawn.append({"id": "events-plot"})
@@ -99,12 +122,14 @@ def _data(runs: Sequence[RunData], plots: Sequence[Plot]) -> dict[str, Any]:
         "runs": [
             {
                 "name": run.name,
-                "tables": run.tables,
+                "group": groups.get(run.name, number),
+                "tables": {name: _with_flops(table, costs.get(run.name)) for name, table in run.tables.items()},
                 "events": [
-                    {"kind": each.kind, "reason": _shown(each.reason), **_place(run, each)} for each in run.events
+                    {"kind": each.kind, "reason": _shown(each.reason), **_place(run, each, costs.get(run.name))}
+                    for each in run.events
                 ],
             }
-            for run in runs
+            for number, run in enumerate(runs)
         ],
         "plots": drawn,
     }
@@ -122,9 +147,24 @@ def _curves(identity: str, kind: str, points: Sequence[tuple[float, float]]) -> 
     }
 
 
-def _place(run: RunData, event: Event) -> dict[str, float]:
+def _with_flops(table: NumberTable, cost: float | None) -> NumberTable:
+    """Return a table with the FLOPs trained; as it is if the FLOPs of a byte are not given."""
+    return table if cost is None else {**table, "flops": [cost * (trained or 0) for trained in table["bytes"]]}
+
+
+def _place(run: RunData, event: Event, cost: float | None = None) -> dict[str, float]:
     """Return where an event lies on each axis."""
-    return at_time(run.tables.get("train", {"step": [], "bytes": [], "seconds": []}), round(event.time - run.began, 3))
+    train = run.tables.get("train", {"step": [], "bytes": [], "seconds": []})
+    place = at_time(train, round(event.time - run.began, 3))
+    return place if cost is None else {**place, "flops": cost * place["bytes"]}
+
+
+def _comparison(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    numbers = range(1, len(comparison.headings))
+    table = _table(comparison.headings, comparison.rows, caption="Recipes, lowest loss first", numbers=numbers)
+    return f"<p>{_text(comparison.remark)}</p>{_scrolling(table)}"
 
 
 def _summary(runs: Sequence[RunData]) -> str:
@@ -172,12 +212,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _training(runs: Sequence[RunData], plots: Sequence[Plot]) -> str:
+def _training(runs: Sequence[RunData], plots: Sequence[Plot], axes: Sequence[tuple[str, str]]) -> str:
     if not plots:
         return "<p>No step is done yet.</p>"
     choices = "".join(
         f'<label><input type="radio" name="axis" value="{value}"{" checked" * (value == "bytes")}> {label}</label>'
-        for value, label in AXES
+        for value, label in axes
     )
     controls = (
         f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>'

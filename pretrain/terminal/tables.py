@@ -59,18 +59,18 @@ class Table:
     """
 
     def __init__(self, title: str, columns: Sequence[str], numbers: Sequence[str] = ()) -> None:
-        self._title = _clean(title)
+        self._title = clean(title)
         self._columns = [Column(name, name in numbers) for name in columns]
         self._rows: list[Sequence[str] | _Heading] = []
 
     def add_row(self, *cells: str) -> None:
         """Add a row; missing cells at its end are empty."""
         missing = len(self._columns) - len(cells)
-        self._rows.append([*map(_clean, cells), *[""] * missing])
+        self._rows.append([*map(clean, cells), *[""] * missing])
 
     def add_heading(self, text: str) -> None:
         """Add a line of text above the rows that follow."""
-        self._rows.append(_Heading(_clean(text)))
+        self._rows.append(_Heading(clean(text)))
 
     def add_rule(self) -> None:
         """Add a horizontal rule above the rows that follow."""
@@ -178,7 +178,7 @@ def print_lines(lines: Sequence[str]) -> None:
     """Print lines to standard output, each folded to the terminal's width."""
     out = Console()
     for line in lines:
-        for folded in fold(_clean(line), terminal_width(out)):
+        for folded in fold(clean(line), terminal_width(out)):
             out.print(folded, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -244,6 +244,6 @@ def _finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Return text with escapes for characters that move the cursor or cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))

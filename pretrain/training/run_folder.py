@@ -21,6 +21,7 @@ launchers/submission.py describes the files that `byteloom submit` adds.
 
 import json
 import logging
+import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from pydantic import BaseModel, Field, RootModel, field_validator
 
 from byteloom.core.errors import CorrectableError
 from byteloom.core.storage.files import replace_file
-from byteloom.core.storage.locations import LocationText
+from byteloom.core.storage.locations import LocationText, locate
 from byteloom.core.storage.locks import LockHeldError, LockHolder, holder_of, lock_file
 from byteloom.core.storage.state_files import StateFileError, read_json, read_yaml
 from data_pipeline.stream.inspection.coverage import Coverage
@@ -136,6 +137,44 @@ def rollback_before(identity: Mapping[str, Any], generation: int) -> Rollback | 
     """
     rollbacks = [Rollback.model_validate(each) for each in identity.get("rollbacks", ())]
     return rollbacks[-1] if rollbacks and rollbacks[-1].generation == generation - 1 else None
+
+
+def start_folder(run: Path, root: str) -> Path:
+    """Return the folder in which a run was started, from which relative paths of its recipe lead.
+
+    Args:
+        run: the run folder.
+        root: value of `run.root` in its recipe. A relative one is the end of the path of the run's parent.
+
+    Returns:
+        The working directory if `run.root` is absolute, or if the run was moved: then nobody knows the folder.
+    """
+    parent, parts = run.resolve().parent, Path(os.path.normpath(root)).parts
+    if Path(root).is_absolute() or ".." in parts or parent.parts[len(parent.parts) - len(parts) :] != parts:
+        return Path()
+    started = parent.parents[len(parts) - 1] if parts else parent
+    return Path() if started == Path.cwd() else started
+
+
+def with_absolute_corpora(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the section `data` of a recipe with the paths of its corpora from the folder in which the run started.
+
+    Args:
+        data: the section, as plain values; it is not changed.
+        folder: from `start_folder`. A path that leads to nothing from there is kept.
+    """
+
+    def found(shards: str) -> str:
+        place = locate(shards)
+        is_there = isinstance(place, Path) and not place.is_absolute() and (folder / shards).exists()
+        return str(folder / shards) if is_there else shards
+
+    moved = {**data, "shards": found(data["shards"])} if data.get("shards") else dict(data)
+    if data.get("mixture"):
+        moved["mixture"] = {
+            name: {**source, "shards": found(source["shards"])} for name, source in data["mixture"].items()
+        }
+    return moved
 
 
 def read_recipe(path: Path) -> StoredRecipe | None:

@@ -80,6 +80,12 @@ class RunStatus:
     """Newest validation loss; None for an objective with another loss."""
     bytes_per_second: float | None
     """Mean speed over the last steps; None while no process trains the run."""
+    mfu: float | None
+    """Model FLOPs utilization of the last step; None while no process trains the run, or on an unknown device."""
+    data_wait_share: float | None
+    """Share of the last steps that waited for data; None while no process trains the run."""
+    ranks: int | None
+    """Ranks of the last step."""
     seconds_left: float | None
     """Expected time to the last step; None while no process trains the run."""
     checkpoint_step: int | None
@@ -173,6 +179,9 @@ def status_of(path: Path) -> RunStatus:
         bits_per_byte=loss if metric == BITS_PER_BYTE else None,
         validation_bits_per_byte=validation_loss if metric == BITS_PER_BYTE else None,
         bytes_per_second=bytes_per_second,
+        mfu=None if step_seconds is None else trained[-1].get("mfu"),
+        data_wait_share=None if step_seconds is None else _data_wait(trained),
+        ranks=_ranks(trained[-1]) if trained else None,
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=_age(newest),
@@ -362,6 +371,20 @@ def _speed(steps: Sequence[dict[str, float]]) -> tuple[float | None, float | Non
     if seconds <= 0:
         return None, None
     return sum(step["bytes_per_second"] * step["step_seconds"] for step in steps) / seconds, seconds / len(steps)
+
+
+def _data_wait(steps: Sequence[dict[str, float]]) -> float | None:
+    """Return the share of the time of steps that waited for data; None if a step lacks it."""
+    if any("data_wait_share" not in step for step in steps):
+        return None
+    seconds = sum(step["step_seconds"] for step in steps)
+    return sum(step["data_wait_share"] * step["step_seconds"] for step in steps) / seconds
+
+
+def _ranks(step: dict[str, float]) -> int:
+    """Return the number of ranks of a step, whose speed is also in the journal per rank if there are several."""
+    each = step.get("bytes_per_second/per_rank")
+    return round(step["bytes_per_second"] / each) if each else 1
 
 
 class _StoredCluster(BaseModel):

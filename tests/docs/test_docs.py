@@ -18,11 +18,14 @@ from pretrain.cli.app import app
 from pretrain.cli.lazy import LazyCommand
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
+from pretrain.experiments.grid import grid, with_family
+from pretrain.experiments.words import read_words
 from tests import commands
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, prose
 
 COMMANDS: Any = typer.main.get_command(app)
-WITH_OVERRIDES = {"train", "submit", "sweep", "config check", "config show"}
+WITH_OVERRIDES = {"train", "submit", "config check", "config show"}
+OF_SEVERAL_RECIPES = {"sweep", "compare"}
 MADE_BY_A_READER = ("runs/", "mine.yaml", "my.yaml")
 """Prefixes of runs and recipes that only a reader makes."""
 GENERATED = {"commands.md", "config.md", "notebook.md", "recipes.md", "catalogue.md"}
@@ -58,12 +61,23 @@ SHOWN = [(block, words) for block, words in byteloom_commands() if words and not
 @pytest.mark.parametrize(("block", "words"), SHOWN, ids=[f"{block} {' '.join(words[:2])}" for block, words in SHOWN])
 def test_every_shown_command_has_existing_options_recipes_and_fields(block: Block, words: list[str]):
     name, params = parsed(words)
+    if name in OF_SEVERAL_RECIPES:
+        check_recipes_and_grid(params["words"])
+        return
     if name not in WITH_OVERRIDES or params["recipe"].startswith(MADE_BY_A_READER):
         return
     if block.page.name == "extending.md":  # fields of the page's package, which test_extending.py installs and runs
         return
-    overrides = params["overrides"] or []
-    load(params["recipe"], [override.partition(",")[0] for override in overrides] if name == "sweep" else overrides)
+    load(params["recipe"], params["overrides"] or [])
+
+
+def check_recipes_and_grid(words: Sequence[str]) -> None:
+    """Load each recipe with each point of its grid."""
+    if any(word.startswith(MADE_BY_A_READER) for word in words):
+        return
+    for entry in read_words(words).entries:
+        for point in grid(entry.overrides).values():
+            load(entry.recipe, with_family(entry.recipe, point))
 
 
 RUNNABLE = [page for page in PAGES if any(block.reason is None for block in blocks(page))]

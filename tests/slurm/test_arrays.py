@@ -1,5 +1,6 @@
 """Job arrays on a real cluster: preparation of a corpus by tasks that are killed, and sweeps."""
 
+import json
 import os
 import signal
 import time
@@ -96,3 +97,27 @@ def test_sweep_is_an_array_of_runs_that_are_shown_together(cluster: Cluster, cor
     }
     assert {run.data.tags["mlflow.parentRunId"] for run in known.values()} == {parent.info.run_id}
     assert {run.info.status for run in (parent, *known.values())} == {"FINISHED"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_comparison_is_an_array_whose_results_are_shown_when_it_has_ended(
+    cluster: Cluster, corpus_folder: Path, tmp_path: Path
+):
+    """The time of a step is measured by a first array; a call after the end of the runs submits nothing."""
+    recipe = write_recipe(tmp_path, corpus_folder)
+    words = ("compare", recipe, "validation.every=1000", "--seconds=4", "--seeds=0,1", "--name=timed")
+    options = ("--cluster=cpu", "--processes-per-node=1", "--partition=low")
+    first = byteloom(cluster, tmp_path, *words, *options)
+    [trial] = first.stdout.split()
+    assert "repeat the command when they have ended" in first.stderr
+    wait_until(lambda: not scheduler.job(trial).phase.is_alive, "the trial has ended", PATIENCE)
+    assert "2 jobs submitted" in byteloom(cluster, tmp_path, *words, *options).stderr
+    runs = [tmp_path / f"runs/timed-recipe-seed-{seed}" for seed in (0, 1)]
+    for run in runs:
+        wait_until(lambda run=run: status_of(run).state == "finished", f"{run} has finished", PATIENCE)
+    again = byteloom(cluster, tmp_path, *words, *options, "--json")
+    assert "submitted" not in again.stderr
+    [found] = json.loads(again.stdout)["recipes"]
+    assert [each["state"] for each in found["runs"]] == ["finished", "finished"]
+    assert found["steps"] == max(1, round(4 / found["step_seconds"]))

@@ -119,7 +119,13 @@ def measure(logits: Callable[[Tensor], Tensor], length: int) -> None:
     """Print the bits per byte of the first `length` bytes of the file that the command names."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python {sys.argv[0]} FILE")
-    ids = torch.tensor([list(Path(sys.argv[1]).read_bytes()[:length])])
+    try:
+        content = Path(sys.argv[1]).read_bytes()[:length]
+    except OSError as error:
+        sys.exit(f"error: {sys.argv[1]}: {error.strerror}")
+    if not content:
+        sys.exit(f"error: {sys.argv[1]} is empty; there is no byte to score")
+    ids = torch.tensor([list(content)])
     with torch.no_grad():
         found = logits(ids)[0]
     nats = F.cross_entropy(found, ids[0, -len(found) :])

@@ -1,7 +1,7 @@
 "use strict";
 // Draw the plots of the page from the JSON in #data. One choice of the horizontal axis and one zoom hold for all plots of training.
 const data = JSON.parse(document.getElementById("data").textContent);
-const AXES = { bytes: "bytes trained", step: "steps", seconds: "time since the start" };
+const AXES = { bytes: "bytes trained", step: "steps", seconds: "time since the start", flops: "FLOPs of training" };
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3], [4, 2], [1, 4]];
 const PROMINENT = (event, number) => !["checkpoint", "finish"].includes(event.kind) && !(event.kind === "start" && number === 0);
 let axis = "bytes", plots = [], zooming = true;
@@ -27,7 +27,7 @@ const FORMATS = {
   share: (value) => `${+(100 * value).toPrecision(3)} %`,
   seconds: duration,
 };
-const AXIS_FORMATS = { bytes: FORMATS.bytes, step: (value) => value.toLocaleString("en"), seconds: duration };
+const AXIS_FORMATS = { bytes: FORMATS.bytes, step: (value) => value.toLocaleString("en"), seconds: duration, flops: FORMATS.number };
 const shown = (format) => (_, value) => (value == null ? "–" : format(value));
 const ticks = (format) => (_, values) => values.map((value) => (value == null ? "" : format(value)));
 
@@ -40,7 +40,7 @@ function lines(plot) {
     const several = data.runs.length > 1 && !series.x;
     return {
       label: series.label, places: series.x || table[axis], values: series.x ? series.y : table[series.column],
-      stroke: color(several ? series.run : number), dash: DASHES[(several ? series.order : 0) % DASHES.length],
+      stroke: color(several ? data.runs[series.run].group : number), dash: DASHES[(several ? series.order : 0) % DASHES.length],
     };
   });
 }
@@ -131,8 +131,8 @@ function eventPlot(place, status) {
     scales: { x: { time: false }, y: { range: [-0.5, kinds.length - 0.5] } },
     series: [
       { label: AXES[axis], value: shown(AXIS_FORMATS[axis]) },
-      ...data.runs.map((run, number) => ({
-        label: run.name, stroke: color(number), paths: () => null, points: { show: true, size: 9, fill: color(number) },
+      ...data.runs.map((run) => ({
+        label: run.name, stroke: color(run.group), paths: () => null, points: { show: true, size: 9, fill: color(run.group) },
         value: shown((value) => kinds[Math.round(value)]),
       })),
     ],

@@ -87,6 +87,23 @@ def test_inspect_shows_the_origin_of_a_row(byteloom: Run, trained: Path, sources
     assert stream[41][: last - first + 1].astype("uint8").tobytes() == content[first : last + 1]
 
 
+def test_corpus_with_a_relative_path_is_found_from_any_folder(
+    byteloom: Run, recipe: Path, corpus_folder: Path, tmp_path: Path
+):
+    (tmp_path / "corpora").symlink_to(corpus_folder)
+    byteloom("train", recipe, "train.steps=2", "data.shards=corpora/train", "validation.shards=null")
+    (tmp_path / "elsewhere").mkdir()
+    printed = [
+        byteloom("inspect", "--replay", run, cwd=folder).stderr
+        for folder, run in ((tmp_path, "runs/run"), (tmp_path / "elsewhere", "../runs/run"))
+    ]
+    assert printed[0].replace("runs/run", "../runs/run") == printed[1]
+    row = byteloom(
+        "inspect", tmp_path / "runs/run/checkpoints/step-00000002", "--step", "1", cwd=tmp_path / "elsewhere"
+    )
+    assert "sequence 0 of the run" in row.stdout
+
+
 def test_replay_proves_which_data_a_run_read(byteloom: Run, trained: Path, tmp_path: Path):
     printed = byteloom("inspect", "--replay", trained).stderr
     assert "the run read exactly what it should have read until step 12: 72 sequences of 128 bytes" in printed

@@ -3,32 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
-
-from pretrain.cli.runs.sweep import grid
-from pretrain.config.errors import ConfigError
 from tests.conftest import Run
-
-
-def test_grid_has_one_run_per_combination_of_values():
-    points = grid(["a.lr=1e-3,3e-4", "b.betas=[0.9,0.95],[0.9,0.99]", "c.x=1", "d.lr=2,3"])
-    assert len(points) == 8
-    assert next(iter(points.values())) == ["a.lr=1e-3", "b.betas=[0.9,0.95]", "c.x=1", "d.lr=2"]
-    assert next(iter(points)) == "a.lr-1e-3-betas-0.9_0.95-d.lr-2"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "fault"),
-    [
-        (["a.b=1"], "there is one combination only"),
-        (["a.b=1,2", "a.b=3"], "given twice"),
-        (["a.b"], "not of the form"),
-        (["a.b=x/y,x_y"], "two runs of the sweep would have the same name"),
-    ],
-)
-def test_invalid_grid_is_refused(overrides: list[str], fault: str):
-    with pytest.raises(ConfigError, match=fault):
-        grid(overrides)
 
 
 def test_runs_of_a_sweep_are_trained_in_order(byteloom: Run, recipe: Path, corpus_folder: Path):
@@ -39,5 +14,20 @@ def test_runs_of_a_sweep_are_trained_in_order(byteloom: Run, recipe: Path, corpu
     assert "error: there is no corpus at nowhere: no such folder" in swept.stderr
     assert f"error: {names[1]} failed; the same command resumes it" in swept.stderr
     assert swept.returncode == 1
+    header, _, first, second = swept.stdout.splitlines()
+    assert header.split() == ["run", "validation", "training", "step", "time", "state"]
+    assert (first.split()[0], first.split()[-1]) == (names[0], "finished")
+    assert (second.split()[0], second.split()[-1]) == (names[1], "waiting")
     source = recipe.parent / "runs" / names[0] / "config.source.json"
     assert json.loads(source.read_text())["recipe"] == str(recipe)
+
+
+def test_sweep_of_several_recipes_names_runs_by_recipe_and_skips_finished_runs(byteloom: Run, recipe: Path):
+    other = recipe.with_name("other.yaml")
+    other.write_text(recipe.read_text().replace("name: run", "name: other"))
+    words = ("sweep", recipe, other, "train.steps=2", "validation.every=9", "--name=pair")
+    swept = byteloom(*words)
+    assert {line.split()[0] for line in swept.stdout.splitlines()[2:]} == {"run", "other"}
+    assert "2 runs of 2 finished before" in byteloom(*words).stderr
+    assert (recipe.parent / "runs/run/generation").read_text().split()[0] == "1"
+    assert "there is one combination only" in byteloom("sweep", recipe, check=False).stderr

@@ -42,7 +42,7 @@ def test_list_of_commands_has_every_panel_and_summary():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["prepare", "--help"], ["status", "nowhere"]],
+    [["--help"], ["prepare", "--help"], ["status", "nowhere"], ["top", "nowhere"]],
     ids=" ".join,
 )
 def test_light_commands_import_no_torch(arguments: Sequence[str]):

@@ -4,6 +4,7 @@ import ast
 import random
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.models import ByteModel, all_families, build_model, family, model_config
 from pretrain.models.references import FOLDER, SHARED, files_of, load_reference
+from pretrain.models.references.layers import measure
 
 SMALL: dict[str, dict[str, Any]] = {
     "mamba": {"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 7},
@@ -173,3 +175,15 @@ def test_each_family_has_a_reference_that_is_short_and_needs_no_byteloom():
             allowed = {"torch", "safetensors", *SHARED, *sys.stdlib_module_names}
             assert {name.partition(".")[0] for name in imported} <= allowed
     assert {path.stem for path in FOLDER.glob("*.py")} == {"__init__", *SHARED, *SMALL, *ENCODERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("empty", "is empty; there is no byte to score"), ("none", "No such file")]
+)
+def test_file_without_a_byte_is_a_line_and_not_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: str
+):
+    (tmp_path / "empty").touch()
+    monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path / name)])
+    with pytest.raises(SystemExit, match=f"error: {tmp_path / name}.*{fault}"):
+        measure(lambda ids: ids, 8)

@@ -16,6 +16,8 @@ import byteloom
 from launchers.supervision.record import LaunchRecord
 from pretrain.config.loading import load
 from pretrain.report.events import events_of
+from pretrain.report.page import Comparison, page_of
+from pretrain.report.run_data import read_run
 from pretrain.terminal.console import logs_shown
 from pretrain.training.health import HealthEvent, HealthLog
 from pretrain.training.loop import train
@@ -202,6 +204,26 @@ def test_training_continues_where_no_page_can_be_written(
         patch.setattr("sys.executable", str(tmp_path / "no-python"))
         byteloom.train(recipe, run={"root": tmp_path}, train={"steps": 6}, report={"every": 1})
     assert [record.getMessage() for record in caplog.records if "no-python" in record.message]
+
+
+def test_page_of_a_comparison_has_a_table_one_colour_a_recipe_and_an_axis_of_flops(
+    runs: list[Path], tmp_path: Path, browser: "Browser"
+):
+    found = [read_run(path) for path in runs]
+    groups, costs = {run.name: 3 for run in found}, {run.name: 1e6 for run in found}
+    compared = Comparison("families", "Equal FLOPs.", ["recipe", "loss"], [["one", "2.5"]], groups, costs)
+    (tmp_path / "page.html").write_text(page_of(found, 0.0, compared), encoding="utf-8")
+    with browser.new_page() as shown:
+        messages, _ = watched(shown)
+        shown.goto((tmp_path / "page.html").as_uri())
+        shown.check("input[name=axis][value=flops]")
+        assert shown.inner_text("#comparison td:last-child") == "2.5"
+        assert "FLOPs of training" in shown.inner_text("#plot-loss .u-legend")
+        strokes = "plots.slice(0, 1).flatMap(u => u.series.slice(1).map(each => each._stroke || each.stroke()))"
+        assert len(set(shown.evaluate(strokes))) == 1
+        last = shown.evaluate("plots[0].data[0].at(-1)")
+        assert last == pytest.approx(1e6 * max(run.tables["train"]["bytes"][-1] for run in found))
+        assert not messages
 
 
 def test_damaged_files_and_runs_without_steps_have_a_page(runs: list[Path], tmp_path: Path):
