@@ -174,7 +174,9 @@ class ForkingPopen(subprocess.Popen[Any]):
         self._child_created = True
         self._close_pipe_fds(*pipes)
 
-    def _run_rank(self, words: list[str], env: Mapping[str, str], streams: list[int], new_session: bool) -> NoReturn:
+    def _run_rank(
+        self, words: list[str], env: Mapping[str, str] | None, streams: list[int], new_session: bool
+    ) -> NoReturn:
         """Run a rank in this fork and exit. No frame of the command that was forked may run again."""
         try:
             for number, stream in enumerate([os.dup(stream) for stream in streams]):
@@ -182,8 +184,9 @@ class ForkingPopen(subprocess.Popen[Any]):
             os.closerange(3, max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1)
             if new_session:
                 os.setsid()
-            os.environ.clear()
-            os.environ.update(env)
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
             for number in signal.valid_signals():
                 if callable(signal.getsignal(number)):
                     signal.signal(number, signal.SIG_DFL)

@@ -80,12 +80,6 @@ class RunStatus:
     """Newest validation loss; None for an objective with another loss."""
     bytes_per_second: float | None
     """Mean speed over the last steps; None while no process trains the run."""
-    mfu: float | None
-    """Model FLOPs utilization of the last step; None while no process trains the run, or on an unknown device."""
-    data_wait_share: float | None
-    """Share of the last steps that waited for data; None while no process trains the run."""
-    ranks: int | None
-    """Ranks of the last step."""
     seconds_left: float | None
     """Expected time to the last step; None while no process trains the run."""
     checkpoint_step: int | None
@@ -117,6 +111,12 @@ class RunStatus:
     """Training loss of the last step, in `metric`."""
     validation_loss: float | None = None
     """Newest validation loss, in `metric`."""
+    mfu: float | None = None
+    """Model FLOPs utilization of the last step; None while no process trains the run, or on an unknown device."""
+    data_wait_share: float | None = None
+    """Share of the last steps that waited for data; None while no process trains the run."""
+    ranks: int | None = None
+    """Ranks of the last step."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

@@ -12,6 +12,7 @@ The same command resumes the comparison. It may add recipes and seeds.
 """
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -36,7 +37,6 @@ from pretrain.cli.arguments import (
     PartitionOption,
     ProcessesOption,
     TimeOption,
-    check_finite,
     parse_location,
 )
 from pretrain.cli.runs.run_set import RunSet, slurm_cluster
@@ -106,15 +106,11 @@ def compare_command(
             parser=parse_location,
         ),
     ],
-    flops: Annotated[
-        float | None, typer.Option(help="FLOPs of training of each run, such as 1e15.", callback=check_finite)
-    ] = None,
-    read_bytes: Annotated[
-        float | None, typer.Option("--bytes", help="Bytes that each run reads, such as 1e9.", callback=check_finite)
-    ] = None,
+    flops: Annotated[float | None, typer.Option(help="FLOPs of training of each run, such as 1e15.")] = None,
+    read_bytes: Annotated[float | None, typer.Option("--bytes", help="Bytes that each run reads, such as 1e9.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Time of training of each run; a short trial measures it.", callback=check_finite),
+        typer.Option(help="Time of training of each run; a short trial measures it."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Values of train.seed: one run each.")] = "0",
     name: Annotated[str, typer.Option(help="Name of the comparison and beginning of its runs' names.")] = "comparison",
@@ -177,8 +173,8 @@ def _budget(given: Mapping[str, float | None]) -> Budget:
     if len(found) != 1:
         raise ConfigError(f"give one budget: --flops, --bytes or --seconds; {count(len(found), 'budget')} given")
     ((kind, amount),) = found.items()
-    if amount <= 0:
-        raise ConfigError(f"--{kind} is {amount:g}; it must be more than 0")
+    if not 0 < amount < math.inf:
+        raise ConfigError(f"--{kind} is {amount:g}; it must be a finite number above 0")
     return Budget.model_validate({"kind": kind, "amount": amount})
 
 

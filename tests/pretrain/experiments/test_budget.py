@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.errors import ConfigError
@@ -26,6 +26,7 @@ from pretrain.experiments.results import (
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(1, 1e6), st.integers(1, 10**6))
 def test_steps_cost_the_budget_to_half_a_step(steps: float, cost: int):
     budget = Budget(kind="bytes", amount=steps * cost)

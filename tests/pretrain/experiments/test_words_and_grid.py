@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.errors import ConfigError
@@ -61,6 +61,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(JSON_VALUES, min_size=2, max_size=4))
 def test_values_of_any_shape_are_separated_where_they_were_joined(values: list[object]):
     texts = [json.dumps(value) for value in values]
