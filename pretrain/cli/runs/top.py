@@ -194,11 +194,11 @@ def _card(cells: dict[str, str], width: int) -> list[str]:
         "bytes/s": "{}/s",
         "MFU": "MFU {}",
         "wait": "wait {}",
-        "left": "{} left",
     }
     numbers = [pattern.format(cells[name]) for name, pattern in units.items() if cells[name]]
+    left = f"{cells['left']} left" if cells["left"] else ""
     lines = [
-        "  ".join(filter(None, (cells["run"], cells["state"], cells["step"]))),
+        "  ".join(filter(None, (cells["run"], cells["state"], cells["step"], left))),
         "  " + "  ".join(numbers),
         "  " + cells["nodes"],
         _cut("  " + cells["last event"], width),
