@@ -75,8 +75,8 @@ TRIAL_STEPS, MEASURED_STEPS = 20, 10
 """Steps of a trial, and those at its end whose time is measured."""
 OF_THE_BUDGET = {"train.steps": "the budget sets it", "train.seed": "--seeds sets it", "run.name": "--name sets it"}
 """Fields that overrides may not set."""
-SHARED = ("data", "validation", "objective")
-"""Sections by which results of recipes can be compared."""
+SHARED = {"data": (), "validation": ("shards", "corpora", "begin"), "objective": ()}
+"""Sections by which results of recipes can be compared, and the fields that matter there; none for all."""
 
 app = typer.Typer()
 
@@ -375,8 +375,13 @@ def _remarks(asked: _Asked, plan: Plan, results: Sequence[RecipeResult]) -> list
         f"Each run has the budget {plan.budget}; {seeds}. Losses are {_metrics(results)}: of the newest validation, "
         "and the mean of the last 20 training steps. A mean ± standard deviation is over the finished runs of a recipe."
     ]
-    for section in SHARED:
-        trees = {each.name: each.recipe.config.get(section) for each in results}
+    for section, fields in SHARED.items():
+        trees = {
+            each.name: {
+                name: value for name, value in each.recipe.config[section].items() if name in (fields or (name,))
+            }
+            for each in results
+        }
         first, *others = trees
         different = [recipe for recipe in others if trees[recipe] != trees[first]]
         if different:
