@@ -6,6 +6,7 @@ import typing
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from byteloom.core.registries.names import RegisteredName
 from byteloom.core.validation import nearest
@@ -45,7 +46,7 @@ def _explain_value(path: FieldPath, field: FieldInfo) -> str:
 
 
 def _explain_field(name: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"default {json.dumps(field.get_default())}"
+    default = "required" if field.is_required() else f"default {json.dumps(to_jsonable_python(field.get_default()))}"
     bounds = [
         f"{word} {getattr(limit, attribute)}"
         for limit in field.metadata

@@ -234,5 +234,39 @@ def megabyte(clone: Path) -> None:
     save("megabyte", arguments, weights, ids=ids, logits=logits.numpy())
 
 
+def spacebyte(clone: Path) -> None:
+    """Run kjslag/spacebyte on a row with a document start in its middle, by its rule for UTF-8."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    for unused in ("psutil", "tiktoken", "sentencepiece"):
+        sys.modules[unused] = types.ModuleType(unused)
+    sys.path.insert(0, str(clone))
+    import spacebyte as authors  # noqa: PLC0415
+
+    arguments = {
+        "vocab_size": 258,
+        "BOS": 256,
+        "d_model": 16,
+        "context_size": 24,
+        "d_key": 4,
+        "n_layers": 2,
+        "tie_embedding": False,
+        "init": "standard",
+        "rope": True,
+        "global_context_size": 16,
+        "d_local": 8,
+        "n_local_layers": 2,
+        "local_attention_window": 5,
+    }
+    model = authors.SpaceByte(authors.SpaceByteConfig(**arguments))
+    weights = fill(model, {})
+    text = "The cat, 日本 ".encode()
+    ids = np.array([[*text, 256, *b" x2-y"]])
+    ids = np.pad(ids, ((0, 0), (0, 24 - ids.shape[1])), constant_values=ord("z"))
+    with torch.no_grad():
+        logits, _ = model(torch.from_numpy(np.concatenate([[[256]], ids[:, :-1]], 1)))
+    save("spacebyte", arguments, weights, ids=ids, logits=logits.numpy())
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]).absolute())

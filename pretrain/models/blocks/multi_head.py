@@ -10,6 +10,7 @@ from pretrain.models.blocks.attention_over_ranks import attention_over_ranks, wi
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.context import InContext
 from pretrain.models.blocks.merged_attention import merged_attention
+from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary, rotate, rotate_alike
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Attention(MultiHead):
         rotary: Rotary | None = None,
         window: int | None = None,
         bias: bool = False,
+        norms: bool = False,
     ) -> None:
         """Build the layer.
 
@@ -78,9 +80,12 @@ class Attention(MultiHead):
             rotary: rotary positions; None means none.
             window: positions that a position sees; None means all before it.
             bias: whether the linear maps have biases.
+            norms: whether the queries and the keys of each head have a norm, before rotary positions.
         """
         super().__init__(width, heads, dropout, bias)
         self.rotary, self.window = rotary, window
+        self.query_norm = LayerNorm(width // heads) if norms else None
+        self.key_norm = LayerNorm(width // heads) if norms else None
 
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, visible: "Tensor | BlockMask | None" = None
@@ -98,6 +103,8 @@ class Attention(MultiHead):
             (rows, length, width)
         """
         q, k, v = self.project(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary:
             first = cache.length if cache is not None else self.context.first(x.shape[1])
             places = torch.arange(first, first + x.shape[1], device=x.device)

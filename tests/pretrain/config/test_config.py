@@ -22,7 +22,9 @@ from pretrain.models.families.transformer import TransformerConfig
 from tests.conftest import Run, recipe_tree
 from tests.test_project import ROOT
 
-FAMILIES = "'encoder', 'encoder_decoder', 'mamba', 'megabyte', 'perceiver_ar', 'transformer' or 'transformer_xl'"
+FAMILIES = (
+    "'encoder', 'encoder_decoder', 'mamba', 'megabyte', 'perceiver_ar', 'spacebyte', 'transformer' or 'transformer_xl'"
+)
 
 
 @pytest.fixture

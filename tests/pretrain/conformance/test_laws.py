@@ -52,6 +52,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rotary_fraction": 1.0, "zero_head": False},
         {"attention_across_documents": False, "cross_attend_after": (0,)},
     ],
+    "spacebyte": [
+        {},
+        {"patcher": {"name": "fixed", "size": 4}, "window": None, "positions": "rotary", "query_key_norm": False},
+        {"patches": 3, "positions": "learned", "activation": "swiglu"},
+    ],
     "transformer": [
         {},
         {"window": None},

@@ -36,6 +36,7 @@ FAMILIES = {
     "mamba": {"width": 32, "layers": 2, "head_width": 16, "state": 8, "chunk": 8},
     "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},
     "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},
+    "spacebyte": {"patches": 12, "local_model": STACK | {"width": 16}, "global_model": STACK, "window": 8},
     "transformer": STACK | {"window": 8},
     "transformer_xl": STACK | {"memory_length": 8},
 }

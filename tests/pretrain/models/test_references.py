@@ -20,6 +20,13 @@ from pretrain.models.references.layers import measure
 
 SMALL: dict[str, dict[str, Any]] = {
     "mamba": {"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 7},
+    "spacebyte": {
+        "sequence_length": 24,
+        "patches": 9,
+        "local_model": {"width": 12, "layers": 3, "heads": 2},
+        "global_model": {"width": 16, "layers": 2, "heads": 2},
+        "window": 7,
+    },
     "transformer": {"sequence_length": 24, "width": 16, "layers": 2, "heads": 2},
     "transformer_xl": {"sequence_length": 12, "memory_length": 7, "width": 16, "layers": 2, "heads": 2},
     "megabyte": {
@@ -40,6 +47,11 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {},
         {"attention_across_documents": False, "expansion": 3},
         {"head_width": 16, "state": 6},
+    ],
+    "spacebyte": [
+        {},
+        {"patcher": {"name": "fixed", "size": 5}, "positions": "learned", "activation": "gelu"},
+        {"patches": 3, "positions": "rotary", "query_key_norm": False, "window": None},
     ],
     "transformer": [
         {},

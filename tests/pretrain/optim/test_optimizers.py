@@ -124,6 +124,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "patch_encoder": "convolution",
     },
     "perceiver_ar": {"latents": 8, "latent_model": STACK, "cross_heads": 2, "positions": "learned"},
+    "spacebyte": {"patches": 6, "local_model": STACK, "global_model": STACK},
     "transformer": STACK | {"positions": "learned"},
     "transformer_xl": STACK | {"memory_length": 8},
 }
@@ -131,6 +132,7 @@ TABLES = {
     "mamba": {"embedding.weight"},
     "megabyte": {"global_embedding.weight", "local_embedding.weight", "global_positions", "local_positions"},
     "perceiver_ar": {"embedding.weight", "position_tables.0"},
+    "spacebyte": {"embedding.weight", "positions", "patch_positions", "head"},
     "transformer": {"embedding.weight", "positions"},
     "transformer_xl": {"embedding.weight"},
 }
