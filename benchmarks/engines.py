@@ -10,18 +10,21 @@ Memory, on 4 ranks: the bytes of all tensors that exist on a rank between backwa
 gradients, copies, and whatever an engine left unsharded), minus those that existed before the engine was built. The
 largest rank counts. docs/guides/engines.md gives the theory.
 
-Time, on 1 and 2 ranks: each rank takes a step of 4 rows of 1,024 bytes (`--quick`: 1 row, 3 rounds) with every
-contender in turn, in another order each round, after a barrier. The time of a step is that of the slowest rank. `bare`
-is a loop with the same mathematics that uses only the model of Byteloom: `BareLoop` below. A ratio is the median over
-the ratios of each round. If other work shares the machine, the ratio of CPU times is more reliable than that of
-wall-clock times.
+Time, on 1 and 2 ranks: a step of 4 rows of 1,024 bytes on each rank (`--quick`: 1 row). `bare` is a loop with the same
+mathematics that uses only the model of Byteloom: `BareLoop` below. A round is two steps of an engine between two of
+`bare`, so that a machine that becomes slower or faster slows or speeds up both. A ratio is the median over the rounds,
+with the interval that holds the median with a probability of 95 %. CPU time is that of all threads of all ranks. Other
+work on the machine changes it less than wall-clock time, which is that of the slowest rank and includes waits.
 """
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,13 @@ from data_pipeline.stream.rows import Rows
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
 from pretrain.distributed.world import ALONE, World
-from pretrain.engines import Engine, EngineError, StepResult, build_engine, compute_dtype
+from pretrain.engines import Engine, EngineError, StepResult, Upcoming, build_engine, compute_dtype
 from pretrain.models import ByteModel, build_model
 
 RECIPE = Path(__file__).parents[1] / "configs/megabyte/books-10m.yaml"
 MEMORY_RANKS, TIME_RANKS, ROWS = 4, 2, 4
+ROUNDS = {False: (50, 25), True: (30, 3)}
+"""Rounds of ddp and of each other engine, without and with --quick."""
 SMALLER = [
     "engine.precision=bf16",
     "model.sequence_length=64",
@@ -78,11 +83,11 @@ theory but stays allocated. Without a bucket only the states are left."""
 
 def main() -> None:
     chosen = options(__doc__)
-    rounds, rows = (3, 1) if chosen.quick else (25, ROWS)
+    rows = 1 if chosen.quick else ROWS
     precision = native_precisions()[-1]
     metrics = memory_metrics(on_ranks(MEMORY_RANKS, memory_on_rank))
     for ranks in (1, TIME_RANKS):
-        metrics += time_metrics(on_ranks(ranks, times_on_rank, rounds, precision, rows))
+        metrics += time_metrics(on_ranks(ranks, times_on_rank, precision, rows, chosen.quick))
     report(f"Engines; times in {precision}", metrics, chosen.json)
 
 
@@ -107,24 +112,52 @@ def memory_metrics(results: list[dict[str, Any]]) -> list[Metric]:
 def time_metrics(results: list[dict[str, Any]]) -> list[Metric]:
     """Return the metrics of time from the results of all ranks."""
     ranks = f"{len(results)} ranks" if len(results) > 1 else "one process"
-    seconds, cpu_seconds = (
-        {
-            name: [max(times) for times in zip(*(result[name][kind] for result in results), strict=True)]
-            for name in results[0]
-        }
-        for kind in ("seconds", "cpu_seconds")
-    )
     metrics = []
     for name, own in results[0].items():
-        metrics.append(Metric(f"{ranks}, {name}: step", statistics.median(seconds[name]) * 1e3, "ms", own["phases"]))
-        if name != "bare":
-            goal = 1.03 if name == "ddp" else None
-            for title, times in ((f"{name} / bare", seconds), (f"{name} / bare, CPU time", cpu_seconds)):
-                ratios = [ours / bare for ours, bare in zip(times[name], times["bare"], strict=True)]
-                first, _, third = statistics.quantiles(ratios)
-                spread = f"quartiles {first:.3f} and {third:.3f}"
-                metrics.append(Metric(f"{ranks}, {title}", statistics.median(ratios), "", spread, goal, "lower"))
+        rounds = [
+            Round.of_all(*of_ranks) for of_ranks in zip(*(result[name]["rounds"] for result in results), strict=True)
+        ]
+        step = statistics.median(each.seconds[0] for each in rounds) / 2
+        bare = statistics.median(each.seconds[1] for each in rounds) / 2
+        metrics.append(Metric(f"{ranks}, {name}: step", step * 1e3, "ms", f"bare {bare * 1e3:.1f}, {own['phases']}"))
+        goal = 1.03 if name == "ddp" else None
+        for kind, title in (("cpu_seconds", "CPU time"), ("seconds", "wall-clock time")):
+            ratios = sorted(ours / bare for ours, bare in (getattr(each, kind) for each in rounds))
+            metrics.append(
+                Metric(
+                    f"{ranks}, {name} / bare, {title}", statistics.median(ratios), "", interval(ratios), goal, "lower"
+                )
+            )
     return metrics
+
+
+def interval(ordered: list[float]) -> str:
+    """Return the interval that holds the median of a distribution with 95 %, by the order of independent draws."""
+    draws = len(ordered)
+    first = max(0, math.floor(draws / 2 - 0.98 * math.sqrt(draws)))
+    return f"{ordered[first]:.3f} to {ordered[draws - 1 - first]:.3f}, {draws} rounds"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Two steps of an engine, and two of the bare loop."""
+
+    seconds: tuple[float, float]
+    """Wall-clock time of the engine's steps, and of the bare ones."""
+    cpu_seconds: tuple[float, float]
+
+    @classmethod
+    def of_steps(cls, *steps: tuple[float, float]) -> "Round":
+        """Return the round of the wall-clock and CPU seconds of a bare step, two of an engine and a bare one."""
+        first, second, third, last = steps
+        return cls(*((second[i] + third[i], first[i] + last[i]) for i in range(2)))
+
+    @classmethod
+    def of_all(cls, *ranks: "Round") -> "Round":
+        """Return the round of all ranks: the time of the slowest, and the CPU time of all."""
+        slowest = [max(each.seconds[i] for each in ranks) for i in range(2)]
+        work = [sum(each.cpu_seconds[i] for each in ranks) for i in range(2)]
+        return cls((slowest[0], slowest[1]), (work[0], work[1]))
 
 
 def memory_on_rank(world: World) -> dict[str, Any]:
@@ -146,43 +179,48 @@ def memory_on_rank(world: World) -> dict[str, Any]:
     return results
 
 
-def times_on_rank(world: World, rounds: int, precision: str, rows: int) -> dict[str, Any]:
-    """Return this rank's wall-clock and CPU seconds of each contender's steps, and their phases."""
+def times_on_rank(world: World, precision: str, rows: int, quick: bool) -> dict[str, Any]:
+    """Return the rounds of each engine on this rank, and the phases of its steps."""
     config = load(RECIPE, [f"engine.precision={precision}"])
     bare = BareLoop(seeded_model(config), config, world)
     micro_batches = batch(world, rows, config.model.sequence_length)
     ids = torch.from_numpy(micro_batches[0].ids)
-    work: dict[str, Callable[[], Any]] = {"bare": lambda: bare.step(ids)}
+    work: dict[str, Callable[[], StepResult]] = {}
     for name, overrides in ENGINES.items():
         if name in ("hsdp of 2", "zero3, no bucket") or (world.size == 1 and name != "ddp"):
             continue  # one process has no peers, groups of 2 are all of 2 ranks, and buckets are needed for speed
         engine = engine_of([f"engine.precision={precision}", *overrides], world, rows)
         if not isinstance(engine, str):
-            work[name] = partial(engine.train_step, micro_batches, step=0, learning_rate=1e-4)
-    for function in work.values():
-        function()
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in work}
-    results: dict[str, list[Any]] = {name: [] for name in work}
-    names = list(work)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            if world.size > 1:
-                dist.barrier()
-            begin, cpu_begin = time.perf_counter(), time.process_time()
-            results[name].append(work[name]())
-            seconds[name].append(time.perf_counter() - begin)
-            cpu_seconds[name].append(time.process_time() - cpu_begin)
-    check_same_work(results)
-    return {
-        name: {
-            "seconds": seconds[name],
-            "cpu_seconds": cpu_seconds[name],
-            "phases": describe(results[name], world.rank),
-        }
-        for name in work
-    }
+            work[name] = partial(step_of, engine, micro_batches, count())
+    results: dict[str, list[StepResult]] = {name: [function(), function()] for name, function in work.items()}
+    losses = [bare.step(ids), bare.step(ids)]
+    rounds: dict[str, list[Round]] = {name: [] for name in work}
+    for number in range(max(ROUNDS[quick])):
+        for name, function in work.items():
+            if number < ROUNDS[quick][name != "ddp"]:
+                steps = (
+                    timed(world, lambda: losses.append(bare.step(ids))),
+                    *(timed(world, lambda own=results[name], take=function: own.append(take())) for _ in range(2)),
+                    timed(world, lambda: losses.append(bare.step(ids))),
+                )
+                rounds[name].append(Round.of_steps(*steps))
+    check_same_work(results, losses)
+    return {name: {"rounds": rounds[name], "phases": describe(results[name], world.rank)} for name in work}
+
+
+def timed(world: World, function: Callable[[], object]) -> tuple[float, float]:
+    """Return the wall-clock and the CPU seconds of a call that all ranks begin together."""
+    if world.size > 1:
+        dist.barrier()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - begin, time.process_time() - cpu_begin
+
+
+def step_of(engine: Engine, micro_batches: list[MicroBatch], steps: Iterator[int]) -> StepResult:
+    """Take a step as the training loop does."""
+    look_ahead = partial(Upcoming, micro_batches, (0.0,) * 6) if dist.is_initialized() else None
+    return engine.train_step(micro_batches, step=next(steps), learning_rate=1e-4, look_ahead=look_ahead)
 
 
 class BareLoop:
@@ -224,19 +262,14 @@ class _InPrecision(nn.Module):
         return functional_call(self.model, copies, (ids,)).mean()
 
 
-def check_same_work(results: dict[str, list[Any]]) -> None:
-    """Check that the last losses agree, because all contenders learn the same rows."""
+def check_same_work(results: dict[str, list[StepResult]], losses: list[float]) -> None:
+    """Check that an engine's last loss is that of the bare loop in this step, because both learn the same rows."""
     for name, own_results in results.items():
-        if name == "bare":
-            continue
-        last: StepResult = own_results[-1]
-        loss = last.nats / last.target_bytes
-        assert abs(loss / results["bare"][-1] - 1) < 0.05, (name, loss, results["bare"][-1])
+        last, bare = own_results[-1], losses[len(own_results) - 1]
+        assert abs(last.nats / last.target_bytes / bare - 1) < 0.05, (name, last.nats / last.target_bytes, bare)
 
 
-def describe(results: list[Any], rank: int) -> str:
-    if not isinstance(results[0], StepResult):
-        return ""
+def describe(results: list[StepResult], rank: int) -> str:
     own = [result.ranks[rank] for result in results]
     phases = {
         "forward and backward": [each.forward_backward for each in own],
