@@ -66,8 +66,13 @@ def set_up_cuda(*, deterministic: bool) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed torch's default generators, from which models draw crops and dropout."""
-    torch.manual_seed(seed)
+    """Seed torch's default generators, from which models draw crops and dropout.
+
+    `torch.manual_seed` formats the stack for each device that is not in use: 0.1 ms or more.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def ignore_view_warnings() -> None:
