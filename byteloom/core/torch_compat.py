@@ -16,10 +16,12 @@ torch 2.11 to 2.13 are supported. tests/core/test_torch_compat.py fails first wh
     _C._accelerator_setAllocatorSettings                    private         set_allocator
     distributed_c10d._world.pg_map, _set_default_timeout    private         limit_device_waits
     cuda.memory._record_memory_history, _dump_snapshot      private         record_memory, save_memory
+    autograd.profiler._is_profiler_enabled                  private         annotate
     utils._python_dispatch, utils._pytree                   private         TorchDispatchMode, tree_leaves
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -35,6 +37,7 @@ __all__ = [
     "ATTENTION",
     "TorchDispatchMode",
     "all_gather_single",
+    "annotate",
     "argument_names",
     "call_after_backward",
     "compiled_as_constant",
@@ -194,3 +197,11 @@ def record_memory(*, on: bool) -> None:
 def save_memory(path: str) -> None:
     """Write the recorded allocations to a file."""
     torch.cuda.memory._dump_snapshot(path)
+
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
+def annotate(name: str) -> AbstractContextManager[object]:
+    """Return a context whose work has a name in the profile that is being recorded; it costs nothing without one."""
+    return torch.profiler.record_function(name) if torch.autograd.profiler._is_profiler_enabled else _NOTHING

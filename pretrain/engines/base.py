@@ -23,6 +23,7 @@ from torch import Tensor
 
 from byteloom.core.seeds import seed_of
 from byteloom.core.text import count
+from byteloom.core.torch_compat import annotate
 from data_pipeline.stream.dealing import deal
 from data_pipeline.stream.loader import MicroBatch
 from data_pipeline.stream.mixture import RowSources
@@ -219,7 +220,8 @@ class BaseEngine(ABC):
             self._prepare(last=number == self._passes)
             seed_generators(self._seed_of(micro_batch, step))
             memory = self._memory.get(micro_batch.index, {})
-            row_nats, carried[micro_batch.index] = self._forward(rows.ids, memory, rows.given)
+            with annotate("forward"):
+                row_nats, carried[micro_batch.index] = self._forward(rows.ids, memory, rows.given)
             target_nats = torch.where(rows.targets, row_nats, 0.0)
             batch_nats = target_nats.sum()
             self._backward_watched(batch_nats * scale.to(batch_nats.dtype))
@@ -229,12 +231,14 @@ class BaseEngine(ABC):
         for number in range(len(micro_batches) + 1, self._passes + 1):
             self._idle_pass(last=number == self._passes)
         passed = self._clock.mark()
-        before_update()
-        norm = self._clip().to(self.device)
-        is_fit = self._fits(limits, nats, target_bytes, norm)
-        own = numbers_of_device(nats, norm, is_fit, by_source)
-        decided = self._transfers.mark()
-        self._update(learning_rate, is_fit)
+        with annotate("checkpoint: wait for the copy"):
+            before_update()
+        with annotate("update"):
+            norm = self._clip().to(self.device)
+            is_fit = self._fits(limits, nats, target_bytes, norm)
+            own = numbers_of_device(nats, norm, is_fit, by_source)
+            decided = self._transfers.mark()
+            self._update(learning_rate, is_fit)
         marks = StepMarks(counting, counted, times, passed, self._clock.mark())
         upcoming = [] if look_ahead is None else self._upcoming(look_ahead(), step + 1)
         of_host = numbers_of_host(
@@ -374,7 +378,8 @@ class BaseEngine(ABC):
 
     def _backward_watched(self, loss: Tensor) -> None:
         self._pass_times.watch(loss)
-        self._backward(loss)
+        with annotate("backward"):
+            self._backward(loss)
 
     def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
         """Return the targets of a micro-batch that the model will score: (rows, T)."""

@@ -8,6 +8,7 @@ from byteloom.core.torch_compat import set_activation_memory_budget
 from pretrain.engines.config import CheckpointingConfig, EngineConfig
 from pretrain.engines.engine import EngineError
 from pretrain.models.base import ByteModel
+from pretrain.models.blocks.unit import Unit
 
 FLOAT8_CAPABILITY = (8, 9)
 """Lowest CUDA compute capability that multiplies in float8."""
@@ -27,6 +28,9 @@ def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device)
         check_float8(device)
         multiply_in_float8(model)
     recompute(config.activation_checkpointing, model)
+    for name, module in model.named_modules():
+        if isinstance(module, Unit):
+            module.name = name
     if config.compile:
         checkpointing = config.activation_checkpointing
         # torch reads it when it compiles a block, in the first pass.

@@ -17,6 +17,7 @@ from signal import Signals
 from typing import NamedTuple, NoReturn, TypeVar
 
 from byteloom.core.faults import FaultClass, class_for_ranks
+from byteloom.core.torch_compat import annotate
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.withdrawn import Withdrawal
 from data_pipeline.errors import CorpusError, DamagedCorpusError
@@ -126,7 +127,8 @@ class AgreedBatches:
         with run.meter.wait_for_data():
             try:
                 run.fence.look()
-                batch = None if run.stop.signal else next(run.loader, None)  # None if asked to stop while it waited
+                with annotate("wait for data"):
+                    batch = None if run.stop.signal else next(run.loader, None)  # None if asked to stop while it waited
                 unread = run.reading.unread(batch) if batch else []
             except Exception as error:
                 fault = error

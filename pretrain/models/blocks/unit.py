@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from byteloom.core.torch_compat import ATTENTION, argument_names
+from byteloom.core.torch_compat import ATTENTION, annotate, argument_names
 from pretrain.kernels import amx_attention
 from pretrain.models.blocks import merged_attention, ring_attention
 
@@ -32,6 +32,8 @@ class Unit(nn.Module):
     keeps: Literal["all", "products", "input"] = "all"
     """Values that the forward pass keeps for the backward pass, which recomputes the others. all: all that it needs.
     products: the input, and the outputs of matrix products and attention. input: the input."""
+    name = "block"
+    """Name of the block in the model, for profiles."""
     weights: Callable[[], dict[str, Tensor]] | None = None
     """Function that returns what a pass uses in place of the block's parameters, by name. None: it uses these."""
 
@@ -46,7 +48,8 @@ def run_unit(unit: nn.Module, *arguments: Any) -> Tensor:
     assert isinstance(unit, Unit)
 
     def forward(*xs: Any) -> Tensor:
-        return unit(*xs) if unit.weights is None else functional_call(unit, unit.weights(), xs)
+        with annotate(unit.name):
+            return unit(*xs) if unit.weights is None else functional_call(unit, unit.weights(), xs)
 
     if unit.keeps == "all" or not torch.is_grad_enabled():
         return forward(*arguments)

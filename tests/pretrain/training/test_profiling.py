@@ -46,6 +46,8 @@ def test_window_is_profiled_across_a_resume_and_changes_no_loss(folder: Path):
     for step in (3, 4, 5):
         names = {event["name"] for event in json.loads((found / f"step-0000000{step}.json").read_text())["traceEvents"]}
         assert {"aten::_fused_adamw_", "[memory]"} <= names
+        assert {"wait for data", "forward", "backward", "update", "checkpoint: wait for the copy"} <= names
+        assert {"global_stack.blocks.0", "global_stack.blocks.1", "local_stack.blocks.0"} <= names
         assert "aten::mm" in (found / f"step-0000000{step}.txt").read_text()
     log = (folder / "profiled/train.log").read_text()
     assert "the profiler will record steps 3 to 4" in log
