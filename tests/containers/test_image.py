@@ -57,7 +57,13 @@ def test_image_prepares_a_corpus_and_trains(program: str, image: str, tmp_path: 
     for number in range(40):
         (tmp_path / f"texts/{number}.txt").write_text(f"text number {number}\n" * 400)
     run("prepare", "texts", "--holdout", "0.1", "--out", "corpus")
-    words = ["run.name=first", "data.shards=corpus/train", "train.steps=2", "train.global_batch=2"]
+    words = [
+        "run.name=first",
+        "data.shards=corpus/train",
+        "train.steps=2",
+        "train.global_batch=2",
+        "optimizer.schedule.warmup_steps=0",
+    ]
     run("train", "debug", *words, "train.micro_batch=1", "tracking.enabled=false")
     steps = [json.loads(line)["step"] for line in (tmp_path / "runs/first/metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 2
