@@ -51,9 +51,10 @@ PASSES = {
 IN_BLOCKS = {"sequence_length": 512, "latents": 256, "cross_attend_dropout": 0.0}
 """Perceiver AR whose latents see all inputs before them, by FlexAttention."""
 CASES: dict[str, dict[str, Any]] = {
+    **{f"{family}, bf16, selective": {"family": family, **PASSES["bf16, selective"]} for family in all_families()},
     **{
         f"{family}, {name}": {"family": family, **passes}
-        for family in all_families()
+        for family in ("megabyte", "perceiver_ar")
         for name, passes in PASSES.items()
     },
     "fsdp": {"ranks": RANKS, "name": "fsdp"},
