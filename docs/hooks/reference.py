@@ -68,8 +68,7 @@ def _sections(node: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
         heading = f"{'#' * min(len(inner) + 1, 4)} `{'.'.join(inner)}`"
         nodes = _nodes(field.annotation)
         for section in nodes:
-            family = f" of the family `{section.model_fields['family'].default}`" if len(nodes) > 1 else ""
-            yield heading + family
+            yield heading + (_kind_of(section) if len(nodes) > 1 else "")
             yield from _section(section, inner)
         if not path and not nodes:
             yield heading
@@ -144,6 +143,13 @@ def _type_name(annotation: Any) -> str:
         Any: "any",
     }
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _kind_of(section: type[BaseModel]) -> str:
+    """Return the family or the other kind of a section that may have one of several."""
+    if "family" in section.model_fields:
+        return f" of the family `{section.model_fields['family'].default}`"
+    return f" of the kind `{section.__name__.removesuffix('Config')}`"
 
 
 def _nodes(annotation: Any) -> list[type[BaseModel]]:
