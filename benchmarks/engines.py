@@ -8,7 +8,7 @@ CPU emulates bf16.
 
 Memory, on 4 ranks: the bytes of all tensors that exist on a rank between backward and the update (masters, moments,
 gradients, copies, and whatever an engine left unsharded), minus those that existed before the engine was built. The
-largest rank counts. docs/guides/engines.md gives the theory.
+largest rank counts. docs/guides/training/engines.md gives the theory.
 
 Time, on 1 and 2 ranks: a step of 4 rows of 1,024 bytes on each rank (`--quick`: 1 row). `bare` is a loop with the same
 mathematics that uses only the model of Byteloom: `BareLoop` below. A round is two steps of an engine between two of

@@ -1,4 +1,4 @@
-"""Tables of docs/guides/scale.md: the least time of a step and what ranks send, counted without a GPU.
+"""Tables of docs/guides/training/scale.md: the least time of a step and what ranks send, counted without a GPU.
 
 python benchmarks/roofline.py [--write]
 
@@ -28,7 +28,7 @@ from pretrain.estimate.activations import fused_attention, mean_loss, on_meta
 from pretrain.models import ModelConfig, model_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/guides/scale.md"
+PAGE = ROOT / "docs/guides/training/scale.md"
 CASES = (
     ("megabyte/pg19-best", 1),
     ("megabyte/pg19-best", 4),
@@ -61,7 +61,7 @@ UPDATE_KERNELS = 100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/guides/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/guides/training/scale.md")
     if parser.parse_args().write:
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:

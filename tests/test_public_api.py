@@ -39,7 +39,7 @@ def test_every_public_name_exists():
 
 
 def test_guide_names_only_what_exists():
-    guide = (Path(__file__).parents[1] / "docs/guides/python.md").read_text()
+    guide = (Path(__file__).parents[1] / "docs/guides/use/python.md").read_text()
     assert set(re.findall(r"byteloom\.(\w+)[(`:.]", guide)) <= set(byteloom.__all__)
     for name, owner in (("model", byteloom.Model), ("stream", byteloom.Stream), ("corpus", byteloom.open_corpus)):
         methods = set(re.findall(rf"(?m)^ *(?:for \w+ in )?{name}\.(\w+)\(", guide))

@@ -4,8 +4,9 @@
     skipped                  3  4  5                ranges [(3, 3)]
     taken from 1       1  2           6  7  8       the first five that are not skipped
 
-A run skips sequences because its numbers were bad when it read them (docs/guides/health.md). The ranges are part of its
-record. The sequences of a step follow from the ranges and a first sequence. No rank or world size appears.
+A run skips sequences because its numbers were bad when it read them (docs/guides/operation/health.md). The
+ranges are part of its record. The sequences of a step follow from the ranges and a first sequence. No rank or world
+size appears.
 """
 
 from collections.abc import Iterable

@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
-    notebook, resources = MarkdownExporter().from_filename(Path(config.docs_dir) / "guides/notebook.ipynb")
+    notebook, resources = MarkdownExporter().from_filename(Path(config.docs_dir) / "guides/use/notebook.ipynb")
     for name, content in {"notebook.md": notebook, **resources["outputs"]}.items():
         files.append(File.generated(config, f"reference/{name}", content=content))
     return files
@@ -234,7 +234,7 @@ def recipes_page() -> str:
         "This recipe names every field and explains it.",
         _yaml(recipes["debug"]),
         "## The cluster preset `gpu`",
-        "[Run on a Slurm cluster](../guides/cluster.md#write-a-preset-for-your-cluster) explains the fields.",
+        "[Run on a Slurm cluster](../guides/operation/cluster.md#write-a-preset-for-your-cluster) explains the fields.",
         _yaml(find_preset("gpu")),
     ]
     return "\n\n".join(parts) + "\n"

@@ -6,7 +6,7 @@ import pytest
 
 from tests.docs.pages import ROOT
 
-NOTEBOOK = ROOT / "docs/guides/notebook.ipynb"
+NOTEBOOK = ROOT / "docs/guides/use/notebook.ipynb"
 
 nbformat = pytest.importorskip("nbformat", reason="no nbconvert in this environment")
 preprocessors = pytest.importorskip("nbconvert.preprocessors", reason="no nbconvert in this environment")

@@ -5,7 +5,8 @@
            └── numbers of each update                                     │
                               health.jsonl, the log, the next checkpoint ◀┘
 
-monitor.py decides, events.py stores what happened, response.py acts. docs/guides/health.md explains it to users.
+monitor.py decides, events.py stores what happened, response.py acts. docs/guides/operation/health.md explains it to
+users.
 """
 
 from pretrain.training.health.config import HealthConfig

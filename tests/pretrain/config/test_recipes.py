@@ -154,7 +154,7 @@ def test_perceiver_ar_of_megabytes_table_3_reads_400_billion_bytes_with_the_size
 
 def test_rounded_widths_are_those_that_the_guide_names():
     rounded = {"image64": (2048, 2112), "image64-best": (2560, 2496), "image256-without-local": (4096, 4032)}
-    guide = (ROOT / "docs/guides/models.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs/guides/training/models.md").read_text(encoding="utf-8")
     for name, (printed, width) in rounded.items():
         model = load(CONFIGS / f"megabyte/{name}.yaml").model
         assert model.global_model.width == width and printed % model.patch_size
