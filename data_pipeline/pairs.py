@@ -33,7 +33,7 @@ def joined(source: bytes, target: bytes) -> bytes:
 
 
 def pair_of(row: Ids) -> PairIds:
-    """Return the pair in a row that begins with a document.
+    """Return the pair in a row that begins with a document. It is empty if a hole begins within the source's length.
 
     Args:
         row: (T,) bytes, separators and padding.
@@ -41,11 +41,13 @@ def pair_of(row: Ids) -> PairIds:
     Raises:
         CorpusError: the document is no pair.
     """
-    row = row[: _length(row)]
+    row, has_padding = row[: _length(row)], bool((row == PADDING).any())
     head = row[: MOST_DIGITS + 1]
     (colons,) = np.nonzero(head == COLON)
-    digits = bytes(head[: colons[0]].astype(np.uint8)) if len(colons) else b""
-    if not digits.isdigit():
+    digits = bytes(head[: colons[0] if len(colons) else len(head)].astype(np.uint8))
+    if has_padding and len(row) == len(digits) <= MOST_DIGITS and digits.isdigit():  # a whole document has a separator
+        return PairIds(row[:0], row[:0])
+    if not len(colons) or not digits.isdigit():
         raise _no_pair(row)
     begin = len(digits) + 1
     end = begin + int(digits)

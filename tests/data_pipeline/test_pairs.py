@@ -33,6 +33,18 @@ def test_row_gives_back_what_it_has_of_a_pair(source: bytes, target: bytes, room
     assert pair.target.tolist() == kept[begin + len(source) + 1 :]
 
 
+@given(BYTES, BYTES, st.data())
+def test_pair_of_a_row_with_a_hole_is_what_comes_before_the_hole(source: bytes, target: bytes, data: st.DataObject):
+    whole = [*joined(source, target), SEPARATOR]
+    row = np.array([*whole, PADDING], np.int16)
+    hole = data.draw(st.integers(1, len(whole) - 1))
+    row[hole : data.draw(st.integers(hole + 1, len(whole)))] = PADDING
+    begin = len(str(len(source))) + 1
+    pair = pair_of(row)
+    assert pair.source.tolist() == whole[begin : min(hole, begin + len(source))]
+    assert pair.target.tolist() == whole[begin + len(source) + 1 : hole]
+
+
 @pytest.mark.parametrize("content", [b"plain text", b":", b"3:abcd", b"x3:abc,d", b"", b"1234567890123:a"])
 def test_document_that_is_no_pair_is_refused(content: bytes):
     row = np.array([*content, PADDING], np.int16)
