@@ -36,8 +36,8 @@ def steps_of(job: str, is_wanted: Callable[[str], bool]) -> list[str]:
         is_wanted: whether a step of this name is returned.
     """
     asked = calls.look("squeue", "--steps", f"--jobs={job}", "--noheader", "--format=%i %j")
-    named = [line.split() for line in asked.splitlines()]
-    return [step for step, name in named if is_wanted(name)]
+    named = [line.split(maxsplit=1) for line in asked.splitlines()]  # a name may have spaces, or be empty
+    return [words[0] for words in named if len(words) == 2 and is_wanted(words[1].rstrip())]
 
 
 def has_dead_steps(job: str, nodes: Sequence[str], is_wanted: Callable[[str], bool]) -> bool:

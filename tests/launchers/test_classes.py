@@ -20,8 +20,9 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from launchers.environment import clean_environment, replaced_environment
 from launchers.slurm import calls
-from launchers.slurm.allocation import ending_of_step, has_killed_rank
+from launchers.slurm.allocation import ending_of_step, has_killed_rank, is_step
 from launchers.slurm.calls import SchedulerError
+from launchers.slurm.steps import steps_of
 from launchers.supervision.causes import DEADLINES, fault_of_exit
 from launchers.supervision.hangs import HangDetector
 from launchers.supervision.heartbeat import Heartbeat
@@ -33,6 +34,14 @@ from tests.slurm.cluster import children_of, wait_until
 from tests.slurm.wrappers import fail_at_first
 
 IMPATIENT = RetryPolicy(attempts=4, backoff_seconds=0.01, deadline_seconds=10.0)
+
+
+def test_steps_are_found_whatever_the_names_of_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\nprintf '7.0 a person’s own step\\n7.1 start-0\\n7.2 \\n\\n7.3 check\\n'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert steps_of("7", is_step) == ["7.1", "7.3"]
 
 
 @pytest.mark.parametrize(
