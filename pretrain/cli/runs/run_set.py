@@ -3,9 +3,11 @@
 A second call resumes the set: runs that are finished, or that a job or a process trains, are left alone.
 """
 
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,23 +194,35 @@ def train_all(
     """
     waiting, running, codes = list(recipes), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
     total = done + len(recipes)
-    while waiting or running:
-        if waiting and len(running) < parallel:
-            name = waiting.pop(0)
-            say(f"{total - len(waiting)} of {total}: {name}")
-            running[name] = subprocess.Popen([*BYTELOOM_COMMAND, "train", str(recipes[name])])
-            continue
-        try:
+    with _noted_interrupts() as interrupts:
+        while waiting or running:
+            waiting = [] if interrupts else waiting  # the runs received it too, and save
+            if waiting and len(running) < parallel:
+                name = waiting.pop(0)
+                say(f"{total - len(waiting)} of {total}: {name}")
+                running[name] = subprocess.Popen([*BYTELOOM_COMMAND, "train", str(recipes[name])])
+                if interrupts:  # it may have come before the process
+                    running[name].send_signal(signal.SIGINT)
+                continue
             time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:  # the runs received it too, and save
-            waiting = []
-        for name, process in list(running.items()):
-            if (code := process.poll()) is not None:
-                del running[name]
-                codes[name] = code
-                waiting = [] if code in STOPPED else waiting
-                report(name)
+            for name, process in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[name]
+                    codes[name] = code
+                    waiting = [] if code in STOPPED else waiting
+                    report(name)
     return codes
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Yield a list to which each Ctrl-C within adds its signal, in place of a KeyboardInterrupt anywhere."""
+    found = list[int]()
+    earlier = signal.signal(signal.SIGINT, lambda number, _: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def _child(config: Config, parent: str) -> Config:

@@ -1,0 +1,18 @@
+"""Processes of a set of runs."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli.runs import run_set
+
+
+def test_ctrl_c_at_any_moment_starts_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_set, "BYTELOOM_COMMAND", ["true"])
+    monkeypatch.setattr(run_set, "POLL_SECONDS", 0.01)
+    recipes = {name: tmp_path / f"{name}.yaml" for name in ("first", "second")}
+    codes = run_set.train_all(recipes, 1, lambda name: signal.raise_signal(signal.SIGINT))
+    assert codes == {"first": 0}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run_set.train_all(recipes, 1) == {"first": 0, "second": 0}
