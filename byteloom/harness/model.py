@@ -59,8 +59,8 @@ class ByteloomLM(LM):
         **usage: Any,
     ) -> None:
         super().__init__()
-        # lm_eval says cuda:0 where nobody named a device.
-        own = cast(Device, "auto" if device is None or device.startswith("cuda") else device)
+        # lm_eval says cuda:0 where nobody named a device. The model refuses the names of other devices.
+        own = cast(Device, "auto" if device in (None, "cuda", "cuda:0") else device)
         self.model: Model = load(run, own, cast(Precision | None, precision), begin=begin, **usage)
         self.mode, self.stride = mode, stride
         self.rows = ROWS if str(batch_size).startswith("auto") else int(batch_size)
