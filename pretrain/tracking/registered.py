@@ -118,10 +118,20 @@ class RegisteredShipper:
         return count
 
     def _send_samples(self, tracker: Tracker, folders: Sequence[Path], before: float = math.inf) -> list[Path]:
-        """Give the tracker samples of steps before one, where they have their place; return the folders of others."""
+        """Give the tracker samples of steps before one, where they have their place; return the folders of others.
+
+        Damaged samples are a warning: numbers do not wait for them.
+        """
         due = [folder for folder in folders if step_in(folder.name) < before]
         for folder in due:
-            tracker.log_samples(read_samples(folder), folder)
+            try:
+                found = read_samples(folder)
+            except FileNotFoundError:  # a start that repeats the step has removed them
+                continue
+            except StateFileError as error:
+                self._report_once(f"{self.place} does not get samples: {error}")
+                continue
+            tracker.log_samples(found, folder)
             tracker.flush()
             self.state.samples_step = step_in(folder.name)
             self._save()

@@ -68,11 +68,17 @@ def write_samples(folder: Path, found: SampleSet, files: dict[str, bytes]) -> No
     folder.mkdir(exist_ok=True)
     place = folder / step_name(found.step)
     if place.exists():
-        shutil.rmtree(place)
+        remove_samples(place)
     with atomic_folder(place) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)
         (partial / FILE).write_text(json.dumps(found.model_dump(), indent=1), encoding="utf-8")
+
+
+def remove_samples(folder: Path) -> None:
+    """Remove the folder of a step. A killed process may leave files there, but no samples."""
+    (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def read_samples(folder: Path) -> SampleSet:
@@ -84,19 +90,24 @@ def read_samples(folder: Path) -> SampleSet:
     """
     found = read_json(folder / FILE, SampleSet, "remove the folder; `byteloom samples` makes it again")
     if found is None:
-        raise FileNotFoundError(folder / FILE)
+        raise FileNotFoundError(f"{folder / FILE} does not exist")
     return found
 
 
 def sample_folders(folder: Path, after: int = -1) -> list[Path]:
-    """Return the folders of steps, oldest first.
+    """Return the folders of steps that have samples, oldest first.
 
     Args:
         folder: folder of the samples of a run.
         after: steps up to this one are left out.
     """
-    found = [path for path in folder.glob("step-*") if is_step_name(path.name) and step_in(path.name) > after]
-    return sorted(found, key=lambda path: step_in(path.name))
+    found = [path.parent for path in folder.glob(f"step-*/{FILE}") if is_step_name(path.parent.name)]
+    return sorted((path for path in found if step_in(path.name) > after), key=lambda path: step_in(path.name))
+
+
+def has_samples(folder: Path, step: int) -> bool:
+    """Return whether a step has samples, given the folder of the samples of a run."""
+    return (folder / step_name(step) / FILE).exists()
 
 
 def as_text(content: bytes) -> str:

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 
+from byteloom.core.storage.state_files import StateFileError
 from byteloom.core.storage.step_folders import step_name
-from pretrain.tracking.samples import as_text, read_samples, sample_folders
+from pretrain.tracking.samples import as_text, has_samples, read_samples, remove_samples, sample_folders
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.callbacks.side_process import SideProcess
 from pretrain.training.run import TrainingRun
@@ -41,7 +41,7 @@ class SamplesCallback(Callback):
         if not self._acts(run):
             return
         for folder in sample_folders(run.folder.samples, after=run.step):
-            shutil.rmtree(folder)
+            remove_samples(folder)
         if run.checkpoint is not None and self._is_due(run):
             self._begin(run)
 
@@ -71,8 +71,7 @@ class SamplesCallback(Callback):
         return self._every > 0 and run.world.is_first
 
     def _is_due(self, run: TrainingRun) -> bool:
-        is_there = (run.folder.samples / step_name(run.step)).exists()
-        return (run.step % self._every == 0 or run.is_done) and not is_there
+        return (run.step % self._every == 0 or run.is_done) and not has_samples(run.folder.samples, run.step)
 
     def _begin(self, run: TrainingRun, *, is_last: bool = False) -> None:
         """Start the process, unless it runs. The last one waits for nothing and has normal priority."""
@@ -89,11 +88,17 @@ class SamplesCallback(Callback):
         if self._writer.is_running:
             return
         step, self._step = self._step, 0
-        if self._writer.take_result():
-            for sample in read_samples(run.folder.samples / step_name(step)).samples:
-                prompt, text = as_text(sample.prompt), as_text(sample.continuation)
-                shown = text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}…"
-                log.info("step %d, %s: %s continues %s", step, sample.source, _quoted(prompt), _quoted(shown))
+        if not self._writer.take_result():
+            return
+        try:
+            found = read_samples(run.folder.samples / step_name(step))
+        except (StateFileError, FileNotFoundError) as error:  # training continues
+            log.warning("samples of step %d are not in this log: %s", step, error)
+            return
+        for sample in found.samples:
+            prompt, text = as_text(sample.prompt), as_text(sample.continuation)
+            shown = text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}…"
+            log.info("step %d, %s: %s continues %s", step, sample.source, _quoted(prompt), _quoted(shown))
 
 
 def _quoted(text: str) -> str:

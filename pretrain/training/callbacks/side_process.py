@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import IO
 
+from launchers.processes import describe_exit
+
 log = logging.getLogger(__name__)
 
 
@@ -62,10 +64,9 @@ class SideProcess:
         assert self._errors is not None
         self._errors.seek(0)
         lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if re.search(r"\w", line)]
-        self._errors.close()
-        self._process = None
-        if code > 0:
-            self._warn(lines[-1] if lines else f"its writer ended with exit code {code}")
+        self._forget()
+        if code:
+            self._warn(lines[-1] if lines and code > 0 else f"its writer {describe_exit(code)}")
         return code == 0
 
     def wait(self, seconds: float) -> bool:
@@ -77,9 +78,16 @@ class SideProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            self._forget()
             self._warn(f"it took longer than {seconds:.0f} s")
             return False
         return True
+
+    def _forget(self) -> None:
+        """Close what belongs to a command that has ended."""
+        assert self._errors is not None
+        self._errors.close()
+        self._process = None
 
     def _warn(self, why: str) -> None:
         if why not in self._reasons:

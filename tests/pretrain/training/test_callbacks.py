@@ -21,7 +21,15 @@ from pretrain.config.explanation import explain
 from pretrain.config.loading import load
 from pretrain.config.schema import Config, recipe_schema
 from pretrain.distributed.world import World
-from pretrain.tracking import RunDescription, Tracker, outbox, register_tracker
+from pretrain.tracking import (
+    Journal,
+    RunDescription,
+    Tracker,
+    TrackingConfig,
+    open_recorder,
+    outbox,
+    register_tracker,
+)
 from pretrain.tracking.base import TRACKERS
 from pretrain.training.callbacks import CALLBACKS, Callback, register_callback
 from pretrain.training.loop import train
@@ -164,6 +172,23 @@ def test_what_a_failing_tracker_missed_is_delivered_later(
     assert done.exit_code == 0, done.output
     written = json.loads((run / "lines.json").read_text())
     assert (written["status"], written["losses"]) == ("FINISHED", losses)
+
+
+def test_damaged_samples_keep_no_number_from_a_tracker(
+    registered: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "samples/step-00000001").mkdir(parents=True)
+    (tmp_path / "samples/step-00000001/samples.json").write_text("{")
+    config = TrackingConfig(enabled=False, trackers={"lines": {}})
+    description = RunDescription("run", "abc", {}, {}, -1, 1, "manual", tmp_path)
+    recorder = open_recorder(config, Journal(tmp_path / "metrics.jsonl", None), description)
+    for step in (1, 2):
+        recorder.log(step, {"train/bits_per_byte": 8.0 / step})
+    recorder.close("FINISHED")
+    written = json.loads((tmp_path / "lines.json").read_text())
+    assert (written["status"], written["losses"]) == ("FINISHED", {"1": 8.0, "2": 4.0})
+    [message] = caplog.messages
+    assert message.startswith(f"tracker lines does not get samples: {tmp_path}/samples/step-00000001/samples.json is")
 
 
 class StopOnOneRank(WeightNorm):

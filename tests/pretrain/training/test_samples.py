@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,17 @@ from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.evaluation.generation import Sampling
-from pretrain.tracking.samples import as_text, read_samples, sample_folders
+from pretrain.tracking.samples import (
+    FILE,
+    SampleSet,
+    as_text,
+    has_samples,
+    read_samples,
+    sample_folders,
+    write_samples,
+)
 from pretrain.training.callbacks import samples
+from pretrain.training.callbacks.side_process import SideProcess
 from pretrain.training.loop import train
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.sampling import SamplesConfig
@@ -105,13 +115,34 @@ def test_samples_of_a_sharded_run_are_those_of_its_checkpoint(recipe: Path, byte
     done = byteloom("train", recipe, f"run.name={engine}", *how, *wanted)
     assert done.returncode == 0, done.stderr
     run = RunFolder(tmp_path / "runs" / engine)
-    if not run.samples.exists():  # a loaded machine: they took longer than a run waits for them
+    if not sample_folders(run.samples):  # a loaded machine: they took longer than a run waits for them
         assert "samples were not written: it took longer than 60 s" in done.stderr
         assert byteloom("samples", run.path, "--step", 2).returncode == 0
     [folder] = sample_folders(run.samples)
     first, _ = read_samples(folder).samples
     model = load_model(run.path / "checkpoints" / folder.name, "cpu")
     assert first.continuation == b"".join(model.generate(b"def ", bytes=20))
+
+
+def test_folder_that_a_killed_process_has_half_removed_has_no_samples(tmp_path: Path):
+    found = SampleSet(step=2, time=0.0, temperature=1.0, samples=())
+    write_samples(tmp_path / "samples", found, {"0.png": b"picture"})
+    [folder] = sample_folders(tmp_path / "samples")
+    (folder / FILE).unlink()  # `remove_samples` begins with it
+    assert sample_folders(tmp_path / "samples") == [] and not has_samples(tmp_path / "samples", 2)
+    write_samples(tmp_path / "samples", found, {})
+    assert [path.name for path in folder.iterdir()] == [FILE] and read_samples(folder) == found
+
+
+def test_signal_that_ends_the_writer_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    os.mkfifo(tmp_path / "pipe")
+    writer = SideProcess("samples were not written")
+    assert writer.begin("prepare", str(tmp_path / "pipe"), "--out", str(tmp_path / "corpus"))  # it waits for the pipe
+    assert writer._process is not None
+    writer._process.kill()
+    writer._process.wait()
+    assert not writer.take_result()
+    assert caplog.messages == ["samples were not written: its writer was killed by SIGKILL"]
 
 
 def test_samples_come_from_checkpoints(recipe: Path):
