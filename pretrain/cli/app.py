@@ -42,7 +42,7 @@ PANELS = {
             "Write one HTML page about runs: loss, speed, events, recipe, corpora and evaluations.",
         ),
         LazyCommand("samples", "runs.samples", "Write samples of a checkpoint, as a run does during its training."),
-        LazyCommand("track", "runs.tracking", "Send what MLflow and other trackers lack of a run."),
+        LazyCommand("track", "runs.tracking", "Send the numbers of a run that MLflow or another tracker lacks."),
         LazyCommand(
             "checkpoint", "runs.checkpoints", "List, verify, show, prune, roll back to and export checkpoints."
         ),
@@ -50,7 +50,7 @@ PANELS = {
     "Models and recipes": (
         LazyCommand("eval", "models.evaluate", "Measure the bits per byte of a checkpoint on a corpus or a file."),
         LazyCommand(
-            "harness", "models.harness", "Evaluate a model by lm-evaluation-harness, or write tasks about bytes."
+            "harness", "models.harness", "Evaluate a model with lm-evaluation-harness, or write tasks about bytes."
         ),
         LazyCommand("generate", "models.generate", "Continue a prompt with bytes from a model."),
         LazyCommand("surprise", "models.surprise", "Show the bits of each byte of a file as shades."),

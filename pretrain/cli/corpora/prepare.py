@@ -82,7 +82,7 @@ def prepare_command(
         str, _option(READING, "JSON field or Parquet column of the document.", "--field")
     ] = ReadOptions.field,
     target_field: Annotated[
-        str | None, _option(READING, "JSON field that --field is a source of. Each document is then a pair.")
+        str | None, _option(READING, "JSON field of the target, for pairs. --field is then the source.")
     ] = ReadOptions.target_field,
     member: Annotated[
         list[str] | None, _option(READING, "Suffix of tar members to read (repeatable). Default: all.")

@@ -39,7 +39,7 @@ def models(
         int | None, typer.Option(min=1, help="Also measure the activations of this many rows (slow).")
     ] = None,
     by: Annotated[
-        Grouping | None, typer.Option(help="List the catalogue of Transformers in groups, and not the recipes.")
+        Grouping | None, typer.Option(help="List the catalogue of Transformers in groups, instead of the recipes.")
     ] = None,
     show_lineage: Annotated[
         bool, typer.Option("--lineage", help="Show which model of the catalogue extends which.")

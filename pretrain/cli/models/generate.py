@@ -65,7 +65,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
     beams: Annotated[
         int | None,
-        typer.Option(min=1, help="Answers that a beam search follows, instead of draws. For an encoder_decoder."),
+        typer.Option(min=1, help="Width of a beam search, which replaces the draws. For an encoder_decoder."),
     ] = None,
     begin: BeginOption = Beginning.auto,
     device: DeviceOption = "auto",
@@ -73,8 +73,9 @@ def generate_command(
     *,
     usage: Mapping[str, Any],
 ) -> None:
-    """Continue a prompt with bytes from a model, or answer it if the model was trained on pairs.
+    """Continue a prompt with bytes from a model.
 
+    A model that was trained on pairs answers the prompt.
     Writes the bytes to standard output, or several continuations to a folder.
     A continuation ends early if the model ends the document. A picture ends at its last pixel.
     """

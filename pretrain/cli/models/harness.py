@@ -1,4 +1,4 @@
-"""The `harness` commands: evaluate a model by lm_eval, and write tasks about bytes for it."""
+"""The `harness` commands: evaluate a model with lm_eval, and write tasks about bytes for it."""
 
 import traceback
 from pathlib import Path
@@ -18,7 +18,7 @@ class HarnessError(CorrectableError):
     """lm_eval refuses its options, tasks or data."""
 
 
-app = typer.Typer(help="Evaluate a model by lm-evaluation-harness, or write tasks about bytes.", no_args_is_help=True)
+app = typer.Typer(help="Evaluate a model with lm-evaluation-harness, or write tasks about bytes.", no_args_is_help=True)
 
 
 @app.command(
@@ -27,9 +27,9 @@ app = typer.Typer(help="Evaluate a model by lm-evaluation-harness, or write task
     epilog="`lm_eval run --help` lists all options. `--model_args precision=bf16` adds arguments of the model.",
 )
 def run_command(context: typer.Context, model: ModelPath) -> None:
-    """Evaluate a model by lm-evaluation-harness.
+    """Evaluate a model with lm-evaluation-harness.
 
-    All words after RUN are options of `lm_eval run`: --tasks, --include_path, --limit and others.
+    All arguments after RUN are options of `lm_eval run`: --tasks, --include_path, --limit and others.
     lm_eval has no hook for models of other packages. This command registers the model and starts
     `lm_eval run --model byteloom --model_args run=RUN`.
     """
@@ -55,8 +55,8 @@ def tasks_command(
 ) -> None:
     """Write tasks about case, typos and spelling, made of a text.
 
-    The group byteloom_bytes has bits per byte of clean, lower-case, upper-case and misspelled
-    passages, and questions about the letters of words.
+    Some measure the bits per byte of clean, lower-case, upper-case and misspelled passages.
+    Others ask about the letters of words. byteloom_bytes is the group of all.
     """
     names = write_tasks(text.read_text(encoding="utf-8", errors="replace"), out, number, seed)
     say(f"{out}: {len(names)} tasks; byteloom harness run RUN --include_path {out} --tasks byteloom_bytes")

@@ -100,8 +100,8 @@ def compare_command(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE… [FIELD=VALUE] [RECIPE:FIELD=VALUE]",
-            help="Recipes, also NAME=RECIPE; overrides for all of them, or for one: debug:model.dropout=0.",
+            metavar="RECIPE… FIELD=VALUE…",
+            help="RECIPE or NAME=RECIPE. FIELD=VALUE is for all recipes, NAME:FIELD=VALUE for one.",
             show_default=False,
             parser=parse_location,
         ),
@@ -133,7 +133,8 @@ def compare_command(
 ) -> None:
     """Train recipes with an equal budget, each with several seeds, and compare their losses.
 
-    Repeat the command to resume it. It writes results.csv, results.json and report.html to its folder.
+    One of --flops, --bytes and --seconds is the budget. Repeat the command to resume it.
+    The results are in results.csv, results.json and report.html of its folder.
     """
     options = {"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus}
     chosen = slurm_cluster(cluster, options | {"partition": partition, "account": account, "time": time_limit})

@@ -48,13 +48,13 @@ def sweep_command(
         list[str],
         typer.Argument(
             metavar="RECIPE… FIELD=VALUES…",
-            help="Recipes and grid: debug train.seed=0,1 model.patch_size=4,8 is four runs.",
+            help="Recipes and grid: debug train.seed=0,1 train.steps=10,20 is four runs.",
             show_default=False,
             parser=parse_location,
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(help="Name of the sweep's folder and of its run in MLflow. Default: of the recipe.")
+        str | None, typer.Option(help="Name of the sweep's folder and of its run in MLflow. Default: as the first run.")
     ] = None,
     parallel: Annotated[
         int | None,

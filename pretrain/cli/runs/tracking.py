@@ -21,9 +21,9 @@ def track_command(
         bool, typer.Option("--new-run", help="Create a new MLflow run and send everything to it.")
     ] = False,
 ) -> None:
-    """Send what MLflow and other trackers lack of a run.
+    """Send the numbers of a run that MLflow or another tracker lacks.
 
-    Sends metrics, samples and files.
+    Also sends samples and files.
     """
     folder = RunFolder(run)
     others = registered_in(run)
