@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 LAST_SECONDS = 60.0
 """Longest wait for the last samples of a start."""
 HURRIED_SECONDS = 5.0
-"""The same, after a request to stop. The next start writes the samples that are missing."""
+"""The same, after a request to stop or a fault. The next start writes the samples that are missing."""
 LOGGED_CHARACTERS = 400
 """Longest continuation in a line of the log. RUN/samples has all of it."""
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -59,7 +59,7 @@ class SamplesCallback(Callback):
         """Wait for the samples, and have those of the last step written."""
         if not self._acts(run) or not run.fence.holds:
             return
-        limit = HURRIED_SECONDS if run.stop.signal is not None else LAST_SECONDS
+        limit = LAST_SECONDS if status == "FINISHED" and run.stop.signal is None else HURRIED_SECONDS
         self._writer.wait(limit)
         self._log_result(run)
         if status == "FINISHED" and self._is_due(run):
