@@ -16,7 +16,7 @@ from pretrain.config.schema import Config
 from pretrain.experiments.budget import Budget
 
 FREE_SECTIONS = frozenset(
-    {"run", "loader", "checkpoint", "launch", "supervise", "tracking", "profile", "report", "callbacks"}
+    {"run", "loader", "checkpoint", "launch", "supervise", "tracking", "profile", "report", "samples", "callbacks"}
 )
 """Sections that a resumed run of a set may change, because its numbers do not depend on them."""
 SHOWN_CHANGES = 5

@@ -73,6 +73,14 @@ from pretrain.training.run_folder import NAME, RunFolder
 
 TRIAL_STEPS, MEASURED_STEPS = 20, 10
 """Steps of a trial, and those at its end whose time is measured."""
+TRIAL = (
+    "optimizer.schedule={shape: constant, warmup_steps: 0}",
+    "tracking={enabled: false}",
+    *(f"{section}={{}}" for section in ("validation", "profile", "report", "samples", "callbacks")),
+    "checkpoint={every: 1000000}",
+    f"train.steps={TRIAL_STEPS}",
+)
+"""Overrides of a trial: only steps take time, and no tracker gets their numbers."""
 OF_THE_BUDGET = {"train.steps": "the budget sets it", "train.seed": "--seeds sets it", "run.name": "--name sets it"}
 """Fields that overrides may not set."""
 SHARED = {"data": (), "validation": ("shards", "corpora", "begin"), "objective": ()}
@@ -277,10 +285,9 @@ def _planned(asked: _Asked, budget: Budget, recipe: str, cost: StepCost) -> Plan
 def _trials(asked: _Asked, recipes: Sequence[str]) -> dict[str, float] | None:
     """Return the seconds of a step of recipes, which short runs measure; None if their jobs have not ended."""
     folder = asked.folder / "trials"
-    fixed = ["optimizer.schedule={shape: constant, warmup_steps: 0}", "tracking.enabled=false"]
-    fixed += ["validation={}", "profile={}", "report={}", "callbacks={}", "checkpoint={every: 1000000}"]
-    fixed += [f"train.steps={TRIAL_STEPS}", f"run.root={folder}"]
-    configs = {recipe: _load(asked.entries[recipe], *fixed, f"run.name={recipe}") for recipe in recipes}
+    configs = {
+        recipe: _load(asked.entries[recipe], *TRIAL, f"run.root={folder}", f"run.name={recipe}") for recipe in recipes
+    }
     trials = RunSet(f"{asked.name}-trials", folder, configs, _sources(asked, {recipe: recipe for recipe in recipes}))
     if asked.cluster is None:
         say(f"measuring the time of a step of {', '.join(recipes)}")

@@ -1,4 +1,4 @@
-"""Processes of a set of runs."""
+"""Processes of a set of runs, and trials of its recipes."""
 
 import signal
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli.runs import run_set
+from pretrain.cli.runs.compare import TRIAL
+from pretrain.config.loading import load
 
 
 def test_ctrl_c_at_any_moment_starts_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -16,3 +18,10 @@ def test_ctrl_c_at_any_moment_starts_no_other_run(tmp_path: Path, monkeypatch: p
     assert codes == {"first": 0}
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run_set.train_all(recipes, 1) == {"first": 0, "second": 0}
+
+
+def test_trial_has_no_samples_no_validation_and_no_trackers():
+    observed = ["checkpoint.every=9", "samples.every=18", "tracking.trackers.tensorboard={}", "validation.every=5"]
+    config = load("debug", [*observed, *TRIAL])
+    assert (config.samples.every, config.tracking.trackers, config.tracking.enabled) == (0, {}, False)
+    assert not config.validation.by_name() and not config.callbacks

@@ -117,7 +117,8 @@ def test_plan_refuses_another_budget_and_another_recipe_by_name(tmp_path: Path):
     assert read_plan(tmp_path, budget) == plan
     with pytest.raises(ConfigError, match=r"began with the budget --flops 1e\+12, and this command has --bytes 5"):
         read_plan(tmp_path, Budget(kind="bytes", amount=5))
-    free = ["train.steps=70", "train.seed=3", "loader.threads=1", "checkpoint.every=9", "tracking.enabled=false"]
+    free = ["train.steps=70", "train.seed=3", "loader.threads=1", "tracking.enabled=false"]
+    free += ["checkpoint.every=9", "samples.every=18"]
     check_same(tmp_path, "debug", plan.recipes["debug"], load("debug", free))
     with pytest.raises(ConfigError, match=r"recipe debug has changed since .*: model.patch_size: 8 -> 4; restore it"):
         check_same(tmp_path, "debug", plan.recipes["debug"], load("debug", ["model.patch_size=4"]))
