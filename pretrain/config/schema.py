@@ -16,7 +16,7 @@ from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import FamilyError, ModelConfig, all_families, carries_memory, default_family, form_of, row_parts
-from pretrain.objectives import ObjectiveConfig
+from pretrain.objectives import ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
@@ -128,9 +128,15 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
 
     def _objective_without_model(self) -> Mismatch | None:
         try:
-            form_of(self.model, self.objective)
+            form = form_of(self.model, self.objective)
         except FamilyError as error:
             return Mismatch(str(error), ("objective.name", "model.family"))
+        if self.samples.every and form.visibility is Visibility.bidirectional:
+            return Mismatch(
+                f"samples.every is {self.samples.every}, and a model of objective.name {self.objective.name} does not "
+                "generate; set it to 0",
+                ("samples.every", "objective.name"),
+            )
         if self.objective.entry.reads_pairs and (mismatch := self._rows_without_pairs()):
             return mismatch
         if self.engine.context > 1 and self.objective.name != "causal":

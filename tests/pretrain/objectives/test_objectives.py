@@ -172,6 +172,10 @@ def test_objective_that_does_not_train_a_family_is_refused_by_name():
         load("encoder_decoder/debug", ["model.source_length=219"])
     with pytest.raises(ConfigError, match=r"objective.name masked does not train this model of family megabyte"):
         load("debug", ["objective.name=masked"])
+    with pytest.raises(
+        ConfigError, match=r"samples.every is 5, and a model of objective.name masked does not generate"
+    ):
+        load("encoder/debug", ["checkpoint.every=5", "samples.every=5"])
     with pytest.raises(ValidationError, match=r"objective.share is 0.2, and objective.name causal does not use it"):
         ObjectiveConfig(share=0.2)
     with pytest.raises(ConfigError, match="did you mean masked"):
