@@ -146,10 +146,9 @@ def _type_name(annotation: Any) -> str:
 
 
 def _kind_of(section: type[BaseModel]) -> str:
-    """Return the family or the other kind of a section that may have one of several."""
-    if "family" in section.model_fields:
-        return f" of the family `{section.model_fields['family'].default}`"
-    return f" of the kind `{section.__name__.removesuffix('Config')}`"
+    """Return the end of the heading of a section that is one of several: its family or its name."""
+    field = "family" if "family" in section.model_fields else "name"
+    return f" of the {field} `{section.model_fields[field].default}`"
 
 
 def _nodes(annotation: Any) -> list[type[BaseModel]]:
@@ -172,8 +171,8 @@ def catalogue_page() -> str:
     columns = ["model", "date", "lab", "architecture", "task", "extends", "what it adds", "parameters", "recipes"]
     parts = [
         "# Catalogue of Transformers",
-        "The models of Amatriain et al. 2023 (arXiv:2302.07730), and those that Byteloom trains. Models with recipes "
-        "train here on bytes; the others stand as data. `byteloom models --by family` lists the catalogue, "
+        "The Transformers of Amatriain et al. 2023 (arXiv:2302.07730), and others that Byteloom trains. Models with "
+        "recipes train here on bytes; the others are data only. `byteloom models --by family` lists the catalogue, "
         "`byteloom models --lineage` draws its tree, and `byteloom models about GPT-3` shows an entry with its "
         "results.",
         "![Lineage of the models: each below the first one that it extends](../assets/lineage.svg)",
