@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from byteloom.core.packages import needed_by
+from byteloom.core.storage.files import replace_file
 from byteloom.core.text import count
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.modes import Mode
@@ -115,7 +116,7 @@ class EvaluationReport:
 
     def write_figures(self, folder: Path) -> None:
         """Write figures.json."""
-        (folder / "figures.json").write_text(json.dumps(self.as_json(), indent=1), encoding="utf-8")
+        replace_file(folder / "figures.json", json.dumps(self.as_json(), indent=1))
 
     def write_tables(self, folder: Path) -> None:
         """Write NAME-positions.csv for each curve."""

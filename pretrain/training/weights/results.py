@@ -1,9 +1,10 @@
 """Measured results of a checkpoint: of the run's journal, and of `byteloom eval`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from byteloom.core.storage.state_files import StateFileError, read_json
 from pretrain.checkpoint import Metadata, Url
 from pretrain.terminal.losses import loss_at
 from pretrain.tracking.journal import read_journal
@@ -36,13 +37,15 @@ def evaluations_of(run: RunFolder, checkpoint: Metadata) -> list[Result]:
     """Return what `byteloom eval` has stored about a checkpoint.
 
     Raises:
-        OSError: a file cannot be read.
+        StateFileError: a file cannot be read, or is damaged.
     """
     return [_result(path) for path in sorted((run.evaluations / checkpoint.name).glob("*/figures.json"))]
 
 
 def _result(path: Path) -> Result:
-    figures = json.loads(path.read_text(encoding="utf-8"))
+    figures = read_json(path, dict[str, Any], "remove its folder; `byteloom eval` makes it again")
+    if figures is None:
+        raise StateFileError(f"{path} was removed while it was read")
     mode = f"mode {figures['mode']}, stride {figures['stride']}, begin {figures['begin']}"
     total = figures["total"]
     return Result(path.parent.name, total["bits_per_byte"], total["bytes"], mode)

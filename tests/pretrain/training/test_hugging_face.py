@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import byteloom
+from byteloom.core.storage.state_files import StateFileError
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.checkpoint import CheckpointError
 from pretrain.models import build_model, model_config
+from pretrain.training.run_folder import RunFolder
 from pretrain.training.weights import find_checkpoint
 from pretrain.training.weights.exports import write_export
 from pretrain.training.weights.foreign import import_foreign
 from pretrain.training.weights.hugging_face import export_for_transformers
-from pretrain.training.weights.results import Result
+from pretrain.training.weights.results import Result, evaluations_of
 from tests.commands import environment
 from tests.hidden import without
 from tests.pretrain.models.test_references import CHANGES, SMALL
@@ -158,6 +160,19 @@ def test_hub_reads_the_results_of_a_model_card(tmp_path: Path):
         ("code-windows", "bits_per_byte", 0.5),
     ]
     assert "| books-windows | 1.2500 | 1,000 | mode windows |" in card.text
+
+
+def test_damaged_evaluation_is_named(tmp_path: Path):
+    checkpoint, run = find_checkpoint(exported(tmp_path, "transformer", {})), RunFolder(tmp_path / "run")
+    figures = run.evaluations / checkpoint.name / "books/figures.json"
+    figures.parent.mkdir(parents=True)
+    figures.write_text(
+        '{"mode": "windows", "stride": 9, "begin": "start", "total": {"bits_per_byte": 2.5, "bytes": 7}}'
+    )
+    assert evaluations_of(run, checkpoint) == [Result("books", 2.5, 7, "mode windows, stride 9, begin start")]
+    figures.write_text("")
+    with pytest.raises(StateFileError, match=r"figures.json is damaged: it is empty"):
+        evaluations_of(run, checkpoint)
 
 
 def test_folders_of_other_models_are_refused(tmp_path: Path):
