@@ -39,8 +39,8 @@ class RunDescription:
     folder: Path
     """Run folder."""
     taken_step: int = -1
-    """Last step that the tracker has taken for good; -1 for none. If the tracker has later ones, it has to drop or
-    replace them, because they are sent again."""
+    """Last step that the tracker has stored permanently; -1 for none. If it has later ones, it must drop or replace
+    them, because they are sent again."""
 
 
 class Tracker(ABC):

@@ -29,7 +29,7 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docst
     experiment: str = "byteloom"
     """MLflow experiment."""
     parent: str | None = None
-    """MLflow id of the run that this one is shown under; `byteloom sweep` sets it."""
+    """MLflow id of the parent run; `byteloom sweep` and `byteloom compare` set it."""
     trackers: TrackerNodes = {}
     """Other trackers, each by its name with its own fields. Byteloom has tensorboard and wandb; packages may add
     others. Several may be on at once."""

@@ -47,9 +47,9 @@ class TrackerState:
     start: int
     reason: str
     taken_step: int = -1
-    """Last step that the tracker has taken for good."""
+    """Last step that the tracker has stored permanently."""
     samples_step: int = -1
-    """Step of the newest samples that the tracker has taken for good."""
+    """Step of the newest samples that the tracker has stored permanently."""
     status: str = "RUNNING"
     """State that the run should have in the tracker."""
     settled: bool = False
@@ -95,7 +95,7 @@ class RegisteredShipper:
     def deliver(self) -> int:
         """Give the tracker what it has not taken; return the number of steps.
 
-        After a fault, the next delivery makes another tracker, and gives it all that is not taken for good.
+        After a fault, the next delivery makes another tracker, and sends it all that is not stored permanently.
         """
         count = 0
         try:

@@ -48,7 +48,7 @@ class MambaConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     """Positions that training computes by products, between two steps of the recurrence. It changes the work, not the
     result."""
     attention_across_documents: bool = True
-    """Whether the state passes into the next document of its row. If not, it begins anew after a separator. Other
+    """Whether the state passes into the next document of its row. If not, it is 0 again after a separator. Other
     families have the field for attention."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of each layer's output that training drops. The authors' code has no dropout."""

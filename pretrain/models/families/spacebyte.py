@@ -55,7 +55,7 @@ class SpaceByteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
     patcher: PatcherConfig = ByteClassConfig()
     """Rule by which patches start. byte_class: SpaceByte's. fixed: every `size` bytes, as in the paper's ablation."""
     patches: int = Field(ge=1)
-    """Patches that a row may have. A row with more goes on without new ones. The paper has one for six bytes of text,
+    """Patches that a row may have. A row with more continues without new ones. The paper has one for six bytes of text,
     and one for eight of code."""
     local_model: StackConfig
     """Local blocks, of width d. The first half reads the bytes, the other half the outputs of patches too."""
