@@ -16,7 +16,7 @@ UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 """Factors of the letters behind numbers of parameters."""
 
 Size = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?[KMBT]$")]
-"""Number of parameters as a paper prints it: 1.5B."""
+"""Number of parameters as a source prints it: 1.5B."""
 Month = Annotated[str, StringConstraints(pattern=r"^20\d\d-(0[1-9]|1[0-2])$")]
 """Month of the first version: 2019-04."""
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
@@ -74,7 +74,7 @@ class Entry(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
     url: Annotated[str, StringConstraints(pattern=r"^https://\S+$")] | None = None
     """Address of a source that is not on arXiv."""
     date: Month
-    """Month of the first version."""
+    """Month of the paper's first version on arXiv, or of the page or release that `url` names."""
     lab: Text
     """Organization of the authors."""
     family: Text
@@ -92,7 +92,7 @@ class Entry(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
     corpus: Text
     """Training data."""
     parameters: tuple[Size, ...]
-    """Sizes, smallest first; empty if the paper prints none."""
+    """Sizes that the paper, its authors' code or the model card prints, smallest first; empty if none."""
     results: tuple[Result, ...] = ()
     """Some results of the paper."""
     recipes: tuple[Text, ...] = ()

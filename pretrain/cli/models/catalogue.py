@@ -81,7 +81,8 @@ def entry_lines(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
     yield f"  corpus: {entry.corpus}"
     yield f"  parameters: {', '.join(entry.parameters) or 'not stated'}"
     for result in entry.results:
-        yield f"  {result.data}: {result.value:g} {result.unit} ({result.mode}; {result.split})"
+        split = "split not stated" if result.split == "not stated" else result.split
+        yield f"  {result.data}: {result.value:g} {result.unit} ({result.mode}; {split})"
     if below := [other.name for other in entries if entry.name in other.extends]:
         yield f"  extended by {', '.join(below)}"
     yield f"  recipes: {', '.join(entry.recipes) or 'none'}"
