@@ -175,7 +175,7 @@ def _summary(runs: Sequence[RunData]) -> str:
             facts.setdefault(name, [""] * len(runs))[number] = value
     rows = [[name, *values] for name, values in facts.items() if any(values)]
     table = _table(["fact", *(run.name for run in runs)], rows, caption="Facts of each run", headed=True)
-    return f'<div class="scroll">{table}</div>'
+    return _scrolling(table)
 
 
 def _facts(run: RunData) -> dict[str, str]:
@@ -299,15 +299,14 @@ def _recipe(runs: Sequence[RunData]) -> str:
     parts = []
     if len(runs) > 1:
         names = dict.fromkeys(name for run in runs for name in run.flat_config)
-        rows = [[name, *(_json_value(run.flat_config.get(name)) for run in runs)] for name in names]
+        rows = [[name, *(_field(run, name) for run in runs)] for name in names]
         different = [row for row in rows if len(set(row[1:])) > 1]
-        parts.append(
-            _table(["field", *(run.name for run in runs)], different, caption="Fields that differ", headed=True)
-        )
+        headings = ["field", *(run.name for run in runs)]
+        parts.append(_scrolling(_table(headings, different, caption="Fields that differ", headed=True)))
     for run in runs:
         for ancestor in run.status.ancestry:
             rows = [[change] for change in ancestor["changes"]]
-            parts.append(_table([f"{run.name} differs from {ancestor['name']}"], rows))
+            parts.append(_scrolling(_table([f"{run.name} differs from {ancestor['name']}"], rows)))
         if run.config_text:
             parts.append(
                 f"<details><summary>Recipe of {_text(run.name)}</summary><pre>{_text(run.config_text)}</pre></details>"
@@ -332,7 +331,7 @@ def _corpora(runs: Sequence[RunData]) -> str:
         for run in runs
         for each in run.corpora
     ]
-    return _scrolling(_table(headings, rows, caption="Corpora", numbers=range(3, 7))) if rows else ""
+    return _scrolling(_table(headings, rows, caption="Corpora", numbers=range(3, 7)), is_broad=True) if rows else ""
 
 
 def _stored(runs: Sequence[RunData]) -> list[tuple[RunData, StoredEvaluation]]:
@@ -414,8 +413,14 @@ def _table(
     return f"<table>{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _scrolling(table: str) -> str:
-    return f'<div class="scroll broad">{table}</div>'
+def _scrolling(table: str, *, is_broad: bool = False) -> str:
+    """Return a table that scrolls where it is wider than the page.
+
+    Args:
+        table: the table.
+        is_broad: whether the last column holds sentences, and needs room.
+    """
+    return f'<div class="scroll{" broad" * is_broad}">{table}</div>'
 
 
 def _value(value: float | None, kind: str) -> str:
@@ -439,8 +444,9 @@ def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
-def _json_value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _field(run: RunData, name: str) -> str:
+    """Return a config field of a run as JSON; nothing if its recipe has no such field."""
+    return json.dumps(run.flat_config[name], ensure_ascii=False) if name in run.flat_config else ""
 
 
 def _text(text: str) -> str:

@@ -110,12 +110,18 @@ def has_samples(folder: Path, step: int) -> bool:
     return (folder / step_name(step) / FILE).exists()
 
 
+def is_text(content: bytes) -> bool:
+    """Return whether bytes are mostly text."""
+    text = content.decode("utf-8", "surrogateescape")
+    return len(NOT_TEXT.findall(text)) <= (1 - TEXT_SHARE) * len(text)
+
+
 def as_text(content: bytes) -> str:
     r"""Return bytes as text, in which bytes that are not text are escapes such as \xe9.
 
     Bytes that are mostly not text are returned in hexadecimal.
     """
-    text = content.decode("utf-8", "surrogateescape")
-    if len(NOT_TEXT.findall(text)) > (1 - TEXT_SHARE) * len(text):
+    if not is_text(content):
         return content.hex(" ")
+    text = content.decode("utf-8", "surrogateescape")
     return NOT_TEXT.sub(lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", text)

@@ -62,20 +62,26 @@ def samples_command(
     name = run if step is None else folder.checkpoints_in(config.checkpoint.home)
     checkpoint = find_checkpoint(str(name) if step is None else f"{name}/{step_name(step)}")
     found = _write(config, folder, checkpoint)
+    place = folder.samples / step_name(found.step)
     if not beside:
         for sample in found.samples:
-            say(f"{sample.source}:\n{as_text(sample.prompt)}\u258f{as_text(sample.continuation)}\n")
-    say(f"{folder.samples / step_name(found.step)} has {count(len(found.samples), 'sample')}")
+            text = f"{as_text(sample.prompt)}\u258f{as_text(sample.continuation)}"
+            say(f"{sample.source}:\n{text if sample.file is None else place / sample.file}\n")
+    say(f"{place} has {count(len(found.samples), 'sample')}")
 
 
 def _wait_for(run: Path, step: int) -> None:
     """Wait until a checkpoint is written.
 
     Raises:
-        CheckpointError: it was not written in time.
+        CheckpointError: it was not written in time, or it is deleted already.
     """
     store, begin = store_of(run), time.monotonic()
-    while step not in [step_of(checkpoint) for checkpoint in store.committed()]:
+    while step not in (steps := [step_of(checkpoint) for checkpoint in store.committed()]):
+        if any(other > step for other in steps):
+            raise CheckpointError(
+                f"{run} has no checkpoint of step {step} any more, only newer ones; checkpoint.keep is their number"
+            )
         if time.monotonic() - begin > WAIT_SECONDS:
             raise CheckpointError(f"{run} has no checkpoint of step {step} after {WAIT_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)

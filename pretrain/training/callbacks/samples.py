@@ -91,11 +91,14 @@ class SamplesCallback(Callback):
         if not self._writer.take_result():
             return
         try:
-            found = read_samples(run.folder.samples / step_name(step))
+            found = read_samples(folder := run.folder.samples / step_name(step))
         except (StateFileError, FileNotFoundError) as error:  # training continues
             log.warning("samples of step %d are not in this log: %s", step, error)
             return
         for sample in found.samples:
+            if sample.file is not None:
+                log.info("step %d, %s: %s", step, sample.source, folder / sample.file)
+                continue
             prompt, text = as_text(sample.prompt), as_text(sample.continuation)
             shown = text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}…"
             log.info("step %d, %s: %s continues %s", step, sample.source, _quoted(prompt), _quoted(shown))

@@ -1,17 +1,22 @@
 """The page of a report, of real runs, looked at in a real browser."""
 
+import io
 import json
 import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
+from PIL import Image
 
 import byteloom
 from launchers.supervision.record import LaunchRecord
@@ -20,6 +25,7 @@ from pretrain.report.events import events_of
 from pretrain.report.page import Comparison, page_of
 from pretrain.report.run_data import read_run
 from pretrain.terminal.console import logs_shown
+from pretrain.tracking.samples import Sample, SampleSet, write_samples
 from pretrain.training.health import HealthEvent, HealthLog
 from pretrain.training.loop import train
 from pretrain.training.run_folder import RunFolder
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 WIDTHS = {"desktop": 1280, "phone": 390}
+PAPER_WIDTH = 718
+"""A4 without margins of a centimetre, in CSS pixels."""
 COLORED_PIXELS = """canvas => {
     const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
     let colored = 0;
@@ -58,7 +66,27 @@ def runs(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
             changes = {"run": {"root": folder, "name": name}, "train": {"steps": steps}, "validation": {"every": 2}}
             made.append(byteloom.train(recipe, report={"every": 4} if name == "two" else {}, **changes))
     assert run_here("eval", made[0], "--by", "suffix", "--device", "cpu")[0] == 0
+    for run in made[1:]:
+        for step in (2, 4):
+            add_samples(run, step)
     return made[1:]
+
+
+def add_samples(run: Path, step: int) -> None:
+    """Write samples of text, of bytes, of a picture and of a sound; the file of the second picture is missing."""
+    picture, sound = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(picture, "png")
+    soundfile.write(sound, np.zeros(800, dtype="<i2"), 8000, format="wav")
+    files = {"2.png": picture.getvalue(), "3.wav": sound.getvalue()}
+    prompts = [b"def <b>", b"\xff\x00" * 32, bytes(96), bytes(range(96)), bytes(96)]
+    names = [None, None, *files, "4.png"]
+    samples = tuple(
+        Sample(
+            source=f"held-out {'folder/' * 12}{number}", prompt_hex=text.hex(), continuation_hex="80" * 96, file=name
+        )
+        for number, (text, name) in enumerate(zip(prompts, names, strict=True))
+    )
+    write_samples(run / "samples", SampleSet(step=step, time=0.0, temperature=1.0, samples=samples), files)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +130,7 @@ def test_page_is_one_file_whose_plots_have_names_and_tables(page: Path):
     addresses = [
         value for _, attributes in elements.found for name in ("src", "href") if (value := attributes.get(name))
     ]
-    assert all(address.startswith("#") for address in addresses)
+    assert all(address.startswith(("#", "data:")) for address in addresses)
     figures = elements.all("figure")
     named = [each for each in elements.all("div") if each.get("role") == "img" and each.get("aria-label")]
     assert len(figures) == len(named) >= 10
@@ -110,6 +138,19 @@ def test_page_is_one_file_whose_plots_have_names_and_tables(page: Path):
     assert "Copyright (c) 2022 Leon Sorokin" in text
     for shown in ("validation loss", "Fields that differ", "report.every", "modalities", "Evaluation one", ".py"):
         assert shown in text, shown
+
+
+def test_samples_are_text_hexadecimal_pictures_and_sounds_newest_first(page: Path):
+    """The page has two runs, each with two steps."""
+    text = page.read_text(encoding="utf-8").split('<section id="samples"')[1].split("</section>")[0]
+    elements = Elements(text)
+    assert re.findall(r"<summary>(\w+, step \d)", text) == ["one, step 4", "one, step 2", "two, step 4", "two, step 2"]
+    assert text.count("<details open>") == 2
+    kinds = [re.split("[;,]", each["src"] or "")[0] for each in elements.all("img") + elements.all("audio")]
+    assert kinds == ["data:image/png"] * 4 + ["data:audio/wav"] * 4
+    assert all(each.get("alt") or each.get("aria-label") for each in elements.all("img") + elements.all("audio"))
+    assert "<u>def &lt;b&gt;</u>" in text and '<u class="hex">ff 00 ff' in text
+    assert text.count("4.png cannot be read: No such file or directory.") == 4
 
 
 def test_events_have_reasons(runs: list[Path]):
@@ -149,6 +190,8 @@ def test_every_plot_draws_without_an_error(
         for number in range(figures.count()):
             colored = figures.nth(number).locator("canvas").evaluate(COLORED_PIXELS)
             assert colored > 20, figures.nth(number).locator("h3").inner_text()
+        pictures = shown.locator("#samples img").evaluate_all("all => all.map(each => each.naturalWidth)")
+        assert pictures == [8] * 4
         assert shown.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
         assert messages == []
         assert requests == [page.as_uri()]
@@ -209,16 +252,37 @@ def test_training_continues_where_no_page_can_be_written(
     assert [record.getMessage() for record in caplog.records if "no-python" in record.message]
 
 
-def test_page_of_a_comparison_has_a_table_one_group_a_recipe_and_an_axis_of_flops(runs: list[Path]):
-    found = [read_run(path) for path in runs]
+def comparison_page(runs: list[Path]) -> str:
+    """Return a page of a recipe with two runs and another one with two."""
+    found = [replace(read_run(path), name=f"comparison-{path.name}-seed-{seed}") for seed in range(2) for path in runs]
     groups, costs = {run.name: 3 for run in found}, {run.name: 1e6 for run in found}
-    compared = Comparison("families", "Equal FLOPs.", ["recipe", "loss"], [["one", "2.5"]], groups, costs)
-    text = page_of(found, 0.0, compared)
+    headings, row = ["recipe", *["validation loss"] * 8], ["one", *["2.5"] * 8]
+    return page_of(found, 0.0, Comparison("families", "Equal FLOPs.", headings, [row], groups, costs))
+
+
+def test_page_of_a_comparison_draws_by_flops_and_fits_a_phone(runs: list[Path], browser: "Browser", tmp_path: Path):
+    out = tmp_path / "report.html"
+    out.write_text(comparison_page(runs), encoding="utf-8")
+    with browser.new_page(viewport={"width": WIDTHS["phone"], "height": 900}) as shown:
+        messages, _ = watched(shown)
+        shown.goto(out.as_uri())
+        shown.check("input[name=axis][value=flops]")
+        assert shown.locator("#plot-loss canvas").evaluate(COLORED_PIXELS) > 20
+        assert shown.locator("#plot-loss .u-legend").get_by_text("FLOPs of training").count() == 1
+        assert shown.evaluate("document.documentElement.scrollWidth") <= WIDTHS["phone"]
+        shown.emulate_media(media="print")
+        shown.set_viewport_size({"width": PAPER_WIDTH, "height": 1000})
+        assert shown.evaluate("document.documentElement.scrollWidth") <= PAPER_WIDTH
+        assert messages == []
+
+
+def test_page_of_a_comparison_has_a_table_one_group_a_recipe_and_an_axis_of_flops(runs: list[Path]):
+    text = comparison_page(runs)
     axes = [each.get("value") for each in Elements(text).all("input") if each.get("name") == "axis"]
     assert axes == ["bytes", "step", "seconds", "flops"]
     assert "Recipes, lowest loss first" in text and "2.5</td>" in text
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
-    assert [run["group"] for run in data["runs"]] == [3, 3]
+    assert [run["group"] for run in data["runs"]] == [3] * 4
     for run in data["runs"]:
         for rows in (
             *run["tables"].values(),

@@ -122,6 +122,8 @@ def test_samples_of_a_sharded_run_are_those_of_its_checkpoint(recipe: Path, byte
     first, _ = read_samples(folder).samples
     model = load_model(run.path / "checkpoints" / folder.name, "cpu")
     assert first.continuation == b"".join(model.generate(b"def ", bytes=20))
+    deleted = byteloom("samples", run.path, "--step", 1, "--beside", check=False)
+    assert deleted.returncode == 1 and "no checkpoint of step 1 any more, only newer ones" in deleted.stderr
 
 
 def test_folder_that_a_killed_process_has_half_removed_has_no_samples(tmp_path: Path):
