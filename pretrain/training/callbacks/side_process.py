@@ -66,7 +66,7 @@ class SideProcess:
         lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if re.search(r"\w", line)]
         self._forget()
         if code:
-            self._warn(lines[-1] if lines and code > 0 else f"its writer {describe_exit(code)}")
+            self._warn(lines[-1].removeprefix("error: ") if lines and code > 0 else f"its writer {describe_exit(code)}")
         return code == 0
 
     def wait(self, seconds: float) -> bool:
