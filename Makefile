@@ -49,6 +49,7 @@ demo: setup corpus ## train a small model on it for a few minutes and let it wri
 	@echo
 	@echo "Corpus:       $(CORPUS)        byteloom inspect $(CORPUS)/train"
 	@echo "Run:          runs/demo        config.yaml, train.log, metrics.jsonl, checkpoints/"
+	@echo "Samples:      runs/demo/samples, what the model wrote during training; they are in the report too"
 	@echo "Report:       runs/demo/report.html, a page for your browser"
 	@echo "By document:  $(BIN)/byteloom eval runs/demo"
 	@echo "MLflow page:  $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then open http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"

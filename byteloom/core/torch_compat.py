@@ -17,10 +17,11 @@ torch 2.11 to 2.13 are supported. tests/core/test_torch_compat.py fails first wh
     distributed_c10d._world.pg_map, _set_default_timeout    private         limit_device_waits
     cuda.memory._record_memory_history, _dump_snapshot      private         record_memory, save_memory
     autograd.profiler._is_profiler_enabled                  private         annotate
+    FSDPModule._get_fsdp_state, and unsharded_param there   private         unsharded_parameters
     utils._python_dispatch, utils._pytree                   private         TorchDispatchMode, tree_leaves
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,6 +53,7 @@ __all__ = [
     "set_activation_memory_budget",
     "set_allocator",
     "tree_leaves",
+    "unsharded_parameters",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -205,3 +207,12 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 def annotate(name: str) -> AbstractContextManager[object]:
     """Return a context whose work has a name in the profile that is being recorded; it costs nothing without one."""
     return torch.profiler.record_function(name) if torch.autograd.profiler._is_profiler_enabled else _NOTHING
+
+
+def unsharded_parameters(module: Any) -> Iterator[nn.Parameter]:
+    """Yield the whole parameters with which the passes of an FSDPModule compute, after its first pass.
+
+    They stay the same objects; FSDP2 gives them memory when it gathers them.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group
+    yield from () if group is None else (parameter.unsharded_param for parameter in group.fsdp_params)

@@ -20,7 +20,7 @@ from pretrain.objectives import ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
-from pretrain.training.config import ProfileConfig, ReportConfig, TrainConfig
+from pretrain.training.config import DiagnosticsConfig, ProfileConfig, ReportConfig, TrainConfig
 from pretrain.training.health.config import HealthConfig
 from pretrain.training.run_folder import RunConfig
 from pretrain.training.sampling import SamplesConfig
@@ -46,6 +46,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     launch: LaunchConfig = LaunchConfig()
     supervise: SuperviseConfig = SuperviseConfig()
     profile: ProfileConfig = ProfileConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     report: ReportConfig = ReportConfig()
     samples: SamplesConfig = SamplesConfig()
     callbacks: CallbackNodes = {}
@@ -162,6 +163,16 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
 
     def _samples_without_checkpoints(self) -> Mismatch | None:
         every, of_checkpoints = self.samples.every, self.checkpoint.every
+        try:
+            is_encoder = form_of(self.model, self.objective).visibility is Visibility.bidirectional
+        except FamilyError:  # `_objective_without_model` reports it
+            is_encoder = False
+        if every and is_encoder:
+            return Mismatch(
+                f"objective.name {self.objective.name} predicts no next byte, so there are no samples; set "
+                "samples.every to 0",
+                ("samples.every", "objective.name"),
+            )
         if every % of_checkpoints == 0:
             return None
         return Mismatch(

@@ -12,14 +12,15 @@ Engines differ in how they hold parameters, in the backward pass and in the upda
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from byteloom.core.seeds import seed_of
 from byteloom.core.text import count
@@ -34,12 +35,13 @@ from pretrain.distributed.fragments import MEMORY, MODEL, Fragment, fragment_nam
 from pretrain.distributed.transfers import Transfers
 from pretrain.distributed.world import World
 from pretrain.engines.config import EngineConfig
+from pretrain.engines.diagnosis import Diagnosis
 from pretrain.engines.engine import NO_LIMITS, EngineError, NonFiniteError, RowLoss, StepResult, Upcoming, UpdateLimits
 from pretrain.engines.phases import Clock, PassTimes, StepMarks, StepTimes, device_memory
 from pretrain.engines.precision import compute_dtype
 from pretrain.engines.process_state import keep_freed_memory, seed_generators, set_up_cuda
 from pretrain.engines.source_losses import SourceLosses
-from pretrain.engines.staging import stage
+from pretrain.engines.staging import StagedBatch, stage
 from pretrain.engines.step_numbers import numbers_of_device, numbers_of_host, result_of
 from pretrain.models.base import ByteModel, Memory
 from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING
@@ -56,10 +58,26 @@ class CountedBatch:
     step: int
     scored: list[NDArray[np.bool_]]
     """(rows, T) positions that count in the loss, by micro-batch."""
-    own_bytes: int
-    """Target bytes of this rank."""
+    bytes_of: list[int]
+    """Target bytes of each micro-batch."""
     all_bytes: int | None = None
     """Sum of `own_bytes` over all ranks; None if they have not exchanged it."""
+
+    @property
+    def own_bytes(self) -> int:
+        """Return the target bytes of this rank."""
+        return sum(self.bytes_of)
+
+
+class Passes(NamedTuple):
+    """Results of the passes of a step on this rank."""
+
+    nats: Tensor
+    """Negative log-likelihood of its micro-batches: an fp64 scalar on the device."""
+    by_row: list[Tensor]
+    """That of each row, by micro-batch."""
+    memory: dict[int, Memory]
+    """Memory that the model carries from each micro-batch, by its index."""
 
 
 class BaseEngine(ABC):
@@ -140,6 +158,13 @@ class BaseEngine(ABC):
         self._drop_gradient()
 
     @abstractmethod
+    def squares_of_gradient(self) -> Tensor:
+        """Return the sum of squares of the accumulated gradient of each parameter, in fp64, before clipping.
+
+        The sum over ranks is that of the whole gradient.
+        """
+
+    @abstractmethod
     def _not_finite(self) -> list[str]:
         """Return the names of the parameters whose gradient on this rank is not finite."""
 
@@ -150,6 +175,10 @@ class BaseEngine(ABC):
     @abstractmethod
     def fragments(self) -> list[Fragment]:
         """Return what this rank holds (see `Engine`)."""
+
+    @abstractmethod
+    def owned_fragments(self) -> list[Fragment]:
+        """Return the fragments that this rank owns (see `Engine`)."""
 
     @abstractmethod
     def restore(self, counters: dict[str, int]) -> None:
@@ -202,6 +231,7 @@ class BaseEngine(ABC):
         sources: RowSources | None = None,
         limits: UpdateLimits = NO_LIMITS,
         look_ahead: Callable[[], Upcoming] | None = None,
+        diagnose: bool = False,
     ) -> StepResult:
         """Do one optimizer step (see `Engine`)."""
         self._begin_passes(True)
@@ -212,55 +242,74 @@ class BaseEngine(ABC):
         target_bytes = self._target_bytes(batch)
         counted = self._clock.mark()
         scale = self._world.size / target_bytes.clamp(min=1)  # engines average over ranks, and the loss is a sum
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        by_row: list[Tensor] = []
-        carried: dict[int, Memory] = {}
-        times = self._pass_times = PassTimes(self._clock)
-        for number, (micro_batch, rows) in enumerate(zip(micro_batches, staged, strict=True), 1):
-            self._prepare(last=number == self._passes)
-            seed_generators(self._seed_of(micro_batch, step))
-            memory = self._memory.get(micro_batch.index, {})
-            with annotate("forward"):
-                row_nats, carried[micro_batch.index] = self._forward(rows.ids, memory, rows.given)
-            target_nats = torch.where(rows.targets, row_nats, 0.0)
-            batch_nats = target_nats.sum()
-            self._backward_watched(batch_nats * scale.to(batch_nats.dtype))
-            nats += batch_nats.detach()
-            by_source.add(rows.sources, target_nats)
-            by_row.append(target_nats.detach().sum(1))
-        for number in range(len(micro_batches) + 1, self._passes + 1):
-            self._idle_pass(last=number == self._passes)
+        diagnosis = Diagnosis(self, has_noise=self._context.size == 1) if diagnose else None
+        passes = self._run_passes(batch, staged, scale, by_source, diagnosis)
         passed = self._clock.mark()
         with annotate("checkpoint: wait for the copy"):
             before_update()
+        measured = [] if diagnosis is None else [diagnosis.sums(scale, batch.bytes_of)]
         with annotate("update"):
             norm = self._clip().to(self.device)
-            is_fit = self._fits(limits, nats, target_bytes, norm)
-            own = numbers_of_device(nats, norm, is_fit, by_source)
+            is_fit = self._fits(limits, passes.nats, target_bytes, norm)
+            own = numbers_of_device(measured, passes.nats, norm, is_fit, by_source)
             decided = self._transfers.mark()
             self._update(learning_rate, is_fit)
-        marks = StepMarks(counting, counted, times, passed, self._clock.mark())
+        marks = StepMarks(counting, counted, self._pass_times, passed, self._clock.mark())
         upcoming = [] if look_ahead is None else self._upcoming(look_ahead(), step + 1)
         of_host = numbers_of_host(
             self._step_times.known(marks), device_memory(self.device), batch.own_bytes, by_source, upcoming
         )
         by_rank = self._exchanged(decided, own, of_host, waits_for_data=look_ahead is not None)
-        result = result_of(by_rank, self._world.rank, self._context.size, len(upcoming))
+        first = sum(map(len, measured))
+        numbers = [of_rank[first:] for of_rank in by_rank] if first else by_rank
+        result = result_of(numbers, self._world.rank, self._context.size, len(upcoming))
+        if diagnosis is not None:
+            result = diagnosis.added_to(result, [of_rank[:first] for of_rank in by_rank])
         if look_ahead is not None:
             result = self._heard(result)
         self._step_times.read(marks)
         if not result.is_updated:
-            result = replace(result, rows=self._row_losses(batch, by_row))
+            result = replace(result, rows=self._row_losses(batch, passes.by_row))
             fault = "" if np.isfinite(result.gradient_norm) else self._describe_non_finite(result.nats)
             self._drop_gradient()
             if fault:
                 raise NonFiniteError(fault, result)
             return result
         self._after_update()
-        for index, memory in carried.items():
+        for index, memory in passes.memory.items():
             for name, tensor in memory.items():
                 self._memory[index][name].copy_(tensor)
         return result
+
+    def _run_passes(
+        self,
+        batch: CountedBatch,
+        staged: Iterable[StagedBatch],
+        scale: Tensor,
+        by_source: SourceLosses,
+        diagnosis: Diagnosis | None,
+    ) -> Passes:
+        """Run the passes of a step: those of this rank's micro-batches, then those that it joins with weight zero."""
+        passes = Passes(torch.zeros((), dtype=torch.float64, device=self.device), [], {})
+        self._pass_times = PassTimes(self._clock)
+        with nullcontext() if diagnosis is None else diagnosis.watching():
+            for number, (micro_batch, rows) in enumerate(zip(batch.micro_batches, staged, strict=True), 1):
+                self._prepare(last=number == self._passes)
+                seed_generators(self._seed_of(micro_batch, batch.step))
+                if diagnosis is not None:
+                    diagnosis.begin_pass()
+                memory = self._memory.get(micro_batch.index, {})
+                with annotate("forward"):
+                    nats, passes.memory[micro_batch.index] = self._forward(rows.ids, memory, rows.given)
+                target_nats = torch.where(rows.targets, nats, 0.0)
+                batch_nats = target_nats.sum()
+                self._backward_watched(batch_nats * scale.to(batch_nats.dtype))
+                passes.nats.add_(batch_nats.detach())
+                by_source.add(rows.sources, target_nats)
+                passes.by_row.append(target_nats.detach().sum(1))
+        for number in range(len(batch.micro_batches) + 1, self._passes + 1):
+            self._idle_pass(last=number == self._passes)
+        return passes
 
     def _exchanged(
         self, decided: torch.cuda.Event | None, own: Tensor, of_host: Sequence[float], *, waits_for_data: bool
@@ -288,8 +337,8 @@ class BaseEngine(ABC):
         if ahead is not None and ahead.micro_batches is micro_batches and ahead.step == step:
             return ahead
         scored = [self._scored_targets(micro_batch, step) for micro_batch in micro_batches]
-        own_bytes = sum(count_bytes(m.ids, t) for m, t in zip(micro_batches, scored, strict=True))
-        return CountedBatch(micro_batches, step, scored, own_bytes)
+        bytes_of = [count_bytes(m.ids, t) for m, t in zip(micro_batches, scored, strict=True)]
+        return CountedBatch(micro_batches, step, scored, bytes_of)
 
     def _upcoming(self, upcoming: Upcoming, step: int) -> list[float]:
         """Count the targets of the next step; return what this rank tells the others about it."""
@@ -380,6 +429,23 @@ class BaseEngine(ABC):
         self._pass_times.watch(loss)
         with annotate("backward"):
             self._backward(loss)
+
+    def watch_gradients(self, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call a function with each gradient that a pass computes; return the function that ends this.
+
+        The gradients are those of one pass of this rank, before sums over passes and ranks.
+        """
+        handles = [parameter.register_hook(see) for parameter in self._watched_parameters()]
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
+
+    def _watched_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the leaves of the passes' graphs."""
+        return self.model.parameters()
 
     def _scored_targets(self, micro_batch: MicroBatch, step: int) -> NDArray[np.bool_]:
         """Return the targets of a micro-batch that the model will score: (rows, T)."""

@@ -28,15 +28,19 @@ def prepare_blocks(config: EngineConfig, model: ByteModel, device: torch.device)
         check_float8(device)
         multiply_in_float8(model)
     recompute(config.activation_checkpointing, model)
-    for name, module in model.named_modules():
-        if isinstance(module, Unit):
-            module.name = name
+    for name, unit in named_units(model):
+        unit.name = name
     if config.compile:
         checkpointing = config.activation_checkpointing
         # torch reads it when it compiles a block, in the first pass.
         set_activation_memory_budget(checkpointing.budget if checkpointing.mode == "budget" else 1.0)
         for unit in model.units():
             unit.compile(dynamic=False)  # shapes are few, and torch 2.13 fails on some as dynamic shapes
+
+
+def named_units(model: ByteModel) -> list[tuple[str, Unit]]:
+    """Return the blocks of a model by their names in it."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Unit)]
 
 
 def recompute(config: CheckpointingConfig, model: ByteModel) -> None:

@@ -27,6 +27,8 @@ class Copies:
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self.sums_in_place = True
         """Backward adds to the gradients of masters itself. False: autograd adds them, and DDP's hooks run."""
+        self.see: Callable[[Tensor], None] | None = None
+        """Called with each gradient of a pass."""
 
     def of(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Callable[[], dict[str, Tensor]]:
         """Allocate copies of named parameters, and return the function that gives them to a pass by name."""
@@ -39,6 +41,15 @@ class Copies:
             return {name: _Copied.apply(master, copy, self) for name, (master, copy) in copies.items()}
 
         return of_pass
+
+    def watch(self, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call a function with each gradient of a pass; return the function that ends this."""
+        self.see = see
+
+        def end() -> None:
+            self.see = None
+
+        return end
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -58,6 +69,8 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         master: nn.Parameter = ctx.master
+        if ctx.copies.see is not None:
+            ctx.copies.see(gradient)
         if ctx.copies.sums_in_place and master.grad is not None:
             master.grad.add_(gradient)
             return None, None, None

@@ -194,6 +194,15 @@ class DeepSpeedEngine(BaseEngine):
         gradients = ((name, self._full_gradient(parameter)) for name, parameter in self.model.named_parameters())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
+    def squares_of_gradient(self) -> Tensor:
+        """Return the sums of squares of the accumulated gradient (see `BaseEngine`)."""
+        squares = []
+        for parameter in self.model.parameters():
+            gradient = self._full_gradient(parameter)  # all ranks get the whole gradient
+            norm = 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+            squares.append(norm**2 / self._world.size)
+        return torch.tensor(squares, dtype=torch.float64)
+
     def _drop_gradient(self) -> None:
         zero = self._zero
         if self._stage == 3:

@@ -1,7 +1,7 @@
 """Contract of the engines: an engine owns device, precision, sharding, accumulation and the optimizer step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -76,6 +76,8 @@ class StepResult:
     """Loss of each row of the global batch, if the update was not done."""
     upcoming: list[list[float]] = field(default_factory=list, compare=False)
     """`Upcoming.numbers` of each rank, by rank; empty lists without."""
+    diagnosis: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Norms by layer and gradient noise by the names of their numbers, if they were asked for."""
 
 
 class NonFiniteError(Exception):
@@ -124,6 +126,7 @@ class Engine(Protocol):
         sources: RowSources | None = None,
         limits: UpdateLimits = NO_LIMITS,
         look_ahead: Callable[[], Upcoming] | None = None,
+        diagnose: bool = False,
     ) -> StepResult:
         """Do one optimizer step on this rank's micro-batches of the global batch.
 
@@ -140,6 +143,7 @@ class Engine(Protocol):
                 update: either all of them do it or none.
             look_ahead: called once the update is queued, to exchange what a rank knows of the step after this one
                 together with the numbers of this one; given on all ranks or on none.
+            diagnose: whether to measure norms by layer and gradient noise; the same on all ranks. It changes no value.
 
         Raises:
             NonFiniteError: the gradient is not finite; on all ranks, before any parameter is changed.

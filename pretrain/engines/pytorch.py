@@ -7,7 +7,7 @@ over ranks and passes in fp32.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from byteloom.core.torch_compat import all_gather_single, reduce_scatter_single
+from byteloom.core.torch_compat import all_gather_single, reduce_scatter_single, unsharded_parameters
 from data_pipeline.stream.rows import Ids
 from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import ALONE, World
@@ -190,6 +190,30 @@ class PyTorchEngine(BaseEngine):
     def _clip(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _watched_parameters(self) -> Iterable[nn.Parameter]:
+        if not isinstance(self._module, FSDPModule):
+            return self.model.parameters()
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        return [parameter for module in sharded for parameter in unsharded_parameters(module)]
+
+    def watch_gradients(self, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call a function with the gradients of each pass (see `BaseEngine`)."""
+        if self._copies is None:
+            return super().watch_gradients(see)
+        return self._copies.watch(see)
+
+    def squares_of_gradient(self) -> Tensor:
+        """Return the sums of squares of the accumulated gradient (see `BaseEngine`)."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        norms = [
+            torch.zeros((), device=self.device)
+            if gradient is None
+            else torch.linalg.vector_norm(_local_part(gradient), dtype=torch.float32).to(self.device)
+            for gradient in gradients
+        ]
+        replicas = self._world.size // self._shards
+        return torch.stack(norms).double().square() / replicas
 
     def _update(self, learning_rate: float, is_fit: Tensor) -> None:
         if self._selects_on_device or is_fit:

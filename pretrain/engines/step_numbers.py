@@ -1,6 +1,7 @@
 """Numbers of a step that the ranks exchange: one vector a rank, gathered by one collective on the device.
 
-    device ─▶ nats, gradient norm, whether the update is done, nats of each source
+    device ─▶ sums of a measurement, if the step has one (diagnosis.py)
+              nats, gradient norm, whether the update is done, nats of each source
     host ───▶ times, memory, target bytes, target bytes of each source
               target bytes and votes of the next step, if the loop looks ahead
 
@@ -18,9 +19,11 @@ from pretrain.engines.phases import DeviceMemory, PhaseTimes, RankStep
 from pretrain.engines.source_losses import SourceLosses, summed
 
 
-def numbers_of_device(nats: Tensor, norm: Tensor, is_fit: Tensor, by_source: SourceLosses) -> Tensor:
-    """Return the first part of a rank's vector, in fp64, given scalars on the device."""
-    return torch.cat([torch.stack([nats, norm.double(), is_fit.double()]), by_source.nats])
+def numbers_of_device(
+    measured: Sequence[Tensor], nats: Tensor, norm: Tensor, is_fit: Tensor, by_source: SourceLosses
+) -> Tensor:
+    """Return the first part of a rank's vector, in fp64, given the sums of a measurement and scalars on the device."""
+    return torch.cat([*measured, torch.stack([nats, norm.double(), is_fit.double()]), by_source.nats])
 
 
 def numbers_of_host(
@@ -34,7 +37,7 @@ def result_of(by_rank: Sequence[Sequence[float]], rank: int, sharing: int, upcom
     """Return the result of a step.
 
     Args:
-        by_rank: vector of each rank.
+        by_rank: vector of each rank, without the sums of a measurement.
         rank: this rank, whose norm and decision are the result's.
         sharing: ranks that share each row; each counts all of its bytes.
         upcoming: numbers of the next step at the end of each vector.

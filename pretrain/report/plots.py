@@ -110,6 +110,6 @@ def _columns(run: RunData) -> Iterator[tuple[str, str, str, str]]:
                 yield (
                     table,
                     column,
-                    (group or column.replace("_", " ")).capitalize(),
+                    (group or column).replace("_", " ").capitalize(),
                     rest.replace("_", " ") if group else "",
                 )

@@ -48,6 +48,17 @@ class ProfileConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     stacks."""
 
 
+class DiagnosticsConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Numbers about the gradient, beside its norm. They change no loss, and cost time in the steps that have them."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between measurements of norms by layer and gradient noise; 0: none.
+
+    The norms are those of gradients and weights. The noise needs two micro-batches in a global batch, and
+    `engine.context` 1.
+    """
+
+
 class ReportConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Page about the run, RUN/report.html, as `byteloom report` writes it."""
 
@@ -118,6 +129,10 @@ class TrainingRecipe(Protocol):
     @property
     def profile(self) -> ProfileConfig:
         """Section `profile`: steps to record with the profiler."""
+
+    @property
+    def diagnostics(self) -> DiagnosticsConfig:
+        """Section `diagnostics`: norms by layer and gradient noise."""
 
     @property
     def report(self) -> ReportConfig:

@@ -159,6 +159,7 @@ def _take_step(run: TrainingRun, batches: AgreedBatches) -> dict[str, float] | D
             sources=run.reading.sources_of(batch.own),
             limits=run.health.limits,
             look_ahead=look_ahead,
+            diagnose=_is_diagnosed(run),
         )
     except NonFiniteError as error:
         return respond_to_batch(run, BadBatch(batch.own, error.result, str(error)))
@@ -170,6 +171,12 @@ def _take_step(run: TrainingRun, batches: AgreedBatches) -> dict[str, float] | D
     return _numbers_of_step(run, batch, result, rate)
 
 
+def _is_diagnosed(run: TrainingRun) -> bool:
+    """Return whether the next step has norms by layer and gradient noise."""
+    every = run.recipe.diagnostics.every
+    return every > 0 and (run.step + 1) % every == 0
+
+
 def _numbers_of_step(run: TrainingRun, batch: AgreedBatch, result: StepResult, rate: float) -> dict[str, float]:
     """Record that a step has used its batch, and return the step's numbers."""
     weights = run.reading.weights
@@ -177,7 +184,7 @@ def _numbers_of_step(run: TrainingRun, batch: AgreedBatch, result: StepResult, r
     data_seconds = data_seconds_of(result.upcoming) if any(result.upcoming) else batch.data_seconds
     numbers = run.meter.numbers(result, data_seconds, list(run.reading.mixture.streams))
     numbers |= {"learning_rate": rate, "masked_bytes": batch.masked, "holes": run.reading.holes}
-    numbers |= run.health.numbers(run.step)
+    numbers |= run.health.numbers(run.step) | dict(result.diagnosis)
     if skipped := run.reading.skips.before(run.reading.record.next_sequence):
         numbers["health/skipped_sequences"] = skipped
     epochs = run.reading.epochs()  # of each source of a mixture

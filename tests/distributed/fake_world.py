@@ -36,8 +36,6 @@ from pretrain.engines import Engine, build_engine
 from pretrain.engines.base import BaseEngine
 from pretrain.estimate.activations import on_meta
 
-NUMBERS_BYTES = 192
-"""Most bytes of the numbers that a rank exchanges at once: twenty-four numbers."""
 OF_CONTEXT = {"context_gather", "context_scatter", "context_halo", "ring_attention", "ring_attention_backward"}
 """Byteloom's operations that exchange tensors within a context group."""
 _item = torch.ops.aten._local_scalar_dense.default
@@ -115,7 +113,7 @@ class Collective:
     bytes: int
     """Bytes of its largest tensor: of the output of a gather, of the input of a sum."""
     is_of_numbers: bool
-    """Whether it exchanges a few numbers of each rank, and no parameters or gradients."""
+    """Whether it exchanges numbers of each rank, which are fp64, and no parameters or gradients."""
 
 
 class Collectives(TorchDispatchMode):
@@ -135,9 +133,8 @@ class Collectives(TorchDispatchMode):
         if function.namespace == "c10d":
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             sizes = [prod(tensor.shape) * tensor.element_size() for tensor in tensors]
-            largest = max(sizes, default=0)
-            is_of_numbers = largest <= NUMBERS_BYTES * dist.get_world_size()
-            self.all.append(Collective(function.overloadpacket.__name__, largest, is_of_numbers))
+            is_of_numbers = all(tensor.dtype == torch.float64 for tensor in tensors)
+            self.all.append(Collective(function.overloadpacket.__name__, max(sizes, default=0), is_of_numbers))
         return function(*args, **(kwargs or {}))
 
     def calls(self, name: str) -> int:

@@ -8,6 +8,7 @@ import pytest
 from pretrain.config.loading import load
 from pretrain.config.schema import Config
 from pretrain.engines import Upcoming
+from pretrain.engines.diagnosis import layers_of
 from pretrain.models import ByteModel
 from tests.distributed.fake_world import Collectives, fake_engine, fake_world, micro_batches_of
 from tests.test_project import ROOT
@@ -23,6 +24,8 @@ TWO_LAYERS = {
 """The large recipe of each family, and the overrides that leave two blocks of each stack."""
 EXCHANGES_OF_NUMBERS = 1
 """Exchanges of a few numbers of each rank in a step: its numbers, and what a rank knows of the next step."""
+NUMBERS = 24
+"""Most numbers that a rank exchanges in a step."""
 VOTE = (0.0,) * 6
 """What a rank tells the others about its next batch."""
 
@@ -33,17 +36,24 @@ def recipe(name: str, engine: str, *overrides: str) -> Config:
     return load(ROOT / f"configs/{name}.yaml", (*sharding, *groups, *overrides))
 
 
-def collectives_of_a_step(config: Config, ranks: int, micro_batches: int = 1) -> tuple[Collectives, ByteModel]:
-    """Return the collectives of the second step, and the model."""
+def collectives_of_a_step(
+    config: Config, ranks: int, micro_batches: int = 1, *, diagnoses: bool = False
+) -> tuple[Collectives, ByteModel]:
+    """Return the collectives of the second step, which may measure norms by layer and gradient noise; and the model."""
     with fake_world(ranks) as world:
         engine = fake_engine(config, world, micro_batches=micro_batches)
         batch = micro_batches_of(config, world, micro_batches)
         for step in range(2):
             with Collectives() as collectives:
                 result = engine.train_step(
-                    batch, step=step, learning_rate=1e-4, look_ahead=partial(Upcoming, batch, VOTE)
+                    batch,
+                    step=step,
+                    learning_rate=1e-4,
+                    look_ahead=partial(Upcoming, batch, VOTE),
+                    diagnose=diagnoses and step > 0,
                 )
         assert result.is_updated
+        assert bool(result.diagnosis) is diagnoses
         return collectives, engine.model
 
 
@@ -53,7 +63,14 @@ def padded_elements(model: ByteModel, shards: int) -> int:
     return sum(-(-rows // shards) * shards * prod(rest) for rows, *rest in shapes)
 
 
-def check_budgets(collectives: Collectives, model: ByteModel, engine: str, ranks: int, micro_batches: int = 1) -> None:
+def check_budgets(
+    collectives: Collectives,
+    model: ByteModel,
+    engine: str,
+    ranks: int,
+    micro_batches: int = 1,
+    numbers: int = NUMBERS,
+) -> None:
     """Check what a step communicates.
 
     A pass gathers each block and the other parameters at most twice, in bf16. The last pass reduces each gradient once,
@@ -70,6 +87,7 @@ def check_budgets(collectives: Collectives, model: ByteModel, engine: str, ranks
     assert between == (groups if engine == "hsdp" else 0)
     assert collectives.bytes("allreduce_") <= 4 * elements / NODE
     assert len(collectives.of_numbers) == EXCHANGES_OF_NUMBERS
+    assert max(each.bytes for each in collectives.of_numbers) <= 8 * numbers * ranks
     assert gathers + sums + between + EXCHANGES_OF_NUMBERS == len(collectives.all)
 
 
@@ -93,8 +111,11 @@ def test_step_of_many_ranks_stays_within_its_budgets(name: str, engine: str, ran
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "hsdp"])
 def test_gradients_are_summed_over_ranks_in_the_last_pass_only(engine: str):
+    """Norms by layer and gradient noise add no collective: two numbers a layer, and three, come with the others."""
     config = recipe("megabyte/pg19-best", engine, *TWO_LAYERS["megabyte/pg19-best"])
-    check_budgets(*collectives_of_a_step(config, 64, micro_batches=3), engine, 64, micro_batches=3)
+    collectives, model = collectives_of_a_step(config, 64, micro_batches=3, diagnoses=True)
+    numbers = NUMBERS + 2 * len(layers_of(model)) + 3
+    check_budgets(collectives, model, engine, 64, micro_batches=3, numbers=numbers)
 
 
 @pytest.mark.slow

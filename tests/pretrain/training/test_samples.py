@@ -153,6 +153,12 @@ def test_samples_come_from_checkpoints(recipe: Path):
         load(recipe, ["samples.every=5"])
 
 
+def test_samples_of_a_model_that_predicts_no_next_byte_are_refused_in_the_recipe():
+    assert load("encoder/debug").samples.every == 0
+    with pytest.raises(ConfigError, match=r"objective\.name masked predicts no next byte, so there are no samples"):
+        load("encoder/debug", ["samples.every=1000"])
+
+
 @settings(max_examples=20)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), st.binary(max_size=3))
 def test_text_stays_text_and_other_bytes_are_hexadecimal(text: str, tail: bytes):

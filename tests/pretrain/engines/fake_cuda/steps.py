@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "context": {"ranks": RANKS, "name": "fsdp", "context": 2},
     "deterministic": {"deterministic": True},
     "muon": {"optimizer": "muon"},
+    "norms by layer": {"ranks": RANKS, "name": "fsdp", "diagnoses": True},
     **{
         f"{kind} attention": {
             "family": "transformer",
@@ -81,9 +82,14 @@ def findings(
     optimizer: str = "adamw",
     precision: str = "bf16",
     model: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    diagnoses: bool = False,
     **engine: Any,
 ) -> dict[str, Any]:
-    """Return what steps of a small model wait for, and how much they compute where."""
+    """Return what steps of a small model wait for, and how much they compute where.
+
+    Steps after the first one may measure norms by layer and gradient noise.
+    """
     built_model, before = _model(family, model), in_blocks.total()
     config = EngineConfig.model_validate({"device": "cuda", "precision": precision, **engine})
     sizes = {"global_batch": ROWS * MICRO_BATCHES * ranks, "micro_batch": ROWS}
@@ -100,6 +106,7 @@ def findings(
                     sources=sources,
                     limits=UpdateLimits(1e9, 1e9),
                     look_ahead=partial(Upcoming, following, VOTE),
+                    diagnose=diagnoses and step > 0,
                 )
     return {
         "course": list(device.course),
