@@ -2,7 +2,7 @@
 
     models/*.yaml ─▶ entries.py: typed and checked ─▶ lineage.py: forest of `extends` ─▶ text, picture.py: SVG
 
-The models are those of Amatriain et al. 2023 (arXiv:2302.07730), and those that Byteloom trains.
+The models are those of Amatriain et al. 2023 (arXiv:2302.07730), and Transformers that Byteloom trains.
 """
 
 from pretrain.catalogue.entries import Entry, Grouping, Result, grouped, read_catalogue

@@ -3,6 +3,7 @@
 python -m pretrain.catalogue.picture docs/assets/lineage.svg
 """
 
+import math
 import sys
 from html import escape
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 from pretrain.catalogue.entries import Entry, read_catalogue
 from pretrain.catalogue.lineage import Node, lineage
 
-LINE, YEAR, LEFT, TOP = 17, 150, 12, 34
+LINE, YEAR, LEFT, TOP = 17, 86, 12, 38
 """Height of a line, width of a year, and margins, in pixels."""
+LETTER = 7
+"""Most width of a letter of a name, on average, in pixels."""
 COLOURS = {"encoder": "#4477aa", "decoder": "#ee6677", "encoder-decoder": "#228833", "either": "#997700"}
 """Colour of each architecture (Paul Tol's bright scheme)."""
 
@@ -22,12 +25,14 @@ def picture(nodes: list[Node]) -> str:
     line_of = {node.entry.name: number for number, node in enumerate(order)}
     first = min(int(node.entry.date[:4]) for node in order)
     last = max(int(node.entry.date[:4]) for node in order) + 1
-    width, height = LEFT + (last - first) * YEAR + 210, TOP + len(order) * LINE + 12
+    height = TOP + len(order) * LINE + 12
 
     def place(entry: Entry) -> tuple[float, float]:
         years = int(entry.date[:4]) - first + (int(entry.date[5:]) - 1) / 12
         return LEFT + years * YEAR, TOP + line_of[entry.name] * LINE + LINE / 2
 
+    names_end = max(place(node.entry)[0] + LETTER * (len(node.entry.name) + 2) for node in order)
+    width = math.ceil(max(LEFT + (last - first) * YEAR + 40, names_end))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="11">',

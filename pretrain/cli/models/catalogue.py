@@ -11,7 +11,7 @@ from pretrain.catalogue import Entry, Grouping, grouped, lineage, read_catalogue
 from pretrain.catalogue.lineage import tree_lines
 from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
 
-SOURCE = "The models of arXiv:2302.07730, and those that Byteloom trains. `byteloom models about NAME` shows one."
+SOURCE = "Models of arXiv:2302.07730, and Transformers that Byteloom trains. `byteloom models about NAME` shows one."
 
 
 def print_catalogue(by: Grouping, *, as_json: bool) -> None:
