@@ -222,8 +222,9 @@ def _training(runs: Sequence[RunData], plots: Sequence[Plot], axes: Sequence[tup
     controls = (
         f'<div class="controls"><fieldset><legend>Horizontal axis</legend>{choices}</fieldset>'
         '<button type="button" id="reset">Show all</button></div>'
-        '<p class="faint">Drag in a plot to zoom all of them; a double click shows all. A dashed line is a stop, a '
-        "later start or a fault. A point of a long run is the mean of neighbouring steps.</p>"
+        '<p class="faint"><span class="pointer">Drag in a plot to zoom all of them; a double click shows all. </span>'
+        "A dashed line is a stop, a later start or a fault. A point of a long run is the mean of neighbouring steps."
+        "</p>"
     )
     figures = "\n".join(_figure(runs, plot, is_wide=plot.id == "plot-loss") for plot in plots)
     return f'{controls}<div class="plots">{figures}</div>'
