@@ -52,7 +52,7 @@ class _State(NamedTuple):
     """Place of the next item."""
 
     next: Place | None
-    """None after the last item."""
+    """The item's place. None: the last item was returned."""
     worker: tuple[int, int] = ALONE
     """Worker that the place belongs to, and the number of workers."""
 
@@ -103,7 +103,7 @@ class StreamDataset(IterableDataset[Item]):
             raise DatasetError(f"first_step is {first_step} and micro_batch {micro_batch}; both must be at least 1")
         self._last_step = last_step
         self._start = _State((first_step, 0))
-        """Where iterations begin."""
+        """Place of the first item of an iteration."""
         self._state = self._start
 
     def __iter__(self) -> Iterator[Item]:

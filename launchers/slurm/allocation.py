@@ -87,9 +87,9 @@ class Allocation:
         self._allocated = len(allocated)
         """Number of nodes of the job."""
         self._has_started = False
-        """Whether this process has started ranks."""
+        """True after this process has started ranks."""
         self._shares_processors = False
-        """Whether the next step may use processors that Slurm calls busy."""
+        """True if the next step may use processors that Slurm lists as busy."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._restart = int(environment.get("SLURM_RESTART_COUNT", 0))
 

@@ -86,9 +86,9 @@ class Entry(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
     extends: tuple[Text, ...]
     """Names of the entries that this one builds on, the closest first."""
     extension: Text
-    """What it adds to them."""
+    """Changes to these entries."""
     application: Text
-    """What it is for."""
+    """Purpose of the model."""
     corpus: Text
     """Training data."""
     parameters: tuple[Size, ...]

@@ -41,7 +41,7 @@ class Upcoming(NamedTuple):
     """This rank's part of the next step. The ranks exchange it with the numbers of the current step."""
 
     micro_batches: Sequence[MicroBatch]
-    """Of this rank. If the next step gets this very object on all ranks, it does not count target bytes again."""
+    """Micro-batches of this rank. A next step that gets the same object on all ranks counts no target bytes again."""
     numbers: Sequence[float] = ()
     """Numbers for all ranks; equally many on each."""
 
@@ -71,7 +71,7 @@ class StepResult:
     by_source: list[tuple[float, int]] = field(default_factory=list)
     """Nats and target bytes of the rows of each source; empty unless the sources were given."""
     is_updated: bool = True
-    """Whether the update was done. False: a number exceeds its limit, and the step changed nothing."""
+    """True if the step changed the parameters. False if it was rejected, because a number exceeds its limit."""
     rows: list[RowLoss] = field(default_factory=list)
     """Loss of each row of the global batch, if the update was not done."""
     upcoming: list[list[float]] = field(default_factory=list, compare=False)

@@ -71,7 +71,7 @@ class PyTorchEngine(BaseEngine):
             and not config.offload
             and all(getattr(each, "_step_supports_amp_scaling", False) for each in self._optimizers)
         )
-        """Whether the device decides about an update, so that the host need not wait for the norm."""
+        """True if the device skips a rejected update by itself. The host then does not wait for the norm."""
         self._clip_norm = optimizer.clip_norm
         self.forget()
 

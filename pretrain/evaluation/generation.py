@@ -29,7 +29,7 @@ class Sampling:
     """Probability that the likeliest bytes to draw from must add up to."""
     seed: int = 0
     separators: bool = True
-    """Whether the model may end the document. A model that never saw a separator in training must not."""
+    """True if the model may write a separator, which ends the document. False if it was trained without separators."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

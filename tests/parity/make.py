@@ -6,6 +6,7 @@ NAME is one of the functions below. CLONE is a clone of the authors' repository 
 result is NAME.npz beside this file: the weights by the authors' names, the ids, their logits, and the config.
 """
 
+import importlib
 import json
 import sys
 import types
@@ -187,14 +188,19 @@ def run_perceiver_ar(clone: Path, name: str, arguments: dict[str, Any], position
     save(name, arguments, weights, ids=ids, logits=np.asarray(output.input_events_logits))
 
 
+def module_of_spacebyte(clone: Path, name: str) -> Any:
+    """Import a module of kjslag/spacebyte without three packages that its models do not use."""
+    for unused in ("psutil", "tiktoken", "sentencepiece"):
+        sys.modules[unused] = types.ModuleType(unused)
+    sys.path.insert(0, str(clone))
+    return importlib.import_module(name)
+
+
 def megabyte(clone: Path) -> None:
     """Run the MEGABYTE of kjslag/spacebyte, with a norm after its global model, which it lacks."""
     import torch  # noqa: PLC0415 Haiku's environment has none
 
-    for unused in ("psutil", "tiktoken", "sentencepiece"):
-        sys.modules[unused] = types.ModuleType(unused)
-    sys.path.insert(0, str(clone))
-    import megabyte as authors  # noqa: PLC0415
+    authors = module_of_spacebyte(clone, "megabyte")
 
     arguments = {
         "vocab_size": 258,
@@ -238,10 +244,7 @@ def spacebyte(clone: Path) -> None:
     """Run kjslag/spacebyte on a row with a document start in its middle, by its rule for UTF-8."""
     import torch  # noqa: PLC0415 Haiku's environment has none
 
-    for unused in ("psutil", "tiktoken", "sentencepiece"):
-        sys.modules[unused] = types.ModuleType(unused)
-    sys.path.insert(0, str(clone))
-    import spacebyte as authors  # noqa: PLC0415
+    authors = module_of_spacebyte(clone, "spacebyte")
 
     arguments = {
         "vocab_size": 258,

@@ -21,7 +21,7 @@ from pretrain.training.starting.schedule_changes import describe_rise
 from pretrain.training.stop import stopping_at_once
 
 DECAY_LENGTHS = ("decay_steps", "decay_fraction")
-"""Fields of the schedule of which a recipe has one: an override of one replaces the other."""
+"""Two fields of the schedule. A recipe sets one of them. An override of one replaces the other."""
 
 app = typer.Typer()
 

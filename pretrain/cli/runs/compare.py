@@ -39,7 +39,7 @@ from pretrain.cli.arguments import (
     TimeOption,
     parse_location,
 )
-from pretrain.cli.runs.run_set import RunSet, slurm_cluster
+from pretrain.cli.runs.run_set import ClusterOption, ParallelOption, RunSet, slurm_cluster
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
@@ -91,7 +91,7 @@ app = typer.Typer()
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a command asks for."""
+    """Arguments of a command, after they were checked."""
 
     name: str
     folder: Path
@@ -122,13 +122,8 @@ def compare_command(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Values of train.seed: one run each.")] = "0",
     name: Annotated[str, typer.Option(help="Name of the comparison and beginning of its runs' names.")] = "comparison",
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="Most runs at once. Default: 1 on this machine, all on a cluster.")
-    ] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(help="Slurm preset (gpu, cpu) or .yaml file. Default: train here.", parser=parse_location),
-    ] = None,
+    parallel: ParallelOption = None,
+    cluster: ClusterOption = None,
     nodes: NodesOption = None,
     processes: ProcessesOption = None,
     gpus: GpusOption = None,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
 from byteloom.core.provenance import save_resolved
@@ -20,7 +21,7 @@ from launchers.processes import STOPPED
 from launchers.slurm.presets import ClusterConfig, load_cluster
 from launchers.slurm.scheduler import JobPhase
 from launchers.submission import submit_array
-from pretrain.cli.arguments import BYTELOOM_COMMAND
+from pretrain.cli.arguments import BYTELOOM_COMMAND, parse_location
 from pretrain.cli.runs.submit import refuse_if_trained, submission_of
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Config
@@ -35,6 +36,13 @@ from pretrain.training.run_folder import RunFolder
 from pretrain.training.run_status import status_of
 
 POLL_SECONDS = 0.2
+ParallelOption = Annotated[
+    int | None, typer.Option(min=1, help="Most runs at once. Default: 1 on this machine, all on a cluster.")
+]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(help="Slurm preset (gpu, cpu) or .yaml file. Default: train here.", parser=parse_location),
+]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pretrain.cli.arguments import (
     TimeOption,
     parse_location,
 )
-from pretrain.cli.runs.run_set import RunSet, slurm_cluster
+from pretrain.cli.runs.run_set import ClusterOption, ParallelOption, RunSet, slurm_cluster
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import find, load
 from pretrain.config.schema import Config
@@ -56,14 +56,8 @@ def sweep_command(
     name: Annotated[
         str | None, typer.Option(help="Name of the sweep's folder and of its run in MLflow. Default: as the first run.")
     ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most runs at once. Default: 1 on this machine, all on a cluster."),
-    ] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(help="Slurm preset (gpu, cpu) or .yaml file. Default: train here.", parser=parse_location),
-    ] = None,
+    parallel: ParallelOption = None,
+    cluster: ClusterOption = None,
     nodes: NodesOption = None,
     processes: ProcessesOption = None,
     gpus: GpusOption = None,

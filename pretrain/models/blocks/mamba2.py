@@ -168,16 +168,15 @@ def scan(
     rows, length, heads, width = x.shape
     chunk = min(chunk, length)
     fill = -length % chunk
-    in_chunks = (len(x), -1, chunk)
-    x, write, read = (_padded(part, fill).unflatten(1, in_chunks[1:]) for part in (x, write, read))
-    steps = _padded(steps, fill).unflatten(1, in_chunks[1:])  # a step of 0 changes nothing
+    x, write, read = (_padded(part, fill).unflatten(1, (-1, chunk)) for part in (x, write, read))
+    steps = _padded(steps, fill).unflatten(1, (-1, chunk))  # a step of 0 changes nothing
     sums = (steps * rates).cumsum(2)  # (rows, chunks, chunk, heads) logarithm of the decay since the chunk began
     written = (x * steps[..., None]).to(x.dtype)
 
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     kept, entering, carried = (sums[:, :, -1:] - sums).exp(), sums.exp(), sums[:, :, -1].exp()
     if documents is not None:
-        numbers = torch.cat([documents, documents[:, -1:].expand(-1, fill)], 1).view(in_chunks)
+        numbers = torch.cat([documents, documents[:, -1:].expand(-1, fill)], 1).view(rows, -1, chunk)
         first = documents.new_zeros(rows) if before_document is None else before_document
         previous = torch.cat([first[:, None], numbers[:, :-1, -1]], 1)  # document that enters each chunk
         seen = seen & (numbers[..., :, None] == numbers[..., None, :])[:, :, None]
