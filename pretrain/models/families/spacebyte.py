@@ -8,7 +8,7 @@ Slagle 2024, "SpaceByte: Towards Deleting Tokenization from Large Language Model
                                                                            global blocks ────────┘
 
 Position i reads the id before i, and its score depends on the ids before i only. By SpaceByte's rule, a patch starts at
-the first byte of a run that is neither a digit, a letter nor a continuation of UTF-8; see `blocks/patching.py`. The
+the first byte of a run that is neither a digit, a letter nor a continuation of UTF-8; see `patching`. The
 lift to the global width and the drop back have no parameters. Attention crosses documents, as in the paper's code.
 """
 
@@ -28,19 +28,13 @@ from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
 from pretrain.models.blocks.multi_head import Attention
 from pretrain.models.blocks.norms import LayerNorm
-from pretrain.models.blocks.patching import (
-    ByteClassConfig,
-    PatcherConfig,
-    PatchState,
-    add_at,
-    build_patcher,
-    chunk_places,
-    gather,
-)
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.transformer import StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
 from pretrain.models.initial import Initial
+from pretrain.models.patching.chunks import add_at, chunk_places, gather
+from pretrain.models.patching.config import ByteClassConfig, PatcherConfig, build_patcher
+from pretrain.models.patching.patcher import Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
 
@@ -131,7 +125,7 @@ class SpaceByte(ByteModel):
         self.check_length(ids.shape[1])
         before = ids[:, :-1].long()
         x = run_blocks(self.first_blocks, self.embed(before))
-        places, used = chunk_places(self.starts(before)[0], self.patcher.capacity)
+        places, used = chunk_places(self.patches(before).starts, self.patcher.capacity)
         x = add_at(x, places, used, self.patch_outputs(gather(x, places), 0))
         return self.nats(self.norm(run_blocks(self.last_blocks, x)), ids.long())
 
@@ -140,7 +134,7 @@ class SpaceByte(ByteModel):
         x = torch.cat([self.start.expand(len(before), 1, -1), self.embedding(before)], 1)
         return x if self.positions is None else x + self.positions[: x.shape[1]]
 
-    def starts(self, before: Tensor) -> tuple[Tensor, PatchState]:
+    def patches(self, before: Tensor) -> Patches:
         """Return where patches start among the first n + 1 positions, given the (rows, n) first ids; see `Patcher`."""
         return self.patcher(F.pad(before, (1, 0), value=SEPARATOR))
 
@@ -223,8 +217,8 @@ class SpaceByteDecoder:
         if self.length:
             raise ValueError("only a fresh decoder can be primed")
         self._model.check_room(ids.shape[1])
-        starts, self._state = self._model.starts(ids.long())
-        return self._feed(self._model.embed(ids.long()), starts, ids.shape[1], [0] * len(ids))
+        patches = self._model.patches(ids.long())
+        return self._feed(self._model.embed(ids.long()), patches, ids.shape[1])
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -234,26 +228,24 @@ class SpaceByteDecoder:
         x = model.embedding(read)
         if model.positions is not None:
             x = x + model.positions[self.length + 1]
-        patches = self._state.patches.tolist()
-        starts, self._state = model.patcher(read, self._state)
-        return self._feed(x, starts, 1, patches)
+        return self._feed(x, model.patcher(read, self._state), 1)
 
-    def _feed(self, x: Tensor, starts: Tensor, count: int, patches: list[int]) -> Tensor:
+    def _feed(self, x: Tensor, patches: Patches, count: int) -> Tensor:
         """Return the logits after positions.
 
         Args:
             x: (rows, n, d) what they read.
-            starts: (rows, n) where patches start among them.
+            patches: where patches start among them.
             count: ids among what they read.
-            patches: patches of each row before them.
         """
         model = self._model
         self.length += count
+        first, self._state = self._state.patches.tolist(), patches.state
         x = run_blocks(model.first_blocks, x, self._first)
         for row, caches in enumerate(self._global):
-            places = starts[row].nonzero()[:, 0]
+            places = patches.starts[row].nonzero()[:, 0]
             if len(places):
-                added = model.patch_outputs(x[row, places][None], patches[row], caches)
+                added = model.patch_outputs(x[row, places][None], first[row], caches)
                 x = x.index_put((torch.full_like(places, row), places), added[0], accumulate=True)
         return model.logits(model.norm(run_blocks(model.last_blocks, x, self._last)[:, -1]))
 

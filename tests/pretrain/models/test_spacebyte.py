@@ -10,8 +10,10 @@ from torch import Tensor
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.models import build_model, small_config
-from pretrain.models.blocks.patching import ByteClass, Fixed, Patcher, PatchState, add_at, chunk_places, gather
 from pretrain.models.families.spacebyte import SpaceByte, run_blocks
+from pretrain.models.patching.chunks import add_at, chunk_places, gather
+from pretrain.models.patching.patcher import Patcher, PatchState
+from pretrain.models.patching.rules import ByteClass, Fixed
 
 ids_of_rows = st.lists(
     st.lists(st.sampled_from([*b"aZ09 .\n\x80\xbf\xc3\xe6\xff", SEPARATOR, PADDING]), min_size=9, max_size=9),
@@ -37,40 +39,41 @@ def read_by(text: bytes) -> Tensor:
     ],
 )
 def test_patches_start_at_the_first_spacelike_byte_of_a_run(text: bytes, expected: list[int]):
-    starts, state = ByteClass(20)(read_by(text))
-    assert starts[0].nonzero()[:, 0].tolist() == expected
-    assert state.patches.tolist() == [len(expected)]
+    patches = ByteClass(20)(read_by(text))
+    assert patches.starts[0].nonzero()[:, 0].tolist() == expected
+    assert patches.state.patches.tolist() == [len(expected)]
 
 
 def test_class_of_every_byte():
     """Section 3 of arXiv:2404.14408: all but digits, letters and continuations of UTF-8."""
     words = {*b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", *range(0x80, 0xC0)}
     for byte in range(256):
-        starts, _ = ByteClass(9)(read_by(bytes([ord("a"), byte])))
-        assert starts[0, 2] == (byte not in words), byte
+        assert ByteClass(9)(read_by(bytes([ord("a"), byte]))).starts[0, 2] == (byte not in words), byte
 
 
 @given(ids_of_rows, patchers, st.integers(1, 8), st.integers(0, 256))
 def test_patches_of_a_prefix_are_those_of_the_row(ids: Tensor, patcher: Patcher, cut: int, other: int):
     read = torch.cat([torch.full_like(ids[:, :1], SEPARATOR), ids], 1)
-    starts, state = patcher(read)
+    whole = patcher(read)
+    starts, state = whole.starts, whole.state
     assert starts.sum(1).tolist() == state.patches.tolist()
     assert (starts.sum(1) <= patcher.capacity).all() and starts[:, 0].all()
     assert not starts[read == PADDING].any()
-    first, halfway = patcher(read[:, :cut])
-    rest, end = patcher(read[:, cut:], halfway)  # a decoder's two calls
-    assert torch.equal(torch.cat([first, rest], 1), starts)
-    assert torch.equal(end.patches, state.patches) and torch.equal(end.last, state.last)
+    assert torch.equal(starts, whole.wanted & (whole.wanted.cumsum(1) <= patcher.capacity))
+    first = patcher(read[:, :cut])
+    rest = patcher(read[:, cut:], first.state)  # a decoder's two calls
+    assert torch.equal(torch.cat([first.starts, rest.starts], 1), starts)
+    assert torch.equal(rest.state.patches, state.patches) and torch.equal(rest.state.last, state.last)
     changed = read.clone()
     changed[:, cut] = other
-    assert torch.equal(patcher(changed)[0][:, :cut], starts[:, :cut])
-    rows = torch.cat([patcher(row[None])[0] for row in read])
+    assert torch.equal(patcher(changed).starts[:, :cut], starts[:, :cut])
+    rows = torch.cat([patcher(row[None]).starts for row in read])
     assert torch.equal(rows, starts)
 
 
 @given(ids_of_rows, patchers)
 def test_vectors_of_patches_go_back_to_where_they_start(ids: Tensor, patcher: Patcher):
-    starts, _ = patcher(torch.cat([torch.full_like(ids[:, :1], SEPARATOR), ids], 1))
+    starts = patcher(torch.cat([torch.full_like(ids[:, :1], SEPARATOR), ids], 1)).starts
     x = torch.randn(*starts.shape, 3, requires_grad=True)
     places, used = chunk_places(starts, patcher.capacity)
     assert used.sum(1).tolist() == starts.sum(1).tolist()

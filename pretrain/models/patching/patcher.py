@@ -1,0 +1,90 @@
+"""Contract of the rules by which patches start."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.vocabulary import PADDING, SEPARATOR
+
+
+@dataclass
+class PatchState:
+    """What a patcher keeps of the positions of rows so far."""
+
+    length: int
+    """Positions so far."""
+    patches: Tensor
+    """(rows,) patches so far."""
+    last: Tensor
+    """(rows,) id that the last position read; SEPARATOR before position 0."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """(rows, ...) tensors that the rule itself keeps, by name; empty before position 0."""
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "PatchState":
+        """Return the state before the first position."""
+        patches = torch.zeros(rows, dtype=torch.long, device=device)
+        return cls(0, patches, torch.full_like(patches, SEPARATOR))
+
+
+class Decision(NamedTuple):
+    """What a rule decides of positions, before separators, padding and the capacity are considered."""
+
+    starts: Tensor
+    """(rows, n) booleans, true where a patch should start."""
+    probabilities: Tensor | None = None
+    """(rows, n) probabilities of a start, of a rule that learns them."""
+    memory: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    """What the rule keeps for the positions after these; see `PatchState.memory`."""
+
+
+@dataclass
+class Patches:
+    """Where patches start among positions of rows."""
+
+    starts: Tensor
+    """(rows, n) booleans, true where a patch starts: at most `capacity` in a whole row."""
+    wanted: Tensor
+    """(rows, n) booleans, true where a patch would start without a capacity."""
+    probabilities: Tensor | None
+    """(rows, n) probabilities of a start, of a rule that learns them."""
+    state: PatchState
+    """State after these positions."""
+
+
+class Patcher(nn.Module, ABC):
+    """Rule by which patches start."""
+
+    def __init__(self, capacity: int) -> None:
+        """Make the rule.
+
+        Args:
+            capacity: patches that a row may have.
+        """
+        super().__init__()
+        self.capacity = capacity
+
+    def forward(self, read: Tensor, state: PatchState | None = None, hidden: Tensor | None = None) -> Patches:
+        """Return where patches start, and the state after these positions.
+
+        A position that reads SEPARATOR starts a patch; one that reads PADDING does not.
+
+        Args:
+            read: (rows, n) ids that positions read, n >= 1; position 0 of a row reads SEPARATOR.
+            state: after the positions before; None: there are none.
+            hidden: (rows, n, width) states of the positions, for a rule that reads them.
+        """
+        state = PatchState.empty(len(read), read.device) if state is None else state
+        decision = self.rule(read, state, hidden)
+        wanted = (decision.starts | (read == SEPARATOR)) & (read != PADDING)
+        counts = state.patches[:, None] + wanted.cumsum(1)
+        patches = counts[:, -1].clamp(max=self.capacity)
+        after = PatchState(state.length + read.shape[1], patches, read[:, -1].long(), decision.memory)
+        return Patches(wanted & (counts <= self.capacity), wanted, decision.probabilities, after)
+
+    @abstractmethod
+    def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:
+        """Return what the rule alone decides; see `forward` for the arguments."""
