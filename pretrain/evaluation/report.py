@@ -1,7 +1,7 @@
-"""Report of an evaluation: a table, JSON, and curves by position as CSV files and a picture.
+"""Reports of evaluations: a table, JSON, and curves by position as CSV files and a picture.
 
-All of them name the mode, the stride, the context of first bytes and the options of the model's use, because results
-that differ in one of them are not comparable.
+All of those about bits per byte name the mode, the stride, the context of first bytes and the options of the model's
+use, because results that differ in one of them are not comparable.
 """
 
 import csv
@@ -18,7 +18,9 @@ from byteloom.core.text import count
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.scores import Evaluation, Score
+from pretrain.objectives import ObjectiveConfig
 from pretrain.terminal.console import printable
+from pretrain.terminal.losses import unit_of
 from pretrain.terminal.tables import Table, figure
 
 CURVE_POINTS = 128
@@ -51,9 +53,8 @@ class EvaluationReport:
     @property
     def name(self) -> str:
         """Name of the folder of the figures, unique among evaluations of a checkpoint."""
-        corpus = "-".join(self.corpus.rstrip("/").split("/")[-2:])
         typed = [f"{name}-{value}" for name, value in self.typed_usage.items()]
-        return "-".join([re.sub(r"[^A-Za-z0-9._-]", "_", corpus), self.mode, str(self.stride), self.begin, *typed])
+        return "-".join([_corpus_name(self.corpus), self.mode, str(self.stride), self.begin, *typed])
 
     @property
     def title(self) -> str:
@@ -109,16 +110,19 @@ class EvaluationReport:
             found["patch_positions"] = [_as_json(score) for score in self.evaluation.positions.scores(self.patch_size)]
         return found
 
-    def write_curves(self, folder: Path) -> None:
-        """Write NAME-positions.csv for each curve, and positions.png of all."""
-        self.write_tables(folder)
-        self._draw(folder / "positions.png")
-
-    def write_figures(self, folder: Path) -> None:
-        """Write figures.json."""
+    def write(self, folder: Path, *, with_picture: bool = False) -> None:
+        """Write figures.json, NAME-positions.csv for each curve, and positions.png of all if it is asked for."""
+        self._write_tables(folder)
+        if with_picture:
+            self._draw(folder / "positions.png")
         replace_file(folder / "figures.json", json.dumps(self.as_json(), indent=1))
 
-    def write_tables(self, folder: Path) -> None:
+    def write_curves(self, folder: Path) -> None:
+        """Write NAME-positions.csv for each curve, and positions.png of all."""
+        self._write_tables(folder)
+        self._draw(folder / "positions.png")
+
+    def _write_tables(self, folder: Path) -> None:
         """Write NAME-positions.csv for each curve."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, scores in self.curves.items():
@@ -146,6 +150,51 @@ class EvaluationReport:
             axes.set(xlabel=f"position in the {name}", ylabel="bits per byte")
             axes.legend()
         figure.savefig(path, dpi=120)
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """The loss of an objective that is not causal."""
+
+    model: str
+    corpus: str
+    objective: ObjectiveConfig
+    sequence_length: int
+    score: Score
+
+    @property
+    def name(self) -> str:
+        """Name of the folder of the figures, unique among evaluations of a checkpoint."""
+        return f"{_corpus_name(self.corpus)}-{self.objective.name}"
+
+    def table(self) -> Table:
+        """Return a table of the loss."""
+        rows = f"rows of {count(self.sequence_length, 'id')}"
+        title = f"{self.model} on {self.corpus}, objective {self.objective.name}: {rows}"
+        table = Table(title, [unit_of(self.objective.metric), f"{self.objective.entry.unit}s", "documents"])
+        table.add_row(*_cells(self.score))
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "objective": self.objective.model_dump(mode="json"),
+            "sequence_length": self.sequence_length,
+            self.objective.metric: self.score.bits_per_byte,
+            "bytes": self.score.bytes,
+            "nats": self.score.nats,
+            "documents": self.score.documents,
+        }
+
+    def write(self, folder: Path, *, with_picture: bool = False) -> None:
+        """Write figures.json. There are no curves by position, and no picture of them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "figures.json", json.dumps(self.as_json(), indent=1))
+
+
+def _corpus_name(corpus: str) -> str:
+    """Return the last two parts of a location as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(corpus.rstrip("/").split("/")[-2:]))
 
 
 def _points(scores: list[Score]) -> tuple[list[float], list[float]]:

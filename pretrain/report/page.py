@@ -19,6 +19,7 @@ from pretrain.report.numbers import NumberTable, at_time, sampled
 from pretrain.report.plots import Plot, plots_of
 from pretrain.report.run_data import RunData, StoredEvaluation
 from pretrain.report.samples import samples_section
+from pretrain.terminal.losses import is_loss, unit_of
 from pretrain.terminal.progress import duration, size
 from pretrain.tracking.mlflow.store import shown
 
@@ -343,6 +344,9 @@ def _evaluations(runs: Sequence[RunData]) -> str:
     parts = []
     for number, (run, evaluation) in enumerate(_stored(runs)):
         figures = evaluation.figures
+        if "objective" in figures:
+            parts.append(_loss(run, evaluation))
+            continue
         groups = {**dict(sorted(figures["groups"].items())), "all": figures["total"]}
         rows = [
             [name, _value(score["bits_per_byte"], "bits"), f"{score['bytes']:,}", f"{score['documents']:,}"]
@@ -373,6 +377,17 @@ def _evaluations(runs: Sequence[RunData]) -> str:
         )
         parts.append(f'<div class="plots">{curves}</div>')
     return "".join(parts)
+
+
+def _loss(run: RunData, evaluation: StoredEvaluation) -> str:
+    """Return the part about the loss of an objective that is not causal."""
+    figures, title = evaluation.figures, f"{run.name}, {evaluation.name}"
+    metric = next(name for name in figures if is_loss(name))
+    how = f"Objective {figures['objective']['name']}, rows of {figures['sequence_length']:,} ids."
+    row = [_value(figures[metric], "bits"), f"{figures['bytes']:,}", f"{figures['documents']:,}"]
+    headings = [unit_of(metric), "scored bytes", "documents"]
+    table = _scrolling(_table(headings, [row], caption=f"Evaluation {title}", numbers=(0, 1, 2)))
+    return f"<h3>{_text(title)}</h3><p class='faint'>{_text(how)}</p>{table}"
 
 
 def _problems(runs: Sequence[RunData]) -> str:

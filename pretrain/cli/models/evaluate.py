@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from byteloom.core.text import count
 from byteloom.model import Model
 from data_pipeline.errors import CorpusError
 from pretrain.checkpoint import Metadata
@@ -25,13 +24,12 @@ from pretrain.cli.models.weights import (
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.config import ValidationConfig, ValidationCorpus
 from pretrain.evaluation.modes import Mode, check_usage, stride_of
-from pretrain.evaluation.report import EvaluationReport
+from pretrain.evaluation.report import EvaluationReport, LossReport
 from pretrain.evaluation.scores import EvaluationError
 from pretrain.evaluation.words import count_words
 from pretrain.models import usage_of
 from pretrain.terminal.console import display
-from pretrain.terminal.losses import unit_of
-from pretrain.terminal.tables import JsonOption, Table, print_json
+from pretrain.terminal.tables import JsonOption, print_json
 from pretrain.tracking import store_evaluation
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights.results import run_of
@@ -159,7 +157,7 @@ def eval_command(
 
 
 def _show_loss(loaded: Model, model: str, shards: str | None, rows: int, *, as_json: bool) -> None:
-    """Print the loss of a model whose objective is not causal."""
+    """Print and store the loss of a model whose objective is not causal."""
     objective = loaded.objective
     named = (
         ValidationCorpus(shards=shards)
@@ -173,15 +171,12 @@ def _show_loss(loaded: Model, model: str, shards: str | None, rows: int, *, as_j
         score = loaded.loss(corpus, rows=rows, progress=phase.advance)
     if not score.bytes:
         raise EvaluationError(f"{named.shards} has no {objective.entry.unit} to score")
+    report = LossReport(str(loaded.checkpoint.folder), named.shards, objective, loaded.sequence_length, score)
     if as_json:
-        counts = {"bytes": score.bytes, "nats": score.nats, "documents": score.documents}
-        print_json({"objective": objective.model_dump(mode="json"), objective.metric: score.bits_per_byte} | counts)
-        return
-    unit, scored = unit_of(objective.metric), f"{objective.entry.unit}s"
-    title = f"{loaded.checkpoint.folder} on {named.shards}, objective {objective.name}: rows of "
-    table = Table(f"{title}{count(loaded.sequence_length, 'id')}", [unit, scored, "documents"])
-    table.add_row(f"{score.bits_per_byte:.4f}", f"{score.bytes:,}", f"{score.documents:,}")
-    table.print()
+        print_json(report.as_json())
+    else:
+        report.table().print()
+    _store_evaluation(model, loaded.checkpoint, report)
 
 
 def _validation_corpus(model: str, validation: Mapping[str, Any]) -> ValidationCorpus:
@@ -200,20 +195,18 @@ def _validation_corpus(model: str, validation: Mapping[str, Any]) -> ValidationC
     return corpora[0]
 
 
-def _store_evaluation(model: str, checkpoint: Metadata, report: EvaluationReport) -> None:
+def _store_evaluation(model: str, checkpoint: Metadata, report: EvaluationReport | LossReport) -> None:
     """Store an evaluation in the run folder, and in MLflow, if the model is a run or one of its checkpoints."""
     run = run_of(model)
     if run is None:
         return
     place = run.evaluations / checkpoint.name / report.name
     try:
-        report.write_tables(place)
-        report.write_figures(place)
+        report.write(place)
     except OSError as error:  # the run may be somebody else's
         log.warning("the evaluation was not stored in the run folder: %s", error)
     if not run.mlflow.exists() or not checkpoint.state["config"]["tracking"]["enabled"]:
         return
     with tempfile.TemporaryDirectory(prefix="byteloom-") as folder:
-        report.write_curves(Path(folder))
-        report.write_figures(Path(folder))
+        report.write(Path(folder), with_picture=True)
         store_evaluation(run.mlflow, Path(folder), f"eval/{checkpoint.name}/{report.name}")

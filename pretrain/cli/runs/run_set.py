@@ -202,14 +202,18 @@ def train_all(
     """
     waiting, running, codes = list(recipes), dict[str, subprocess.Popen[bytes]](), dict[str, int]()
     total = done + len(recipes)
-    with _noted_interrupts() as interrupts:
+    with _noted_requests() as requests:
         while waiting or running:
-            waiting = [] if interrupts else waiting  # the runs received it too, and save
+            while requests:
+                number, waiting = requests.pop(), []
+                if number != signal.SIGINT:  # a terminal sends it to the runs too
+                    for process in running.values():
+                        process.send_signal(number)
             if waiting and len(running) < parallel:
                 name = waiting.pop(0)
                 say(f"{total - len(waiting)} of {total}: {name}")
                 running[name] = subprocess.Popen([*BYTELOOM_COMMAND, "train", str(recipes[name])])
-                if interrupts:  # it may have come before the process
+                if signal.SIGINT in requests:  # it may have come before the process
                     running[name].send_signal(signal.SIGINT)
                 continue
             time.sleep(POLL_SECONDS)
@@ -223,14 +227,15 @@ def train_all(
 
 
 @contextmanager
-def _noted_interrupts() -> Iterator[list[int]]:
-    """Yield a list to which each Ctrl-C within adds its signal, in place of a KeyboardInterrupt anywhere."""
+def _noted_requests() -> Iterator[list[int]]:
+    """Yield a list to which each signal that asks for a stop within is added. It has no other effect."""
     found = list[int]()
-    earlier = signal.signal(signal.SIGINT, lambda number, _: found.append(number))
+    earlier = {number: signal.signal(number, lambda number, _: found.append(number)) for number in STOPPED.values()}
     try:
         yield found
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _child(config: Config, parent: str) -> Config:

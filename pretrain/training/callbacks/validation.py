@@ -18,7 +18,7 @@ from pretrain.terminal.losses import unit_of
 from pretrain.terminal.progress import duration
 from pretrain.training.agreement import Vote
 from pretrain.training.callbacks.base import Callback
-from pretrain.training.run import TrainingRun
+from pretrain.training.run import TrainingError, TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class ValidationCallback(Callback):
 
         Raises:
             StoppedError: a rank was asked to stop; on all ranks.
-            TrainingError: a rank cannot read a corpus; on all ranks.
+            TrainingError: a rank cannot read a corpus, or there is nothing to score in it; on all ranks.
         """
         is_due = self._is_owed or run.is_done or run.step % run.recipe.validation.every == 0
         self._is_owed = False
@@ -68,6 +68,12 @@ def _validate(run: TrainingRun, vote: Vote, name: str, corpus: Corpus) -> Score:
     total = Score()
     for score in run.world.gather(asdict(own)):
         total.add(Score(**score))
+    if not total.bytes:
+        objective = run.recipe.objective
+        raise TrainingError(
+            f"validation corpus {name or run.recipe.validation.shards} has no {objective.entry.unit} to score for "
+            f"objective.name {objective.name}; set validation.shards to another corpus, or leave it out"
+        )
     log.info(
         "step %d: validation%s %.4f %s over %s bytes in %s",
         run.step,

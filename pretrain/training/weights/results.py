@@ -6,7 +6,7 @@ from typing import Any
 
 from byteloom.core.storage.state_files import StateFileError, read_json
 from pretrain.checkpoint import Metadata, Url
-from pretrain.terminal.losses import loss_at
+from pretrain.terminal.losses import BITS_PER_BYTE, is_loss, loss_at
 from pretrain.tracking.journal import read_journal
 from pretrain.training.run_folder import RunFolder
 
@@ -17,11 +17,14 @@ class Result:
 
     dataset: str
     """Name of the corpus and of the way it was scored."""
-    bits_per_byte: float
+    loss: float
+    """Loss in the unit of its metric."""
     bytes: int | None = None
     """Scored bytes; None if they are not known."""
     mode: str | None = None
     """Mode, stride and beginning of the evaluation; None for a value of the run's journal."""
+    metric: str = BITS_PER_BYTE
+    """Name of the loss; see `pretrain/terminal/losses.py`."""
 
 
 def run_of(model: str) -> RunFolder | None:
@@ -46,9 +49,13 @@ def _result(path: Path) -> Result:
     figures = read_json(path, dict[str, Any], "remove its folder; `byteloom eval` makes it again")
     if figures is None:
         raise StateFileError(f"{path} was removed while it was read")
-    mode = f"mode {figures['mode']}, stride {figures['stride']}, begin {figures['begin']}"
+    name = path.parent.name
+    if "objective" in figures:
+        metric = next(key for key in figures if is_loss(key))
+        return Result(name, figures[metric], figures["bytes"], f"objective {figures['objective']['name']}", metric)
     total = figures["total"]
-    return Result(path.parent.name, total["bits_per_byte"], total["bytes"], mode)
+    mode = f"mode {figures['mode']}, stride {figures['stride']}, begin {figures['begin']}"
+    return Result(name, total[BITS_PER_BYTE], total["bytes"], mode)
 
 
 def logged_losses(checkpoint: Metadata) -> dict[str, float]:

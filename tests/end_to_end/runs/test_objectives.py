@@ -54,6 +54,10 @@ def test_run_resumes_exactly_and_its_loss_has_one_name_everywhere(
     evaluated = json.loads(byteloom("eval", whole, "--json").stdout)
     assert evaluated[metric] == pytest.approx(last, rel=1e-6)
     assert "bits_per_byte" not in evaluated
+    (stored,) = (whole / "evaluations/step-00000012").glob("*/figures.json")
+    assert json.loads(stored.read_text()) == evaluated
+    byteloom("report", whole, "--out", tmp_path / "page.html")
+    assert f"Objective {objective}, rows of 128 ids" in (tmp_path / "page.html").read_text()
     (status,) = json.loads(byteloom("status", whole, "--json").stdout)
     assert (status["metric"], status["bits_per_byte"], status["validation_loss"]) == (metric, None, last)
     byteloom("checkpoint", "export", whole, "--out", tmp_path / "export")

@@ -159,7 +159,7 @@ def test_hub_reads_the_results_of_a_model_card(tmp_path: Path):
         ("books-windows", "bits_per_byte", 1.25),
         ("code-windows", "bits_per_byte", 0.5),
     ]
-    assert "| books-windows | 1.2500 | 1,000 | mode windows |" in card.text
+    assert "| books-windows | 1.2500 | bits per byte | 1,000 | mode windows |" in card.text
 
 
 def test_damaged_evaluation_is_named(tmp_path: Path):
@@ -170,6 +170,8 @@ def test_damaged_evaluation_is_named(tmp_path: Path):
         '{"mode": "windows", "stride": 9, "begin": "start", "total": {"bits_per_byte": 2.5, "bytes": 7}}'
     )
     assert evaluations_of(run, checkpoint) == [Result("books", 2.5, 7, "mode windows, stride 9, begin start")]
+    figures.write_text('{"objective": {"name": "masked"}, "bytes": 7, "bits_per_masked_byte": 2.5}')
+    assert evaluations_of(run, checkpoint) == [Result("books", 2.5, 7, "objective masked", "bits_per_masked_byte")]
     figures.write_text("")
     with pytest.raises(StateFileError, match=r"figures.json is damaged: it is empty"):
         evaluations_of(run, checkpoint)

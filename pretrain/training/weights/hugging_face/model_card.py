@@ -38,13 +38,17 @@ def _metadata(card: Mapping[str, Any], results: Sequence[Result], name: str) -> 
                 "task": {"type": "text-generation", "name": "Byte modeling"},
                 "dataset": {"name": result.dataset, "type": _slug(result.dataset)},
                 "metrics": [
-                    {"type": "bits_per_byte", "name": result.mode or "bits per byte", "value": result.bits_per_byte}
+                    {"type": result.metric, "name": result.mode or _in_words(result.metric), "value": result.loss}
                 ],
             }
             for result in results
         ]
         about["model-index"] = [{"name": name, "results": measured}]
     return about
+
+
+def _in_words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _slug(text: str) -> str:
@@ -71,11 +75,11 @@ def _table(results: Sequence[Result]) -> str:
     if not results:
         return ""
     rows = [
-        f"| {each.dataset} | {each.bits_per_byte:.4f} | {'' if each.bytes is None else f'{each.bytes:,}'} "
-        f"| {each.mode or ''} |"
+        f"| {each.dataset} | {each.loss:.4f} | {_in_words(each.metric)} "
+        f"| {'' if each.bytes is None else f'{each.bytes:,}'} | {each.mode or ''} |"
         for each in results
     ]
-    return "\n".join(["| data | bits per byte | bytes | scoring |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| data | loss | unit | bytes | scoring |", "| --- | --- | --- | --- | --- |", *rows])
 
 
 PAGE = """\
