@@ -39,7 +39,7 @@ from pretrain.engines.process_state import set_up_deepspeed, set_up_deepspeed_en
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig
 from pretrain.optim.adamw import MOMENTS, adam_of
-from pretrain.optim.groups import decaying
+from pretrain.optim.groups import parameter_rules, set_rate
 
 _KINDS = {MODEL: None} | {moment: moment for moment in MOMENTS}
 """Kinds of fragments, and DeepSpeed's name of each."""
@@ -69,7 +69,7 @@ class DeepSpeedEngine(BaseEngine):
             raise EngineError(f"DeepSpeed refuses its config, which includes engine.deepspeed: {reason}") from error
         model.train()
         prepare_blocks(config, model, self.device)
-        decays = decaying(optimizer, model)
+        rules = parameter_rules(optimizer, model)
         self._stage = int(config.name[-1])
         self._offloads = config.offload
         model.to(self.dtype)
@@ -80,7 +80,7 @@ class DeepSpeedEngine(BaseEngine):
         with redirect_stdout(io.StringIO()):  # it prints the memory in use
             self._deepspeed, self._zero, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=adam_of(optimizer, dict(model.named_parameters()), decays),
+                optimizer=adam_of(optimizer, dict(model.named_parameters()), rules),
                 config=settings,
                 dist_init_required=False,
             )
@@ -175,8 +175,7 @@ class DeepSpeedEngine(BaseEngine):
         # DeepSpeed decides about non-finite gradients by itself, on the host, and drops them, which hides their place.
         # It knows no other condition, so the host decides here.
         if is_fit:
-            for group in self._zero.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_rate(self._zero.optimizer, learning_rate)
             self._deepspeed.step()
 
     def _after_update(self) -> None:

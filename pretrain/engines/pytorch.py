@@ -32,6 +32,7 @@ from pretrain.engines.copies import Copies
 from pretrain.engines.process_state import ignore_view_warnings
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig, build_optimizers
+from pretrain.optim.groups import set_rate
 
 
 class PyTorchEngine(BaseEngine):
@@ -220,8 +221,7 @@ class PyTorchEngine(BaseEngine):
             for optimizer in self._optimizers:
                 if self._selects_on_device:  # fused optimizers select on the device, as for a GradScaler
                     optimizer.found_inf = (~is_fit).float()  # type: ignore[attr-defined]
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+                set_rate(optimizer, learning_rate)
                 optimizer.step()
 
     def _after_update(self) -> None:

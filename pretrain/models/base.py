@@ -184,6 +184,26 @@ class ByteModel(nn.Module, ABC):
             for parameter, number in module.own_fused_matrices().items()
         }
 
+    def rate_multiplier(self, name: str) -> float:
+        """Return the factor of a parameter's learning rate, above 0.
+
+        Families whose parts learn at different rates override this.
+
+        Args:
+            name: of the parameter.
+        """
+        return 1.0
+
+    def may_decay(self, name: str) -> bool:
+        """Return whether a matrix or table may decay; norms and biases never do.
+
+        Families with exceptions override this.
+
+        Args:
+            name: of the parameter.
+        """
+        return True
+
     @abstractmethod
     def scored(self, length: int) -> slice:
         """Return the positions of a row that are scored outside training.

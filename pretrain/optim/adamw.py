@@ -1,6 +1,6 @@
 """AdamW, and Adam."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from pretrain.models.base import ByteModel
 from pretrain.optim.config import OptimizerConfig, decoupled_decay_warnings
-from pretrain.optim.groups import decaying, parameter_groups, with_moments
+from pretrain.optim.groups import ParameterRule, parameter_groups, parameter_rules, with_moments
 from pretrain.optim.registry import OptimizerEntry, register_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -17,17 +17,19 @@ FIELDS = frozenset({"beta1", "beta2", "epsilon", "weight_decay", "decay_embeddin
 """Config fields of AdamW and Adam."""
 
 
-def adam_of(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Container[str]) -> Optimizer:
+def adam_of(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, ParameterRule]
+) -> Optimizer:
     """Return Adam if the config names it, else AdamW, without moments.
 
     Args:
         config: the name and the settings.
         parameters: by name.
-        decays: names of the parameters that decay.
+        rules: of the parameters, by name.
     """
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(
-        parameter_groups(config, parameters, decays),
+        parameter_groups(config, parameters, rules),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -36,14 +38,14 @@ def adam_of(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], dec
 
 
 def adam_with_moments(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Container[str]
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, ParameterRule]
 ) -> Optimizer:
     """Return the optimizer of `adam_of` with zero moments."""
-    return with_moments(adam_of(config, parameters, decays), *MOMENTS, "step")
+    return with_moments(adam_of(config, parameters, rules), *MOMENTS, "step")
 
 
 def _build(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
-    return [adam_with_moments(config, dict(model.named_parameters()), decaying(config, model))]
+    return [adam_with_moments(config, dict(model.named_parameters()), parameter_rules(config, model))]
 
 
 register_optimizer(

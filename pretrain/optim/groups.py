@@ -1,45 +1,114 @@
-"""Parameter groups and moments of optimizers."""
+"""Building of optimizers, their parameter groups and their moments."""
 
-from collections.abc import Container, Mapping
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from byteloom.core.errors import CorrectableError
 from pretrain.models.base import ByteModel
 from pretrain.optim.config import OptimizerConfig
 
+MULTIPLIER = "rate_multiplier"
+"""Key of a parameter group: the factor of the learning rate. 1 if the key is missing."""
 
-def decaying(config: OptimizerConfig, model: ByteModel) -> set[str]:
-    """Return the names of the parameters that decay.
+
+class OptimizerError(CorrectableError):
+    """An optimizer does not fit a model."""
+
+
+def build_optimizers(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
+    """Return optimizers that together update every parameter, with moments in place (zeros).
+
+    A checkpoint can be read into them before the first step. `Optimizer.state` of a parameter has its moments by their
+    names in checkpoints. Most have the number of steps done as `step` too, an fp32 scalar.
+
+    Raises:
+        OptimizerError: the optimizer ignores the multipliers that the model declares.
+    """
+    optimizers, rules = config.entry.build(config, model), parameter_rules(config, model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    multipliers = {id(each): group.get(MULTIPLIER, 1.0) for group in groups for each in group["params"]}
+    for name, parameter in model.named_parameters():
+        if multipliers[id(parameter)] != rules[name].rate_multiplier:
+            raise OptimizerError(
+                f"{name} has the learning-rate multiplier {rules[name].rate_multiplier:g}, and optimizer.name "
+                f"{config.name} makes its groups without multipliers; use adamw, adam or muon"
+            )
+    return optimizers
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How an optimizer treats a parameter."""
+
+    decays: bool
+    """Whether weight decay applies."""
+    rate_multiplier: float = 1.0
+    """Factor of the learning rate."""
+
+
+def parameter_rules(config: OptimizerConfig, model: ByteModel) -> dict[str, ParameterRule]:
+    """Return the rule of each parameter, by name.
 
     Modules and shapes decide it, so this is called before an engine shards parameters.
+
+    Raises:
+        OptimizerError: the model declares a multiplier that is not a positive number.
     """
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         is_table = parameter.dim() >= 2 and not name.endswith("bias")  # unless it is a matrix
-        return id(parameter) in matrices or (is_table and config.decay_embeddings)
+        return model.may_decay(name) and (id(parameter) in matrices or (is_table and config.decay_embeddings))
 
-    return {name for name, parameter in model.named_parameters() if decays(name, parameter)}
+    rules = {}
+    for name, parameter in model.named_parameters():
+        multiplier = model.rate_multiplier(name)
+        if not 0 < multiplier < math.inf:
+            raise OptimizerError(
+                f"{type(model).__name__}.rate_multiplier is {multiplier} for {name}; it must be above 0 and finite"
+            )
+        rules[name] = ParameterRule(decays(name, parameter), multiplier)
+    return rules
 
 
 def parameter_groups(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Container[str]
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, ParameterRule]
 ) -> list[dict[str, Any]]:
-    """Return the group of parameters that decay and the group of those that do not, without empty groups.
+    """Return one group of parameters for each rule that they have, those that decay first.
 
     Args:
         config: the weight decay.
         parameters: by name.
-        decays: names of the parameters that decay.
+        rules: by name, of these parameters and possibly others.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in parameters.items() if name in decays], "weight_decay": config.decay},
-        {"params": [p for name, p in parameters.items() if name not in decays], "weight_decay": 0.0},
+    members: dict[ParameterRule, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        members.setdefault(rules[name], []).append(parameter)
+    return [
+        {
+            "params": members[rule],
+            "weight_decay": config.decay if rule.decays else 0.0,
+            MULTIPLIER: rule.rate_multiplier,
+        }
+        for rule in sorted(members, key=lambda rule: (not rule.decays, -rule.rate_multiplier))
     ]
-    return [group for group in groups if group["params"]]
+
+
+def set_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of each group: a rate times the group's multiplier.
+
+    Args:
+        optimizer: the groups.
+        learning_rate: rate of the schedule.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get(MULTIPLIER, 1.0)
 
 
 def with_moments(optimizer: Optimizer, *names: str) -> Optimizer:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from pretrain.models.base import ByteModel
 from pretrain.optim import adamw
 from pretrain.optim.config import OptimizerConfig, decoupled_decay_warnings
-from pretrain.optim.groups import decaying, parameter_groups, with_moments
+from pretrain.optim.groups import parameter_groups, parameter_rules, with_moments
 from pretrain.optim.registry import OptimizerEntry, register_optimizer
 
 MOMENTUM = "momentum_buffer"
@@ -37,15 +37,22 @@ class Muon(Optimizer):
     number. Each rank repeats the iterations of the others.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], momentum: float, matrices: Mapping[nn.Parameter, int]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        matrices: Mapping[nn.Parameter, int],
+    ) -> None:
         """Make the optimizer, without moments.
 
         Args:
-            groups: groups of parameters of two dimensions, each with its learning rate and weight decay.
+            groups: groups of parameters of two dimensions, each with its weight decay.
+            lr: learning rate of all groups.
             momentum: decay per step of the mean of gradients.
             matrices: number of logical matrices of equal rows that a parameter holds; 1 if it is not among them.
         """
-        super().__init__(groups, {"momentum": momentum})
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
         self._matrices = dict(matrices)
 
     @torch.no_grad()
@@ -107,12 +114,11 @@ def _matrices(model: ByteModel) -> dict[str, nn.Parameter]:
 
 
 def _build(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
-    decays, matrices = decaying(config, model), _matrices(model)
+    rules, matrices = parameter_rules(config, model), _matrices(model)
     rest = {name: p for name, p in model.named_parameters() if name not in matrices}
     fused = {matrices[name]: number for name, number in model.fused_matrices().items() if name in matrices}
-    groups = [group | {"lr": config.learning_rate} for group in parameter_groups(config, matrices, decays)]
-    muon = Muon(groups, config.momentum, fused)
-    return [with_moments(muon, MOMENTUM), adamw.adam_with_moments(config, rest, decays)]
+    muon = Muon(parameter_groups(config, matrices, rules), config.learning_rate, config.momentum, fused)
+    return [with_moments(muon, MOMENTUM), adamw.adam_with_moments(config, rest, rules)]
 
 
 def _moment_values(model: ByteModel) -> int:

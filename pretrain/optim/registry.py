@@ -71,12 +71,3 @@ def register_optimizer(entry: OptimizerEntry) -> OptimizerEntry:
     """
     OPTIMIZERS.register(entry.name, entry)
     return entry
-
-
-def build_optimizers(config: "OptimizerConfig", model: ByteModel) -> list[Optimizer]:
-    """Return optimizers that together update every parameter, with moments in place (zeros).
-
-    A checkpoint can be read into them before the first step. `Optimizer.state` of a parameter has its moments by their
-    names in checkpoints. Most have the number of steps done as `step` too, an fp32 scalar.
-    """
-    return OPTIMIZERS.get(config.name).build(config, model)

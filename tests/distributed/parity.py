@@ -36,12 +36,30 @@ def model(family: str, **changes: Any) -> ByteModel:
         return build_model(small_config(family, **changes))
 
 
+def rate_multiplier(name: str) -> float:
+    """Return one of three multipliers: of embeddings, of feed-forward layers, and of other parameters."""
+    return 30.0 if "embedding" in name else 0.1 if "feed_forward" in name else 1.0
+
+
+def may_decay(name: str) -> bool:
+    """Return whether a parameter may decay: attention is exempt."""
+    return "attention" not in name
+
+
 def build(
-    family: str, world: World = ALONE, optimizer: str = "adamw", changes: Mapping[str, Any] = {}, **engine: Any
+    family: str,
+    world: World = ALONE,
+    optimizer: str = "adamw",
+    changes: Mapping[str, Any] = {},
+    *,
+    has_multipliers: bool = False,
+    **engine: Any,
 ) -> Engine:
     """Build an engine that holds the initial values of a small model, whose config may have changes."""
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
     small, how = model(family, **changes), OptimizerConfig.model_validate({"name": optimizer})
+    if has_multipliers:
+        small.rate_multiplier, small.may_decay = rate_multiplier, may_decay  # type: ignore[method-assign]
     built = build_engine(config, small, how, 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
     built.begin()
     return built

@@ -101,6 +101,19 @@ def test_muon_has_the_losses_of_one_process_also_where_ranks_hold_rows_of_matric
             assert rank_losses[case] == expected, case
 
 
+@pytest.mark.slow
+def test_rate_multipliers_and_exceptions_from_decay_have_the_losses_of_one_process():
+    fields: dict[str, Any] = {"precision": "fp32", "has_multipliers": True}
+    engines = {name: engine | fields for name, engine in ENGINES[2].items()}
+    cases = [("transformer", name) for name in engines]
+    steps = range(STEPS["fp32"])
+    expected = losses(build("transformer", has_multipliers=True), steps)
+    assert expected[-1] != pytest.approx(alone("transformer", "fp32")[-1], rel=1e-3)
+    for rank_losses in on_ranks(2, losses_of_all, engines, cases, len(steps), "adamw"):
+        for case in cases:
+            assert rank_losses[case] == pytest.approx(expected, rel=TOLERANCE["fp32"]), case
+
+
 def test_every_engine_and_every_family_train_in_short_tests():
     for (ranks, precision), families in SOME.items():
         assert families.keys() == ENGINES[ranks].keys(), precision

@@ -28,7 +28,14 @@ from pretrain.engines.pytorch import PyTorchEngine
 from pretrain.estimate.activations import on_meta
 from pretrain.estimate.states import shardings
 from pretrain.models import ByteModel, build_model, model_config
-from pretrain.optim import OPTIMIZERS, OptimizerConfig, OptimizerEntry, build_optimizers, register_optimizer
+from pretrain.optim import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    OptimizerEntry,
+    OptimizerError,
+    build_optimizers,
+    register_optimizer,
+)
 from pretrain.optim.groups import with_moments
 from tests.test_project import ROOT
 
@@ -175,6 +182,15 @@ def test_foreign_engine_has_a_row_in_the_estimate(tp: str):
     rows = {row.name: row.states for row in shardings(model, OPTIMIZERS.get("adamw"), torch.bfloat16, 2)}
     assert list(rows) == ["ddp", "zero-1", "zero-2", "tp", "zero-3", "fsdp"]
     assert rows["tp"].masters == rows[REPLICATED.label].masters
+
+
+def test_optimizer_without_multipliers_is_refused_for_a_model_that_declares_them(sgd: str):
+    model = build_model(model_config(TINY))
+    config = OptimizerConfig(name=sgd, weight_decay=None, options={"nesterov": True})
+    build_optimizers(config, model)
+    model.rate_multiplier = lambda name: 2.0 if "norm" in name else 1.0
+    with pytest.raises(OptimizerError, match=r"norm.* has the learning-rate multiplier 2, and optimizer.name sgd"):
+        build_optimizers(config, model)
 
 
 @pytest.mark.slow

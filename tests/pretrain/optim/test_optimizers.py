@@ -18,11 +18,13 @@ from pretrain.models.blocks.unit import Unit
 from pretrain.optim import (
     OPTIMIZERS,
     OptimizerConfig,
+    OptimizerError,
     ScheduleConfig,
     build_optimizers,
     learning_rate_at,
     schedule_mismatch,
 )
+from pretrain.optim.groups import set_rate
 from pretrain.optim.muon import Muon
 
 STEPS, WARMUP = 100, 10
@@ -197,6 +199,8 @@ class OneBlock(nn.Module):
         self.block.linear = layer or nn.Linear(5, 3)
 
     outside_units = ByteModel.outside_units
+    rate_multiplier = ByteModel.rate_multiplier
+    may_decay = ByteModel.may_decay
     fused_matrices = ByteModel.fused_matrices
 
     def units(self) -> list[Unit]:
@@ -278,6 +282,42 @@ def test_muon_updates_each_logical_matrix_as_if_it_were_a_parameter(layer: nn.Mo
         optimizer.step()
     for name, parts in separate.items():
         assert torch.equal(layer.get_parameter(f"{name}.weight"), torch.cat(parts)), name
+
+
+@names
+def test_rate_multiplier_multiplies_the_update_and_the_schedule_stays_the_base_rate(name: str):
+    """Parameters begin at 0, so the first update has no rounding but that of a product with a power of 2."""
+    models = [OneBlock(nn.Linear(8, 8)), OneBlock(nn.Linear(8, 8))]
+    factors = {"block.linear.weight": 4.0, "block.linear.bias": 0.5}
+    models[1].rate_multiplier = factors.get
+    for model in models:
+        optimizers = build_optimizers(OptimizerConfig(name=name), model)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            nn.init.zeros_(parameter)
+        for optimizer in optimizers:
+            set_rate(optimizer, 2.0**-7)
+            optimizer.step()
+    plain, multiplied = (dict(model.named_parameters()) for model in models)
+    for parameter, factor in factors.items():
+        assert torch.equal(multiplied[parameter], factor * plain[parameter]) and plain[parameter].any()
+
+
+@names
+def test_a_model_exempts_parameters_from_decay(name: str):
+    model = model_of("transformer")
+    model.may_decay = lambda parameter: "feed_forward" not in parameter
+    plain = decays_of(model_of("transformer"), name=name, weight_decay=0.3)
+    expected = {parameter: 0.0 if "feed_forward" in parameter else decay for parameter, decay in plain.items()}
+    assert decays_of(model, name=name, weight_decay=0.3) == expected != plain
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, math.inf, math.nan])
+def test_multiplier_that_is_no_positive_number_is_refused(multiplier: float):
+    model = OneBlock()
+    model.rate_multiplier = lambda _: multiplier
+    with pytest.raises(OptimizerError, match=f"rate_multiplier is {multiplier} for block.linear.weight"):
+        build_optimizers(OptimizerConfig(), model)
 
 
 @names
