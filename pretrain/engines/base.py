@@ -45,6 +45,7 @@ from pretrain.engines.staging import StagedBatch, stage
 from pretrain.engines.step_numbers import numbers_of_device, numbers_of_host, result_of
 from pretrain.models.base import ByteModel, Memory
 from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING
+from pretrain.models.patching.watching import PatchCounts
 
 DRAWN_VALUES = 1 << 24
 """First values that are drawn at a time, and then sent to the device."""
@@ -113,6 +114,7 @@ class BaseEngine(ABC):
         self._world = world
         self._context = Context.of(world, config.context)
         model.set_context(self._context)
+        self._patchers = model.patchers()
         group, groups = group_of(world.rank, world.size, config.context)
         self._passes = len(deal(global_batch, micro_batch, 0, groups))
         self._rows_of = deal(global_batch, micro_batch, group, groups)
@@ -243,15 +245,17 @@ class BaseEngine(ABC):
         counted = self._clock.mark()
         scale = self._world.size / target_bytes.clamp(min=1)  # engines average over ranks, and the loss is a sum
         diagnosis = Diagnosis(self, has_noise=self._context.size == 1) if diagnose else None
-        passes = self._run_passes(batch, staged, scale, by_source, diagnosis)
+        patches = PatchCounts(self._patchers, self.device) if self._patchers else None
+        passes = self._run_passes(batch, staged, scale, by_source, diagnosis, patches)
         passed = self._clock.mark()
         with annotate("checkpoint: wait for the copy"):
             before_update()
         measured = [] if diagnosis is None else [diagnosis.sums(scale, batch.bytes_of)]
+        counted_patches = [] if patches is None else [patches.sums()]
         with annotate("update"):
             norm = self._clip().to(self.device)
             is_fit = self._fits(limits, passes.nats, target_bytes, norm)
-            own = numbers_of_device(measured, passes.nats, norm, is_fit, by_source)
+            own = numbers_of_device([*measured, *counted_patches], passes.nats, norm, is_fit, by_source)
             decided = self._transfers.mark()
             self._update(learning_rate, is_fit)
         marks = StepMarks(counting, counted, self._pass_times, passed, self._clock.mark())
@@ -260,11 +264,13 @@ class BaseEngine(ABC):
             self._step_times.known(marks), device_memory(self.device), batch.own_bytes, by_source, upcoming
         )
         by_rank = self._exchanged(decided, own, of_host, waits_for_data=look_ahead is not None)
-        first = sum(map(len, measured))
-        numbers = [of_rank[first:] for of_rank in by_rank] if first else by_rank
+        first, end = sum(map(len, measured)), sum(map(len, measured + counted_patches))
+        numbers = [of_rank[end:] for of_rank in by_rank] if end else by_rank
         result = result_of(numbers, self._world.rank, self._context.size, len(upcoming))
         if diagnosis is not None:
             result = diagnosis.added_to(result, [of_rank[:first] for of_rank in by_rank])
+        if patches is not None:
+            result = replace(result, patches=patches.numbers([of_rank[first:end] for of_rank in by_rank]))
         if look_ahead is not None:
             result = self._heard(result)
         self._step_times.read(marks)
@@ -288,11 +294,15 @@ class BaseEngine(ABC):
         scale: Tensor,
         by_source: SourceLosses,
         diagnosis: Diagnosis | None,
+        patches: PatchCounts | None,
     ) -> Passes:
         """Run the passes of a step: those of this rank's micro-batches, then those that it joins with weight zero."""
         passes = Passes(torch.zeros((), dtype=torch.float64, device=self.device), [], {})
         self._pass_times = PassTimes(self._clock)
-        with nullcontext() if diagnosis is None else diagnosis.watching():
+        with (
+            nullcontext() if diagnosis is None else diagnosis.watching(),
+            nullcontext() if patches is None else patches.watching(),
+        ):
             for number, (micro_batch, rows) in enumerate(zip(batch.micro_batches, staged, strict=True), 1):
                 self._prepare(last=number == self._passes)
                 seed_generators(self._seed_of(micro_batch, batch.step))
@@ -301,6 +311,8 @@ class BaseEngine(ABC):
                 memory = self._memory.get(micro_batch.index, {})
                 with annotate("forward"):
                     nats, passes.memory[micro_batch.index] = self._forward(rows.ids, memory, rows.given)
+                if patches is not None:
+                    patches.add(rows.ids, rows.targets)
                 target_nats = torch.where(rows.targets, nats, 0.0)
                 batch_nats = target_nats.sum()
                 self._backward_watched(batch_nats * scale.to(batch_nats.dtype))

@@ -78,6 +78,8 @@ class StepResult:
     """`Upcoming.numbers` of each rank, by rank; empty lists without."""
     diagnosis: Mapping[str, float] = field(default_factory=dict, compare=False)
     """Norms by layer and gradient noise by the names of their numbers, if they were asked for."""
+    patches: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Numbers of the patches by name, of a model whose patches follow the data; see `PatchCounts`."""
 
 
 class NonFiniteError(Exception):

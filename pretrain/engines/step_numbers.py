@@ -1,6 +1,6 @@
 """Numbers of a step that the ranks exchange: one vector a rank, gathered by one collective on the device.
 
-    device ─▶ sums of a measurement, if the step has one (diagnosis.py)
+    device ─▶ sums of a measurement, if the step has one (diagnosis.py); sums over patches, if the model has them
               nats, gradient norm, whether the update is done, nats of each source
     host ───▶ times, memory, target bytes, target bytes of each source
               target bytes and votes of the next step, if the loop looks ahead
@@ -22,7 +22,7 @@ from pretrain.engines.source_losses import SourceLosses, summed
 def numbers_of_device(
     measured: Sequence[Tensor], nats: Tensor, norm: Tensor, is_fit: Tensor, by_source: SourceLosses
 ) -> Tensor:
-    """Return the first part of a rank's vector, in fp64, given the sums of a measurement and scalars on the device."""
+    """Return the first part of a rank's vector, in fp64, given sums that are measured and scalars on the device."""
     return torch.cat([*measured, torch.stack([nats, norm.double(), is_fit.double()]), by_source.nats])
 
 
@@ -37,7 +37,7 @@ def result_of(by_rank: Sequence[Sequence[float]], rank: int, sharing: int, upcom
     """Return the result of a step.
 
     Args:
-        by_rank: vector of each rank, without the sums of a measurement.
+        by_rank: vector of each rank, without the sums that are measured.
         rank: this rank, whose norm and decision are the result's.
         sharing: ranks that share each row; each counts all of its bytes.
         upcoming: numbers of the next step at the end of each vector.

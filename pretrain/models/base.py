@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from pretrain.distributed.context import WHOLE_ROWS, Context
 from pretrain.models.blocks.nats import linear_nats
 from pretrain.models.blocks.unit import Unit
 from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING, DeclaresInitial, Initial, draw, draw_whole
+from pretrain.models.patching.patcher import Patcher
 
 
 class Decoder(Protocol):
@@ -153,6 +155,14 @@ class ByteModel(nn.Module, ABC):
         nats = linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights(), self.z_loss)
         return nats.view(ids.shape).float()
 
+    def patchers(self) -> dict[str, Patcher]:
+        """Return the rules by which patches start, by stage, outermost first; {} if patches do not follow the data.
+
+        Stages are numbered from "0", whose positions are those of the row. The positions of a further stage are the
+        patches of the one before. A forward pass calls each rule once, as a module, with all positions of its stage.
+        """
+        return {}
+
     def set_context(self, context: Context) -> None:
         """Set the part of the rows that this process computes. Families that declare `row_parts` override this.
 
@@ -239,6 +249,19 @@ class ByteModel(nn.Module, ABC):
         Args:
             length: ids of the row.
         """
+
+    def useful_flops(self, length: int, patches: Sequence[float]) -> float:
+        """Return `flops` of a row with so many patches, without the places that its capacity leaves empty.
+
+        Models whose patches follow the data override this.
+
+        Args:
+            length: ids of the row.
+            patches: mean number of patches of the row in each stage.
+        """
+        if self.patchers():
+            raise NotImplementedError(f"{type(self).__name__} does not count the FLOPs of its patches")
+        return self.flops(length)
 
     def initial(self, name: str) -> Initial:
         """Return the distribution of a parameter's first values, as its module or else the model declares it."""

@@ -184,7 +184,7 @@ def _numbers_of_step(run: TrainingRun, batch: AgreedBatch, result: StepResult, r
     data_seconds = data_seconds_of(result.upcoming) if any(result.upcoming) else batch.data_seconds
     numbers = run.meter.numbers(result, data_seconds, list(run.reading.mixture.streams))
     numbers |= {"learning_rate": rate, "masked_bytes": batch.masked, "holes": run.reading.holes}
-    numbers |= run.health.numbers(run.step) | dict(result.diagnosis)
+    numbers |= run.health.numbers(run.step) | dict(result.diagnosis) | dict(result.patches)
     if skipped := run.reading.skips.before(run.reading.record.next_sequence):
         numbers["health/skipped_sequences"] = skipped
     epochs = run.reading.epochs()  # of each source of a mixture

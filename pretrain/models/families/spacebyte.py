@@ -12,6 +12,7 @@ the first byte of a run that is neither a digit, a letter nor a continuation of 
 lift to the global width and the drop back have no parameters. Attention crosses documents, as in the paper's code.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, Self
 
@@ -34,7 +35,7 @@ from pretrain.models.blocks.unit import Unit, run_unit
 from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import add_at, chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, PatcherConfig, build_patcher
-from pretrain.models.patching.patcher import Patches, PatchState
+from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
 
@@ -175,9 +176,17 @@ class SpaceByte(ByteModel):
         """Return a new decoder of `rows` rows."""
         return SpaceByteDecoder(self, rows)
 
+    def patchers(self) -> dict[str, Patcher]:
+        """Return the rule by which patches start."""
+        return {"0": self.patcher}
+
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; a row counts with all the patches that it may have."""
-        (d, width), slots = self.widths, min(self.patcher.capacity, length)
+        return round(self.useful_flops(length, [min(self.patcher.capacity, length)]))
+
+    def useful_flops(self, length: int, patches: Sequence[float]) -> float:
+        """Return the operations of a row with so many patches; see `ByteModel.useful_flops`."""
+        (d, width), (slots,) = self.widths, patches
         local = len(self.first_blocks) + len(self.last_blocks)
         weights = linear_weights(self.first_blocks) + linear_weights(self.last_blocks)
         return (

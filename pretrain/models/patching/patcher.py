@@ -58,6 +58,9 @@ class Patches:
 class Patcher(nn.Module, ABC):
     """Rule by which patches start."""
 
+    target_ratio: float | None = None
+    """Positions of a patch that a ratio loss aims at; None without such a loss."""
+
     def __init__(self, capacity: int) -> None:
         """Make the rule.
 

@@ -1,4 +1,4 @@
-"""Norms by layer and gradient noise: the same under every engine, and no change of a step."""
+"""Norms by layer, gradient noise and patches: the same under every engine, and no change of a step."""
 
 import math
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ NO_DROPOUT = {"dropout": 0.0}
 ENGINES = {"pytorch": ("ddp", "fsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 
 
-def step_of(world: World = ALONE, *, diagnose: bool = True, **engine: Any) -> StepResult:
+def step_of(world: World = ALONE, family: str = "transformer", *, diagnose: bool = True, **engine: Any) -> StepResult:
     """Take a step that looks ahead, as the steps of several ranks do."""
-    built = build("transformer", world, changes=NO_DROPOUT, **engine)
+    built = build(family, world, changes=NO_DROPOUT, **engine)
     built.rehearse(1)  # as every start does
     ahead = partial(Upcoming, [], (world.rank,))
     return built.train_step(micro_batches(0, world), **STEP, diagnose=diagnose, look_ahead=ahead)
 
 
-def steps_of(world: World, engines: Sequence[str]) -> dict[str, StepResult]:
-    return {name: step_of(world, name=name) for name in engines}
+def steps_of(world: World, engines: Sequence[str], families: Sequence[str]) -> dict[tuple[str, str], StepResult]:
+    return {(family, name): step_of(world, family, name=name) for family in families for name in engines}
 
 
 def add_up(result: StepResult, kind: str) -> float:
@@ -40,6 +40,11 @@ def add_up(result: StepResult, kind: str) -> float:
 @pytest.fixture(scope="module")
 def alone() -> StepResult:
     return step_of()
+
+
+@pytest.fixture(scope="module")
+def with_patches() -> StepResult:
+    return step_of(family="spacebyte")
 
 
 def test_measurement_changes_no_number_of_a_step(alone: StepResult):
@@ -67,12 +72,21 @@ def test_noise_is_that_of_the_gradient_of_each_micro_batch(alone: StepResult):
 
 
 @pytest.mark.parametrize("library", ["pytorch", pytest.param("deepspeed", marks=pytest.mark.long)])
-def test_ranks_measure_what_one_process_does(alone: StepResult, library: str):
-    for results in on_ranks(2, steps_of, ENGINES[library]):
-        for name, result in results.items():
-            assert result.nats == pytest.approx(alone.nats, rel=1e-6), name
+def test_ranks_measure_what_one_process_does(alone: StepResult, with_patches: StepResult, library: str):
+    expected = {"transformer": alone, "spacebyte": with_patches}
+    for results in on_ranks(2, steps_of, ENGINES[library], tuple(expected)):
+        for (family, name), result in results.items():
+            assert result.nats == pytest.approx(expected[family].nats, rel=1e-6), name
             assert result.upcoming == [[0], [1]], name
-            assert dict(result.diagnosis) == pytest.approx(dict(alone.diagnosis), rel=1e-3), name
+            assert dict(result.diagnosis) == pytest.approx(dict(expected[family].diagnosis), rel=1e-3), name
+            assert result.patches == expected[family].patches, name  # counts are exact
+    assert not alone.patches and with_patches.patches
+
+
+def test_patches_are_counted_whether_or_not_norms_are_measured(with_patches: StepResult):
+    plain = step_of(family="spacebyte", diagnose=False)
+    assert plain.patches == with_patches.patches
+    assert not plain.diagnosis
 
 
 def test_bf16_passes_measure_nearly_what_fp32_does(alone: StepResult):
