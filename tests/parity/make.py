@@ -7,7 +7,9 @@ result is NAME.npz beside this file: the weights by the authors' names, the ids,
 """
 
 import importlib
+import itertools
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 HERE = Path(__file__).parent
 SEED = 20
 Arrays = dict[str, np.ndarray]
+BLT_NORMS = ("attention_norm.weight", "ffn_norm.weight", "norm_q.weight", "norm_kv.weight", "local_decoder.norm.weight")
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]]) -> Arrays:
@@ -27,7 +30,9 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> Arrays:
     for name, shape in sorted(shapes.items()):
         is_matrix = len(shape) == 2 and not any(part in name for part in ("emb", "wte", "wpe", "position"))
         values = generator.standard_normal(shape) * (max(shape) ** -0.5 if is_matrix else 0.5)
-        is_scale = name.endswith(("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight"))
+        is_scale = name.endswith(
+            ("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight", *BLT_NORMS)
+        )
         rounded = (values * 0.4 + 1 if is_scale else values).astype(np.float16)  # half the size on disk
         weights[name] = rounded.astype(np.float32)
     return weights
@@ -269,6 +274,83 @@ def spacebyte(clone: Path) -> None:
     with torch.no_grad():
         logits, _ = model(torch.from_numpy(np.concatenate([[[256]], ids[:, :-1]], 1)))
     save("spacebyte", arguments, weights, ids=ids, logits=logits.numpy())
+
+
+def module_of_blt(clone: Path) -> Any:
+    """Import the model of facebookresearch/blt without what its CPU path does not use."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
+
+    hub, xformers, operations = (types.ModuleType(name) for name in ("huggingface_hub", "xformers", "xformers.ops"))
+    patcher = types.ModuleType("bytelatent.data.patcher")
+    hub.PyTorchModelHubMixin = type("Mixin", (), {"__init_subclass__": lambda *_, **__: None})  # type: ignore[attr-defined]
+    operations.AttentionBias, operations.fmha = object, None  # type: ignore[attr-defined]
+    patcher.Patcher = patcher.PatcherArgs = None  # type: ignore[attr-defined]
+    tokenizer = types.ModuleType("bytelatent.tokenizers.blt_tokenizer")
+    tokenizer.BOE_ID = 0  # type: ignore[attr-defined]
+    sys.modules |= {module.__name__: module for module in (hub, xformers, operations, patcher, tokenizer)}
+    os.environ["BLT_ALLOW_MISSING_FLEX_ATTENTION"] = "1"
+    sys.path.insert(0, str(clone))
+    importlib.import_module("bytelatent.base_transformer").flex_attention_comp = flex_attention  # type: ignore[attr-defined]
+    module = importlib.import_module("bytelatent.model.blt")
+    module.create_block_mask = lambda *arguments, **options: create_block_mask(  # type: ignore[attr-defined]
+        *arguments, **options | {"_compile": False, "device": "cpu"}
+    )
+    return module
+
+
+def blt(clone: Path) -> None:
+    """Run facebookresearch/blt on a row whose patches start at the ends of words, with FlexAttention uncompiled."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+    from torch.nn.attention import flex_attention as flex  # noqa: PLC0415
+
+    authors, window = module_of_blt(clone), 5
+
+    def masked(length: int, *_: Any, sliding_window: int | None = None, **__: Any) -> Any:
+        width = sliding_window or length
+        return flex.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < width), None, None, length, length, "cpu")
+
+    importlib.import_module("bytelatent.model.local_models").create_causal_mask = masked  # type: ignore[attr-defined]
+    arguments = {
+        "vocab_size": 260,
+        "dim_global": 16,
+        "dim_local_encoder": 8,
+        "dim_local_decoder": 8,
+        "dim_token": 8,
+        "n_layers_global": 2,
+        "n_layers_local_encoder": 1,
+        "n_layers_local_decoder": 2,
+        "n_heads_global": 2,
+        "n_heads_local_encoder": 2,
+        "n_heads_local_decoder": 2,
+        "multiple_of": 8,
+        "rope_theta": 500_000.0,
+        "max_seqlen": 24,
+        "max_encoder_seq_length": 24,
+        "local_attention_window_len": window,
+        "patching_mode": "space",
+        "patch_size": 6.0,
+        "attn_impl": "flex_attention",
+        "cross_attn_encoder": True,
+        "cross_attn_decoder": True,
+        "cross_attn_all_layers_decoder": True,
+        "cross_attn_init_by_pooling": True,
+        "cross_attn_k": 3,
+        "cross_attn_nheads": 2,
+        "downsampling_by_pooling": "max",
+        "use_local_encoder_transformer": True,
+        "encoder_hash_byte_group_size": [3, 4, 7],
+        "encoder_hash_byte_group_vocab": 30,
+        "encoder_hash_byte_group_nb_functions": 2,
+    }
+    model = authors.ByteLatentTransformer(authors.ByteLatentTransformerArgs(**arguments))
+    weights = fill(model, {})
+    text = "The cat, 日本. x2-y".encode()
+    read = [1, *(byte + 4 for byte in text)]
+    ends = [0, 4, 8, 13, 16, 20, len(read)]  # inputs at which patches end; the last one awaits the id after the row
+    lengths = [1, *(later - earlier for earlier, later in itertools.pairwise(ends))]
+    with torch.no_grad():
+        logits = model(torch.tensor([read]), patch_lengths=torch.tensor([lengths]))
+    save("blt", arguments, weights, ids=np.array([read]), logits=logits[:, -12:].numpy())
 
 
 if __name__ == "__main__":

@@ -44,7 +44,14 @@ layer's input and output, and none after the last block (Vaswani et al. 2017).""
 class PreNorm(Unit):
     """Base of the blocks: attention and a feed-forward layer, each after a norm, added to the residual stream."""
 
-    def __init__(self, width: int, attention: nn.Module, feed_forward: FeedForward, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        attention: nn.Module,
+        feed_forward: FeedForward,
+        dropout: float,
+        norm: Callable[[int], nn.Module] = LayerNorm,
+    ) -> None:
         """Build the norms around the two layers.
 
         Args:
@@ -52,11 +59,12 @@ class PreNorm(Unit):
             attention: attention layer.
             feed_forward: feed-forward layer.
             dropout: share of the output of each layer that is dropped in training.
+            norm: makes a norm of a number of channels.
         """
         super().__init__()
-        self.attention_norm = LayerNorm(width)
+        self.attention_norm = norm(width)
         self.attention = attention
-        self.feed_forward_norm = LayerNorm(width)
+        self.feed_forward_norm = norm(width)
         self.feed_forward = feed_forward
         self.dropout = Dropout(dropout)
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models.references.layers import (
-    PADDING,
     SEPARATOR,
     Weights,
     attend,
@@ -23,11 +22,7 @@ from pretrain.models.references.layers import (
     rotate,
     split_heads,
 )
-
-
-def is_word(byte: int) -> bool:
-    """Return whether a byte is a digit, a letter or a continuation of UTF-8."""
-    return 0x80 <= byte <= 0xBF or (byte < 0x80 and chr(byte).isalnum())
+from pretrain.models.references.patches import starts_of
 
 
 class Model:
@@ -48,7 +43,7 @@ class Model:
         if c["positions"] != "rotary":
             x = x + w["positions"][:length]
         x = self.blocks("first_blocks", x, c["local_model"], c["window"])
-        places = self.starts([SEPARATOR, *ids[:-1].tolist()])
+        places = starts_of(c["patcher"], c["patches"], [SEPARATOR, *ids[:-1].tolist()])
         patches = F.pad(x[places], (c["global_model"]["width"] - x.shape[1], 0))
         if c["positions"] != "rotary":
             patches = patches + w["patch_positions"][: len(places)]
@@ -56,18 +51,6 @@ class Model:
         x = x.index_add(0, torch.tensor(places), added)
         x = self.blocks("last_blocks", x, c["local_model"], c["window"])
         return norm(w, "norm", x) @ w["head"].T
-
-    def starts(self, read: list[int]) -> list[int]:
-        """Return the positions at which patches start, given what each position reads."""
-        patcher, found = self.config["patcher"], []
-        for place, byte in enumerate(read):
-            if patcher["name"] == "fixed":
-                begins = place % patcher["size"] == 0
-            else:
-                begins = place > 0 and not is_word(byte) and is_word(read[place - 1])
-            if (begins and byte != PADDING) or byte == SEPARATOR:
-                found.append(place)
-        return found[: self.config["patches"]]
 
     def blocks(self, name: str, x: Tensor, size: dict[str, Any], window: int | None) -> Tensor:
         """Apply a list of blocks to (n, width)."""

@@ -23,7 +23,8 @@ from tests.conftest import Run, recipe_tree
 from tests.test_project import ROOT
 
 FAMILIES = (
-    "'encoder', 'encoder_decoder', 'mamba', 'megabyte', 'perceiver_ar', 'spacebyte', 'transformer' or 'transformer_xl'"
+    "'blt', 'encoder', 'encoder_decoder', 'mamba', 'megabyte', 'perceiver_ar', 'spacebyte', 'transformer' or "
+    "'transformer_xl'"
 )
 
 

@@ -17,6 +17,20 @@ from pretrain.models import ByteModel
 from pretrain.models.families.transformer import Transformer
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "blt": [
+        {},
+        {"patcher": {"name": "fixed", "size": 4}, "window": None, "ngrams": None, "encoder_attention": "none"},
+        {
+            "encoder_attention": "all",
+            "decoder_attention": "first",
+            "cross_residual": 2,
+            "local_model": {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2},
+            "pooling": "min",
+        },
+        {"decoder_attention": "none", "ngrams": {"sizes": (2, 5), "buckets": 50, "functions": 2, "normalize": True}},
+        {"slots": 1, "activation": "gelu", "rotary_base": 10_000.0, "window": 1, "pooling": "mean"},
+        {"attention_across_documents": True, "window": None},
+    ],
     "encoder": [
         {},
         {"norm": "post", "positions": "sinusoidal", "scale_embeddings": True},

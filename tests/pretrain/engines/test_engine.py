@@ -33,6 +33,13 @@ T = 32
 
 STACK = {"width": 32, "layers": 2, "heads": 2}
 FAMILIES = {
+    "blt": {
+        "patches": 12,
+        "local_model": {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 2},
+        "global_model": STACK,
+        "window": 8,
+        "ngrams": {"sizes": (3, 4), "buckets": 40},
+    },
     "mamba": {"width": 32, "layers": 2, "head_width": 16, "state": 8, "chunk": 8},
     "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},
     "perceiver_ar": {"latents": 16, "latent_model": STACK, "cross_heads": 2, "cross_attend_dropout": 0.3},

@@ -19,6 +19,14 @@ from pretrain.models.references import FOLDER, SHARED, files_of, load_reference
 from pretrain.models.references.layers import measure
 
 SMALL: dict[str, dict[str, Any]] = {
+    "blt": {
+        "sequence_length": 24,
+        "patches": 9,
+        "local_model": {"width": 12, "heads": 2, "encoder_layers": 1, "decoder_layers": 2},
+        "global_model": {"width": 16, "layers": 2, "heads": 2},
+        "window": 7,
+        "ngrams": {"sizes": (2, 4), "buckets": 30},
+    },
     "mamba": {"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 7},
     "spacebyte": {
         "sequence_length": 24,
@@ -43,6 +51,11 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 CHANGES: dict[str, list[dict[str, Any]]] = {
+    "blt": [
+        {},
+        {"patcher": {"name": "fixed", "size": 5}, "pooling": "mean", "encoder_attention": "none", "ngrams": None},
+        {"patches": 3, "decoder_attention": "none", "attention_across_documents": True, "window": None},
+    ],
     "mamba": [
         {},
         {"attention_across_documents": False, "expansion": 3},

@@ -118,6 +118,12 @@ def test_warm_up_ends_before_the_run_and_before_decay(schedule: dict[str, Any], 
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "blt": {
+        "patches": 6,
+        "local_model": {"width": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1},
+        "global_model": STACK,
+        "ngrams": {"sizes": (3,), "buckets": 20},
+    },
     "mamba": {"width": 16, "layers": 2, "head_width": 8, "state": 4},
     "megabyte": {
         "patch_size": 4,
@@ -131,6 +137,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "transformer_xl": STACK | {"memory_length": 8},
 }
 TABLES = {
+    "blt": {"embedding.weight", "ngrams.tables.0.weight", "head"},
     "mamba": {"embedding.weight"},
     "megabyte": {"global_embedding.weight", "local_embedding.weight", "global_positions", "local_positions"},
     "perceiver_ar": {"embedding.weight", "position_tables.0"},
