@@ -37,6 +37,7 @@ from pretrain.evaluation.evaluate import Scored, add_up, score_windows, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
 from pretrain.evaluation.modes import Mode, check_usage, score_documents, stride_of
 from pretrain.evaluation.objective_scores import score_objective
+from pretrain.evaluation.patches.finding import PatchedText, patches_of_model
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf, Score
 from pretrain.evaluation.windows import ScoredWindow
 from pretrain.models import ByteModel, build_model, form_of, model_config, with_usage_options
@@ -187,6 +188,30 @@ class Model:
                 begin, end = window.offset + window.context, window.offset + len(window.ids)
                 found[int(window.key)][begin:end] = row[window.context : len(window.ids)] / math.log(2)
         return found
+
+    def patches(
+        self,
+        data: bytes,
+        *,
+        mode: str = Mode.sliding,
+        rows: int = ROWS,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> PatchedText:
+        """Return a document with its patches, of a model that has patches, and with its bits.
+
+        Args:
+            data: the document, at least one byte.
+            mode: the bytes that each byte is predicted from: windows or sliding.
+            rows: windows read at once.
+            progress: called with the bytes scored since the last call.
+
+        Raises:
+            EvaluationError: the model has no patches, or the mode is another one.
+            TypeError: the document is text and not bytes.
+        """
+        _check_bytes("data", data)
+        _check_choice("mode", mode, list(Mode))
+        return patches_of_model(self.module, data, Mode(mode), rows, progress, after_separator=self._after_separator)
 
     def continuation_nats(self, pairs: Sequence[tuple[bytes, bytes]], *, rows: int = ROWS) -> list[NDArray[np.float64]]:
         """Return the negative log-likelihood of each byte of continuations, in nats, given their contexts.

@@ -20,6 +20,7 @@ from pretrain.report.plots import Plot, plots_of
 from pretrain.report.run_data import RunData, StoredEvaluation
 from pretrain.report.samples import samples_section
 from pretrain.terminal.losses import is_loss, unit_of
+from pretrain.terminal.patches import overflow_remarks
 from pretrain.terminal.progress import duration, size
 from pretrain.tracking.mlflow.store import shown
 
@@ -196,6 +197,7 @@ def _facts(run: RunData) -> dict[str, str]:
         "parameters": f"{run.parameters:,}" if run.parameters is not None else "",
         "sequence length": f"{config['model.sequence_length']:,} bytes" if "model.sequence_length" in config else "",
         "global batch": count(config["train.global_batch"], "sequence") if "train.global_batch" in config else "",
+        "bytes per patch": ", ".join(f"{own['bytes_per_patch']:.2f}" for own in status.patches.values()),
         "mean speed": f"{size(mean_speed)}/s" if mean_speed is not None else "",
         "mean MFU": f"{100 * mfu:.1f} %" if mfu is not None else "",
         "began": _moment(run.began) if run.began else "",
@@ -391,7 +393,7 @@ def _loss(run: RunData, evaluation: StoredEvaluation) -> str:
 
 
 def _problems(runs: Sequence[RunData]) -> str:
-    lines = [f"{run.name}: {line}" for run in runs for line in run.problems]
+    lines = [f"{run.name}: {line}" for run in runs for line in (*overflow_remarks(run.status.patches), *run.problems)]
     return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 

@@ -17,6 +17,10 @@ KNOWN = {
     "data-wait": ("Share of a step that waits for data", "", "share"),
     "phases": ("Phases of a step", "", "seconds"),
     "memory": ("Peak memory", "", "bytes"),
+    "patches": ("Bytes per patch", "", "number"),
+    "capacity": ("Capacity of patches: use, and what comes after it", "", "share"),
+    "router": ("Router of patches", "", "share"),
+    "ratio": ("Ratio loss of patches", "", "number"),
 }
 """Title, unit and format of each plot that has a fixed place, in order."""
 COLUMNS = {
@@ -35,6 +39,18 @@ COLUMNS = {
     "peak_memory_bytes/least": ("memory", "smallest rank"),
 }
 """Plot of a number of metrics.jsonl, and its label there."""
+OF_PATCHES = {
+    "bytes_per_patch": "patches",
+    "positions_per_patch": "patches",
+    "capacity_used": "capacity",
+    "overflow_rows": "capacity",
+    "overflow_bytes": "capacity",
+    "router_starts": "router",
+    "router_probability": "router",
+    "router_confidence": "router",
+    "ratio_loss": "ratio",
+}
+"""Plot of a number patches/STAGE/NAME, by its name."""
 NOT_SHOWN = {
     "forward_backward_seconds/least",
     "communication_seconds/least",
@@ -98,18 +114,22 @@ def _columns(run: RunData) -> Iterator[tuple[str, str, str, str]]:
         for column, values in columns.items():
             if column in PLACES or column in NOT_SHOWN:
                 continue
+            group, _, name = column.rpartition("/")
             if column in COLUMNS:
                 yield table, column, *COLUMNS[column]
+            elif group.startswith("patches/") and name in OF_PATCHES:
+                stage = group.removeprefix("patches/")
+                label = "bytes" if name == "bytes_per_patch" else name.replace("_", " ")
+                yield table, column, OF_PATCHES[name], f"stage {stage} {label}"
             elif column.endswith(f"/{BITS_PER_BYTE}"):
                 yield table, column, "loss", column.removesuffix(f"/{BITS_PER_BYTE}").replace("/", " ")
             elif is_loss(column):
                 place, _, metric = column.rpartition("/")
                 yield table, column, f"Loss in {metric.replace('_', ' ')}", place.replace("/", " ")
             elif any(value not in (0, None) for value in values):
-                group, _, rest = column.rpartition("/")
                 yield (
                     table,
                     column,
                     (group or column).replace("_", " ").capitalize(),
-                    rest.replace("_", " ") if group else "",
+                    name.replace("_", " ") if group else "",
                 )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from pretrain.checkpoint import CheckpointError, Location, locate
 from pretrain.checkpoint.homes.fence import starts_noted_at
 from pretrain.checkpoint.homes.home import committed, open_home
 from pretrain.terminal.losses import BITS_PER_BYTE, loss_at
+from pretrain.terminal.patches import stages_of
 from pretrain.tracking.journal import lines, read_journal
 from pretrain.training.ancestry import ANCESTRY
 from pretrain.training.run_folder import RunFolder, RunFolderError, read_recipe
@@ -117,6 +118,8 @@ class RunStatus:
     """Share of the last steps that waited for data; None while no process trains the run."""
     ranks: int | None = None
     """Ranks of the last step."""
+    patches: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Mean metrics of patches over the last steps, by stage and name; empty if patches do not follow the data."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -182,6 +185,7 @@ def status_of(path: Path) -> RunStatus:
         mfu=None if step_seconds is None else trained[-1].get("mfu"),
         data_wait_share=None if step_seconds is None else _data_wait(trained),
         ranks=_ranks(trained[-1]) if trained else None,
+        patches=stages_of(trained),
         seconds_left=None if step_seconds is None or steps is None else step_seconds * (steps - step),
         checkpoint_step=step_of(newest) if newest else None,
         checkpoint_seconds=_age(newest),

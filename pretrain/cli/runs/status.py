@@ -20,6 +20,7 @@ from launchers.supervision.slow_ranks import SlowRank, describe_slow_ranks
 from pretrain.cli.arguments import RunFolderArgument, parse_path
 from pretrain.terminal.console import say
 from pretrain.terminal.losses import BITS_PER_BYTE, unit_of
+from pretrain.terminal.patches import overflow_remarks
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
 from pretrain.training.ancestry import Ancestor, describe_ancestry
@@ -52,7 +53,7 @@ def status_command(
             [
                 f"{Path(each.run).name}: {remark}"
                 for each in found
-                for remark in filter(None, (status_remark(each), *each.problems))
+                for remark in filter(None, (status_remark(each), *overflow_remarks(each.patches), *each.problems))
             ]
         )
 
@@ -111,6 +112,7 @@ def status_table(found: Sequence[RunStatus]) -> Table:
             "validation": _bits(each.validation_bits_per_byte),
             "loss": _other_loss(each, each.loss),
             "validation loss": _other_loss(each, each.validation_loss),
+            "bytes/patch": ", ".join(f"{own['bytes_per_patch']:.2f}" for own in each.patches.values()),
             "bytes/s": "" if each.bytes_per_second is None else size(each.bytes_per_second),
             "left": "" if each.seconds_left is None else duration(each.seconds_left),
             "checkpoint": _checkpoint(each),

@@ -1,0 +1,211 @@
+"""The `patches` command: where the patches of a text start."""
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from byteloom.core.storage.files import replace_file
+from byteloom.core.text import count, printable
+from pretrain.cli.arguments import parse_location, parse_path
+from pretrain.cli.models.weights import (
+    BeginOption,
+    DeviceOption,
+    PrecisionOption,
+    load_model,
+    takes_usage_options,
+)
+from pretrain.evaluation.beginning import Beginning
+from pretrain.evaluation.continuations import read_prompt
+from pretrain.evaluation.modes import Mode
+from pretrain.evaluation.patches.figures import StageFigures, figures_of
+from pretrain.evaluation.patches.finding import PatchedText, patches_of_rule
+from pretrain.evaluation.patches.page import agreement_rows, classes_of, colored, patches_page, stage_rows
+from pretrain.evaluation.patches.segments import Segment, segments_of
+from pretrain.evaluation.scores import EvaluationError
+from pretrain.models.patching.patcher import Patcher
+from pretrain.models.patching.rules import ByteClass, Fixed
+from pretrain.terminal.console import display, say
+from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
+from pretrain.training.stop import stopping_at_once
+
+app = typer.Typer()
+
+SHOWN, SHOWN_IN_A_PAGE = 4_000, 200_000
+"""Most bytes of a text that are shown, by default."""
+MARKS, ASCII_MARKS = ("│", "║", "┃"), ("|", "||", "|||")
+"""Marks before a patch without colors, by the number of stages that start one there."""
+COLORS = (("#cfe3f7", "#e6f1fc"), ("#fbdcc0", "#fdeee0"), ("#d3ecc9", "#e9f6e4"), ("#e6d6f1", "#f3ebf9"))
+"""Backgrounds of patches by hue and shade; see `colored`."""
+
+
+class Rule(StrEnum):
+    """Rules that need no model."""
+
+    byte_class = "byte_class"
+    fixed = "fixed"
+
+
+@app.command("patches")
+@stopping_at_once(display.close)
+@takes_usage_options
+def patches_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Run (its newest checkpoint), checkpoint or export: folder or URL. Left out with --rule.",
+            show_default=False,
+            parser=parse_location,
+        ),
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="File to show.", show_default=False, parser=parse_path)
+    ] = None,
+    rule: Annotated[Rule | None, typer.Option(help="Show the patches of a rule, without a model.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Bytes of a patch of --rule fixed.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write an HTML page, instead of colors in the terminal.", parser=parse_path)
+    ] = None,
+    show: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"Most bytes of text to show. Figures are of the whole file. Default: {SHOWN}, or {SHOWN_IN_A_PAGE} "
+            "in a page.",
+        ),
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="Context of each byte: windows or sliding.")] = Mode.sliding,
+    begin: BeginOption = Beginning.auto,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+    *,
+    usage: Mapping[str, Any],
+) -> None:
+    """Show where the patches of a file start.
+
+    Patches have alternating colors, or marks before them without colors.
+    Tables show the bytes of a patch, and how often patches start
+    where words, characters and runs of other bytes do, beside chance.
+    """
+    if rule is not None:
+        if file is not None:
+            raise EvaluationError("--rule shows patches without a model: leave out RUN")
+        file, source = Path(model), f"rule {rule}" + (f" of {count(size, 'byte')}" if size else "")
+        data = _content(file, read_prompt(file, None))
+        with display.phase("finding patches", len(data)) as phase:
+            text = patches_of_rule(_rule(rule, size, len(data)), data, phase.advance)
+    else:
+        if file is None:
+            raise EvaluationError(f"name a RUN and a FILE, or a rule: byteloom patches {model} --rule byte_class")
+        loaded = load_model(model, device, precision, usage, begin)
+        source = str(loaded.checkpoint.folder)
+        data = _content(file, read_prompt(file, loaded.card))
+        with display.phase("finding patches", len(data)) as phase:
+            text = loaded.patches(data, mode=mode, progress=phase.advance)
+    figures = figures_of(text)
+    shown = show if show is not None else SHOWN_IN_A_PAGE if html is not None else SHOWN
+    if as_json:
+        print_json(_as_json(file, source, text, figures, shown))
+        return
+    summary = f"{printable(str(file))}: {count(len(data), 'byte')}, {source}"
+    if text.bits is not None:
+        summary += f", {text.bits.mean():.4f} bits per byte"
+    remarks = _remarks(text, figures, shown)
+    segments = list(segments_of(text, shown))
+    if html is not None:
+        replace_file(html, patches_page(f"Patches of {printable(file.name)}", summary, remarks, segments, figures))
+        say(f"{html} has {summary}")
+        return
+    _print_segments(segments, len(figures))
+    print_lines(["", summary, *remarks, ""])
+    for table in _tables(figures):
+        table.print()
+        print_lines([""])
+
+
+def _rule(rule: Rule, size: int | None, length: int) -> Patcher:
+    """Return a rule for a row of any length."""
+    if (rule is Rule.fixed) is (size is None):
+        raise EvaluationError(f"--rule {rule} {'needs' if size is None else 'takes no'} --size")
+    return ByteClass(length) if size is None else Fixed(length, size)
+
+
+def _content(file: Path, data: bytes) -> bytes:
+    if not data:
+        raise EvaluationError(f"{file} is empty")
+    return data
+
+
+def _remarks(text: PatchedText, figures: Mapping[str, StageFigures], shown: int) -> list[str]:
+    """Return sentences about what is shown."""
+    remarks = []
+    if shown < len(text.data):
+        remarks.append(f"The first {count(shown, 'byte')} are shown, and the figures are of all.")
+    if any(own.exact["characters"].precision < 1 for own in figures.values()):
+        remarks.append("A patch that starts within a character is shown before it.")
+    for stage, own in figures.items():
+        if own.full_windows:
+            of = f"Stage {stage}: " if len(figures) > 1 else ""
+            remarks.append(
+                f"{of}{own.full_windows:.1%} of the windows have more patches than the model's capacity; their last "
+                "bytes have no new ones."
+            )
+    return remarks
+
+
+def _print_segments(segments: Iterable[Segment], stages: int) -> None:
+    """Print segments on standard output: with colors, or with marks where there are none."""
+    out = Console()
+    text = Text()
+    if out.color_system is not None and not out.no_color:
+        for segment, (hue, shade) in colored(segments, stages):
+            text.append(segment.text, f"black on {COLORS[hue][shade]}")
+    else:
+        marks = ("", *(ASCII_MARKS if out.options.ascii_only else MARKS))
+        for segment in segments:
+            text.append(marks[min(segment.stages, len(MARKS))] + segment.text)
+    if text:
+        out.print(text, soft_wrap=True)
+
+
+def _tables(figures: Mapping[str, StageFigures]) -> Iterable[Table]:
+    """Yield the tables: patches by stage, agreement of each stage, sizes of all stages."""
+    headings, rows = stage_rows(figures)
+    yield _table("patches", headings, rows)
+    for stage, own in figures.items():
+        yield _table("agreement" + (f" of stage {stage}" if len(figures) > 1 else ""), *agreement_rows(own))
+    sizes = [
+        [name, *(f"{own.sizes[name] / own.patches:.1%}" for own in figures.values())]
+        for name in classes_of(figures.values())
+    ]
+    shares = [f"share of patches{f' of stage {stage}' if len(figures) > 1 else ''}" for stage in figures]
+    yield _table("sizes", ["bytes", *shares], sizes)
+
+
+def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title, headings, headings[1:])
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _as_json(
+    file: Path, source: str, text: PatchedText, figures: Mapping[str, StageFigures], shown: int
+) -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "source": source,
+        "bytes": len(text.data),
+        "bits_per_byte": None if text.bits is None else float(text.bits.mean()),
+        "windows": text.windows or None,
+        "stages": {
+            stage: own.as_json() | {"starts": text.starts[stage][:shown].nonzero()[0].tolist()}
+            for stage, own in figures.items()
+        },
+    }
