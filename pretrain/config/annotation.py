@@ -80,6 +80,12 @@ def _lines(
             yield from _commented(f"{indent}{name}:", summary(field.description or value.__doc__ or ""))
             inner = shown[name] if shown is not None and isinstance(shown[name], Mapping) else None
             yield from _lines(value, _own_first(type(value)), inner, f"{indent}  ")
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            yield from _commented(f"{indent}{name}:", _explanation(field))
+            for entry in value:
+                first, *more = _lines(entry, _own_first(type(entry)), None, f"{indent}    ")
+                yield f"{indent}  - {first[len(indent) + 4 :]}"
+                yield from more
         else:
             yield from _commented(f"{indent}{name}: {_flow(values[name])}", _explanation(field))
 

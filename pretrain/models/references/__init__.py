@@ -1,7 +1,7 @@
 """Forward passes of the families in plain torch, which exports carry as model.py.
 
-A reference needs torch and safetensors alone. Byteloom's own references share `layers`, `patches` and `encoding`,
-which exports carry beside it.
+A reference needs torch and safetensors alone. Byteloom's own references share `layers`, `patches`, `mamba2` and
+`encoding`, which exports carry beside it.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-SHARED = ("encoding", "patches", "layers")
+SHARED = ("encoding", "mamba2", "patches", "layers")
 """Modules that references share. Each imports only later ones."""
 PROGRAM = 'if __name__ == "__main__":'
 """Beginning of the part of a reference that runs as a program."""

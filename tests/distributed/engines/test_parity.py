@@ -48,7 +48,7 @@ SOME = {
         "zero3": "perceiver_ar",
         "zero3 checkpointed": "spacebyte",
     },
-    (4, "fp32"): {"fsdp": "mamba", "hsdp": "perceiver_ar"},
+    (4, "fp32"): {"fsdp": "mamba", "hsdp": "hnet"},
     (2, "bf16"): {
         "ddp": "transformer_xl",
         "fsdp": "megabyte",

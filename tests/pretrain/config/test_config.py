@@ -23,7 +23,7 @@ from tests.conftest import Run, recipe_tree
 from tests.test_project import ROOT
 
 FAMILIES = (
-    "'blt', 'encoder', 'encoder_decoder', 'mamba', 'megabyte', 'perceiver_ar', 'spacebyte', 'transformer' or "
+    "'blt', 'encoder', 'encoder_decoder', 'hnet', 'mamba', 'megabyte', 'perceiver_ar', 'spacebyte', 'transformer' or "
     "'transformer_xl'"
 )
 

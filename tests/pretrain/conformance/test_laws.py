@@ -16,6 +16,14 @@ from pretrain.engines.registry import ENGINES
 from pretrain.models import ByteModel
 from pretrain.models.families.transformer import Transformer
 
+HNET_STAGE = {
+    "width": 24,
+    "heads": 2,
+    "encoder": "m1",
+    "decoder": "T1",
+    "window": 8,
+    "patcher": {"name": "learned", "size": 2},
+}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "blt": [
         {},
@@ -41,6 +49,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"norm": "post", "activation": "gelu", "encoder_layers": None},
         {"positions": "rotary", "biases": False, "scale_embeddings": False},
         {"positions": "learned", "activation": "swiglu", "encoder_layers": 2},
+    ],
+    "hnet": [
+        {},
+        {
+            "stages": [
+                HNET_STAGE | {"width": 16, "patches": 24},
+                HNET_STAGE | {"encoder": "t1m1", "decoder": "M1", "window": None, "patches": 9},
+            ]
+        },
+        {
+            "stages": [
+                HNET_STAGE | {"width": 16, "patcher": {"name": "byte_class"}, "patches": 7},
+                HNET_STAGE | {"encoder": "", "patcher": {"name": "fixed", "size": 2}, "patches": 3},
+            ]
+        },
     ],
     "mamba": [
         {},

@@ -32,6 +32,7 @@ T = 32
 
 
 STACK = {"width": 32, "layers": 2, "heads": 2}
+HNET_STAGE = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "T1", "window": 8}
 FAMILIES = {
     "blt": {
         "patches": 12,
@@ -39,6 +40,11 @@ FAMILIES = {
         "global_model": STACK,
         "window": 8,
         "ngrams": {"sizes": (3, 4), "buckets": 40},
+    },
+    "hnet": {
+        "stages": [HNET_STAGE | {"patcher": {"name": "learned", "size": 3}, "patches": 20}],
+        "main": {"width": 32, "heads": 2, "layers": "T1"},
+        "mamba": {"head_width": 16, "state": 8, "chunk": 8},
     },
     "mamba": {"width": 32, "layers": 2, "head_width": 16, "state": 8, "chunk": 8},
     "megabyte": {"patch_size": 4, "global_model": STACK, "local_model": STACK | {"width": 16}, "initial_std": 0.05},

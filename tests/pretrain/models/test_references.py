@@ -18,6 +18,7 @@ from pretrain.models import ByteModel, all_families, build_model, family, model_
 from pretrain.models.references import FOLDER, SHARED, files_of, load_reference
 from pretrain.models.references.layers import measure
 
+HNET_STAGE = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "t1", "window": 7, "patches": 15}
 SMALL: dict[str, dict[str, Any]] = {
     "blt": {
         "sequence_length": 24,
@@ -26,6 +27,12 @@ SMALL: dict[str, dict[str, Any]] = {
         "global_model": {"width": 16, "layers": 2, "heads": 2},
         "window": 7,
         "ngrams": {"sizes": (2, 4), "buckets": 30},
+    },
+    "hnet": {
+        "sequence_length": 24,
+        "stages": [HNET_STAGE | {"patcher": {"name": "learned", "size": 3}}],
+        "main": {"width": 24, "heads": 2, "layers": "T1"},
+        "mamba": {"head_width": 8, "state": 4, "chunk": 7},
     },
     "mamba": {"sequence_length": 24, "width": 16, "layers": 2, "head_width": 8, "state": 4, "chunk": 7},
     "spacebyte": {
@@ -55,6 +62,17 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {},
         {"patcher": {"name": "fixed", "size": 5}, "pooling": "mean", "encoder_attention": "none", "ngrams": None},
         {"patches": 3, "decoder_attention": "none", "attention_across_documents": True, "window": None},
+    ],
+    "hnet": [
+        {},
+        {"stages": [HNET_STAGE | {"patcher": {"name": "learned", "size": 3, "smoothing": False}, "encoder": "M1"}]},
+        {"stages": [HNET_STAGE | {"patcher": {"name": "byte_class"}, "patches": 5, "window": None}]},
+        {
+            "stages": [
+                HNET_STAGE | {"patcher": {"name": "learned", "size": 3}},
+                HNET_STAGE | {"width": 24, "patcher": {"name": "fixed", "size": 2}, "patches": 6},
+            ]
+        },
     ],
     "mamba": [
         {},

@@ -117,12 +117,18 @@ def test_warm_up_ends_before_the_run_and_before_decay(schedule: dict[str, Any], 
     assert (found and found.fields[0]) == (field and f"optimizer.schedule.{field}")
 
 
+HNET_STAGE = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "T1", "patcher": {"name": "learned", "size": 3}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "blt": {
         "patches": 6,
         "local_model": {"width": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1},
         "global_model": STACK,
         "ngrams": {"sizes": (3,), "buckets": 20},
+    },
+    "hnet": {
+        "stages": [HNET_STAGE | {"patches": 8}],
+        "main": {"width": 24, "heads": 2, "layers": "T1"},
+        "mamba": {"head_width": 8, "state": 4},
     },
     "mamba": {"width": 16, "layers": 2, "head_width": 8, "state": 4},
     "megabyte": {
@@ -138,6 +144,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 TABLES = {
     "blt": {"embedding.weight", "ngrams.tables.0.weight", "head"},
+    "hnet": {"embedding.weight", "head"},
     "mamba": {"embedding.weight"},
     "megabyte": {"global_embedding.weight", "local_embedding.weight", "global_positions", "local_positions"},
     "perceiver_ar": {"embedding.weight", "position_tables.0"},
