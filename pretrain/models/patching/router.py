@@ -66,7 +66,7 @@ class Router(Patcher):
             patches: of whole rows.
             read: (rows, n) ids that positions read.
         """
-        assert patches.probabilities is not None
+        assert patches.probabilities is not None and self.target_ratio is not None
         counted = read != PADDING
         number = counted.sum(1)
         share = (patches.wanted & counted).sum(1) / number
