@@ -36,7 +36,7 @@ from pretrain.models.initial import FIRST_VALUES, Initial
 from pretrain.models.patching.chunks import chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, FixedConfig, build_patcher
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
-from pretrain.models.patching.router import LearnedConfig, Router, exact_linear, smooth
+from pretrain.models.patching.router import ExactLinear, LearnedConfig, Router, smooth
 from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
 
@@ -158,7 +158,7 @@ class Stage(nn.Module):
             else build_patcher(config.patcher, config.patches)
         )
         self.is_smoothed = isinstance(config.patcher, LearnedConfig) and config.patcher.smoothing
-        self.residual = nn.Linear(config.width, config.width)
+        self.residual = ExactLinear(config.width, config.width)
         self.pad = nn.Parameter(torch.empty(inner_width - config.width)) if inner_width > config.width else None
         self.decoder = LayoutStack(config.decoder, config, mamba, config.window, dropout)
 
@@ -195,7 +195,7 @@ class Stage(nn.Module):
         if patches.probabilities is not None:
             confidence = torch.where(patches.starts, patches.probabilities, 1 - patches.probabilities)
             newest = newest * (1 + confidence - confidence.detach())[..., None]  # times 1: a straight-through estimator
-        return (newest + exact_linear(self.residual, states)).to(states.dtype)
+        return (newest + self.residual(states)).to(states.dtype)
 
     def flops(self, length: int) -> int:
         """Return the operations of the stage's own matrix products over `length` positions of one row."""

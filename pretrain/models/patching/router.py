@@ -46,13 +46,13 @@ class Router(Patcher):
         """Make the router of states of `width` channels."""
         super().__init__(capacity)
         self.target_ratio, self.ratio_weight = config.size, config.ratio_weight
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
+        self.query = ExactLinear(width, width, bias=False)
+        self.key = ExactLinear(width, width, bias=False)
 
     def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:
         """Return where neighbouring states differ, and the probabilities."""
         assert hidden is not None, "a router reads hidden states"
-        queries, keys = exact_linear(self.query, hidden), exact_linear(self.key, hidden)
+        queries, keys = self.query(hidden), self.key(hidden)
         last = state.memory.get("query", torch.zeros_like(queries[:, 0]))
         before = torch.cat([last[:, None], queries[:, :-1]], 1)
         probabilities = ((1 - F.cosine_similarity(before, keys, -1)) / 2).clamp(0, 1)
@@ -74,11 +74,14 @@ class Router(Patcher):
         return self.ratio_weight * ratio_loss(share, mean, self.target_ratio)
 
 
-def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear map in fp32 or more precise."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    bias = None if layer.bias is None else layer.bias.to(exact)
-    return F.linear(x.to(exact), layer.weight.to(exact), bias)
+class ExactLinear(nn.Linear):
+    """Linear map that is computed in fp32 or more precise, whatever the precision of a pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., inputs) to (..., outputs)."""
+        exact = torch.promote_types(input.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(exact)
+        return F.linear(input.to(exact), self.weight.to(exact), bias)
 
 
 def smooth(values: Tensor, probabilities: Tensor, before: Tensor | None = None) -> Tensor:
