@@ -20,6 +20,7 @@ from pretrain.config.loading import load
 from pretrain.distributed.context import group_of
 from pretrain.engines import CheckpointingConfig, check_context, compute_dtype, gpu_precision
 from pretrain.estimate.activations import KEEP_ALL, ActivationLines, activation_lines, on_meta
+from pretrain.estimate.patches import SIZES, PatchCost, patch_costs
 from pretrain.estimate.states import USABLE, ShardedStates, shardings
 from pretrain.models import all_families
 from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
@@ -80,6 +81,14 @@ def estimate(
     context: Annotated[
         int | None, typer.Option(min=1, help="GPUs that share each row. Default: as in the recipe.")
     ] = None,
+    bytes_per_patch: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=1,
+            help="Mean size of patches for which to count FLOPs, if patches follow the data (repeatable). "
+            f"Default: {', '.join(f'{size:g}' for size in SIZES)}.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate whether a recipe fits into the memory of GPUs.
@@ -87,6 +96,7 @@ def estimate(
     Shows each sharding and the largest micro-batch that fits.
     Measures activations without a GPU: once with all of them kept,
     and once with activation checkpointing, as in the recipe or of every block.
+    For patches that follow the data, also shows FLOPs by the mean size of a patch.
     """
     config = load(recipe, [*(overrides or []), *([f"engine.context={context}"] if context else [])])
     context = config.engine.context
@@ -99,12 +109,15 @@ def estimate(
         checkpointing = CheckpointingConfig(mode="full")
     plain, checkpointed = (activation_lines(config.model, dtype, way, context) for way in (KEEP_ALL, checkpointing))
     passes = len(deal(config.train.global_batch, rows, *group_of(0, gpus, context)))
-    found = shardings(on_meta(config.model), config.optimizer.entry, dtype, gpus, passes)
+    model = on_meta(config.model)
+    costs = patch_costs(model, bytes_per_patch or SIZES) if model.patchers() else []
+    found = shardings(model, config.optimizer.entry, dtype, gpus, passes)
     usable = memory * 2**30 * USABLE
     gpus_in_words = count(gpus, f"GPU of {memory:g} GiB", f"GPUs of {memory:g} GiB each")
     shared = f", each row on {context} of them" if context > 1 else ""
     title = f"{recipe} on {gpus_in_words}{shared}, micro-batch {rows}, {precision}"
-    training_flops = 3 * on_meta(config.model).flops(config.model.sequence_length) * rows // context
+    length = config.model.sequence_length
+    training_flops = 3 * model.flops(length) * rows // context
     if as_json:
         figures = {
             "recipe": recipe,
@@ -115,6 +128,15 @@ def estimate(
             "passes": passes,
             "context": context,
             "training_flops": training_flops,
+            "forward_flops_per_byte": model.flops(length) / length,
+            "by_bytes_per_patch": [
+                {
+                    "bytes_per_patch": cost.bytes_per_patch,
+                    "patches": cost.patches,
+                    "useful_forward_flops_per_byte": cost.flops / length,
+                }
+                for cost in costs
+            ],
             "precision": precision,
             "shardings": {
                 sharding.name: sharding.states._asdict()
@@ -148,6 +170,16 @@ def estimate(
             f"A micro-batch takes {figure(training_flops / 1e12)} TFLOP on each GPU, without activation checkpointing.",
         ]
     )
+    if costs:
+        typer.echo()
+        patch_table(costs, model.flops(length), length).print()
+        print_lines(
+            [
+                "",
+                "useful: without the empty places of a row, which are computed too. "
+                "MFU and comparisons at equal FLOPs count all of them.",
+            ]
+        )
 
 
 def catalogue(recipes: Sequence[CatalogueEntry], folder: Path) -> Iterator[Table]:
@@ -183,7 +215,8 @@ def legend(recipes: Sequence[CatalogueEntry], folder: Path, micro_batch: int | N
         if folder == CONFIGS
         else f"recipe: the file {folder}/RECIPE.yaml.",
         "params: millions of parameters. printed: as the paper prints them.",
-        "forward, training: millions of operations for each byte read, over a full row.",
+        "forward, training: millions of operations for each byte read, over a full row "
+        "with all the patches that it may have.",
         "states: GiB of weights, gradients, masters and moments in one process.",
         "result: as the paper prints it; bits per byte unless it says words or seconds.",
         "Letters say why a printed size is not the true one, and in brackets how a result was measured:",
@@ -234,6 +267,29 @@ def estimate_table(
                 _gib(states.masters + states.moments),
                 _gib(line.at(rows)),
             )
+    return table
+
+
+def patch_table(costs: Sequence[PatchCost], padded: int, length: int) -> Table:
+    """Return a table of FLOPs by the mean size of patches.
+
+    Args:
+        costs: of rows, smallest patches first; the first has as many patches as the capacity.
+        padded: FLOPs of the forward pass over any row.
+        length: bytes of a row.
+    """
+    stages = range(len(costs[0].patches))
+    counts = [f"patches of stage {stage}" for stage in stages] if len(stages) > 1 else ["patches of a row"]
+    numbers = ["bytes per patch", *counts, "useful MFLOP", "share"]
+    title = f"FLOPs of a byte, forward pass: {figure(padded / length / 1e6)} MFLOP with any patches"
+    table = Table(title, numbers, numbers)
+    for cost in costs:
+        table.add_row(
+            f"{cost.bytes_per_patch:.3g}",
+            *(f"{count:,.0f}" for count in cost.patches),
+            figure(cost.flops / length / 1e6),
+            f"{cost.flops / padded:.0%}",
+        )
     return table
 
 

@@ -1,6 +1,7 @@
 """Patches as metrics of a step: sums over rows, whatever passes and stages they come from."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_pipeline.vocabulary import PADDING, SEPARATOR
+from data_pipeline.vocabulary import PADDING
+from pretrain.estimate.patches import patch_costs
 from pretrain.models import all_families, build_model, small_config
 from pretrain.models.patching.patcher import Decision, Patcher, PatchState
 from pretrain.models.patching.ratio import ratio_loss
@@ -110,23 +112,44 @@ def test_ratio_loss_at_its_known_values():
 WITH_PATCHES = [name for name in all_families() if build_model(small_config(name)).patchers()]
 
 
+def test_every_family_with_rules_names_them():
+    for name in all_families():
+        model = build_model(small_config(name))
+        rules = [module for module in model.modules() if isinstance(module, Patcher)]
+        assert set(map(id, rules)) == set(map(id, model.patchers().values())), name
+
+
 @pytest.mark.parametrize("family", WITH_PATCHES)
 @torch.no_grad()
 def test_a_forward_pass_calls_each_rule_once_with_all_its_positions(family: str):
     model = build_model(small_config(family)).eval()
-    ids = torch.randint(97, 123, (2, model.sequence_length))
-    calls = dict.fromkeys(model.patchers(), 0)
-    for stage, patcher in model.patchers().items():
-        patcher.register_forward_hook(lambda *_, stage=stage: calls.update({stage: calls[stage] + 1}))
-    with recorded(model.patchers()) as seen:
-        model(ids)
-    assert set(calls.values()) == {1} and list(seen) == list(calls) == [str(n) for n in range(len(calls))]
-    width, capacities = model.sequence_length, []
-    for stage, patcher in model.patchers().items():
+    patchers, length = model.patchers(), model.sequence_length
+    calls: list[str] = []
+    for stage, patcher in patchers.items():
+        patcher.register_forward_hook(lambda *_, stage=stage: calls.append(stage))
+    with recorded(patchers) as seen:
+        model(torch.randint(97, 123, (2, length)))
+    assert calls == list(seen) == list(patchers) == [str(number) for number in range(len(patchers))]
+    width = length
+    for stage, patcher in patchers.items():
         assert seen[stage].starts.shape == (2, width) and seen[stage].starts[:, 0].all()
         width = min(width, patcher.capacity)
-        capacities.append(width)
-    assert model.useful_flops(model.sequence_length, capacities) == pytest.approx(model.flops(model.sequence_length))
-    few = [capacity / 2 for capacity in capacities]
-    assert 0 < model.useful_flops(model.sequence_length, few) < model.flops(model.sequence_length)
-    assert SEPARATOR not in ids
+
+
+@pytest.mark.parametrize("family", WITH_PATCHES)
+def test_useful_flops_are_those_of_a_model_with_just_this_capacity(family: str):
+    with torch.device("meta"):
+        model = build_model(small_config(family))
+    length, costs = model.sequence_length, patch_costs(model, [1.0, 8.0, 16.0])
+    assert costs[0].flops == pytest.approx(model.flops(length))
+    assert [cost.bytes_per_patch for cost in costs[1:]] == [8, 16]
+    for cost in costs:
+        counts = list(map(round, cost.patches))
+        useful = model.useful_flops(length, counts)
+        capacities = [patcher.capacity for patcher in model.patchers().values()]
+        for patcher, count in zip(model.patchers().values(), counts, strict=True):
+            patcher.capacity = count
+        assert model.flops(length) == pytest.approx(useful)
+        for patcher, capacity in zip(model.patchers().values(), capacities, strict=True):
+            patcher.capacity = capacity
+    assert all(later.flops < earlier.flops for earlier, later in pairwise(costs))
