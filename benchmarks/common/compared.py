@@ -1,0 +1,90 @@
+"""Models of comparison.py, by size: trees of the section `model` without what all share."""
+
+from typing import Any
+
+import torch
+
+from pretrain.config.catalogue import TRAINING_PASSES
+from pretrain.models import build_model, model_config
+
+CONTEXT = 1024
+"""Default context, for which the sizes were chosen."""
+SEGMENT = 512
+"""Longest row of a Transformer-XL, which reaches further by its memory; its attention holds all pairs of a row."""
+STD = {"initial_std": 0.02}
+PATCHES = {"patches": 192}
+"""Patches that a row may have, for a mean of 5.3 bytes."""
+
+
+def sizes(layers: int, width: int, heads: int) -> dict[str, int]:
+    """Return the fields of a stack."""
+    return {"layers": layers, "width": width, "heads": heads}
+
+
+def spacebyte(local: dict[str, int], wide: dict[str, int], window: int, **patcher: Any) -> dict[str, Any]:
+    """Return a SpaceByte."""
+    stacks = {"local_model": local, "global_model": wide, "window": window}
+    return {"family": "spacebyte", **PATCHES, **stacks} | ({"patcher": patcher} if patcher else {})
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "MEGABYTE": {
+        "family": "megabyte",
+        "patch_size": 8,
+        "global_model": sizes(3, 512, 8),
+        "local_model": sizes(2, 128, 2),
+        **STD,
+    },
+    "Perceiver AR": {
+        "family": "perceiver_ar",
+        "latents": 256,
+        "latent_model": sizes(5, 256, 4),
+        "cross_heads": 4,
+    },
+    "Transformer": {"family": "transformer", **sizes(3, 144, 3), **STD},
+    "Transformer, window 128": {"family": "transformer", **sizes(3, 192, 3), "window": 128, **STD},
+    "Transformer-XL": {"family": "transformer_xl", "memory_length": 256, **sizes(2, 144, 3)},
+    "Mamba-2": {"family": "mamba", "width": 192, "layers": 5, "state": 64, "chunk": 32},
+    "SpaceByte": spacebyte(sizes(4, 128, 2), sizes(4, 256, 4), 128),
+    "SpaceByte, patches of 6": spacebyte(sizes(4, 128, 2), sizes(4, 256, 4), 128, name="fixed", size=6),
+}
+"""About 3.3 million operations a byte."""
+TINY: dict[str, dict[str, Any]] = {
+    "MEGABYTE": {
+        "family": "megabyte",
+        "patch_size": 8,
+        "global_model": sizes(3, 192, 4),
+        "local_model": sizes(1, 64, 1),
+        **STD,
+    },
+    "Transformer": {"family": "transformer", **sizes(2, 48, 1), **STD},
+    "Transformer, window 128": {"family": "transformer", **sizes(2, 80, 2), "window": 128, **STD},
+    "Mamba-2": {"family": "mamba", "width": 80, "layers": 3, "head_width": 32, "state": 32, "chunk": 32},
+    "SpaceByte": spacebyte(sizes(2, 64, 1), sizes(2, 128, 2), 64),
+    "SpaceByte, patches of 6": spacebyte(sizes(2, 64, 1), sizes(2, 128, 2), 64, name="fixed", size=6),
+}
+"""About half a million operations a byte."""
+MODELS = {"small": SMALL, "tiny": TINY}
+
+
+def model_tree(size: str, name: str, context: int) -> dict[str, Any]:
+    """Return the section `model` of a recipe. A Perceiver AR has a quarter of the context as latents.
+
+    With a context above the default, a Transformer-XL has rows of SEGMENT bytes and a memory as long. The patches of a
+    row grow with the context.
+    """
+    tree: dict[str, Any] = {"sequence_length": context, "dropout": 0.0, **MODELS[size][name]}
+    if "latents" in tree:
+        tree["latents"] = context // 4
+    if "patches" in tree:
+        tree["patches"] = tree["patches"] * context // CONTEXT
+    if "memory_length" in tree and context > CONTEXT:
+        tree["sequence_length"] = tree["memory_length"] = SEGMENT
+    return tree
+
+
+def flops_per_byte(tree: dict[str, Any]) -> float:
+    """Return the operations of training on a byte, which counts as three forward passes."""
+    length = tree["sequence_length"]
+    with torch.device("meta"):
+        return TRAINING_PASSES * build_model(model_config(tree)).flops(length) / length
