@@ -27,6 +27,15 @@ def spacebyte(local: dict[str, int], wide: dict[str, int], window: int, **patche
     return {"family": "spacebyte", **PATCHES, **stacks} | ({"patcher": patcher} if patcher else {})
 
 
+def blt(
+    encoder_layers: int, decoder_layers: int, local: dict[str, int], wide: dict[str, int], window: int
+) -> dict[str, Any]:
+    """Return a BLT whose patches start at the ends of words."""
+    depth = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+    stacks = {"local_model": local | depth, "global_model": wide, "window": window}
+    return {"family": "blt", **PATCHES, **stacks, "ngrams": {"buckets": 4096}}
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "MEGABYTE": {
         "family": "megabyte",
@@ -47,6 +56,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "Mamba-2": {"family": "mamba", "width": 192, "layers": 5, "state": 64, "chunk": 32},
     "SpaceByte": spacebyte(sizes(4, 128, 2), sizes(4, 256, 4), 128),
     "SpaceByte, patches of 6": spacebyte(sizes(4, 128, 2), sizes(4, 256, 4), 128, name="fixed", size=6),
+    "BLT, patches by spaces": blt(1, 2, {"width": 128, "heads": 2}, sizes(4, 256, 4), 128),
 }
 """About 3.3 million operations a byte."""
 TINY: dict[str, dict[str, Any]] = {
@@ -62,6 +72,7 @@ TINY: dict[str, dict[str, Any]] = {
     "Mamba-2": {"family": "mamba", "width": 80, "layers": 3, "head_width": 32, "state": 32, "chunk": 32},
     "SpaceByte": spacebyte(sizes(2, 64, 1), sizes(2, 128, 2), 64),
     "SpaceByte, patches of 6": spacebyte(sizes(2, 64, 1), sizes(2, 128, 2), 64, name="fixed", size=6),
+    "BLT, patches by spaces": blt(1, 1, {"width": 64, "heads": 1}, sizes(2, 128, 2), 64),
 }
 """About half a million operations a byte."""
 MODELS = {"small": SMALL, "tiny": TINY}
