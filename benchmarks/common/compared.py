@@ -36,6 +36,22 @@ def blt(
     return {"family": "blt", **PATCHES, **stacks, "ngrams": {"buckets": 4096}}
 
 
+def hnet(outer: str, width: int, main: dict[str, Any], state: int, *stages: tuple[int, int]) -> dict[str, Any]:
+    """Return an H-Net whose stages have a layout and learned patches, each with its mean size and patches of a row."""
+    learned = [
+        {
+            "width": width,
+            "encoder": outer if not number else "m1",
+            "decoder": outer if not number else "m1",
+            "patcher": {"name": "learned", "size": size},
+            "patches": patches,
+        }
+        for number, (size, patches) in enumerate(stages)
+    ]
+    mamba = {"head_width": 32, "state": state, "chunk": 32}
+    return {"family": "hnet", "stages": learned, "main": main, "mamba": mamba}
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "MEGABYTE": {
         "family": "megabyte",
@@ -57,6 +73,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "SpaceByte": spacebyte(sizes(4, 128, 2), sizes(4, 256, 4), 128),
     "SpaceByte, patches of 6": spacebyte(sizes(4, 128, 2), sizes(4, 256, 4), 128, name="fixed", size=6),
     "BLT, patches by spaces": blt(1, 2, {"width": 128, "heads": 2}, sizes(4, 256, 4), 128),
+    "H-Net": hnet("m2", 128, {"layers": "T4", "width": 256, "heads": 4}, 64, (6, 256)),
+    "H-Net, two stages": hnet("m2", 128, {"layers": "T4", "width": 256, "heads": 4}, 64, (3, 512), (3, 192)),
 }
 """About 3.3 million operations a byte."""
 TINY: dict[str, dict[str, Any]] = {
@@ -73,6 +91,8 @@ TINY: dict[str, dict[str, Any]] = {
     "SpaceByte": spacebyte(sizes(2, 64, 1), sizes(2, 128, 2), 64),
     "SpaceByte, patches of 6": spacebyte(sizes(2, 64, 1), sizes(2, 128, 2), 64, name="fixed", size=6),
     "BLT, patches by spaces": blt(1, 1, {"width": 64, "heads": 1}, sizes(2, 128, 2), 64),
+    "H-Net": hnet("m1", 64, {"layers": "T2", "width": 128, "heads": 2}, 32, (6, 256)),
+    "H-Net, two stages": hnet("m1", 64, {"layers": "T2", "width": 128, "heads": 2}, 32, (3, 512), (3, 192)),
 }
 """About half a million operations a byte."""
 MODELS = {"small": SMALL, "tiny": TINY}
@@ -89,6 +109,8 @@ def model_tree(size: str, name: str, context: int) -> dict[str, Any]:
         tree["latents"] = context // 4
     if "patches" in tree:
         tree["patches"] = tree["patches"] * context // CONTEXT
+    if "stages" in tree:
+        tree["stages"] = [stage | {"patches": stage["patches"] * context // CONTEXT} for stage in tree["stages"]]
     if "memory_length" in tree and context > CONTEXT:
         tree["sequence_length"] = tree["memory_length"] = SEGMENT
     return tree
