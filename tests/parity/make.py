@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import types
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 HERE = Path(__file__).parent
 SEED = 20
 Arrays = dict[str, np.ndarray]
+HNET_NORMS = ("norm1.weight", "norm2.weight", "rmsnorm.weight", "mixer.norm.weight")
 BLT_NORMS = ("attention_norm.weight", "ffn_norm.weight", "norm_q.weight", "norm_kv.weight", "local_decoder.norm.weight")
 
 
@@ -31,7 +34,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> Arrays:
         is_matrix = len(shape) == 2 and not any(part in name for part in ("emb", "wte", "wpe", "position"))
         values = generator.standard_normal(shape) * (max(shape) ** -0.5 if is_matrix else 0.5)
         is_scale = name.endswith(
-            ("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight", *BLT_NORMS)
+            ("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight", *BLT_NORMS, *HNET_NORMS)
         )
         rounded = (values * 0.4 + 1 if is_scale else values).astype(np.float16)  # half the size on disk
         weights[name] = rounded.astype(np.float32)
@@ -351,6 +354,52 @@ def blt(clone: Path) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([read]), patch_lengths=torch.tensor([lengths]))
     save("blt", arguments, weights, ids=np.array([read]), logits=logits[:, -12:].numpy())
+
+
+def hnet(clone: Path) -> None:
+    """Run goombalab/hnet with two stages, and state-spaces/mamba, whose clone is CLONE/mamba, without their kernels."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    sys.path.insert(0, str(HERE.parents[1]))
+    from tests.parity import hnet_kernels as kernels  # noqa: PLC0415
+
+    kernels.install(clone, clone / "mamba")
+    config = importlib.import_module("hnet.models.config_hnet")
+    importlib.import_module("hnet.modules.mha").FlashCausalSelfAttention.forward = kernels.attend
+    authors = importlib.import_module("hnet.models.mixer_seq")
+
+    backbone = importlib.import_module("hnet.models.hnet")
+    backbone.DeChunkLayer = partial(backbone.DeChunkLayer, dtype=torch.float32, headdim=8)  # their kernel has bf16
+
+    @dataclass
+    class SmallMamba(config.SSMConfig):
+        """Sizes of Mamba-2 layers, with that of heads."""
+
+        d_state: int = 6
+        headdim: int = 8
+
+    arguments = {
+        "arch_layout": ["m1", ["T1", ["t1"], "m1"], "t1"],
+        "d_model": [8, 8, 12],
+        "d_intermediate": [0, 128, 0],
+        "vocab_size": 258,
+    }
+    attention = config.AttnConfig(num_heads=[2, 2, 2], rotary_emb_dim=[2, 2, 2], window_size=[4, 4, -1])
+    sizes = config.HNetConfig(**arguments, ssm_cfg=SmallMamba(), attn_cfg=attention)
+    model = authors.HNetForCausalLM(sizes)
+    for module in model.modules():
+        if hasattr(module, "use_mem_eff_path"):
+            module.use_mem_eff_path = False  # the convolution and the scan one after the other
+    weights = fill(model, {})
+    ids = random_ids(2, 12, 256)
+    with torch.no_grad():
+        read = torch.from_numpy(np.concatenate([np.full((2, 1), 256), ids[:, :-1]], 1))
+        output = model(read, mask=torch.ones_like(read, dtype=torch.bool))
+    starts = [stage.boundary_mask for stage in output.bpred_output]
+    margins = [(stage.boundary_prob[..., 1] - 0.5).abs().min() for stage in output.bpred_output]
+    assert min(margins) > 1e-4, "rounding could move a boundary"
+    assert all(1 < mask.sum() < mask.numel() for mask in starts)
+    save("hnet", arguments, weights, ids=ids, logits=output.logits.numpy())
 
 
 if __name__ == "__main__":

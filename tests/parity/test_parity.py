@@ -427,5 +427,73 @@ def test_blt_has_the_logits_of_the_authors_code():
     torch.testing.assert_close(model(ids)[0, 1 - golden.logits.shape[1] :], nats, atol=1e-5, rtol=1e-5)
 
 
+def test_hnet_has_the_logits_of_the_authors_code():
+    """Two stages, of Mamba-2 and attention. Their patches start where ours do: no probability is near 1/2."""
+    golden, theirs = vector("hnet"), vector("hnet").weights
+    stage = {"width": 8, "heads": 2, "feed_forward_width": 128, "window": 5, "patches": 12}
+    stage |= {"patcher": {"name": "learned", "size": 3}}
+    config = model_config(
+        {
+            "family": "hnet",
+            "sequence_length": 12,
+            "stages": [stage | {"encoder": "m1", "decoder": "t1"}, stage | {"encoder": "T1", "decoder": "m1"}],
+            "main": {"width": 12, "heads": 2, "layers": "t1"},
+            "mamba": {"head_width": 8, "state": 6},
+        }
+    )
+    model = build_model(config).eval()
+
+    def mixer(name: str) -> dict[str, Tensor]:
+        if f"{name}.Wqkv.weight" in theirs:
+            names = {"query_key_value.weight": "Wqkv.weight", "output.weight": "out_proj.weight"}
+            return {ours: theirs[f"{name}.{authors}"] for ours, authors in names.items()}
+        expand, values, select, step = theirs[f"{name}.in_proj.weight"].split([16, 16, 12, 2])
+        names = {
+            "convolution.weight": "conv1d.weight",
+            "convolution.bias": "conv1d.bias",
+            "step_bias": "dt_bias",
+            "log_rate": "A_log",
+            "skip": "D",
+            "norm.weight": "norm.weight",
+            "contract.weight": "out_proj.weight",
+        }
+        maps = {"expand.weight": torch.cat([expand, values]), "select.weight": select, "step.weight": step}
+        return maps | {ours: theirs[f"{name}.{authors}"] for ours, authors in names.items()}
+
+    def stack(name: str) -> dict[str, Tensor]:
+        weights = {"norm.weight": theirs[f"{name}.rmsnorm.weight"]}
+        block, own = f"{name}.layers.0", "blocks.0"
+        weights |= {f"{own}.mixer.{ours}": value for ours, value in mixer(f"{block}.mixer").items()}
+        weights[f"{own}.norm.weight"] = theirs[f"{block}.norm1.weight"]
+        if f"{block}.mlp.fc1.weight" in theirs:
+            value, gate = theirs[f"{block}.mlp.fc1.weight"].chunk(2)
+            weights[f"{own}.feed_forward_norm.weight"] = theirs[f"{block}.norm2.weight"]
+            weights[f"{own}.feed_forward.expand.weight"] = torch.cat([gate, value])
+            weights[f"{own}.feed_forward.contract.weight"] = theirs[f"{block}.mlp.fc2.weight"]
+        return weights
+
+    weights = {
+        "embedding.weight": theirs["embeddings.weight"],
+        "start": theirs["embeddings.weight"][SEPARATOR],
+        "head": theirs["lm_head.weight"],
+        "stages.1.pad": theirs["backbone.main_network.main_network.pad_dimension"],
+    }
+    stacks = {"main": "backbone.main_network.main_network.main_network"}
+    for level, name in enumerate(("backbone", "backbone.main_network")):
+        stacks |= {f"stages.{level}.{part}": f"{name}.{part}" for part in ("encoder", "decoder")}
+        for part in ("weight", "bias"):
+            weights[f"stages.{level}.residual.{part}"] = theirs[f"{name}.residual_proj.{part}"]
+        for ours, authors in (("query", "q_proj_layer"), ("key", "k_proj_layer")):
+            weights[f"stages.{level}.patcher.{ours}.weight"] = theirs[f"{name}.routing_module.{authors}.weight"]
+    for own, name in stacks.items():
+        weights |= {f"{own}.{ours}": value for ours, value in stack(name).items()}
+    model.load_state_dict(weights)
+    for place in range(12):
+        logits = model.decoder(2).prime(golden.ids[:, :place])
+        torch.testing.assert_close(logits, golden.logits[:, place], atol=1e-5, rtol=1e-5)
+    nats = F.cross_entropy(golden.logits.transpose(1, 2), golden.ids, reduction="none")
+    torch.testing.assert_close(model(golden.ids), nats, atol=1e-5, rtol=1e-5)
+
+
 def test_golden_vectors_are_small():
     assert sum(path.stat().st_size for path in HERE.glob("*.npz")) < 400_000
