@@ -5,6 +5,7 @@ of `ByteModel.flops`; FLOPs without them are what the patches alone need.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from pretrain.models import ByteModel
@@ -34,14 +35,16 @@ def patch_costs(model: ByteModel, sizes: Sequence[float] = SIZES) -> list[PatchC
         model: the model; its patches follow the data.
         sizes: mean sizes of the patches of stage 0, in bytes.
     """
-    length = model.sequence_length
-    slots, most = [], length
-    for patcher in model.patchers().values():
-        most = min(most, patcher.capacity)
-        slots.append(most)
+    length, slots = model.sequence_length, slots_of(model)
     smallest = length / slots[0]
     costs = []
     for size in sorted({smallest, *(each for each in sizes if smallest < each <= length)}):
         patches = [length / size * own / slots[0] for own in slots]
         costs.append(PatchCost(size, patches, model.useful_flops(length, patches)))
     return costs
+
+
+def slots_of(model: ByteModel) -> list[int]:
+    """Return the patches that a full row may have, by stage."""
+    capacities = (patcher.capacity for patcher in model.patchers().values())
+    return list(accumulate(capacities, min, initial=model.sequence_length))[1:]

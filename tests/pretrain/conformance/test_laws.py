@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from pretrain.conformance import ENGINE_LAWS, EXAMPLE_LAWS, LAWS, MODEL_LAWS, BrokenLawError, Law, Subject
 from pretrain.engines.registry import ENGINES
 from pretrain.models import ByteModel
+from pretrain.models.families.spacebyte import SpaceByte
 from pretrain.models.families.transformer import Transformer
+from pretrain.models.patching.patcher import Patcher
 
 HNET_STAGE = {
     "width": 24,
@@ -236,3 +238,45 @@ def test_law_names_the_fault_of_a_model_that_breaks_it(
     [chosen] = [known for known in LAWS if known.name == law]
     with pytest.raises(BrokenLawError, match=re.escape(message)):
         chosen.check(Broken.of("transformer"), tmp_path)
+
+
+class Ahead(SpaceByte):
+    """Model whose patches start one byte early."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids.roll(-1, 1))
+
+
+class Nameless(SpaceByte):
+    """Model that does not name its rule."""
+
+    def patchers(self) -> dict[str, Patcher]:
+        return {}
+
+
+class Generous(SpaceByte):
+    """Model that counts FLOPs of patches that a row does not have."""
+
+    def useful_flops(self, length: int, patches: Sequence[float]) -> float:
+        return super().useful_flops(length, [min(self.patcher.capacity, length)])
+
+
+@pytest.mark.parametrize(
+    ("broken", "law", "message"),
+    [
+        (Ahead, "patches", "has other starts of stage 0 at positions"),
+        (Nameless, "patches", "names other rules"),
+        (Generous, "useful_flops", "useful_flops of [8] patches"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_laws_of_patches_name_the_fault(broken: type[SpaceByte], law: str, message: str, tmp_path: Path):
+    class Broken(Subject):
+        def build(self, dtype: torch.dtype = torch.float32) -> ByteModel:
+            model = super().build(dtype)
+            model.__class__ = broken
+            return model
+
+    [chosen] = [known for known in LAWS if known.name == law]
+    with pytest.raises(BrokenLawError, match=re.escape(message)):
+        chosen.check(Broken.of("spacebyte"), tmp_path)

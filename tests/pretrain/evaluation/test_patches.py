@@ -62,6 +62,17 @@ def test_fixed_patches_of_megabyte_are_those_of_its_windows():
         patches_of_model(model, TEXT, Mode.strided, 4)
 
 
+def test_stages_of_a_model_have_patches_of_patches():
+    small = small_config("hnet").model_dump()
+    inner = small["stages"][0] | {"patcher": {"name": "fixed", "size": 2}, "patches": 16}
+    stages = [small["stages"][0] | {"patcher": {"name": "fixed", "size": 3}}, inner]
+    found = patches_of_model(build_model(small_config("hnet", stages=stages)).eval(), TEXT, Mode.windows, 4)
+    place = np.arange(len(TEXT)) % small["sequence_length"]
+    assert np.array_equal(found.starts["0"], place % 3 == 0) and np.array_equal(found.starts["1"], place % 6 == 0)
+    shown = [segment.stages for segment in segments_of(found, small["sequence_length"])]
+    assert shown[:4] == [2, 1, 2, 1]
+
+
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=3, max_size=3))
 @settings(max_examples=25)
 def test_patches_of_patches_start_at_bytes(flags: list[list[bool]]):
