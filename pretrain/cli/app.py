@@ -55,6 +55,7 @@ PANELS = {
         LazyCommand("generate", "models.generate", "Continue a prompt with bytes from a model."),
         LazyCommand("surprise", "models.surprise", "Show the bits of each byte of a file as shades."),
         LazyCommand("patches", "models.patches", "Show where the patches of a file start."),
+        LazyCommand("threshold", "models.threshold", "Find the threshold of patches by entropy."),
         LazyCommand("chat", "models.chat", "Type a text, and the model continues it."),
         LazyCommand("import", "models.exchange", "Import weights of other programs as an export folder."),
         LazyCommand(

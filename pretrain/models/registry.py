@@ -78,7 +78,8 @@ class Family(Generic[AnyConfig]):
     """Builds a model whose parameters are drawn from torch's default generator."""
     free_fields: frozenset[str] = frozenset()
     """Config fields that a resumed run may change, because the function that the weights compute does not depend on
-    them: dropout, first values, and the like. All others must stay."""
+    them: dropout, first values, and the like. All others must stay. A name may be of a field of a section:
+    patcher.model."""
     usage_options: tuple[UsageOption, ...] = ()
     """Options of the commands `eval` and `generate` for models of this family."""
     carries_memory: Callable[[AnyConfig], bool] = _carries_none
@@ -166,7 +167,7 @@ def _check_declaration(family: Family[Any]) -> None:
     if "sequence_length" not in fields:
         raise FamilyError(f"{place} has no field sequence_length, which every model family has")
     for declared, names in (("free_fields", family.free_fields), ("usage_options", family.usage_fields)):
-        if unknown := sorted(names - fields.keys()):
+        if unknown := sorted({name.partition(".")[0] for name in names} - fields.keys()):
             raise FamilyError(f"{declared} of the model family {family.name}: {place} has no field {unknown[0]}")
     for option in family.usage_options:
         if {*(get_args(annotation := fields[option.field].annotation) or (annotation,))} - {type(None)} not in USABLE:

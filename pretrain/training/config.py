@@ -1,7 +1,7 @@
 """The config nodes that training reads: its own, and the recipe as a whole."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, Field
 
@@ -145,6 +145,9 @@ class TrainingRecipe(Protocol):
     @property
     def callbacks(self) -> Mapping[str, BaseModel]:
         """Section `callbacks`: config nodes of callbacks by name."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other sections, which are not checked."""
 
     def as_tree(self) -> dict[str, Any]:
         """Return the whole tree as JSON values."""

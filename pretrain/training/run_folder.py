@@ -11,6 +11,7 @@ ROOT/NAME/
     mlflow.json        what MLflow has received; trackers/NAME.json, what another tracker has
     coverage.json      what an epoch reads of each source
     checkpoints/       step-00001200/, …, unless the recipe has another home for them
+    entropy_model/     export of the model whose entropies make the patches, if the recipe has one
     profile/           rank-00000/, …, if the recipe asks for it
     evaluations/       step-00001200/NAME/figures.json and curves, of each `byteloom eval`
     samples/           step-00001200/samples.json, pictures and sounds, if the recipe asks for them

@@ -36,9 +36,10 @@ from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.transformer import StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
+from pretrain.models.entropy_model import patcher_of
 from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import chunk_places
-from pretrain.models.patching.config import ByteClassConfig, PatcherConfig, build_patcher
+from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
 from pretrain.models.patching.cross_attention import PatchAttention, Pooling, ReadingBlock, SlotBlock, pool, spread
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
@@ -78,7 +79,8 @@ class BLTConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings
     sequence_length: int = Field(ge=1)
     """T: bytes of one training sequence and the longest context."""
     patcher: PatcherConfig = ByteClassConfig()
-    """Rule by which patches start. byte_class: the paper's patches by spaces. fixed: every `size` bytes."""
+    """Rule by which patches start. entropy: the paper's. byte_class: its patches by spaces. fixed: every `size`
+    bytes."""
     patches: int = Field(ge=1)
     """Patches that a row may have. A row with more continues without new ones."""
     local_model: LocalConfig
@@ -134,7 +136,8 @@ class BLT(ByteModel):
         self.sequence_length, self.initial_std = config.sequence_length, config.initial_std
         self.attends_across_documents = config.attention_across_documents
         self.window = config.window
-        self.patcher = build_patcher(config.patcher, config.patches)
+        across = config.attention_across_documents
+        self.patcher = patcher_of(config.patcher, config.patches, config.sequence_length, across_documents=across)
 
         def parts(size: StackConfig | LocalConfig, window: int | None) -> tuple[int, Attention, FeedForward, float]:
             rotary = _rotary(config.rotary_base, size.width // size.heads)
@@ -341,7 +344,8 @@ class BLT(ByteModel):
         if self.first_slots is not None:
             by_patches += linear_weights(self.first_slots)
         return (
-            2 * length * (by_positions + of_slots // 2 + d * VOCABULARY)
+            self.patcher.flops(length)
+            + 2 * length * (by_positions + of_slots // 2 + d * VOCABULARY)
             + 4 * layers * window_pairs(length, self.window) * d
             + 2 * count * config.slots * (of_slots // 2 + by_slots)
             + 2 * count * (by_patches + linear_weights(self.global_blocks))
@@ -481,7 +485,7 @@ register_family(
         reference=REFERENCES / "blt.py",
         config=BLTConfig,
         build=BLT,
-        free_fields=frozenset({"dropout", "initial_std"}),
+        free_fields=frozenset({"dropout", "initial_std", "patcher.model"}),
         small={
             "sequence_length": 32,
             "patches": 32,

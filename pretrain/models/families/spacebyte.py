@@ -32,9 +32,10 @@ from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.transformer import StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
+from pretrain.models.entropy_model import patcher_of
 from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import add_at, chunk_places, gather
-from pretrain.models.patching.config import ByteClassConfig, PatcherConfig, build_patcher
+from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
@@ -88,7 +89,7 @@ class SpaceByte(ByteModel):
         local, wide = config.local_model, config.global_model
         self.sequence_length, self.initial_std = config.sequence_length, config.initial_std
         self.window, self.widths = config.window, (local.width, wide.width)
-        self.patcher = build_patcher(config.patcher, config.patches)
+        self.patcher = patcher_of(config.patcher, config.patches, config.sequence_length, across_documents=True)
         rotary = None if config.positions == "learned" else Rotary()
         attention = partial(Attention, rotary=rotary, norms=config.query_key_norm)
 
@@ -190,7 +191,8 @@ class SpaceByte(ByteModel):
         local = len(self.first_blocks) + len(self.last_blocks)
         weights = linear_weights(self.first_blocks) + linear_weights(self.last_blocks)
         return (
-            2 * length * (weights + d * VOCABULARY)
+            self.patcher.flops(length)
+            + 2 * length * (weights + d * VOCABULARY)
             + 4 * local * window_pairs(length, self.window) * d
             + 2 * slots * linear_weights(self.global_blocks)
             + 4 * len(self.global_blocks) * slots * slots * width
@@ -265,7 +267,7 @@ register_family(
         reference=REFERENCES / "spacebyte.py",
         config=SpaceByteConfig,
         build=SpaceByte,
-        free_fields=frozenset({"dropout", "initial_std"}),
+        free_fields=frozenset({"dropout", "initial_std", "patcher.model"}),
         small={
             "sequence_length": 32,
             "patches": 12,

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from pretrain.models.patching.entropy import EntropyConfig
 from pretrain.models.patching.patcher import Patcher
 from pretrain.models.patching.rules import ByteClass, Fixed
 
@@ -24,7 +25,7 @@ class FixedConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     """Positions of a patch."""
 
 
-PatcherConfig = Annotated[ByteClassConfig | FixedConfig, Field(discriminator="name")]
+PatcherConfig = Annotated[ByteClassConfig | FixedConfig | EntropyConfig, Field(discriminator="name")]
 """Rule by which patches start."""
 
 

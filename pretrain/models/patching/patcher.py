@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class PatchState:
     """(rows,) id that the last position read; SEPARATOR before position 0."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """(rows, ...) tensors that the rule itself keeps, by name; empty before position 0."""
+    decoder: Any = None
+    """Decoder of a model that the rule runs. It reads later positions itself, so a state with one is used once."""
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "PatchState":
@@ -39,6 +41,8 @@ class Decision(NamedTuple):
     """(rows, n) probabilities of a start, of a rule that learns them."""
     memory: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
     """What the rule keeps for the positions after these; see `PatchState.memory`."""
+    decoder: Any = None
+    """Decoder that has read these positions; see `PatchState.decoder`."""
 
 
 @dataclass
@@ -85,8 +89,13 @@ class Patcher(nn.Module, ABC):
         wanted = (decision.starts | (read == SEPARATOR)) & (read != PADDING)
         counts = state.patches[:, None] + wanted.cumsum(1)
         patches = counts[:, -1].clamp(max=self.capacity)
-        after = PatchState(state.length + read.shape[1], patches, read[:, -1].long(), decision.memory)
+        last = read[:, -1].long()
+        after = PatchState(state.length + read.shape[1], patches, last, decision.memory, decision.decoder)
         return Patches(wanted & (counts <= self.capacity), wanted, decision.probabilities, after)
+
+    def flops(self, length: int) -> int:
+        """Return the operations of all matrix products of the rule over one row of `length` positions."""
+        return 0
 
     @abstractmethod
     def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:

@@ -57,7 +57,8 @@ class Model:
         for layer in range(c["local_model"]["encoder_layers"]):
             x = self.block(f"encoder_blocks.{layer}", x, self.heads, documents, c["window"])
             states.append(x)
-        places = starts_of(c["patcher"], c["patches"], read)
+        across = c["attention_across_documents"]
+        places = starts_of(c["patcher"], c["patches"], read, across_documents=across)
         patches, begin = [], 0
         for place in places:
             inside = range(begin, place + 1)

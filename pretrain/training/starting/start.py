@@ -69,6 +69,7 @@ from pretrain.training.starting.checks import (
 from pretrain.training.starting.log import log_course, log_facts, log_first_line, log_to
 from pretrain.training.stop import StopRequest
 from pretrain.training.weights import InitialWeights, find_initial_weights
+from pretrain.training.weights.frozen_models import copy_frozen_model, with_run_copy
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
     streams, validation = _open_corpora(recipe, world)
     choose_device(recipe.engine.device, world.local_rank)
     check_ranks(recipe.engine, world.size)
-    folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
+    recipe, folder = _in_folder(recipe)
     initial = _find_initial_weights(recipe, folder, world)
     streams = _in_order_of_run(recipe, folder, streams, world)
     with display.phase("looking for checkpoints"):
@@ -190,6 +191,12 @@ def _open_corpora(recipe: TrainingRecipe, world: World) -> tuple[dict[str, ByteS
     if (image := image_of(recipe.model)) is not None:
         check_images(streams, image)
     return streams, validation
+
+
+def _in_folder(recipe: TrainingRecipe) -> tuple[TrainingRecipe, RunFolder]:
+    """Return a recipe that names the copies of the run's folder where originals are gone, and the folder."""
+    folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
+    return recipe.model_copy(update={"model": with_run_copy(recipe.model, folder.path)}), folder
 
 
 def _find_initial_weights(recipe: TrainingRecipe, folder: RunFolder, world: World) -> InitialWeights | None:
@@ -353,6 +360,7 @@ def _write_start(
     if folder.stored_identity() != identity:
         folder.write_identity(identity)
     resolved = recipe.as_yaml()
+    copy_frozen_model(recipe.model, folder.path)
     replace_file(folder.config, resolved)
     replace_file(source_file(folder.config), source_text(resolved, source))
 

@@ -4,6 +4,7 @@
                          model-00001-of-00003.safetensors and so on, with model.safetensors.index.json
     model.py, layers.py  the forward pass in plain torch, without Byteloom, if the family has a reference
     card.json            the model, its training data, its bits per byte, and the digest of each file
+    entropy_model/       export of the model whose entropies make the patches, if there is one
 
 An export has no moments and no data state. A new run can begin with it (`initialize.weights`); no run resumes from it.
 """
@@ -31,6 +32,7 @@ from pretrain.models import ModelConfig, family, model_config
 from pretrain.models.references import files_of
 from pretrain.objectives import ObjectiveConfig
 from pretrain.objectives.registry import FIRST_SPECIAL_ID
+from pretrain.training.weights.frozen_models import COPY, copy_frozen_model, with_place
 
 EXPORT_FORMAT = "byteloom-export/1"
 """Name and version of the format, in card.json."""
@@ -120,10 +122,12 @@ def _write(
             }
             _write_json(folder / INDEX, index)
         config = model_config(recipe["model"])
+        copy_frozen_model(config, folder)
+        recipe = with_place(recipe, COPY)
         card = {
             "format": EXPORT_FORMAT,
             "architecture": config.family,
-            "model": config.model_dump(mode="json"),
+            "model": with_place({"model": config.model_dump(mode="json")}, COPY)["model"],
             "parameters": parameters,
             "dtype": "float32",
             "vocabulary": _vocabulary(config),

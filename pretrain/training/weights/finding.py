@@ -5,7 +5,7 @@ CHECKPOINT     step-00001200/              ├─▶ Metadata ─▶ eval, gener
 EXPORT         safetensors and a card      ┘           └─▶ InitialWeights: what fits a new run's model
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pretrain.models import ByteModel, ModelConfig, family, image_of, model_conf
 from pretrain.objectives import ObjectiveConfig
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.weights.exports import is_export, read_export
+from pretrain.training.weights.frozen_models import with_copy
 
 
 class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -175,7 +176,7 @@ def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress =
         found = store_of(place, world).newest_valid(progress)
         if found is None:
             raise CheckpointError(f"{text} has no valid checkpoint; name a run with one, a checkpoint, or an export")
-        return found
+        return with_copy(found)
     checkpoint, fault = None, None
     try:
         checkpoint = read_export(folder) if folder else verify(place, world.rank, world.size, progress)
@@ -188,7 +189,7 @@ def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress =
     not_finite = merged_counts(world.gather(dict(checkpoint.not_finite or {})))
     if weights := {name: number for name, number in not_finite.items() if split_name(name)[0] == MODEL}:
         raise CheckpointError(f"{checkpoint.folder} has {describe_not_finite(weights)}; name an earlier checkpoint")
-    return replace(checkpoint, not_finite=not_finite)
+    return with_copy(replace(checkpoint, not_finite=not_finite))
 
 
 def trained_precision(checkpoint: Metadata) -> str:
@@ -234,10 +235,19 @@ def model_changes(then: Mapping[str, Any], now: ModelConfig, *, in_use: bool = F
     def compared(config: ModelConfig) -> dict[str, Any]:
         entry = family(config.family)
         ignored = entry.free_fields | entry.usage_fields if in_use else entry.free_fields
-        return config.model_dump(mode="json", exclude=set(ignored))
+        return config.model_dump(mode="json", exclude=_nested(ignored))
 
     before, after = compared(model_config(then)), compared(now)
     return changes({"model": before}, {"model": after})
+
+
+def _nested(fields: Iterable[str]) -> dict[str, Any]:
+    """Return fields in the form in which pydantic excludes them, given their names: dropout, patcher.model."""
+    found: dict[str, Any] = {}
+    for name in fields:
+        section, _, field = name.partition(".")
+        found[section] = found.get(section, {}) | {field: True} if field else True
+    return found
 
 
 def _difference(name: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> str:

@@ -1,0 +1,116 @@
+"""The `threshold` command: the threshold of patches by entropy that have a mean length."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from data_pipeline.vocabulary import PADDING, SEPARATOR
+from pretrain.cli.arguments import parse_path
+from pretrain.cli.models.weights import DeviceOption
+from pretrain.engines.base import choose_device
+from pretrain.evaluation.continuations import read_prompt
+from pretrain.evaluation.scores import EvaluationError
+from pretrain.models.entropy_model import EntropyModel
+from pretrain.models.patching.entropy import EntropyConfig, entropy_starts, find_threshold
+from pretrain.models.patching.frozen import frozen_config
+from pretrain.terminal.console import display
+from pretrain.terminal.tables import JsonOption, print_json, print_lines
+from pretrain.training.stop import stopping_at_once
+
+app = typer.Typer()
+
+ROWS = 16
+"""Rows that are scored together."""
+
+
+class EntropyRule(StrEnum):
+    """Rules of `EntropyConfig`."""
+
+    GLOBAL = "global"
+    MONOTONIC = "monotonic"
+    COMBINED = "combined"
+
+
+@app.command("threshold")
+@stopping_at_once(display.close)
+def threshold_command(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EXPORT",
+            help="Export of the model of bytes: a folder.",
+            show_default=False,
+            parser=parse_path,
+        ),
+    ],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="File of text as in the corpus.", show_default=False, parser=parse_path),
+    ],
+    bytes_per_patch: Annotated[float, typer.Option(min=1.01, help="Mean length of the patches.", show_default=False)],
+    rule: Annotated[EntropyRule, typer.Option(help="Rule of the patches.")] = EntropyRule.GLOBAL,
+    increase: Annotated[
+        float | None, typer.Option(help="Rise of the entropy in nats, of --rule combined.", show_default=False)
+    ] = None,
+    max_patch_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest patch in bytes. Default: any.", show_default=False)
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Bytes of a row of the model with patches. Default: of EXPORT.", show_default=False),
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Find the threshold of patches by entropy.
+
+    Cut the file into rows, and print a patcher for the recipe
+    whose patches have the mean length.
+    """
+    if (rule is EntropyRule.COMBINED) is (increase is None):
+        raise EvaluationError(f"--rule {rule} {'needs' if increase is None else 'takes no'} --increase")
+    data = read_prompt(file, None)
+    if not data:
+        raise EvaluationError(f"{file} is empty")
+    config = EntropyConfig(
+        model=str(model),
+        rule=rule.value,
+        threshold=None if rule is EntropyRule.MONOTONIC else 0.0,
+        increase=0.0 if rule is EntropyRule.MONOTONIC else increase,
+        max_patch_length=max_patch_length,
+    )
+    length = length or int(frozen_config(config.model, config.digest)["sequence_length"])
+    entropies, read = _entropies(EntropyModel(config, length, across_documents=True), data, length, device)
+    found = find_threshold(config, entropies, read, bytes_per_patch)
+    starts = (entropy_starts(found, entropies, read, {})[0] | (read == SEPARATOR)) & (read != PADDING)
+    mean = int((read != PADDING).sum()) / int(starts.sum())
+    patcher = found.model_dump(mode="json", exclude_none=True, exclude={"digest"})
+    if as_json:
+        print_json({"patcher": patcher, "bytes_per_patch": mean, "bytes": len(data)})
+        return
+    fields = ", ".join(f"{name}: {value}" for name, value in patcher.items())
+    print_lines(
+        [f"{file}: {len(data):,} bytes in rows of {length:,}, {mean:.3f} bytes a patch", f"patcher: {{{fields}}}"]
+    )
+
+
+def _entropies(model: EntropyModel, data: bytes, length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return the entropies of rows of a text, and what their positions read, (rows, length) each on the CPU.
+
+    A row begins with a separator. The last one ends with padding.
+    """
+    ids = torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
+    ids = F.pad(ids, (0, -len(ids) % (length - 1)), value=PADDING).view(-1, length - 1)
+    read = F.pad(ids, (1, 0), value=SEPARATOR)
+    chosen, found = choose_device(device), []
+    with display.phase("finding entropies", len(data)) as phase:
+        for rows in read.split(ROWS):
+            found.append(model.entropies(rows.to(chosen)).cpu())
+            phase.advance(int((rows < SEPARATOR).sum()))
+    return torch.cat(found), read
