@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.compared import CONTEXT, MODELS, flops_per_byte, model_tree
+from common.compared import CONTEXT, MODELS, RATES, flops_per_byte, model_tree
 from common.corpora import CORPORA, byteloom, prepared
 from pretrain.config.catalogue import TRAINING_PASSES
 from pretrain.estimate.activations import on_meta
@@ -115,8 +115,9 @@ def compare(chosen: argparse.Namespace, corpus: str) -> list[Result]:
         }
         words += [f"{key_of(name)}:{field}={value}" for field, value in fields.items()]
     words += [f"run.root={chosen.runs}", f"data.shards={train}", f"validation.shards={valid}"]
-    words += [f"optimizer.learning_rate={chosen.rate}", "engine.precision=bf16"]
-    title = f"{chosen.size}-{corpus}-{context}-{chosen.steps}-{chosen.rate:g}"
+    rate = chosen.rate or RATES[chosen.size]
+    words += [f"optimizer.learning_rate={rate}", "engine.precision=bf16", "health.spike=ignore"]
+    title = f"{chosen.size}-{corpus}-{context}-{chosen.steps}-at-{rate:g}"
     printed = byteloom("compare", *words, "--flops", budget, "--name", title, "--json")
     by_key = {each["name"]: each for each in json.loads(printed)["recipes"]}
     results = []
@@ -220,7 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=names, help="names, by semicolons; default: all")
     parser.add_argument("--steps", type=int, default=600, help="steps of MEGABYTE; the other models get the same FLOPs")
     parser.add_argument("--context", type=int, default=CONTEXT, help="bytes of a row")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, help="peak learning rate; default: that of the size")
     parser.add_argument("--most-context", action="store_true", help="score with the most context as well")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
