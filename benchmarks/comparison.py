@@ -1,7 +1,7 @@
 """Comparison of the model families with equal training FLOPs on the same bytes in the same order.
 
 python benchmarks/comparison.py DATA [--on NAME;NAME] [--size small|tiny] [--models NAME;NAME] [--steps N] [--context T]
-    [--rate R] [--most-context] [--runs FOLDER] [--out FOLDER]
+    [--rate R] [--seeds N,N] [--most-context] [--runs FOLDER] [--out FOLDER]
 
 DATA holds the unpacked folders books, multilingual and audio. The corpora are English books, code (the running Python's
 library), Chinese with Japanese, and sound. `byteloom compare` trains each model with the same recipe
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.compared import CONTEXT, MODELS, RATES, flops_per_byte, model_tree
+from common.compared import CONTEXT, MAIN, MODELS, RATES, flops_per_byte, model_tree
 from common.corpora import CORPORA, byteloom, prepared
 from pretrain.config.catalogue import TRAINING_PASSES
 from pretrain.estimate.activations import on_meta
@@ -57,6 +57,12 @@ class Result:
     def bits(self) -> float:
         """Bits per byte of the validation after the last step."""
         return float(self.trained["validation_loss"]["mean"])
+
+    @property
+    def shown_bits(self) -> str:
+        """Bits per byte, with the deviation over seeds."""
+        deviation = self.trained["validation_loss"]["deviation"]
+        return f"{self.bits:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
     @property
     def forward(self) -> float:
@@ -118,7 +124,7 @@ def compare(chosen: argparse.Namespace, corpus: str) -> list[Result]:
     rate = chosen.rate or RATES[chosen.size]
     words += [f"optimizer.learning_rate={rate}", "engine.precision=bf16", "health.spike=ignore"]
     title = f"{chosen.size}-{corpus}-{context}-{chosen.steps}-at-{rate:g}"
-    printed = byteloom("compare", *words, "--flops", budget, "--name", title, "--json")
+    printed = byteloom("compare", *words, "--flops", budget, "--name", title, "--seeds", chosen.seeds, "--json")
     by_key = {each["name"]: each for each in json.loads(printed)["recipes"]}
     results = []
     for name, tree in trees.items():
@@ -159,7 +165,7 @@ def details(corpus: str, results: list[Result]) -> str:
                 f"{trained['steps']:,}",
                 f"{trained['bytes'] / 1e6:.2f} MB",
                 f"{trained['seconds']['mean']:.0f} s",
-                f"{result.bits:.4f}",
+                result.shown_bits,
                 result.best,
                 ", ".join(f"{stage['bytes_per_patch']:.2f}" for stage in stages),
                 ", ".join(f"{stage['overflow_rows']:.0%}" for stage in stages),
@@ -173,7 +179,7 @@ def details(corpus: str, results: list[Result]) -> str:
 
 def summary(results: dict[str, list[Result]]) -> str:
     """Return a table of bits per byte by model and corpus, in the order of the first corpus."""
-    bits = {corpus: {each.name: f"{each.bits:.4f}" for each in some} for corpus, some in results.items()}
+    bits = {corpus: {each.name: each.shown_bits for each in some} for corpus, some in results.items()}
     first = next(iter(bits.values()))
     return table(["model", *bits], ([name, *(some[name] for some in bits.values())] for name in first))
 
@@ -218,15 +224,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="folder that holds the folders books, multilingual and audio")
     parser.add_argument("--on", type=names, default=list(CORPORA), help="corpora, by semicolons; default: all")
     parser.add_argument("--size", choices=[*MODELS], default="small", help="3.3 or 0.5 million FLOPs a byte")
-    parser.add_argument("--models", type=names, help="names, by semicolons; default: all")
+    parser.add_argument("--models", type=names, help="names, by semicolons; default: those of the successors")
     parser.add_argument("--steps", type=int, default=600, help="steps of MEGABYTE; the other models get the same FLOPs")
     parser.add_argument("--context", type=int, default=CONTEXT, help="bytes of a row")
     parser.add_argument("--rate", type=float, help="peak learning rate; default: that of the size")
+    parser.add_argument("--seeds", default="0", help="seeds, by commas; the first is plotted")
     parser.add_argument("--most-context", action="store_true", help="score with the most context as well")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
     chosen = parser.parse_args()
-    chosen.models = chosen.models or list(MODELS[chosen.size])
+    chosen.models = chosen.models or MAIN
     return chosen
 
 

@@ -30,9 +30,16 @@ def spacebyte(local: dict[str, int], wide: dict[str, int], window: int) -> dict[
     return {"family": "spacebyte", "patches": PATCHES, **stacks}
 
 
+def by_spaces(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return an H-Net of one stage whose patches start at the ends of words."""
+    (stage,) = tree["stages"]
+    return tree | {"stages": [stage | {"patcher": {"name": "byte_class"}, "patches": PATCHES}]}
+
+
 def fixed(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a model with patches of FIXED bytes, and no more of them than a row has."""
-    return tree | {"patcher": {"name": "fixed", "size": FIXED}, "patches": -(-CONTEXT // FIXED)}
+    patches = {"patcher": {"name": "fixed", "size": FIXED}, "patches": -(-CONTEXT // FIXED)}
+    return tree | ({"stages": [stage | patches for stage in tree["stages"]]} if "stages" in tree else patches)
 
 
 def blt(
@@ -104,6 +111,11 @@ TINY: dict[str, dict[str, Any]] = {
 }
 """About half a million operations a byte."""
 MODELS = {"small": SMALL, "tiny": TINY}
+for models in MODELS.values():
+    models["H-Net, patches by spaces"] = by_spaces(models["H-Net"])
+    models["H-Net, patches of 6"] = fixed(models["H-Net"])
+MAIN = [name for name in SMALL if not name.startswith(("H-Net, patches", "Perceiver", "Transformer-XL"))]
+"""Models that are compared by default: without those of other families, and without controls."""
 RATES = {"small": 1e-3, "tiny": 4e-3}
 """Peak learning rate by size."""
 
