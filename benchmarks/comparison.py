@@ -197,6 +197,7 @@ def draw(results: dict[str, list[Result]], batch: int, path: Path) -> None:
     figure = Figure(figsize=(8 if columns == 1 else 13, 5 * lines), layout="constrained")
     names = [result.name for result in next(iter(results.values()))]
     for axes, (corpus, some) in zip(figure.subplots(lines, columns, squeeze=False).flat, results.items(), strict=False):
+        lowest = min(result.bits for result in some)
         for result in some:
             records = result.records("train/bits_per_byte")
             bits = np.array([record["train/bits_per_byte"] for record in records])
@@ -205,12 +206,12 @@ def draw(results: dict[str, list[Result]], batch: int, path: Path) -> None:
             smooth = np.convolve(bits, np.full(width, 1 / width), "valid")
             spent = step[width - 1 :] * TRAINING_PASSES * result.forward * batch
             label = f"{result.name}, {result.trained['parameters'] / 1e6:.1f} M parameters"
+            lowest = min(lowest, float(smooth.min()))
             axes.plot(spent, smooth, label=label, color=f"C{names.index(result.name)}")
-        lowest = min(result.bits for result in some)
         axes.set(title=corpus, xlabel="training FLOPs", ylabel=f"bits per byte, mean of {AVERAGED} steps")
-        axes.set_ylim(lowest - 0.1, lowest + 2.2)
+        axes.set_ylim(lowest - 0.1, lowest + 2.6)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
