@@ -331,6 +331,8 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         output, log_sum = flash_attention(q, k, v, dropout)  # of the shapes
+        if v.shape[-1] != q.shape[-1]:
+            output = v.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, bias, output, log_sum)
         return output
 

@@ -196,6 +196,47 @@ def run_perceiver_ar(clone: Path, name: str, arguments: dict[str, Any], position
     save(name, arguments, weights, ids=ids, logits=np.asarray(output.input_events_logits))
 
 
+def perceiver_io(clone: Path) -> None:
+    """Run the Perceiver IO of deepmind-research over a padded row, as its notebook does; it adds 6 to bytes."""
+    import jax  # noqa: PLC0415 torch's environment has none
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    sys.path.insert(0, str(clone))
+    import haiku as hk  # noqa: PLC0415
+    from perceiver import io_processors, position_encoding  # noqa: PLC0415
+    from perceiver import perceiver as authors  # noqa: PLC0415
+
+    length, width, latent_width = 12, 8, 12
+    widths = {"qk_channels": 4, "num_z_channels": latent_width}
+    encoder = {"num_self_attends_per_block": 2, "num_blocks": 2, "z_index_dim": 5, "v_channels": latent_width}
+    encoder |= {"num_self_attend_heads": 2, "num_cross_attend_heads": 2, **widths}
+    decoder = {"output_num_channels": latent_width, "output_index_dims": length, "v_channels": width, "num_heads": 2}
+    decoder |= {"position_encoding_type": "trainable", "final_project": False, "use_query_residual": False, **widths}
+
+    def run(ids: Any, present: Any) -> Any:
+        table = hk.Embed(vocab_size=262, embed_dim=width)
+        places = position_encoding.TrainablePositionEncoding(index_dim=length, num_channels=width)
+        queries = {"trainable_position_encoding_kwargs": {"num_channels": width}}
+        network = authors.Perceiver(
+            encoder=authors.PerceiverEncoder(**encoder), decoder=authors.BasicDecoder(**decoder, **queries)
+        )
+        inputs = table(ids) + places(len(ids))
+        found = network(inputs, is_training=False, input_mask=present, query_mask=present)
+        return io_processors.EmbeddingDecoder(embedding_matrix=table.embeddings)(found)
+
+    ids = random_ids(2, length, 256) + 6
+    ids[:, 3], ids[1, 8:] = 3, 0  # their mask and their padding
+    present = jnp.asarray(ids != 0, jnp.int32)
+    model, key = hk.transform(run), jax.random.PRNGKey(0)
+    parameters = model.init(key, jnp.asarray(ids), present)
+    flat = {f"{module}/{part}": value for module, parts in parameters.items() for part, value in parts.items()}
+    weights = random_weights({name: tuple(value.shape) for name, value in flat.items()})
+    filled = {module: {part: weights[f"{module}/{part}"] for part in parts} for module, parts in parameters.items()}
+    with jax.default_matmul_precision("highest"):
+        logits = model.apply(filled, key, jnp.asarray(ids), present)
+    save("perceiver_io", {"encoder": encoder, "decoder": decoder}, weights, ids=ids, logits=np.asarray(logits))
+
+
 def module_of_spacebyte(clone: Path, name: str) -> Any:
     """Import a module of kjslag/spacebyte without three packages that its models do not use."""
     for unused in ("psutil", "tiktoken", "sentencepiece"):

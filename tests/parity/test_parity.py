@@ -496,4 +496,4 @@ def test_hnet_has_the_logits_of_the_authors_code():
 
 
 def test_golden_vectors_are_small():
-    assert sum(path.stat().st_size for path in HERE.glob("*.npz")) < 400_000
+    assert sum(path.stat().st_size for path in HERE.glob("*.npz")) < 500_000

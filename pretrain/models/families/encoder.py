@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from data_pipeline.vocabulary import PADDING, VOCABULARY
-from pretrain.models.base import ByteModel, Decoder
+from data_pipeline.vocabulary import VOCABULARY
+from pretrain.models.bidirectional import BidirectionalModel, unpadded
 from pretrain.models.blocks.feed_forward import Activation
 from pretrain.models.blocks.multi_head import FullAttention
 from pretrain.models.blocks.positioned import PositionedIds, Positions
@@ -50,10 +50,8 @@ class EncoderConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docs
     """Standard deviation of the initial weights. They are normal, cut at two deviations."""
 
 
-class Encoder(ByteModel):
+class Encoder(BidirectionalModel):
     """Bidirectional Transformer encoder over bytes with a tied head."""
-
-    evaluation_modes = frozenset()
 
     def __init__(self, config: EncoderConfig) -> None:
         """Build the model, and draw its parameters from torch's default generator."""
@@ -77,52 +75,18 @@ class Encoder(ByteModel):
         """Return a normal distribution with the deviation of the config, and 0 for biases."""
         return Initial() if name.endswith("bias") else Initial(self.initial_std)
 
-    def forward(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
-        """Return the negative log-likelihood of every id.
-
-        Args:
-            ids: (rows, T) ids to predict; only the result at their own position depends on them.
-            given: (rows, T) ids to read, with masks.
-
-        Returns:
-            (rows, T) fp32 nats.
-        """
-        if given is None:
-            raise ValueError("an encoder reads ids with masks, as its objective makes them, and got none")
-        self.check_length(given.shape[1])
-        return self.nats(self.encode(given), ids.long())
-
     def encode(self, given: Tensor) -> Tensor:
         """Return the (rows, T, D) states of the last block, given (rows, T) ids."""
-        states: Tensor = self.stack(self.read(self.read.embed(given)), None, seen(given))
+        states: Tensor = self.stack(self.read(self.read.embed(given)), None, unpadded(given))
         return states
-
-    def empty_example(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return made-up ids to predict and ids to read; see `ByteModel.empty_example`."""
-        ids, _ = super().empty_example(rows, device)
-        return ids, ids
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return the embeddings of the vocabulary, and the biases of the head if it has them."""
         return self.read.table.weight[:VOCABULARY], self.head_bias
 
-    def scored(self, length: int) -> slice:
-        """Return all positions."""
-        return slice(0, length)
-
-    def decoder(self, rows: int) -> Decoder:
-        """Refuse: an encoder predicts no next id."""
-        raise ValueError("an encoder does not generate: it predicts hidden bytes, and no next one")
-
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; see `ByteModel.flops`."""
         return self.stack.flops(length) + 2 * length * self.stack.width * VOCABULARY
-
-
-def seen(given: Tensor) -> Tensor:
-    """Return the mask of ids that are no padding: (rows, 1, 1, n). A row of padding alone sees itself."""
-    is_id = given != PADDING
-    return (is_id | ~is_id.any(1, keepdim=True))[:, None, None]
 
 
 register_family(

@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from data_pipeline.vocabulary import PADDING, VOCABULARY
+from data_pipeline.vocabulary import VOCABULARY
 from pretrain.models.base import ByteModel, units_of
+from pretrain.models.bidirectional import unpadded
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
 from pretrain.models.blocks.multi_head import Attention, CrossAttention, FullAttention
@@ -146,10 +147,9 @@ class EncoderDecoder(ByteModel):
             raise ValueError(
                 f"a source of {source.shape[1]} ids is longer than the model's source length, {self.source_length}"
             )
-        is_id = source != PADDING
-        seen = (is_id | ~is_id.any(1, keepdim=True))[:, None, None]
-        states: Tensor = self.encoder(self.read(self.read.embed(source)), None, seen)
-        return states, seen
+        visible = unpadded(source)
+        states: Tensor = self.encoder(self.read(self.read.embed(source)), None, visible)
+        return states, visible
 
     def embed(self, before: Tensor) -> Tensor:
         """Return what positions of a target read: the learned start, then the embeddings of the ids before.

@@ -3,19 +3,14 @@
 `python model.py FILE` prints the bits of the byte in the middle of the beginning of a file, which is masked.
 """
 
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.references.encoding import embed, place, seen, stack
+from pretrain.models.references.encoding import embed, measure_masked, place, seen, stack
 from pretrain.models.references.layers import Weights, load
-
-MASK = 258
 
 
 class Model:
@@ -33,12 +28,5 @@ class Model:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} FILE")
     model = Model(*load(Path(__file__).parent))
-    ids = torch.tensor([list(Path(sys.argv[1]).read_bytes()[: model.config["sequence_length"]])])
-    middle, given = ids.shape[1] // 2, ids.clone()
-    given[0, middle] = MASK
-    with torch.no_grad():
-        nats = F.cross_entropy(model.logits(ids, given)[0, middle], ids[0, middle])
-    print(f"{nats / math.log(2):.4f} bits of byte {middle}")
+    measure_masked(model.logits, model.config["sequence_length"])

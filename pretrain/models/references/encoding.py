@@ -1,10 +1,14 @@
 """Encoder that model.py uses: ids with positions, and blocks in which positions see each other."""
 
+import math
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models.references.layers import (
@@ -19,6 +23,7 @@ from pretrain.models.references.layers import (
     split_heads,
 )
 
+MASK = 258
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -62,3 +67,21 @@ def stack(w: Weights, name: str, x: Tensor, c: dict[str, Any], layers: int, visi
         expanded = partial(feed_forward, w, f"{block}.feed_forward", activation=c["activation"])
         x = added(w, f"{block}.feed_forward_norm", x, expanded, c)
     return x if c["norm"] == "post" else norm(w, f"{name}.norm", x)
+
+
+def measure_masked(logits: Callable[[Tensor, Tensor], Tensor], length: int) -> None:
+    """Print the bits of the byte in the middle of the first `length` bytes of the file that the command names."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} FILE")
+    try:
+        content = Path(sys.argv[1]).read_bytes()[:length]
+    except OSError as error:
+        sys.exit(f"error: {sys.argv[1]}: {error.strerror}")
+    if not content:
+        sys.exit(f"error: {sys.argv[1]} is empty; there is no byte to score")
+    ids = torch.tensor([list(content)])
+    middle, given = ids.shape[1] // 2, ids.clone()
+    given[0, middle] = MASK
+    with torch.no_grad():
+        nats = F.cross_entropy(logits(ids, given)[0, middle], ids[0, middle])
+    print(f"{nats / math.log(2):.4f} bits of byte {middle}")

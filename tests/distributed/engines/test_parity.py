@@ -55,7 +55,7 @@ SOME = {
         "fsdp offloaded": "perceiver_ar",
         "zero1": "mamba",
         "zero2": "spacebyte",
-        "zero3": "transformer",
+        "zero3": "perceiver_io",
     },
 }
 """Family of each engine in `make test`, by number of ranks and precision."""

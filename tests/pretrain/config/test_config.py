@@ -23,8 +23,8 @@ from tests.conftest import Run, recipe_tree
 from tests.test_project import ROOT
 
 FAMILIES = (
-    "'blt', 'encoder', 'encoder_decoder', 'hnet', 'mamba', 'megabyte', 'perceiver_ar', 'spacebyte', 'transformer' or "
-    "'transformer_xl'"
+    "'blt', 'encoder', 'encoder_decoder', 'hnet', 'mamba', 'megabyte', 'perceiver_ar', 'perceiver_io', 'spacebyte', "
+    "'transformer' or 'transformer_xl'"
 )
 
 
@@ -231,7 +231,7 @@ def test_explain_shows_description_type_default_and_bounds():
 
 
 def test_explain_covers_every_family():
-    assert explain("model.latents").startswith("model.latents: int, default 1024, at least 1\n")
+    assert "In PerceiverARConfig:\nmodel.latents: int, default 1024, at least 1\n" in explain("model.latents")
     assert "In MegabyteConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
     assert "In PerceiverARConfig:\nmodel.sequence_length: int, required" in explain("model.sequence_length")
     assert explain("model.sequence_length").count("model.sequence_length: int, required") == len(all_families())

@@ -119,6 +119,7 @@ def test_sizes_equal_those_of_table_14(
     ("name", "parameters", "printed", "remark"),
     [
         ("perceiver_ar/imagenet64", 770_094_339, "770.1M", None),  # arXiv:2202.07765
+        ("perceiver_io/base", 201e6, "201M", None),  # arXiv:2107.14795, UTF-8 bytes
         ("transformer_xl/enwik8-12-layers", 41e6, "41M", None),  # arXiv:1901.02860, table 2
         ("transformer_xl/enwik8-24-layers", 277e6, "277M", None),
         ("megabyte/text", 704.6e6 + 226.5e6, "758M + 262M", "nominal"),  # 12 L D^2; the paper's names are larger

@@ -91,6 +91,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rotary_fraction": 1.0, "zero_head": False},
         {"attention_across_documents": False, "cross_attend_after": (0,)},
     ],
+    "perceiver_io": [
+        {},
+        {"cross_attend_every_repeat": True, "repeats": 3, "widening": 2, "activation": "swiglu"},
+        {"repeats": 1, "latents": 40},
+    ],
     "spacebyte": [
         {},
         {"patcher": {"name": "fixed", "size": 4}, "window": None, "positions": "rotary", "query_key_norm": False},

@@ -121,7 +121,16 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Options of each family that change its forward pass, in several combinations."""
-IN_SHAPES = {"width", "expansion", "input_width", "feed_forward_width", "biases", "special_ids"}
+IN_SHAPES = {
+    "width",
+    "expansion",
+    "input_width",
+    "query_key_width",
+    "widening",
+    "feed_forward_width",
+    "biases",
+    "special_ids",
+}
 """Fields that the shapes and names of the weights tell."""
 
 
@@ -137,7 +146,7 @@ def mixed(name: str, seed: int) -> dict[str, Any]:
             return change
 
 
-ENCODERS = ("encoder", "encoder_decoder")
+ENCODERS = ("encoder", "encoder_decoder", "perceiver_io")
 """Families whose references conformance laws compare with the models."""
 CASES = [(name, change) for name, changes in CHANGES.items() for change in changes]
 MIXED = [(name, mixed(name, seed)) for name in CHANGES for seed in range(20)]

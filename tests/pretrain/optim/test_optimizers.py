@@ -138,6 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "patch_encoder": "convolution",
     },
     "perceiver_ar": {"latents": 8, "latent_model": STACK, "cross_heads": 2, "positions": "learned"},
+    "perceiver_io": {"latents": 8, "latent_model": STACK, "input_width": 8, "cross_heads": 2, "query_key_width": 4},
     "spacebyte": {"patches": 6, "local_model": STACK, "global_model": STACK},
     "transformer": STACK | {"positions": "learned"},
     "transformer_xl": STACK | {"memory_length": 8},
@@ -148,6 +149,7 @@ TABLES = {
     "mamba": {"embedding.weight"},
     "megabyte": {"global_embedding.weight", "local_embedding.weight", "global_positions", "local_positions"},
     "perceiver_ar": {"embedding.weight", "position_tables.0"},
+    "perceiver_io": {"read.table.weight", "read.learned", "latents", "queries"},
     "spacebyte": {"embedding.weight", "positions", "patch_positions", "head"},
     "transformer": {"embedding.weight", "positions"},
     "transformer_xl": {"embedding.weight"},
@@ -200,7 +202,7 @@ def test_muon_updates_exactly_the_matrices_within_blocks(family: str):
     assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
     muon_parameters = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        is_matrix = "blocks" in name and name.endswith("weight") and "norm" not in name and "convolution" not in name
+        is_matrix = "block" in name and name.endswith("weight") and "norm" not in name and "convolution" not in name
         assert (id(parameter) in muon_parameters) == is_matrix, name
 
 
