@@ -15,7 +15,16 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch
 from pretrain.evaluation.config import ValidationConfig
-from pretrain.models import FamilyError, ModelConfig, all_families, carries_memory, default_family, form_of, row_parts
+from pretrain.models import (
+    FamilyError,
+    ModelConfig,
+    all_families,
+    carries_memory,
+    default_family,
+    form_of,
+    multi_byte_of,
+    row_parts,
+)
 from pretrain.objectives import ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.tracking import TrackingConfig
@@ -124,6 +133,12 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
                 f"engine.context ({context}) does not divide the {count(parts, 'part')} into which ranks can cut a row "
                 f"of this {name} model",
                 ("engine.context", "model.sequence_length"),
+            )
+        if multi_byte_of(self.model) is not None:
+            return Mismatch(
+                "engine.context cuts rows over ranks, and the heads of model.multi_byte predict bytes beyond a part; "
+                "set engine.context to 1 or model.multi_byte to null",
+                ("engine.context", "model.multi_byte"),
             )
         return None
 

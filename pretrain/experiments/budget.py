@@ -64,7 +64,7 @@ def cost_of(config: Config) -> StepCost:
     """Return the cost of a step of a recipe, without its time."""
     model, rows = on_meta(config.model), config.train.global_batch
     length = config.model.sequence_length
-    return StepCost(model.parameter_count(), TRAINING_PASSES * model.flops(length) * rows, length * rows)
+    return StepCost(model.parameter_count(), TRAINING_PASSES * model.training_flops(length) * rows, length * rows)
 
 
 def _ceil(value: float) -> float:

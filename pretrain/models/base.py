@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.distributed.context import WHOLE_ROWS, Context
+from pretrain.models.blocks.multi_byte import MultiByteConfig, MultiByteHeads
 from pretrain.models.blocks.nats import linear_nats
 from pretrain.models.blocks.unit import Unit
 from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING, DeclaresInitial, Initial, draw, draw_whole
@@ -65,6 +66,9 @@ class EncodingDecoder(Decoder, Protocol):
         """
 
 
+FURTHER_HEADS = "multi_byte."
+"""Beginning of the names of the parameters of multi-byte prediction. No other parameter depends on them."""
+
 Memory = dict[str, Tensor]
 """Memory that a model carries from a sequence to the next one of its lane: tensors by name, one row a lane.
 
@@ -106,6 +110,11 @@ class ByteModel(nn.Module, ABC):
     decodes_without_end: ClassVar[bool] = False
     """Whether a decoder continues past sequence_length bytes, with a memory of earlier ones."""
 
+    def __init__(self) -> None:
+        """Make a model without parameters."""
+        super().__init__()
+        self.multi_byte: MultiByteHeads | None = None
+
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
         """Return the negative log-likelihood of every id, given the ids before it in its row.
@@ -145,15 +154,26 @@ class ByteModel(nn.Module, ABC):
     def nats(self, states: Tensor, ids: Tensor) -> Tensor:
         """Return the negative log-likelihood of ids, without the logits of all positions at once.
 
+        In training, further heads add their loss to the gradient. The result does not depend on them.
+
         Args:
-            states: (rows, n, width) last hidden states.
+            states: (rows, n, width) last hidden states of consecutive positions.
             ids: (rows, n)
 
         Returns:
             (rows, n) fp32 nats.
         """
         nats = linear_nats(states.flatten(0, 1), ids.flatten(), *self.head_weights(), self.z_loss)
-        return nats.view(ids.shape).float()
+        nats = nats.view(ids.shape).float()
+        if self.multi_byte is None or not self.training:
+            return nats
+        further = self.multi_byte.nats(states, ids)
+        return nats + self.multi_byte.weight * (further - further.detach())
+
+    def predict_further(self, config: MultiByteConfig) -> None:
+        """Add the heads of multi-byte prediction, and draw their parameters from torch's default generator."""
+        self.multi_byte = MultiByteHeads(config, self.head_weights()[0].shape[1])
+        self.initialize(FURTHER_HEADS)
 
     def patchers(self) -> dict[str, Patcher]:
         """Return the rules by which patches start, by stage, outermost first; {} if patches do not follow the data.
@@ -243,6 +263,8 @@ class ByteModel(nn.Module, ABC):
     def flops(self, length: int) -> int:
         """Return the floating-point operations of all matrix products of a forward pass over one row.
 
+        Further heads, which run in training alone, do not count; see `training_flops`.
+
         A product of (a, b) by (b, c) counts 2abc. Attention counts in full, as in torch's FlopCounterMode. Products
         with a memory count too. A model in training counts a training pass, which may drop inputs.
 
@@ -262,6 +284,11 @@ class ByteModel(nn.Module, ABC):
         if self.patchers():
             raise NotImplementedError(f"{type(self).__name__} does not count the FLOPs of its patches")
         return self.flops(length)
+
+    def training_flops(self, length: int) -> int:
+        """Return the operations of the forward pass of a training step: `flops`, and those of further heads."""
+        positions = len(range(length)[self.scored(length)])
+        return self.flops(length) + (0 if self.multi_byte is None else self.multi_byte.flops(positions))
 
     def initial(self, name: str) -> Initial:
         """Return the distribution of a parameter's first values, as its module or else the model declares it."""
@@ -302,11 +329,15 @@ class ByteModel(nn.Module, ABC):
         return draw(initial, seed, name, begin, end)
 
     @torch.no_grad()
-    def initialize(self) -> None:
-        """Set every parameter to its first values, with a seed from torch's default generator."""
+    def initialize(self, beginning: str = "") -> None:
+        """Set parameters to their first values, with a seed from torch's default generator.
+
+        Args:
+            beginning: of the names of the parameters that are set.
+        """
         seed = int(torch.randint(2**62, (), device="cpu"))
         for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
+            if name.startswith(beginning) and not parameter.is_meta:
                 parameter.copy_(self.first_values(name, tuple(parameter.shape), seed).view_as(parameter))
 
     def check_length(self, length: int) -> None:

@@ -27,6 +27,7 @@ from byteloom.core.errors import CorrectableError
 from byteloom.core.registries.registry import Registry
 from byteloom.core.text import count
 from pretrain.models.base import ByteModel
+from pretrain.models.blocks.multi_byte import MultiByteConfig
 from pretrain.objectives import OBJECTIVES, Form, ObjectiveConfig, Visibility
 
 PACKAGE = "pretrain.models.families"
@@ -296,7 +297,15 @@ def form_of(config: "ModelConfig", objective: ObjectiveConfig) -> Form:
 
 def build_model(config: "ModelConfig") -> ByteModel:
     """Return the model of a config. Its parameters are drawn from torch's default generator."""
-    return family(config.family).build(config)
+    model = family(config.family).build(config)
+    if (multi_byte := multi_byte_of(config)) is not None:
+        model.predict_further(multi_byte)
+    return model
+
+
+def multi_byte_of(config: "ModelConfig") -> MultiByteConfig | None:
+    """Return the heads of multi-byte prediction of a model; None if it has none, or its family has no such option."""
+    return getattr(config, "multi_byte", None)
 
 
 def with_usage_options(config: "ModelConfig", given: Mapping[str, Any]) -> "ModelConfig":

@@ -28,12 +28,14 @@ T, ROWS, MICRO_BATCH = 32, 7, 2
 WARM_UP = 6
 """Warm-up steps. Without them, Adam's first steps divide by almost nothing and magnify rounding."""
 FAMILIES = tuple(all_families())
+FURTHER_HEADS = {"mamba": {"multi_byte": {"heads": 3}}, "spacebyte": {"multi_byte": {"heads": 2, "layers": 0}}}
+"""Config fields of the families that train with further heads here."""
 
 
 def model(family: str, **changes: Any) -> ByteModel:
     """Return a small model of a family on the meta device, with dropout."""
     with torch.device("meta"):
-        return build_model(small_config(family, **changes))
+        return build_model(small_config(family, **FURTHER_HEADS.get(family, {}), **changes))
 
 
 def rate_multiplier(name: str) -> float:

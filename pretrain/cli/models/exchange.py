@@ -93,19 +93,22 @@ def export_command(
 
     hf is a folder that transformers loads, without Byteloom there. Byteloom loads it too.
     The other formats are those of the authors' code. A model that one cannot express is refused.
+    Heads of model.multi_byte are left out of all these formats.
     `byteloom checkpoint export` writes safetensors.
     """
     with display.phase("verifying the checkpoint") as phase:
         checkpoint = find_checkpoint(model, progress=phase.update)
+    further = checkpoint.state["config"]["model"].get("multi_byte")
+    dropped = f"; without the {count(further['heads'] - 1, 'further head')} of model.multi_byte" if further else ""
     if form is Form.hf:
         run = run_of(model)
         results = evaluations_of(run, checkpoint) if run else []
         export_for_transformers(checkpoint, out, logged_losses(checkpoint), results)
         measured = f", {count(len(results), 'measured result')} in README.md" if results else ""
-        say(f"{out}: a folder for transformers{measured}")
+        say(f"{out}: a folder for transformers{measured}{dropped}")
         return
     export_foreign(form.value, checkpoint, out)
-    say(f"{out}: weights for {form.value}")
+    say(f"{out}: weights for {form.value}{dropped}")
 
 
 def _read_symbols(path: Path) -> list[int]:

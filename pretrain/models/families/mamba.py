@@ -10,7 +10,7 @@ import math
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import VOCABULARY
@@ -19,6 +19,7 @@ from pretrain.models.blocks.context import Dropout
 from pretrain.models.blocks.documents import documents_of
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.mamba2 import TAPS, Mamba2, MambaState
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.blocks.transformer import linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
@@ -27,7 +28,7 @@ from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
 
 
-class MambaConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class MambaConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Mamba-2 over bytes."""
 
     family: Literal["mamba"] = "mamba"

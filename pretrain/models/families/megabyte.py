@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
@@ -45,6 +45,7 @@ from pretrain.models.blocks.context import set_context
 from pretrain.models.blocks.documents import documents_of, visible_in_patches
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.multi_head import Attention, MultiHead
 from pretrain.models.blocks.patch_encoder import PatchEncoder
 from pretrain.models.blocks.positions import Rotary, rotate, rotate_alike
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-class MegabyteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class MegabyteConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """MEGABYTE (arXiv:2305.07185)."""
 
     family: Literal["megabyte"] = "megabyte"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
@@ -35,6 +35,7 @@ from pretrain.models.blocks.documents import documents_of, visible_in_documents
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
 from pretrain.models.blocks.merged_attention import HIDDEN
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.multi_head import Attention, CrossAttention
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary, sinusoids
@@ -59,7 +60,7 @@ ALIGNED_INPUTS = 8
 """Divisor of the number of kept inputs that a pass has room for; CUDA's fused kernels read masks in such steps."""
 
 
-class PerceiverARConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class PerceiverARConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Perceiver AR (arXiv:2202.07765)."""
 
     family: Literal["perceiver_ar"] = "perceiver_ar"

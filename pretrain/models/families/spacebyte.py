@@ -18,7 +18,7 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
@@ -27,6 +27,7 @@ from pretrain.models.blocks.attention import window_pairs
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.multi_head import Attention
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary
@@ -41,7 +42,7 @@ from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, register_family
 
 
-class SpaceByteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class SpaceByteConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """SpaceByte (arXiv:2404.14408)."""
 
     family: Literal["spacebyte"] = "spacebyte"

@@ -28,6 +28,7 @@ from pretrain.models.blocks.context import set_context
 from pretrain.models.blocks.documents import documents_of, visible_in_prefix, visible_in_window
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.multi_head import Attention, MultiHead
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.sparse_attention import SparseAttention, SparseCache
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-class TransformerConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class TransformerConfig(StackConfig, PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Decoder-only Transformer over bytes."""
 
     family: Literal["transformer"] = "transformer"

@@ -27,6 +27,7 @@ from pretrain.models.blocks.attention import attention
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.multi_head import MultiHead
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
@@ -37,7 +38,7 @@ from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, UsageOption, register_family
 
 
-class TransformerXLConfig(StackConfig, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class TransformerXLConfig(StackConfig, PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Transformer-XL (arXiv:1901.02860)."""
 
     family: Literal["transformer_xl"] = "transformer_xl"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, metadata_of_files, read
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import ModelConfig, family, model_config
+from pretrain.models.base import FURTHER_HEADS
 from pretrain.models.references import files_of
 from pretrain.objectives import ObjectiveConfig
 from pretrain.objectives.registry import FIRST_SPECIAL_ID
@@ -76,6 +78,18 @@ def export(
         return tensors
 
     return _write(out, sizes, read_some, checkpoint.state["config"], _about(checkpoint, losses), files)
+
+
+def without_further_heads(checkpoint: Metadata) -> Metadata:
+    """Return a checkpoint without the heads of multi-byte prediction: its config and its tensors."""
+    recipe = checkpoint.state["config"]
+    if not recipe["model"].get("multi_byte"):
+        return checkpoint
+    state = checkpoint.state | {"config": recipe | {"model": recipe["model"] | {"multi_byte": None}}}
+    kept = {
+        name: stored for name, stored in checkpoint.tensors.items() if not split_name(name)[1].startswith(FURTHER_HEADS)
+    }
+    return replace(checkpoint, tensors=kept, state=state)
 
 
 def write_export(

@@ -103,7 +103,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "transformer": [
         {},
-        {"window": None},
+        {"window": None, "multi_byte": {"heads": 3}},
         {"positions": "learned", "activation": "gelu"},
         {"activation": "swiglu"},
         {"window": 1},
@@ -140,9 +140,9 @@ def test_every_variant_of_a_family_obeys_the_laws(law: Law, name: str, changes: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", [law for law in LAWS if law.name in ("activation_checkpointing", "fsdp")], ids=str)
-def test_engine_laws_hold_for_a_family_with_memory(law: Law, tmp_path: Path):
+def test_engine_laws_hold_for_a_family_with_memory_and_further_heads(law: Law, tmp_path: Path):
     """tests/distributed covers every engine and family on more ranks."""
-    law.check(Subject.of("transformer_xl"), tmp_path)
+    law.check(Subject.of("transformer_xl", multi_byte={"heads": 3}), tmp_path)
 
 
 def test_every_engine_without_groups_of_ranks_has_a_law():

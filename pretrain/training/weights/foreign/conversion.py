@@ -14,7 +14,7 @@ from byteloom.core.storage.files import move_into_place, partial_path
 from pretrain.checkpoint import Metadata, read
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import ModelConfig, build_model, model_config
-from pretrain.training.weights.exports import sha256_of, write_export
+from pretrain.training.weights.exports import sha256_of, without_further_heads, write_export
 from pretrain.training.weights.foreign import hub_folder, nanogpt, perceiver_ar, transformer_xl
 from pretrain.training.weights.foreign.source import ForeignFileError, Source, read_numpy, read_torch
 
@@ -105,7 +105,7 @@ def export_foreign(form: str, checkpoint: Metadata, out: Path) -> None:
         FileExistsError: the file exists already.
         OSError: it cannot be written.
     """
-    entry = EXPORTS[form]
+    entry, checkpoint = EXPORTS[form], without_further_heads(checkpoint)
     config = model_config(checkpoint.state["config"]["model"])
     if config.family != entry.family:
         raise ForeignFileError(f"{form} has models of the family {entry.family}; this is a {config.family}")

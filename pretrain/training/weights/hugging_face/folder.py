@@ -7,6 +7,8 @@
     README.md                              model card in the Hub's format
 
 It needs no Byteloom where it is loaded. `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`
+
+Heads of multi-byte prediction are left out, because transformers does not speculate with them.
 """
 
 import json
@@ -22,7 +24,7 @@ from pretrain.evaluation.beginning import Beginning
 from pretrain.models import build_model, family, model_config
 from pretrain.models.references import files_of
 from pretrain.objectives import Visibility
-from pretrain.training.weights.exports import export
+from pretrain.training.weights.exports import export, without_further_heads
 from pretrain.training.weights.finding import trained_objective, trained_separators
 from pretrain.training.weights.foreign.source import ForeignFileError
 from pretrain.training.weights.hugging_face.model_card import model_card
@@ -50,6 +52,7 @@ def export_for_transformers(
         FileExistsError: the folder exists already.
         OSError: it cannot be written.
     """
+    checkpoint = without_further_heads(checkpoint)
     config = model_config(checkpoint.state["config"]["model"])
     objective = trained_objective(checkpoint)
     if Visibility.causal not in objective.entry.visibilities:
