@@ -7,13 +7,18 @@ again. A third model is that Transformer with a context of all 8,192 bytes. The 
 Without caches, every byte needs a forward pass over all bytes before it. The total cost is estimated from passes at a
 few lengths: the sum over all lengths, interpolated linearly between the measured ones.
 
+Self-speculation needs a trained model: a small Transformer with 8 heads learns Python's standard library for some
+minutes, and continues files that it has not seen, with and without speculation.
+
 python benchmarks/generation.py [--quick] [--json PATH]
 """
 
 import statistics
+import sysconfig
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +26,8 @@ import torch
 from common.report import Metric, options, report
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.evaluation.generation import Sampling, generate_rows
+from pretrain.evaluation.speculation import Speculation, speculate_rows
+from pretrain.models import build_model, model_config
 from pretrain.models.base import ByteModel
 from pretrain.models.families.megabyte import Megabyte, MegabyteConfig
 from pretrain.models.families.transformer import Transformer, TransformerConfig
@@ -28,6 +35,18 @@ from pretrain.models.families.transformer import Transformer, TransformerConfig
 WIDTH_DIVISOR = 8
 LENGTH, CONTEXT = 8192, 1024
 HEADS = 2
+FORESEEING = {
+    "family": "transformer",
+    "sequence_length": 256,
+    "width": 256,
+    "layers": 6,
+    "heads": 4,
+    "dropout": 0.0,
+    "initial_std": 0.02,
+    "multi_byte": {"heads": 8},
+}
+"""Model that speculates."""
+ROWS, TRAINING_STEPS = 16, 1000
 
 
 def width(paper_width: int) -> int:
@@ -93,6 +112,52 @@ def seconds_without_caches(model: ByteModel, count: int, rounds: int) -> float:
     return float(np.interp(in_context, lengths, costs).sum())
 
 
+def trained(steps: int) -> tuple[ByteModel, bytes]:
+    """Return a model that learned the files of Python's standard library, and files that it has not seen."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+    seen = text[: len(text) * 19 // 20]
+    torch.manual_seed(0)
+    model = build_model(model_config(FORESEEING)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
+        first = torch.randint(len(seen) - model.sequence_length, (ROWS,))
+        rows = torch.stack([seen[begin : begin + model.sequence_length] for begin in first.tolist()])
+        optimizer.zero_grad()
+        model(rows.long()).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval(), bytes(text[len(seen) :].tolist())
+
+
+def speculation_metrics(quick: bool) -> list[Metric]:
+    """Return the speed with and without speculation. They take turns, a prompt each; both must write the same bytes."""
+    model, unseen = trained(20 if quick else TRAINING_STEPS)
+    prompts, count = (2, 60) if quick else (12, 400)
+    metrics = []
+    for name, sampling in (
+        ("temperature 0", Sampling(temperature=0, separators=False)),
+        ("temperature 0.8", Sampling(temperature=0.8, separators=False)),
+    ):
+        speculation, seconds, equal = Speculation(), {False: 0.0, True: 0.0}, 0
+        for begin in range(0, len(unseen) - 128, (len(unseen) - 128) // prompts)[:prompts]:
+            prompt, written = [unseen[begin : begin + 128]], []
+            for speculates in seconds:
+                start = time.perf_counter()
+                drawn = (
+                    speculate_rows(model, prompt, [count], sampling, speculation)
+                    if speculates
+                    else generate_rows(model, prompt, [count], sampling)
+                )
+                written.append(list(drawn))
+                seconds[speculates] += time.perf_counter() - start
+            equal += written[0] == written[1]
+        passes = f"{speculation.drawn / speculation.passes:.2f} bytes a pass; {equal} of {prompts} texts are the same"
+        metrics.append(Metric(f"speculated / plain, {name}", seconds[False] / seconds[True], "", passes))
+    return metrics
+
+
 def main() -> None:
     chosen = options(__doc__)
     count, chunk = (512, 128) if chosen.quick else (LENGTH, CONTEXT)
@@ -120,6 +185,7 @@ def main() -> None:
     for name in models:
         detail = f"{some} bytes in each of {rows} rows at once"
         metrics.append(Metric(f"{name}, {rows} rows", rows * some / batched[name], "bytes/s", detail))
+    metrics += speculation_metrics(chosen.quick)
     report("Generation", metrics, chosen.json)
 
 

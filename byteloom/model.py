@@ -39,6 +39,7 @@ from pretrain.evaluation.modes import Mode, check_usage, score_documents, stride
 from pretrain.evaluation.objective_scores import score_objective
 from pretrain.evaluation.patches.finding import PatchedText, patches_of_model
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf, Score
+from pretrain.evaluation.speculation import Speculation, check_speculates, speculate_rows
 from pretrain.evaluation.windows import ScoredWindow
 from pretrain.models import ByteModel, build_model, form_of, model_config, with_usage_options
 from pretrain.objectives import Visibility
@@ -375,6 +376,7 @@ class Model:
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
+        speculate: bool = False,
     ) -> Iterator[bytes]:
         """Return an iterator over the bytes with which the model continues a prompt, one by one.
 
@@ -387,19 +389,26 @@ class Model:
             top_k: number of likeliest bytes to draw from; None: all.
             top_p: probability that the likeliest bytes to draw from must add up to.
             seed: of the draws.
+            speculate: let further heads of the model (`model.multi_byte`) draft bytes. It changes the time and not the
+                bytes.
 
         Raises:
-            SamplingError: an argument is out of bounds.
+            SamplingError: an argument is out of bounds, or the model does not speculate.
             TypeError: the prompt is text and not bytes.
         """
         _check_bytes("prompt", prompt)
         if bytes < 1:
             raise SamplingError(f"bytes is {bytes}; it must be at least 1")
-        drawn = self.generate_rows([prompt], [bytes], Sampling(temperature, top_k, top_p, seed))
+        how, speculation = Sampling(temperature, top_k, top_p, seed), Speculation() if speculate else None
+        drawn = self.generate_rows([prompt], [bytes], how, speculation)
         return (byte.to_bytes() for _, byte in drawn)
 
     def generate_rows(
-        self, prompts: Sequence[bytes], counts: Sequence[int], sampling: Sampling
+        self,
+        prompts: Sequence[bytes],
+        counts: Sequence[int],
+        sampling: Sampling,
+        speculation: Speculation | None = None,
     ) -> Iterator[tuple[int, int]]:
         """Return an iterator over (row, byte) of the continuations of several prompts, which are decoded side by side.
 
@@ -407,23 +416,25 @@ class Model:
             prompts: one a row: the document so far, or the source of a model that was trained on pairs.
             counts: most bytes of each continuation.
             sampling: how to draw. A model that saw no separator in training does not end a document.
+            speculation: counts of self-speculation, which changes the time and not the bytes; None: do not speculate.
 
         Raises:
-            SamplingError: the model predicts no next byte.
+            SamplingError: the model predicts no next byte, or does not speculate.
         """
         self._check_generates()
+        if speculation is not None:
+            check_speculates(self.module)
         if self.form.visibility is Visibility.encoder_decoder:
             return answer_rows(self.module, prompts, counts, sampling)
         separators = sampling.separators and trained_separators(self.checkpoint)
         how = replace(sampling, separators=separators)
-        return generate_rows(
-            self.module,
-            prompts,
-            counts,
-            how,
-            after_separator=self._after_separator,
-            before_separator=self.objective.entry.reads_pairs,
-        )
+        begin = {
+            "after_separator": self._after_separator,
+            "before_separator": self.objective.entry.reads_pairs,
+        }
+        if speculation is not None:
+            return speculate_rows(self.module, prompts, counts, how, speculation, **begin)
+        return generate_rows(self.module, prompts, counts, how, **begin)
 
     def beam_search(self, source: bytes, *, beams: int = 4, bytes: int = 256) -> bytes:
         """Return the likeliest answer to a source that a beam search finds.

@@ -135,6 +135,13 @@ PARTS = {
     "speed": Part("speed", "megabyte/pg19-best by micro-batch, eager and compiled", 120),
     "memory": Part("memory", "the estimate of memory against what is allocated", 60),
     "kernels": Part("kernels", "ways to compute the same, side by side", 80),
+    "mamba": Part(
+        "mamba",
+        "Mamba-2: the kernels of mamba-ssm and causal-conv1d against plain torch",
+        30,
+        needs=("mamba_ssm", "causal_conv1d"),
+        needs_gpu=True,
+    ),
     "recipes": Part("recipes", "Perceiver AR and Transformer-XL", 60),
     "limits": Part("limits", "out of memory", 20, needs_gpu=True),
     "sharded": Part("sharded", "FSDP2 of one rank, with and without offload", 20),

@@ -1,6 +1,7 @@
 """Laws of a model on one device: causality, decoding, FLOPs, first values, and scores."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.conformance.patches import check_patches, check_useful_flops
 from pretrain.conformance.subject import SEED, Law, Subject, require
 from pretrain.evaluation.modes import Mode, evaluate_model
-from pretrain.models import Decoder, family
+from pretrain.models import Decoder, RewindingDecoder, family
 from pretrain.models.references import load_reference
 from pretrain.objectives import Visibility
 
@@ -128,6 +129,36 @@ def check_decoder(subject: Subject, folder: Path) -> None:
         require(model.decodes_without_end or _refuses(stepped, ids[:, -1]), "a decoder reads more than sequence_length")
 
 
+def check_rewinding(subject: Subject, folder: Path) -> None:
+    """Check that a decoder that rewinds predicts as `forward` after it read several ids at once and took some back."""
+    model, length = subject.build(torch.float64), subject.sequence_length
+    if not model.rewinds:
+        return
+    ids = torch.cat([subject.ids(2), subject.short_documents(2)])
+    other, expected = (ids + 1) % SEPARATOR, forward(model, ids)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        decoder = cast(RewindingDecoder, model.decoder(len(ids)))
+        place = int(torch.randint(length // 2, (), generator=generator))
+        with torch.no_grad():
+            decoder.prime(ids[:, :place])
+        while place < length - 1:
+            most = min(decoder.most_fed, length - 1 - place)
+            count = 1 + int(torch.randint(most, (), generator=generator))
+            right = 1 + int(torch.randint(count, (), generator=generator))
+            fed = torch.cat([ids[:, place : place + right], other[:, place + right : place + count]], 1)
+            logits = decoder.feed(fed)
+            require(torch.equal(model.logits(decoder.states), logits), "the states of a decoder do not have its logits")
+            decoder.rewind(count - right)
+            targets = ids[:, place + 1 : place + 1 + right]
+            nats = F.cross_entropy(logits[:, :right].transpose(1, 2), targets, reduction="none")
+            worst = (nats - expected[:, place + 1 : place + 1 + right]).abs().max().item()
+            place += right
+            require(worst <= TOLERANCE, f"up to byte {place} a rewinding decoder differs from forward by {worst:.3g}")
+            require(decoder.length == place, f"a decoder of {place} bytes says that it read {decoder.length}")
+            require(decoder.states.shape[1] == right, f"a decoder has {decoder.states.shape[1]} states of {right} ids")
+
+
 def _refuses(decoder: Decoder, ids: Tensor) -> bool:
     """Return whether a decoder with a full context raises ValueError."""
     try:
@@ -230,6 +261,7 @@ MODEL_LAWS = (
             check_padding,
             check_documents,
             check_decoder,
+            check_rewinding,
             check_reference,
             check_bytes_scored_once,
         )

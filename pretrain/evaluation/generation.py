@@ -69,16 +69,24 @@ def generate_rows(
     Yields:
         (row, byte): the bytes of each row in their order.
     """
-    before, after = ([SEPARATOR] if is_wanted else [] for is_wanted in (after_separator, before_separator))
-    histories = {row: [*before, *prompt, *after] for row, prompt in enumerate(prompts)}
-    if not model.decodes_without_end:
-        histories = {
-            row: history if len(history) < model.sequence_length else _last_half(model, history)
-            for row, history in histories.items()
-        }
+    histories = contexts_of(model, prompts, after_separator=after_separator, before_separator=before_separator)
     for length, count in sorted({(len(history), counts[row]) for row, history in histories.items()}):
         batch = {row: history for row, history in histories.items() if (len(history), counts[row]) == (length, count)}
         yield from _side_by_side(model, batch, count, sampling)
+
+
+def contexts_of(
+    model: ByteModel, prompts: Sequence[bytes], *, after_separator: bool, before_separator: bool
+) -> dict[int, list[int]]:
+    """Return the ids that a decoder reads first, by row; see `generate_rows`."""
+    before, after = ([SEPARATOR] if is_wanted else [] for is_wanted in (after_separator, before_separator))
+    contexts = {row: [*before, *prompt, *after] for row, prompt in enumerate(prompts)}
+    if model.decodes_without_end:
+        return contexts
+    return {
+        row: context if len(context) < model.sequence_length else last_half(model, context)
+        for row, context in contexts.items()
+    }
 
 
 def _side_by_side(
@@ -107,10 +115,11 @@ def _side_by_side(
         if model.decodes_without_end or decoder.length + 1 < model.sequence_length:
             logits = decoder.step(torch.tensor(drawn, device=device))
         else:
-            decoder, logits = primed([_last_half(model, history) for history in histories.values()])
+            decoder, logits = primed([last_half(model, history) for history in histories.values()])
 
 
-def _last_half(model: ByteModel, history: list[int]) -> list[int]:
+def last_half(model: ByteModel, history: list[int]) -> list[int]:
+    """Return the context of a new decoder, once the context is full."""
     return history[len(history) - model.sequence_length // 2 :]
 
 
@@ -123,6 +132,19 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """Return an id (a byte or the separator) for each row of (rows, VOCABULARY) logits.
 
     Each row takes one number from its generator.
+    """
+    if sampling.temperature == 0:
+        return draw(logits, sampling, torch.empty(0))
+    return draw(logits, sampling, torch.stack([torch.rand(1, generator=generator) for generator in generators]))
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> list[int]:
+    """Return an id (a byte or the separator) for each row of (rows, VOCABULARY) logits.
+
+    Args:
+        logits: of the ids.
+        sampling: how ids are drawn.
+        uniform: (rows, 1) random numbers of at least 0 and less than 1. Temperature 0 uses none.
     """
     logits = logits.detach().float().cpu().clone()
     logits[:, PADDING] = float("-inf")
@@ -138,6 +160,5 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     before = probabilities.cumsum(1) - probabilities
     up_to = probabilities.masked_fill(before >= sampling.top_p, 0.0).cumsum(1)
     # A draw has 24 bits and sums have 53, so a draw is below the total even after rounding.
-    uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
     chosen = (up_to <= uniform * up_to[:, -1:]).sum(1, keepdim=True)
     return order.gather(1, chosen)[:, 0].tolist()

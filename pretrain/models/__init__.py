@@ -9,7 +9,7 @@ blocks/       modules that families share
 from typing import TYPE_CHECKING, Any
 
 from pretrain.models import registry
-from pretrain.models.base import ByteModel, Decoder, EncodingDecoder
+from pretrain.models.base import ByteModel, Decoder, EncodingDecoder, RewindingDecoder
 from pretrain.models.blocks.attention import describe_attention
 from pretrain.models.registry import (
     Family,
@@ -49,6 +49,7 @@ __all__ = [
     "Family",
     "FamilyError",
     "ModelConfig",
+    "RewindingDecoder",
     "UsageOption",
     "all_families",
     "build_model",

@@ -48,6 +48,34 @@ class Decoder(Protocol):
         """
 
 
+class RewindingDecoder(Decoder, Protocol):
+    """Decoder that reads several ids of a row at once, and takes back the last ones, as speculation needs."""
+
+    @property
+    def states(self) -> Tensor:
+        """Last hidden states after each id of the last call: (rows, n, width). The last one is that of the next id."""
+
+    @property
+    def most_fed(self) -> int:
+        """Largest number of ids that `feed` takes now, at least 1. Room in the context is not considered."""
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """Feed ids to a primed decoder in one parallel pass, and return the logits of the id after each.
+
+        Args:
+            ids: (rows, n) with 1 <= n <= `most_fed`.
+
+        Returns:
+            (rows, n, VOCABULARY)
+
+        Raises:
+            ValueError: the context is full.
+        """
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` ids of the last call of `feed`, which read more than `count`."""
+
+
 class EncodingDecoder(Decoder, Protocol):
     """Decoder of a model with an encoder. It reads the sources of its rows before anything else."""
 
@@ -109,6 +137,8 @@ class ByteModel(nn.Module, ABC):
     set when it is used."""
     decodes_without_end: ClassVar[bool] = False
     """Whether a decoder continues past sequence_length bytes, with a memory of earlier ones."""
+    rewinds: bool = False
+    """Whether the decoder is a `RewindingDecoder`."""
 
     def __init__(self) -> None:
         """Make a model without parameters."""

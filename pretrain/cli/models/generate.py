@@ -27,6 +27,7 @@ from pretrain.cli.models.weights import (
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.continuations import Continuations, OutputFormat, read_prompt
 from pretrain.evaluation.generation import Sampling, SamplingError
+from pretrain.evaluation.speculation import Speculation
 from pretrain.terminal.console import say
 from pretrain.training.stop import stopping_at_once
 
@@ -67,6 +68,12 @@ def generate_command(
         int | None,
         typer.Option(min=1, help="Width of a beam search, which replaces the draws. For an encoder_decoder."),
     ] = None,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate", help="Let the heads of model.multi_byte draft bytes: faster, and the bytes are the same."
+        ),
+    ] = False,
     begin: BeginOption = Beginning.auto,
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
@@ -94,7 +101,8 @@ def generate_command(
     task = Continuations(card, rows, most_bytes, output_format, to_files=out is not None)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    drawn = _drawn(loaded, task, sampling, beams)
+    speculation = Speculation() if speculate else None
+    drawn = _drawn(loaded, task, sampling, beams, speculation)
     streams = out is None and task.format is OutputFormat.raw
     written = [bytearray() for _ in rows]
     shown = 0
@@ -117,13 +125,18 @@ def generate_command(
     total = sum(map(len, written))
     ended = sum(len(continuation) < most for continuation, most in zip(written, task.counts, strict=True))
     ending = f"; the model ended {ended} of {count(len(written), 'document')}" if ended else ""
-    say(f"\n{count(total, 'byte')}, {total / seconds:,.0f} bytes/s{ending}")
+    passes = f", {speculation.drawn / speculation.passes:.2f} bytes a pass" if speculation else ""
+    say(f"\n{count(total, 'byte')}, {total / seconds:,.0f} bytes/s{passes}{ending}")
 
 
-def _drawn(loaded: Model, task: Continuations, sampling: Sampling, beams: int | None) -> Iterator[tuple[int, int]]:
+def _drawn(
+    loaded: Model, task: Continuations, sampling: Sampling, beams: int | None, speculation: Speculation | None
+) -> Iterator[tuple[int, int]]:
     """Return the bytes of each row: drawn, or those of a beam search."""
     if beams is None:
-        return loaded.generate_rows(task.prompts, task.counts, sampling)
+        return loaded.generate_rows(task.prompts, task.counts, sampling, speculation)
+    if speculation is not None:
+        raise SamplingError("--speculate and --beams exclude each other")
     rows = zip(task.prompts, task.counts, strict=True)
     found = (loaded.beam_search(prompt, beams=beams, bytes=count) for prompt, count in rows)
     return ((row, byte) for row, answer in enumerate(found) for byte in answer)

@@ -228,6 +228,24 @@ def band(window: int, device: torch.device) -> Tensor:
     return (age >= 0) & (age < window)
 
 
+def visible_after(kept: int, count: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return the mask of positions after cached ones; None where `causal_attention` and `window_attention` need none.
+
+    Args:
+        kept: cached positions that are kept.
+        count: positions that follow them; at most `window` if any are kept.
+        window: positions that a position sees, its own and those right before it; None: all.
+        device: of the mask.
+
+    Returns:
+        (count, kept + count) booleans, true where a position sees another.
+    """
+    if count == 1 or not kept:
+        return None
+    age = torch.arange(kept, kept + count, device=device)[:, None] - torch.arange(kept + count, device=device)
+    return age >= 0 if window is None else (age >= 0) & (age < window)
+
+
 def _fused_is_right(q: Tensor, k: Tensor) -> bool:
     """Return whether torch's fused kernel is the fastest here."""
     return not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_ATTENTION_LENGTH)

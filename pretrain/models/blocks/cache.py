@@ -64,6 +64,12 @@ class LayerCache:
         """Drop all but the last `count` kept positions."""
         self._span = slice(max(self._span.stop - count, self._span.start), self._span.stop)
 
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` positions of the last call of `append`. The positions kept before it return."""
+        stop = self._span.stop - count
+        start = self._span.start if self.limit is None else max(stop - self.limit, 0)
+        self._span, self.length = slice(start, stop), self.length - count
+
     def select(self, rows: Tensor) -> None:
         """Replace the rows by some of them, which may repeat.
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pretrain.kernels import mamba2 as fused
+from pretrain.kernels.mamba2 import Kernel, takes_fused
 from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.initial import Initial
 
@@ -38,6 +40,37 @@ class MambaState:
         """(rows, inner, state) state of the recurrence."""
         self.documents: Tensor | None = None
         """(rows, TAPS - 1) documents of the last positions; None if the state crosses documents."""
+        self._states: list[Tensor] = []
+        """State after each of the last positions that were fed at once."""
+        self._inputs: Tensor | None = None
+        """(rows, TAPS - 1 + n, channels) inputs of the convolution at these positions and before."""
+        self._documents: Tensor | None = None
+        """(rows, TAPS - 1 + n) documents of the same positions."""
+
+    def remember(self, states: list[Tensor], inputs: Tensor, documents: Tensor | None) -> None:
+        """Keep the states after the last positions, and what their convolution read.
+
+        Args:
+            states: after each of the last positions.
+            inputs: (rows, n, channels) of at least these positions.
+            documents: (rows, n) of the same positions as `inputs`.
+        """
+        read = TAPS - 1 + len(states)
+        self._states, self._inputs = states, _before(inputs, self.inputs)[:, -read:]
+        if documents is not None:
+            self._documents = _before(documents, self.documents)[:, -read:]
+        self.rewind(0)
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` positions of those that were fed at once."""
+        assert self._inputs is not None
+        self._states = self._states[: len(self._states) - count]
+        self.state = self._states[-1]
+        self._inputs = self._inputs[:, : self._inputs.shape[1] - count]
+        self.inputs = self._inputs[:, 1 - TAPS :]
+        if self._documents is not None:
+            self._documents = self._documents[:, : self._documents.shape[1] - count]
+            self.documents = self._documents[:, 1 - TAPS :]
 
 
 class Mamba2(nn.Module):
@@ -46,7 +79,9 @@ class Mamba2(nn.Module):
     In bf16, only the products are in bf16; decays and states are in fp32.
     """
 
-    def __init__(self, width: int, head_width: int, state: int, expansion: int, chunk: int) -> None:
+    def __init__(
+        self, width: int, head_width: int, state: int, expansion: int, chunk: int, kernel: Kernel = "plain"
+    ) -> None:
         """Build the layer.
 
         Args:
@@ -55,10 +90,12 @@ class Mamba2(nn.Module):
             state: numbers that the state has for each channel.
             expansion: inner channels by channel of the residual stream.
             chunk: positions of a chunk. It changes the work, not the result.
+            kernel: choice of the kernels of passes over whole rows. A decoder uses plain torch.
         """
         super().__init__()
         inner = expansion * width
         self.inner, self.head_width, self.state, self.chunk = inner, head_width, state, chunk
+        self.kernel = kernel
         self.expand = nn.Linear(width, 2 * inner, bias=False)
         self.select = nn.Linear(width, 2 * state, bias=False)
         self.step = nn.Linear(width, inner // head_width, bias=False)
@@ -92,30 +129,34 @@ class Mamba2(nn.Module):
         """
         gate, values = self.expand(x).chunk(2, -1)
         inputs = torch.cat([values, self.select(x)], -1)
-        mixed = F.silu(self._convolve(inputs, state, documents))
+        is_fused = state is None and takes_fused(self.kernel, x, inputs.shape[-1], required=torch.is_grad_enabled())
+        mixed = self._fused_convolution(inputs, documents) if is_fused else self._convolve(inputs, state, documents)
         values, write, read = mixed.split([self.inner, self.state, self.state], -1)
         exact = torch.promote_types(x.dtype, torch.float32)
         steps = F.softplus(self.step(x).to(exact) + self.step_bias.to(exact))
-        heads = values.unflatten(-1, (-1, self.head_width))
-        y, last = scan(
+        heads, rates = values.unflatten(-1, (-1, self.head_width)), -self.log_rate.to(exact).exp()
+        if is_fused:
+            skip, chunk = self.skip.to(exact), self.chunk
+            y = fused.scan(heads, steps, rates, write, read, skip, chunk=chunk, documents=documents).flatten(-2)
+            return self.contract(self.norm(y * F.silu(gate)))
+        y, states = scan(
             heads,
             steps,
-            -self.log_rate.to(exact).exp(),
+            rates,
             write,
             read,
-            chunk=self.chunk,
+            chunk=self.chunk if state is None or state.state is None else 1,  # a decoder can take each position back
             documents=documents,
             before=None if state is None else state.state,
             before_document=None if state is None or state.documents is None else state.documents[:, -1],
         )
         if state is not None:
-            state.state = last
-            _remember(state, inputs, documents)
+            state.remember(states if state.state is not None else states[-1:], inputs, documents)
         y = (y + self.skip[:, None] * heads).flatten(-2)
         return self.contract(self.norm(y * F.silu(gate)))
 
     def _convolve(self, inputs: Tensor, state: MambaState | None, documents: Tensor | None) -> Tensor:
-        """Return the causal convolution of each channel, which reads no earlier document."""
+        """Return SiLU of the causal convolution of each channel, which reads no earlier document."""
         length = inputs.shape[1]
         past = _before(inputs, None if state is None else state.inputs)
         if documents is not None:
@@ -128,7 +169,12 @@ class Mamba2(nn.Module):
             if documents is not None:
                 part = part * (earlier[:, tap : tap + length] == documents)[..., None]
             total = total + part * weight[:, tap]
-        return total
+        return F.silu(total)
+
+    def _fused_convolution(self, inputs: Tensor, documents: Tensor | None) -> Tensor:
+        bias = self.convolution.bias
+        assert bias is not None
+        return fused.convolution(inputs, self.convolution.weight[:, 0], bias, documents)
 
     def scan_flops(self, length: int) -> int:
         """Return the operations of the matrix products of `scan` over one row."""
@@ -148,8 +194,8 @@ def scan(
     documents: Tensor | None = None,
     before: Tensor | None = None,
     before_document: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the outputs of the recurrence, and its last state.
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the outputs of the recurrence, and its states after each chunk.
 
     Args:
         x: (rows, n, heads, width)
@@ -163,7 +209,7 @@ def scan(
         before_document: (rows,) document of that state; None is 0.
 
     Returns:
-        (rows, n, heads, width) outputs, and (rows, heads * width, state) state.
+        (rows, n, heads, width) outputs, and (rows, heads * width, state) states. The last one is after all positions.
     """
     rows, length, heads, width = x.shape
     chunk = min(chunk, length)
@@ -198,7 +244,7 @@ def scan(
         state = growth[:, number] * state + added[:, number]
     earlier = (read @ torch.stack(states, 1).to(x.dtype).transpose(-1, -2)).unflatten(-1, (heads, width))
     y = y + earlier * entering[..., None]
-    return y.flatten(1, 2)[:, :length].to(x.dtype), state
+    return y.flatten(1, 2)[:, :length].to(x.dtype), [*states[1:], state]
 
 
 def _padded(values: Tensor, fill: int) -> Tensor:
@@ -210,13 +256,6 @@ def _before(values: Tensor, last: Tensor | None) -> Tensor:
     """Return (rows, n, …) values after those of the TAPS - 1 positions before; None is zeros."""
     earlier = values.new_zeros(len(values), TAPS - 1, *values.shape[2:]) if last is None else last
     return torch.cat([earlier, values], 1)
-
-
-def _remember(state: MambaState, inputs: Tensor, documents: Tensor | None) -> None:
-    """Keep the last positions for the convolution of the next ones."""
-    state.inputs = _before(inputs, state.inputs)[:, 1 - TAPS :]
-    if documents is not None:
-        state.documents = _before(documents, state.documents)[:, 1 - TAPS :]
 
 
 def _first_step_biases(numbers: NDArray[np.float64]) -> NDArray[np.float64]:

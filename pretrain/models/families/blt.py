@@ -31,6 +31,7 @@ from pretrain.models.blocks.documents import documents_of, visible_in_documents,
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
 from pretrain.models.blocks.hash_ngrams import HashNgrams, NgramConfig
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.multi_head import Attention
 from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.blocks.positions import Rotary
@@ -71,7 +72,7 @@ class LocalConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
         return self
 
 
-class BLTConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class BLTConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Byte Latent Transformer (arXiv:2412.09871)."""
 
     family: Literal["blt"] = "blt"

@@ -14,12 +14,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import VOCABULARY
+from pretrain.kernels.mamba2 import Kernel
 from pretrain.models.base import ByteModel
 from pretrain.models.blocks.context import Dropout
 from pretrain.models.blocks.documents import documents_of
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.mamba2 import TAPS, Mamba2, MambaState
-from pretrain.models.blocks.multi_byte import PredictsFurther
+from pretrain.models.blocks.multi_byte import MOST_HEADS, PredictsFurther
 from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.blocks.transformer import linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
@@ -51,6 +52,9 @@ class MambaConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_do
     attention_across_documents: bool = True
     """Whether the state passes into the next document of its row. If not, it is 0 again after a separator. Other
     families have the field for attention."""
+    kernel: Kernel = "plain"
+    """Kernels of whole rows on CUDA. fused: those of mamba-ssm and causal-conv1d, without which training is refused.
+    auto: fused where possible. The result is the same except for rounding. fused has not been run on a GPU yet."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of each layer's output that training drops. The authors' code has no dropout."""
     initial_std: float = Field(default=0.02, gt=0)
@@ -73,7 +77,9 @@ class MambaBlock(Unit):
         """Build the norm and the layer."""
         super().__init__()
         self.norm = RMSNorm(config.width)
-        self.mixer = Mamba2(config.width, config.head_width, config.state, config.expansion, config.chunk)
+        self.mixer = Mamba2(
+            config.width, config.head_width, config.state, config.expansion, config.chunk, config.kernel
+        )
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, state: MambaState | None = None, documents: Tensor | None = None) -> Tensor:
@@ -85,6 +91,7 @@ class Mamba(ByteModel):
     """Mamba-2 over bytes with a tied head."""
 
     decodes_without_end = True
+    rewinds = True
 
     def __init__(self, config: MambaConfig) -> None:
         """Build the model, and draw its parameters from torch's default generator."""
@@ -148,14 +155,17 @@ class Mamba(ByteModel):
 
 
 class MambaDecoder:
-    """Decoder over the states of the layers."""
+    """Decoder over the states of the layers. It keeps those of the last call, so that it rewinds."""
 
     def __init__(self, model: Mamba, rows: int) -> None:
         """Make a decoder of `rows` rows before the first byte."""
         self.length = 0
         self._model = model
         self._states = [MambaState() for _ in model.blocks]
-        self._document = torch.zeros(rows, 1, dtype=torch.long, device=model.start.device)
+        self._documents = torch.zeros(rows, 1, dtype=torch.long, device=model.start.device)
+        """(rows, n) document of each position of the last call."""
+        self.states = model.start.new_empty(rows, 0, len(model.start))
+        """Last hidden states of the last call; see `RewindingDecoder`."""
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
@@ -164,19 +174,39 @@ class MambaDecoder:
             raise ValueError("only a fresh decoder can be primed")
         start = self._model.start.expand(len(ids), 1, -1)
         x = torch.cat([start, self._model.embedding(ids.long())], 1)
-        return self._feed(x, torch.cat([self._document, documents_of(ids)], 1), ids.shape[1])
+        self._run(x, torch.cat([self._documents, documents_of(ids)], 1), ids.shape[1])
+        self.states = self.states[:, -1:]
+        return self._model.logits(self.states[:, -1])
 
-    @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Feed one id a row; see `Decoder.step`."""
-        read = ids.long()[:, None]
-        return self._feed(self._model.embedding(read), self._document + documents_of(read), 1)
+        return self.feed(ids[:, None])[:, -1]
 
-    def _feed(self, x: Tensor, documents: Tensor, count: int) -> Tensor:
+    @property
+    def most_fed(self) -> int:
+        """Return the ids that `feed` takes; see `RewindingDecoder`."""
+        return MOST_HEADS
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        """Feed ids in one pass; see `RewindingDecoder.feed`."""
+        read = ids.long()
+        self._run(self._model.embedding(read), self._documents[:, -1:] + documents_of(read), read.shape[1])
+        return self._model.logits(self.states)
+
+    def rewind(self, count: int) -> None:
+        """Take back ids; see `RewindingDecoder.rewind`."""
+        for state in self._states:
+            state.rewind(count)
+        self.length -= count
+        self.states = self.states[:, : self.states.shape[1] - count]
+        self._documents = self._documents[:, : self._documents.shape[1] - count]
+
+    def _run(self, x: Tensor, documents: Tensor, count: int) -> None:
         self.length += count
-        self._document = documents[:, -1:]
+        self._documents = documents
         within = None if self._model.attends_across_documents else documents
-        return self._model.logits(self._model.run(x, self._states, within)[:, -1])
+        self.states = self._model.run(x, self._states, within)
 
 
 register_family(
@@ -185,7 +215,7 @@ register_family(
         reference=REFERENCES / "mamba.py",
         config=MambaConfig,
         build=Mamba,
-        free_fields=frozenset({"chunk", "dropout", "initial_std"}),
+        free_fields=frozenset({"chunk", "dropout", "initial_std", "kernel"}),
         small={
             "sequence_length": 32,
             "width": 16,

@@ -39,13 +39,13 @@ from torch import Tensor, nn
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.distributed.context import Context
 from pretrain.models.base import ByteModel, units_of
-from pretrain.models.blocks.attention import attention, packs_patches
+from pretrain.models.blocks.attention import attention, packs_patches, visible_after
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.context import set_context
 from pretrain.models.blocks.documents import documents_of, visible_in_patches
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation
-from pretrain.models.blocks.multi_byte import PredictsFurther
+from pretrain.models.blocks.multi_byte import MOST_HEADS, PredictsFurther
 from pretrain.models.blocks.multi_head import Attention, MultiHead
 from pretrain.models.blocks.patch_encoder import PatchEncoder
 from pretrain.models.blocks.positions import Rotary, rotate, rotate_alike
@@ -120,6 +120,7 @@ class Megabyte(ByteModel):
     """MEGABYTE: global model, local model and tied head."""
 
     patch_size: int
+    rewinds = True
     evaluation_modes = ByteModel.evaluation_modes | {"strided", "sliding-strided"}
 
     def __init__(self, config: MegabyteConfig) -> None:
@@ -410,6 +411,8 @@ class CrossPatchAttention(MultiHead):
 class MegabyteDecoder:
     """Decoder: the global model runs once a patch, the local model once a byte, both over cached keys and values.
 
+    It rewinds within a patch.
+
     At the start of a patch, the local caches hold the r last positions of the previous patch; they are empty if r is 0.
     """
 
@@ -434,6 +437,8 @@ class MegabyteDecoder:
         """(rows, P, D_L) output of the global model for the row's first patch."""
         self._patch_documents = torch.zeros(rows, 1, dtype=torch.long, device=nothing.device)
         """(rows, k) document in which each patch begins, this patch included."""
+        self.states = model.local_pad.new_empty(rows, 0, len(model.local_pad))
+        """Last hidden states of the last call; see `RewindingDecoder`."""
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
@@ -456,23 +461,49 @@ class MegabyteDecoder:
             self._read(whole[:, k * P : (k + 1) * P - 1])
             self._patch = whole[:, k * P : (k + 1) * P]
         self._begin_patch(global_out[:, -1])
-        return self._read(rest)
+        self._read(rest)
+        self.states = self.states[:, -1:]
+        return model.logits(self.states[:, -1])
 
-    @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Feed one id a row; see `Decoder.step`."""
-        model, P = self._model, self._model.patch_size
-        model.check_room(self.length + 1)
-        self.length += 1
-        byte = ids.long()[:, None]
-        if self._patch.shape[1] + 1 < P:
-            return self._read(byte)
+        return self.feed(ids[:, None])[:, -1]
+
+    @property
+    def most_fed(self) -> int:
+        """Return the ids that `feed` takes: those that do not end the patch, or one; see `RewindingDecoder`."""
+        return max(min(self._model.patch_size - self._patch.shape[1] - 1, MOST_HEADS), 1)
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        """Feed ids in one pass; see `RewindingDecoder.feed`."""
+        count = ids.shape[1]
+        self._model.check_room(self.length + count)
+        self.length += count
+        if self._patch.shape[1] + count < self._model.patch_size:
+            self._read(ids.long())
+        else:
+            self._end_patch(ids.long())
+        return self._model.logits(self.states)
+
+    def rewind(self, count: int) -> None:
+        """Take back ids; see `RewindingDecoder.rewind`."""
+        for cache in self._local_caches:
+            cache.rewind(count)
+        self.length -= count
+        self._positions -= count
+        self._patch = self._patch[:, : self._patch.shape[1] - count]
+        self.states = self.states[:, : self.states.shape[1] - count]
+
+    def _end_patch(self, byte: Tensor) -> None:
+        """Read the (rows, 1) last byte of a patch, and the pad of the next patch."""
+        model = self._model
         self._patch = torch.cat([self._patch, byte], 1)
         context = torch.cat([self._patches_before, self._patch], 1)
         embedded = model.embed_patches(context, first_position=self.length - context.shape[1])
         self._remember(context)
         self._begin_patch(self._run_globally(embedded[:, -1:], self._patch)[:, 0])
-        return self._read(byte[:, :0])
+        self._read(byte[:, :0])
 
     def _run_globally(self, global_in: Tensor, patches: Tensor) -> Tensor:
         """Run the next positions of the global model, which read the (rows, n) bytes of the next whole patches."""
@@ -501,8 +532,8 @@ class MegabyteDecoder:
             self._local_caches = model.local_stack.empty_caches()
         self._patch, self._positions = self._patch[:, :0], 0
 
-    def _read(self, ids: Tensor) -> Tensor:
-        """Run the local model over the next (rows, n) bytes of the current patch; return the logits of the next id.
+    def _read(self, ids: Tensor) -> None:
+        """Run the local model over the next (rows, n) bytes of the current patch.
 
         The first call of a patch reads the local pad before them. In this call n may be 0.
         """
@@ -512,13 +543,15 @@ class MegabyteDecoder:
         self._positions += embedded.shape[1]
         conditioning = self._conditioning[:, first : self._positions]
         if not model.masks_locally:
-            return model.logits(model.local_stack(conditioning + embedded, self._local_caches)[:, -1])
+            visible = visible_after(first, embedded.shape[1], None, ids.device)
+            self.states = model.local_stack(conditioning + embedded, self._local_caches, visible)
+            return
         own = F.pad(documents_of(self._patch), (1, 0))
         if not model.attends_across_documents:
             of_first = self._first_conditioning[:, first : self._positions]
             conditioning = torch.where((own[:, first:] > 0)[..., None], of_first, conditioning)
         visible = model.local_mask(self._documents_before[:, None], own[:, None], embedded.shape[1])
-        return model.logits(model.local_stack(conditioning + embedded, self._local_caches, visible)[:, -1])
+        self.states = model.local_stack(conditioning + embedded, self._local_caches, visible)
 
 
 register_family(

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
 from pretrain.models.base import ByteModel, units_of
-from pretrain.models.blocks.attention import window_pairs
+from pretrain.models.blocks.attention import visible_after, window_pairs
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
-from pretrain.models.blocks.multi_byte import PredictsFurther
+from pretrain.models.blocks.multi_byte import MOST_HEADS, PredictsFurther
 from pretrain.models.blocks.multi_head import Attention
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary
@@ -83,6 +83,8 @@ class SpaceByteConfig(PredictsFurther, frozen=True, extra="forbid", use_attribut
 
 class SpaceByte(ByteModel):
     """Transformer with global blocks where patches start."""
+
+    rewinds = True
 
     def __init__(self, config: SpaceByteConfig) -> None:
         """Build the model, and draw its parameters from torch's default generator."""
@@ -156,7 +158,8 @@ class SpaceByte(ByteModel):
         x = F.pad(x, (width - d, 0))
         if self.patch_positions is not None:
             x = x + self.patch_positions[first : first + x.shape[1]]
-        return run_blocks(self.global_blocks, x, caches)[..., width - d :]
+        visible = visible_after(first, x.shape[1], None, x.device)
+        return run_blocks(self.global_blocks, x, caches, visible)[..., width - d :]
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return the head, which is not tied to the embeddings, without biases."""
@@ -200,10 +203,12 @@ class SpaceByte(ByteModel):
         )
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-    """Map (rows, n, width) to the same shape, block by block."""
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, caches: list[LayerCache] | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """Map (rows, n, width) to the same shape, block by block; see `Attention.forward`."""
     for index, block in enumerate(blocks):
-        x = run_unit(block, x, None if caches is None else caches[index])
+        x = run_unit(block, x, None if caches is None else caches[index], visible)
     return x
 
 
@@ -222,6 +227,10 @@ class SpaceByteDecoder:
         self._last = [LayerCache(limit) for _ in model.last_blocks]
         self._global = [[LayerCache() for _ in model.global_blocks] for _ in range(rows)]
         self._state = PatchState.empty(rows, model.start.device)
+        self._before: tuple[PatchState, Tensor] = self._state, torch.empty(0)
+        """State before the last call of `feed`, and the (rows, n) ids that it read."""
+        self.states = model.start.new_empty(rows, 0, len(model.start))
+        """Last hidden states of the last call; see `RewindingDecoder`."""
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
@@ -230,36 +239,65 @@ class SpaceByteDecoder:
             raise ValueError("only a fresh decoder can be primed")
         self._model.check_room(ids.shape[1])
         patches = self._model.patches(ids.long())
-        return self._feed(self._model.embed(ids.long()), patches, ids.shape[1])
+        self._run(self._model.embed(ids.long()), patches, ids.shape[1])
+        self.states = self.states[:, -1:]
+        return self._model.logits(self.states[:, -1])
 
-    @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Feed one id a row; see `Decoder.step`."""
-        model, read = self._model, ids.long()[:, None]
-        model.check_room(self.length + 1)
+        return self.feed(ids[:, None])[:, -1]
+
+    @property
+    def most_fed(self) -> int:
+        """Return the ids that `feed` takes; see `RewindingDecoder`."""
+        return MOST_HEADS if self._model.window is None else min(self._model.window, MOST_HEADS)
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        """Feed ids in one pass; see `RewindingDecoder.feed`."""
+        model, read, count = self._model, ids.long(), ids.shape[1]
+        model.check_room(self.length + count)
         x = model.embedding(read)
         if model.positions is not None:
-            x = x + model.positions[self.length + 1]
-        return self._feed(x, model.patcher(read, self._state), 1)
+            x = x + model.positions[self.length + 1 : self.length + 1 + count]
+        self._before = self._state, read
+        self._run(x, model.patcher(read, self._state), count)
+        return model.logits(self.states)
 
-    def _feed(self, x: Tensor, patches: Patches, count: int) -> Tensor:
-        """Return the logits after positions.
+    def rewind(self, count: int) -> None:
+        """Take back ids; see `RewindingDecoder.rewind`."""
+        state, read = self._before
+        self._before = state, read[:, : read.shape[1] - count]
+        patches, self._state = self._state.patches, self._model.patcher(self._before[1], state).state
+        for caches, dropped in zip(self._global, (patches - self._state.patches).tolist(), strict=True):
+            for cache in caches:
+                cache.rewind(dropped)
+        for cache in (*self._first, *self._last):
+            cache.rewind(count)
+        self.length -= count
+        self.states = self.states[:, : self.states.shape[1] - count]
+
+    def _run(self, x: Tensor, patches: Patches, count: int) -> None:
+        """Run positions.
 
         Args:
             x: (rows, n, d) what they read.
             patches: where patches start among them.
             count: ids among what they read.
         """
-        model = self._model
+        model, window = self._model, self._model.window
         self.length += count
+        before = self.length + 1 - x.shape[1]
+        kept = before if window is None else min(before, window - 1)
+        visible = visible_after(kept, x.shape[1], window, x.device)
         first, self._state = self._state.patches.tolist(), patches.state
-        x = run_blocks(model.first_blocks, x, self._first)
+        x = run_blocks(model.first_blocks, x, self._first, visible)
         for row, caches in enumerate(self._global):
             places = patches.starts[row].nonzero()[:, 0]
             if len(places):
                 added = model.patch_outputs(x[row, places][None], first[row], caches)
                 x = x.index_put((torch.full_like(places, row), places), added[0], accumulate=True)
-        return model.logits(model.norm(run_blocks(model.last_blocks, x, self._last)[:, -1]))
+        self.states = model.norm(run_blocks(model.last_blocks, x, self._last, visible))
 
 
 register_family(

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from data_pipeline.vocabulary import PADDING, VOCABULARY
 from pretrain.distributed.context import Context
 from pretrain.models.base import ByteModel
-from pretrain.models.blocks.attention import window_pairs
+from pretrain.models.blocks.attention import visible_after, window_pairs
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.context import set_context
 from pretrain.models.blocks.documents import documents_of, visible_in_prefix, visible_in_window
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation
-from pretrain.models.blocks.multi_byte import PredictsFurther
+from pretrain.models.blocks.multi_byte import MOST_HEADS, PredictsFurther
 from pretrain.models.blocks.multi_head import Attention, MultiHead
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.sparse_attention import SparseAttention, SparseCache
@@ -125,6 +125,7 @@ class Transformer(ByteModel):
         self.sequence_length = config.sequence_length
         self.attends_across_documents = config.attention_across_documents
         self.window = config.window
+        self.rewinds = config.attention == "full"
         self.initial_std = config.initial_std
         self.embedding = embedding(VOCABULARY, config.width)
         self.start = nn.Parameter(torch.empty(config.width))
@@ -246,7 +247,7 @@ class Transformer(ByteModel):
 
 
 class TransformerDecoder:
-    """Decoder over cached keys and values: those that later positions see."""
+    """Decoder over cached keys and values: those that later positions see. With full attention, it rewinds."""
 
     def __init__(self, model: Transformer, rows: int) -> None:
         """Make a decoder of `rows` rows with empty caches."""
@@ -254,7 +255,9 @@ class TransformerDecoder:
         self._model = model
         self._caches = model.empty_caches()
         self._documents = torch.zeros(rows, 1, dtype=torch.long, device=model.start.device)
-        """(rows, n) document of every position whose keys are cached; before the first, that of position 0."""
+        """(rows, n) document of every position; before the first, that of position 0."""
+        self.states = model.start.new_empty(rows, 0, model.stack.width)
+        """Last hidden states of the last call; see `RewindingDecoder`."""
 
     @torch.no_grad()
     def prime(self, ids: Tensor) -> Tensor:
@@ -264,16 +267,38 @@ class TransformerDecoder:
         self._advance(ids)
         x = self._model.embed(ids)
         if self._model.reads_prompts_whole:
-            everything = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-            return self._model.logits(self._model.stack(x, self._caches, everything)[:, -1])
-        return self._logits(x)
+            visible: Tensor | BlockMask | SparseMasks | None = x.new_ones(1, 1, *[x.shape[1]] * 2, dtype=torch.bool)
+        else:
+            visible = self._visible(x)
+        self.states = self._model.stack(x, self._caches, visible)[:, -1:]
+        return self._model.logits(self.states[:, -1])
 
-    @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Feed one id a row; see `Decoder.step`."""
-        model, read = self._model, ids.long()[:, None]
+        return self.feed(ids[:, None])[:, -1]
+
+    @property
+    def most_fed(self) -> int:
+        """Return the ids that `feed` takes; see `RewindingDecoder`."""
+        return MOST_HEADS if self._model.window is None else min(self._model.window, MOST_HEADS)
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        """Feed ids in one pass; see `RewindingDecoder.feed`."""
+        model, read = self._model, ids.long()
         self._advance(read)
-        return self._logits(model.place(model.embedding(read), slice(self.length, self.length + 1)))
+        x = model.place(model.embedding(read), slice(self.length + 1 - read.shape[1], self.length + 1))
+        self.states = model.stack(x, self._caches, self._visible(x))
+        return model.logits(self.states)
+
+    def rewind(self, count: int) -> None:
+        """Take back ids; see `RewindingDecoder.rewind`."""
+        for cache in self._caches:
+            assert isinstance(cache, LayerCache)
+            cache.rewind(count)
+        self.length -= count
+        self.states = self.states[:, : self.states.shape[1] - count]
+        self._documents = self._documents[:, : self._documents.shape[1] - count]
 
     def _advance(self, read: Tensor) -> None:
         self._model.check_room(self.length + read.shape[1])
@@ -281,16 +306,21 @@ class TransformerDecoder:
         if not self._model.attends_across_documents:
             self._documents = torch.cat([self._documents, self._documents[:, -1:] + documents_of(read)], 1)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        model = self._model
+    def _visible(self, x: Tensor) -> "Tensor | BlockMask | SparseMasks | None":
+        """Return the mask of the next positions, which read (rows, n, D), over the cached ones and themselves."""
+        model, count = self._model, x.shape[1]
         documents = None if model.attends_across_documents else self._documents
+        before = self.length + 1 - count
         if model.patterns:
-            visible = model.visible(documents, x) if x.shape[1] == self.length + 1 else documents
-        else:
-            if model.window is not None and documents is not None:
-                self._documents = documents = documents[:, -max(model.window, x.shape[1]) :]
-            visible = model.visible(documents, x)
-        return model.logits(model.stack(x, self._caches, visible)[:, -1])
+            return documents if before else model.visible(documents, x)
+        kept = before if model.window is None else min(before, model.window - 1)
+        past = visible_after(kept, count, model.window, x.device)
+        if documents is None:
+            return past
+        seen = documents[:, -(kept + count) :]
+        if past is None:
+            return model.visible(seen, x)
+        return (past & (seen[:, None, :] == seen[:, -count:, None]))[:, None]
 
 
 def _visibilities(config: TransformerConfig) -> frozenset[Visibility]:

@@ -27,7 +27,7 @@ from pretrain.models.blocks.attention import attention
 from pretrain.models.blocks.cache import LayerCache
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.feed_forward import Activation, FeedForward
-from pretrain.models.blocks.multi_byte import PredictsFurther
+from pretrain.models.blocks.multi_byte import MOST_HEADS, PredictsFurther
 from pretrain.models.blocks.multi_head import MultiHead
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
@@ -101,6 +101,7 @@ class TransformerXL(ByteModel):
     attends_across_documents = False
     evaluation_modes = ByteModel.evaluation_modes | {"memory"}
     decodes_without_end = True
+    rewinds = True
 
     def __init__(self, config: TransformerXLConfig) -> None:
         """Build the model, and draw its parameters from torch's default generator."""
@@ -433,6 +434,8 @@ class TransformerXLDecoder:
         self._caches = [SegmentCache() for _ in model.blocks]
         self._documents = torch.empty(rows, 0, dtype=torch.long, device=model.start.device)
         """(rows, n) document of every position whose keys and values are kept."""
+        self.states = model.start.new_empty(rows, 0, model.width)
+        """Last hidden states of the last call; see `RewindingDecoder`."""
         self._position = 0
         """Next position to run. Position t reads byte t - 1 and predicts byte t."""
 
@@ -443,19 +446,40 @@ class TransformerXLDecoder:
             raise ValueError("only a fresh decoder can be primed")
         self.length = ids.shape[1]
         T = self._model.sequence_length
-        logits = self._run(ids[:, : T - 1].long())
+        self._run(ids[:, : T - 1].long())
         for first in range(T, self.length + 1, T):
-            logits = self._run(ids[:, first - 1 : first + T - 1].long())
-        return logits
+            self._run(ids[:, first - 1 : first + T - 1].long())
+        self.states = self.states[:, -1:]
+        return self._model.logits(self.states[:, -1])
 
-    @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Feed one id a row; see `Decoder.step`."""
-        self.length += 1
-        return self._run(ids.long()[:, None])
+        return self.feed(ids[:, None])[:, -1]
 
-    def _run(self, before: Tensor) -> Tensor:
-        """Run the next positions, all of one segment, which read (rows, n) ids; return the logits of the next id.
+    @property
+    def most_fed(self) -> int:
+        """Return the ids that `feed` takes, which are of one segment; see `RewindingDecoder`."""
+        T = self._model.sequence_length
+        return min(T - self._position % T, MOST_HEADS)
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        """Feed ids in one pass; see `RewindingDecoder.feed`."""
+        self.length += ids.shape[1]
+        self._run(ids.long())
+        return self._model.logits(self.states)
+
+    def rewind(self, count: int) -> None:
+        """Take back ids; see `RewindingDecoder.rewind`."""
+        for cache in self._caches:
+            cache.rewind(count)
+        self.length -= count
+        self._position -= count
+        self.states = self.states[:, : self.states.shape[1] - count]
+        self._documents = self._documents[:, : self._documents.shape[1] - count]
+
+    def _run(self, before: Tensor) -> None:
+        """Run the next positions, all of one segment, which read (rows, n) ids.
 
         The first call runs position 0 before them, which reads the learned start. Without memory, each segment begins
         with the learned start in place of its first id.
@@ -477,7 +501,7 @@ class TransformerXLDecoder:
         context = SegmentContext(visible, self._relative)
         for block, cache in zip(model.blocks, self._caches, strict=True):
             x = block(x, None, context, cache)
-        return model.logits(model.norm(x[:, -1]))
+        self.states = model.norm(x)
 
     def _begin_segment(self, before: Tensor) -> Tensor:
         kept = self._model.memory_length

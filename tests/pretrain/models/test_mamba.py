@@ -37,9 +37,9 @@ def test_scan_is_the_recurrence_for_every_chunk_and_cut(length: int, chunk: int,
         expected.append((held * read[:, t, None, None]).sum(-1))
 
     given_documents = documents if resets else None
-    y, last = scan(x, steps, rates, write, read, chunk=chunk, documents=given_documents)
+    y, states = scan(x, steps, rates, write, read, chunk=chunk, documents=given_documents)
     torch.testing.assert_close(y, torch.stack(expected, 1))
-    torch.testing.assert_close(last.view_as(held), held)
+    torch.testing.assert_close(states[-1].view_as(held), held)
 
     cut = min(cut, length - 1)
     if cut:  # two parts, of which the second begins with the state of the first
@@ -47,7 +47,7 @@ def test_scan_is_the_recurrence_for_every_chunk_and_cut(length: int, chunk: int,
         carried, before, document = [], None, None
         for part in parts:
             of_part = [values[:, part] for values in (x, steps, write, read)]
-            y, before = scan(
+            y, states = scan(
                 *of_part[:2],
                 rates,
                 *of_part[2:],
@@ -56,6 +56,7 @@ def test_scan_is_the_recurrence_for_every_chunk_and_cut(length: int, chunk: int,
                 before=before,
                 before_document=document,
             )
+            before = states[-1]
             document = documents[:, part][:, -1] if resets else None
             carried.append(y)
         torch.testing.assert_close(torch.cat(carried, 1), torch.stack(expected, 1))
