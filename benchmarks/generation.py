@@ -38,15 +38,15 @@ HEADS = 2
 FORESEEING = {
     "family": "transformer",
     "sequence_length": 256,
-    "width": 256,
-    "layers": 6,
+    "width": 128,
+    "layers": 4,
     "heads": 4,
     "dropout": 0.0,
     "initial_std": 0.02,
     "multi_byte": {"heads": 8},
 }
 """Model that speculates."""
-ROWS, TRAINING_STEPS = 16, 1000
+ROWS, TRAINING_STEPS = 8, 1000
 
 
 def width(paper_width: int) -> int:
@@ -134,7 +134,7 @@ def trained(steps: int) -> tuple[ByteModel, bytes]:
 def speculation_metrics(quick: bool) -> list[Metric]:
     """Return the speed with and without speculation. They take turns, a prompt each; both must write the same bytes."""
     model, unseen = trained(20 if quick else TRAINING_STEPS)
-    prompts, count = (2, 60) if quick else (12, 400)
+    prompts, count = (2, 60) if quick else (8, 300)
     metrics = []
     for name, sampling in (
         ("temperature 0", Sampling(temperature=0, separators=False)),

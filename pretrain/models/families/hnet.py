@@ -23,7 +23,7 @@ from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
@@ -31,6 +31,7 @@ from pretrain.models.base import ByteModel, units_of
 from pretrain.models.blocks.embedding import embedding
 from pretrain.models.blocks.layout import Layout, LayoutConfig, LayoutStack, MambaSizes, additions
 from pretrain.models.blocks.mamba2 import TAPS
+from pretrain.models.blocks.multi_byte import PredictsFurther
 from pretrain.models.blocks.unit import Unit
 from pretrain.models.initial import FIRST_VALUES, Initial
 from pretrain.models.patching.chunks import chunk_places, gather
@@ -77,7 +78,7 @@ class MainConfig(LayoutConfig, frozen=True, extra="forbid", use_attribute_docstr
     """Blocks, such as T22. m is Mamba-2, t is attention; M and T have a feed-forward layer too."""
 
 
-class HNetConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class HNetConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """H-Net (arXiv:2507.07955)."""
 
     family: Literal["hnet"] = "hnet"
