@@ -122,8 +122,8 @@ def patches_command(
         replace_file(html, patches_page(f"Patches of {printable(file.name)}", summary, remarks, segments, figures))
         say(f"{html} has {summary}")
         return
-    _print_segments(segments, len(figures))
-    print_lines(["", summary, *remarks, ""])
+    legend = _print_segments(segments, len(figures))
+    print_lines(["", summary, *remarks, *legend, ""])
     for table in _tables(figures):
         table.print()
         print_lines([""])
@@ -159,19 +159,22 @@ def _remarks(text: PatchedText, figures: Mapping[str, StageFigures], shown: int)
     return remarks
 
 
-def _print_segments(segments: Iterable[Segment], stages: int) -> None:
-    """Print segments on standard output: with colors, or with marks where there are none."""
+def _print_segments(segments: Iterable[Segment], stages: int) -> list[str]:
+    """Print segments on standard output: with colors, or with marks where there are none. Return the legend."""
     out = Console()
     text = Text()
     if out.color_system is not None and not out.no_color:
+        legend = f"A color is a patch of stage {stages - 1}; its shades are patches of stage 0."
         for segment, (hue, shade) in colored(segments, stages):
             text.append(segment.text, f"black on {COLORS[hue][shade]}")
     else:
         marks = ("", *(ASCII_MARKS if out.options.ascii_only else MARKS))
+        legend = f"{marks[1]} starts a patch of stage 0, and {marks[2]} one of stage 1 too."
         for segment in segments:
             text.append(marks[min(segment.stages, len(MARKS))] + segment.text)
     if text:
         out.print(text, soft_wrap=True)
+    return [legend] if stages > 1 else []
 
 
 def _tables(figures: Mapping[str, StageFigures]) -> Iterable[Table]:

@@ -54,6 +54,8 @@ def patches_page(
         f"pre .c{hue}{shade}{{background:var(--c{hue}{shade})}}" for hue in range(HUES) for shade in (0, 1)
     )
     body = "".join(_span(segment, *color) for segment, color in colored(segments, len(figures)))
+    if len(figures) > 1:
+        remarks = [*remarks, f"A color is a patch of stage {len(figures) - 1}; its shades are patches of stage 0."]
     tables = "".join(f'<div class="scroll">{each}</div>' for each in _tables(figures))
     return f"""<!doctype html>
 <html lang="en">
