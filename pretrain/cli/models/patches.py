@@ -1,7 +1,6 @@
 """The `patches` command: where the patches of a text start."""
 
 from collections.abc import Iterable, Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from byteloom.core.storage.files import replace_file
 from byteloom.core.text import count, printable
+from byteloom.model import Device
 from pretrain.cli.arguments import parse_location, parse_path
 from pretrain.cli.models.weights import (
     BeginOption,
@@ -19,16 +19,16 @@ from pretrain.cli.models.weights import (
     load_model,
     takes_usage_options,
 )
+from pretrain.engines import choose_device
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.continuations import read_prompt
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.patches.figures import StageFigures, figures_of
-from pretrain.evaluation.patches.finding import PatchedText, patches_of_rule
+from pretrain.evaluation.patches.finding import PatchedText
 from pretrain.evaluation.patches.page import agreement_rows, classes_of, colored, patches_page, stage_rows
+from pretrain.evaluation.patches.rules import RuleChoice, RuleName
 from pretrain.evaluation.patches.segments import Segment, segments_of
 from pretrain.evaluation.scores import EvaluationError
-from pretrain.models.patching.patcher import Patcher
-from pretrain.models.patching.rules import ByteClass, Fixed
 from pretrain.terminal.console import display, say
 from pretrain.terminal.tables import JsonOption, Table, print_json, print_lines
 from pretrain.training.stop import stopping_at_once
@@ -43,13 +43,6 @@ COLORS = (("#cfe3f7", "#e6f1fc"), ("#fbdcc0", "#fdeee0"), ("#d3ecc9", "#e9f6e4")
 """Backgrounds of patches by hue and shade; see `colored`."""
 
 
-class Rule(StrEnum):
-    """Rules that need no model."""
-
-    byte_class = "byte_class"
-    fixed = "fixed"
-
-
 @app.command("patches")
 @stopping_at_once(display.close)
 @takes_usage_options
@@ -58,7 +51,7 @@ def patches_command(
         str,
         typer.Argument(
             metavar="RUN",
-            help="Run (its newest checkpoint), checkpoint or export: folder or URL. Left out with --rule.",
+            help="Run (its newest checkpoint), checkpoint or export: folder or URL. Rules but entropy need none.",
             show_default=False,
             parser=parse_location,
         ),
@@ -66,8 +59,26 @@ def patches_command(
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="File to show.", show_default=False, parser=parse_path)
     ] = None,
-    rule: Annotated[Rule | None, typer.Option(help="Show the patches of a rule, without a model.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Bytes of a patch of --rule fixed.")] = None,
+    rule: Annotated[
+        RuleName | None,
+        typer.Option(
+            help="Show the patches of a rule, without a model that reads them. entropy: of a model of bytes, the "
+            "export RUN."
+        ),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of a patch of --rule fixed.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Entropy in nats, of --rule entropy.", show_default=False)
+    ] = None,
+    increase: Annotated[
+        float | None, typer.Option(help="Rise of the entropy in nats, of --rule entropy.", show_default=False)
+    ] = None,
+    bytes_per_patch: Annotated[
+        float | None,
+        typer.Option(min=1.01, help="Find the threshold of --rule entropy for this mean size.", show_default=False),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write an HTML page, instead of colors in the terminal.", parser=parse_path)
     ] = None,
@@ -93,19 +104,17 @@ def patches_command(
     Tables show the bytes of a patch, and how often patches start
     where words, characters and runs of other bytes do, beside chance.
     """
+    numbers = (size, threshold, increase, bytes_per_patch)
     if rule is not None:
-        if file is not None:
-            raise EvaluationError("--rule shows patches without a model: leave out RUN")
-        file, source = Path(model), f"rule {rule}" + (f" of {count(size, 'byte')}" if size else "")
-        data = _content(file, read_prompt(file, None))
-        with display.phase("finding patches", len(data)) as phase:
-            text = patches_of_rule(_rule(rule, size, len(data)), data, phase.advance)
+        own, file = (None, Path(model)) if file is None else (model, file)
+        text, source = _by_rule(RuleChoice(rule, own, *numbers), file, device)
+    elif file is None:
+        raise EvaluationError(f"name a RUN and a FILE, or a rule: byteloom patches {model} --rule byte_class")
+    elif any(number is not None for number in numbers):
+        raise EvaluationError("--size, --threshold, --increase and --bytes-per-patch are for --rule")
     else:
-        if file is None:
-            raise EvaluationError(f"name a RUN and a FILE, or a rule: byteloom patches {model} --rule byte_class")
         loaded = load_model(model, device, precision, usage, begin)
-        source = str(loaded.checkpoint.folder)
-        data = _content(file, read_prompt(file, loaded.card))
+        data, source = _content(file, read_prompt(file, loaded.card)), str(loaded.checkpoint.folder)
         with display.phase("finding patches", len(data)) as phase:
             text = loaded.patches(data, mode=mode, progress=phase.advance)
     figures = figures_of(text)
@@ -113,7 +122,7 @@ def patches_command(
     if as_json:
         print_json(_as_json(file, source, text, figures, shown))
         return
-    summary = f"{printable(str(file))}: {count(len(data), 'byte')}, {source}"
+    summary = f"{printable(str(file))}: {count(len(text.data), 'byte')}, {source}"
     if text.bits is not None:
         summary += f", {text.bits.mean():.4f} bits per byte"
     remarks = _remarks(text, figures, shown)
@@ -129,11 +138,12 @@ def patches_command(
         print_lines([""])
 
 
-def _rule(rule: Rule, size: int | None, length: int) -> Patcher:
-    """Return a rule for a row of any length."""
-    if (rule is Rule.fixed) is (size is None):
-        raise EvaluationError(f"--rule {rule} {'needs' if size is None else 'takes no'} --size")
-    return ByteClass(length) if size is None else Fixed(length, size)
+def _by_rule(choice: RuleChoice, file: Path, device: Device) -> tuple[PatchedText, str]:
+    """Return a file with the patches of a rule, and the rule in words."""
+    data = _content(file, read_prompt(file, None))
+    passes = 1 if choice.bytes_per_patch is None else 2
+    with display.phase("finding patches", passes * len(data)) as phase:
+        return choice.patches(data, choose_device(device), phase.advance)
 
 
 def _content(file: Path, data: bytes) -> bytes:

@@ -4,17 +4,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 import typer
-from torch import Tensor
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.cli.arguments import parse_path
 from pretrain.cli.models.weights import DeviceOption
 from pretrain.engines.base import choose_device
 from pretrain.evaluation.continuations import read_prompt
+from pretrain.evaluation.patches.rules import entropies_of_rows
 from pretrain.evaluation.scores import EvaluationError
 from pretrain.models.entropy_model import EntropyModel
 from pretrain.models.patching.entropy import EntropyConfig, entropy_starts, find_threshold
@@ -24,9 +21,6 @@ from pretrain.terminal.tables import JsonOption, print_json, print_lines
 from pretrain.training.stop import stopping_at_once
 
 app = typer.Typer()
-
-ROWS = 16
-"""Rows that are scored together."""
 
 
 class EntropyRule(StrEnum):
@@ -86,7 +80,9 @@ def threshold_command(
         max_patch_length=max_patch_length,
     )
     length = length or int(frozen_config(config.model, config.digest)["sequence_length"])
-    entropies, read = _entropies(EntropyModel(config, length, across_documents=True), data, length, device)
+    byte_model = EntropyModel(config, length, across_documents=True)
+    with display.phase("finding entropies", len(data)) as phase:
+        entropies, read = entropies_of_rows(byte_model, data, length, choose_device(device), phase.advance)
     found = find_threshold(config, entropies, read, bytes_per_patch)
     starts = (entropy_starts(found, entropies, read, {})[0] | (read == SEPARATOR)) & (read != PADDING)
     mean = int((read != PADDING).sum()) / int(starts.sum())
@@ -98,19 +94,3 @@ def threshold_command(
     print_lines(
         [f"{file}: {len(data):,} bytes in rows of {length:,}, {mean:.3f} bytes a patch", f"patcher: {{{fields}}}"]
     )
-
-
-def _entropies(model: EntropyModel, data: bytes, length: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return the entropies of rows of a text, and what their positions read, (rows, length) each on the CPU.
-
-    A row begins with a separator. The last one ends with padding.
-    """
-    ids = torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
-    ids = F.pad(ids, (0, -len(ids) % (length - 1)), value=PADDING).view(-1, length - 1)
-    read = F.pad(ids, (1, 0), value=SEPARATOR)
-    chosen, found = choose_device(device), []
-    with display.phase("finding entropies", len(data)) as phase:
-        for rows in read.split(ROWS):
-            found.append(model.entropies(rows.to(chosen)).cpu())
-            phase.advance(int((rows < SEPARATOR).sum()))
-    return torch.cat(found), read

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,11 +22,12 @@ from data_pipeline.vocabulary import SEPARATOR
 from pretrain.evaluation.evaluate import Progress, score_windows, scorer
 from pretrain.evaluation.modes import Mode, check_mode, stride_of
 from pretrain.evaluation.scores import EvaluationError
-from pretrain.evaluation.windows import ScoredWindow, windows_of
+from pretrain.evaluation.windows import ScoredWindow, batched, padded, windows_of
 from pretrain.models import ByteModel
 from pretrain.models.patching.patcher import Patcher, PatchState
 from pretrain.models.patching.watching import SeenPatches, recorded
 
+CPU = torch.device("cpu")
 RULE_BYTES = 1 << 20
 """Bytes that a rule reads at a time."""
 MODES = (Mode.windows, Mode.sliding)
@@ -58,13 +60,41 @@ def patches_of_rule(rule: Patcher, data: bytes, progress: Progress = lambda done
         progress: called with the bytes read.
     """
     read = np.concatenate([np.array([SEPARATOR], np.int64), np.frombuffer(data, np.uint8)[:-1]])
-    found, state = [np.zeros(0, bool)], PatchState.empty(1, torch.device("cpu"))
+    found, state = [np.zeros(0, bool)], PatchState.empty(1, CPU)
     for first in range(0, len(data), RULE_BYTES):
         patches = rule(torch.from_numpy(read[None, first : first + RULE_BYTES]), state)
         state = patches.state
         found.append(patches.starts[0].numpy())
         progress(len(found[-1]))
     return PatchedText(data, {"0": np.concatenate(found)})
+
+
+def patches_of_rows(
+    rule: Patcher,
+    data: bytes,
+    length: int,
+    rows: int,
+    progress: Progress = lambda done: None,
+    device: torch.device = CPU,
+) -> PatchedText:
+    """Return a text with the patches of a rule that reads rows of limited length, in sliding windows.
+
+    Args:
+        rule: with a capacity of at least the length.
+        data: the text.
+        length: positions of a row. It is at least 2.
+        rows: windows read at once.
+        progress: called with the bytes read.
+        device: of the rule.
+    """
+    found = PatchedText(data, {"0": np.zeros(len(data), bool)})
+    own = windows_of([Piece("text", "binary", 0, data, ends=True)], length, length // 2)
+    for batch in batched(own, rows):
+        ids = torch.from_numpy(padded(batch)).long()
+        read = F.pad(ids[:, :-1], (1, 0), value=SEPARATOR)
+        _take(found, batch, {"0": rule(read.to(device)).starts.cpu().numpy()})
+        progress(sum(len(window.ids) - window.context for window in batch))
+    return found
 
 
 def patches_of_model(
@@ -160,12 +190,12 @@ def _full_rows(seen: Mapping[str, SeenPatches]) -> dict[str, Tensor]:
     return full
 
 
-def _take(found: PatchedText, windows: list[ScoredWindow], starts: Starts, nats: Tensor) -> None:
+def _take(found: PatchedText, windows: list[ScoredWindow], starts: Starts, nats: Tensor | None = None) -> None:
     """Put the starts and bits of the scored bytes of windows at their places in the text."""
-    assert found.bits is not None
     for row, window in enumerate(windows):
         own = slice(window.context, len(window.ids))
         place = slice(window.offset + window.context, window.offset + len(window.ids))
         for stage, mask in starts.items():
             found.starts[stage][place] = mask[row, own]
-        found.bits[place] = nats[row, own].double().numpy() / math.log(2)
+        if found.bits is not None and nats is not None:
+            found.bits[place] = nats[row, own].double().numpy() / math.log(2)

@@ -196,6 +196,16 @@ def test_command_shows_the_patches_of_a_rule(tmp_path: Path):
     in_colors = {"FORCE_COLOR": "1", "COLORTERM": "truecolor"}
     assert "\x1b[30;48;2;" in invoke("patches", file, "--rule", "byte_class", **in_colors)
     assert "│One │two" in invoke("patches", file, "--rule", "byte_class", **in_colors, NO_COLOR="1")
-    for wrong in (["--rule", "fixed"], [file, "--rule", "byte_class"], []):
+    rule = ["--rule", "entropy"]
+    for wrong in (
+        ["--rule", "fixed"],
+        [file, "--rule", "byte_class"],
+        ["--rule", "byte_class", "--threshold", 1],
+        [file, "--size", 4],
+        rule,
+        [file, *rule],
+        [file, *rule, "--bytes-per-patch", 4, "--threshold", 1],
+        [],
+    ):
         failed = CliRunner().invoke(app, ["patches", str(file), *map(str, wrong)])
         assert isinstance(failed.exception, EvaluationError), failed.output

@@ -234,3 +234,17 @@ def test_command_prints_the_section_of_a_recipe(exports: Path, tmp_path: Path):
     found = json.loads(output)
     assert found["bytes_per_patch"] == pytest.approx(4, rel=0.05)
     assert EntropyConfig(**found["patcher"]).rule == "global"
+
+
+def test_command_shows_patches_by_entropy(exports: Path, tmp_path: Path):
+    """The windows slide, so they have the starts that rows have where these have context."""
+    (tmp_path / "text").write_bytes(bytes(torch.randint(0, 256, (400,), generator=torch.Generator().manual_seed(5))))
+    command = ("patches", exports / "small", tmp_path / "text", "--rule", "entropy", "--json", "--device", "cpu")
+    code, output = run_here(*command, "--bytes-per-patch", "4")
+    assert code == 0, output
+    found = json.loads(output[output.index("{") :])
+    assert found["stages"]["0"]["bytes_per_patch"] == pytest.approx(4, rel=0.2)
+    threshold = found["source"].split()[-1]
+    code, output = run_here(*command, "--threshold", threshold)
+    starts = json.loads(output[output.index("{") :])["stages"]["0"]["starts"]
+    assert code == 0 and len(set(starts) ^ set(found["stages"]["0"]["starts"])) <= 4  # the threshold is rounded
