@@ -65,6 +65,6 @@ def _length(row: Ids) -> int:
 def _no_pair(row: Ids) -> CorpusError:
     shown = bytes(row[:20].clip(max=255).astype(np.uint8))
     return CorpusError(
-        f"a document that begins with {shown!r} is no pair of a source and a target; objective.name conditional reads "
-        "a corpus that `byteloom prepare --target-field` wrote, with data.packing document"
+        f"a document that begins with {shown!r} is no pair of a source and a target; objective.name conditional "
+        "or classification reads a corpus that `byteloom prepare --target-field` wrote, with data.packing document"
     )

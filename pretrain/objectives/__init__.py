@@ -14,7 +14,7 @@ draws.py      random numbers of one row
 Importing this package registers Byteloom's own objectives, one file each.
 """
 
-from pretrain.objectives import causal, conditional, masked, prefix, span_corruption  # noqa: F401 they register here
+from pretrain.objectives import causal, classification, conditional, masked, prefix, span_corruption  # noqa: F401 they register here
 from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.draws import Draws
 from pretrain.objectives.examples import show_rows, stacked

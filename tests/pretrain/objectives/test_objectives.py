@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.errors import CorpusError
 from data_pipeline.pairs import joined
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
 from data_pipeline.stream.loader import Loader, LoaderConfig
@@ -21,6 +22,7 @@ from pretrain.objectives import (
     ObjectiveConfig,
     Shown,
     Visibility,
+    classification,
     conditional,
     prefix,
     show_rows,
@@ -126,6 +128,26 @@ def test_conditional_counts_the_target_and_its_end_alone():
     assert np.flatnonzero(example.targets).tolist() == [5, 6, 7]
     hole = np.full(9, PADDING, np.int16)
     assert not conditional.show(hole, Draws(0, 0), encoded, PAIRS).targets.any()
+
+
+@pytest.mark.parametrize("family", ["encoder", "perceiver_io"])
+def test_classification_hides_the_label_before_the_document(family: str):
+    objective = ObjectiveConfig(name="classification")
+    form = form_of(small_config(family, sequence_length=12), objective)
+
+    def show(source: bytes, label: bytes) -> Shown:
+        row = [*joined(source, label), SEPARATOR, *[PADDING] * 12][: form.length]
+        return classification.show(np.array(row, np.int16), Draws(0, 0), form, objective)
+
+    assert is_loss(objective.metric)
+    example = show(b"ab:", b"7")
+    assert (example.ids.tolist(), example.targets.tolist()) == ([ord("7")], [True])
+    assert np.asarray(example.given).tolist() == [MASK, *b"ab:"]
+    assert not len(show(b"a document that fills its row", b"7").ids)  # the label is not in the row
+    assert not len(classification.show(np.full(9, PADDING, np.int16), Draws(0, 0), form, objective).ids)
+    for label in (b"77", b""):
+        with pytest.raises(CorpusError, match=r"is not one byte, which objective\.name classification reads"):
+            show(b"ab", label)
 
 
 def test_examples_are_the_same_on_any_number_of_ranks_and_in_any_micro_batch(corpus: Corpus):
