@@ -48,6 +48,9 @@ PANELS = {
         ),
     ),
     "Models and recipes": (
+        LazyCommand(
+            "recipe", "models.recipe", "Choose sizes, batch, bytes and learning rate for a budget of FLOPs and memory."
+        ),
         LazyCommand("eval", "models.evaluate", "Measure the bits per byte of a checkpoint on a corpus or a file."),
         LazyCommand(
             "harness", "models.harness", "Evaluate a model with lm-evaluation-harness, or write tasks about bytes."

@@ -42,6 +42,37 @@ def write_copy(recipe: str, path: Path, force: bool = False) -> Path:
     """
     original = find(recipe)
     run = load(original).run.name
+    schema = schema_beside(path, force)
+    text = _renamed(original.read_text(encoding="utf-8-sig"), run_name(path) or run)
+    name = name_of(original) if is_shipped(original) else printable(recipe)
+    _write(path, schema, _with_header(text, name, path))
+    return schema
+
+
+def write_recipe(text: str, path: Path, made_by: str, force: bool = False) -> Path:
+    """Write the text of a recipe with the schema for editors; return the path of the schema.
+
+    Args:
+        text: of the recipe.
+        path: the file to write.
+        made_by: command that made it.
+        force: replace a file that exists.
+
+    Raises:
+        ConfigError: a file exists.
+    """
+    schema = schema_beside(path, force)
+    header = f"{MODELINE}$schema={SCHEMA_FILE}\n# Made by `{made_by}`.\n{THEN}{_command(path)}\n"
+    _write(path, schema, header + text)
+    return schema
+
+
+def schema_beside(path: Path, force: bool) -> Path:
+    """Return the path of the schema beside a recipe that may be written.
+
+    Raises:
+        ConfigError: the path is a folder, or a file exists.
+    """
     schema = path.with_name(SCHEMA_FILE)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file in it, such as {path / 'my.yaml'}")
@@ -49,12 +80,13 @@ def write_copy(recipe: str, path: Path, force: bool = False) -> Path:
         raise ConfigError(f"{path} exists already; choose another name, or replace it with --force")
     if schema.exists() and not _is_ours(schema):
         raise ConfigError(f"{schema} was not written by Byteloom; move it, or choose another folder for {path.name}")
+    return schema
+
+
+def _write(path: Path, schema: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(schema, json.dumps(recipe_schema(), indent=1) + "\n")
-    text = _renamed(original.read_text(encoding="utf-8-sig"), _run_name(path) or run)
-    name = name_of(original) if is_shipped(original) else printable(recipe)
-    replace_file(path, _with_header(text, name, path))
-    return schema
+    replace_file(path, text)
 
 
 def _is_ours(schema: Path) -> bool:
@@ -64,7 +96,7 @@ def _is_ours(schema: Path) -> bool:
         return False
 
 
-def _run_name(path: Path) -> str:
+def run_name(path: Path) -> str:
     """Return a run name from the name of a file: letters, digits, points, underscores and hyphens."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")
 
@@ -89,7 +121,11 @@ def _with_header(text: str, original: str, path: Path) -> str:
     lines = text.splitlines(keepends=True)
     size = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     kept = "".join(line for line in lines[:size] if not line.startswith(ONLY_OF_THE_ORIGINAL))
-    command = f"byteloom train {printable(shlex.quote(str(path)))}"
+    command = _command(path)
     header = re.sub(rf"byteloom train {re.escape(original)}(?=[\s`]|$)", lambda _: command, kept)
     made = f"{MADE}{original} by `byteloom config new`.\n{THEN}{command}\n"
     return f"{MODELINE}$schema={SCHEMA_FILE}\n{made}{header}{''.join(lines[size:])}"
+
+
+def _command(path: Path) -> str:
+    return f"byteloom train {printable(shlex.quote(str(path)))}"

@@ -25,8 +25,10 @@ from pretrain.models import (
     multi_byte_of,
     row_parts,
 )
+from pretrain.models.scaling import ScalingError
 from pretrain.objectives import ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
+from pretrain.optim.scaling import base_config
 from pretrain.tracking import TrackingConfig
 from pretrain.training.callbacks import CallbackNodes
 from pretrain.training.config import DiagnosticsConfig, ProfileConfig, ReportConfig, TrainConfig
@@ -71,6 +73,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             self._too_many_sequences(),
             self._context_without_parts(),
             self._objective_without_model(),
+            self._base_without_model(),
             self._samples_without_checkpoints(),
         )
         if found := [mismatch for mismatch in checked if mismatch]:
@@ -161,6 +164,14 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
                 f"{self.objective.name}; set it to 1",
                 ("engine.context", "objective.name"),
             )
+        return None
+
+    def _base_without_model(self) -> Mismatch | None:
+        if self.optimizer.scaling == "mup":
+            try:
+                base_config(self.model, self.optimizer)
+            except ScalingError as error:
+                return Mismatch(str(error), ("optimizer.base", "model"))
         return None
 
     def _rows_without_pairs(self) -> Mismatch | None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from byteloom.core.mappings import laid_over
 from byteloom.core.packages import needed_by
 from pretrain.distributed.fragments import MODEL, Fragment, fragment_name
 from pretrain.distributed.world import World
@@ -258,16 +259,7 @@ def _settings(config: EngineConfig, model: ByteModel, micro_batch: int, clip_nor
             "stage3_param_persistence_threshold": 0,
         },
     }
-    return _laid_over(ours, config.deepspeed)
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping updated with the entries of another one; mappings within are merged."""
-    both = {
-        key: _laid_over(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-        for key, value in above.items()
-    }
-    return below | both
+    return laid_over(ours, config.deepspeed)
 
 
 def _partition(deepspeed: Any, model: ByteModel, device: torch.device, settings: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,15 @@ from pretrain.distributed.context import WHOLE_ROWS, Context
 from pretrain.models.blocks.multi_byte import MultiByteConfig, MultiByteHeads
 from pretrain.models.blocks.nats import linear_nats
 from pretrain.models.blocks.unit import Unit
-from pretrain.models.initial import FIRST_VALUES, WHOLE_DRAWING, DeclaresInitial, Initial, draw, draw_whole
+from pretrain.models.initial import (
+    FIRST_VALUES,
+    WHOLE_DRAWING,
+    DeclaresInitial,
+    Initial,
+    ParameterScale,
+    draw,
+    draw_whole,
+)
 from pretrain.models.patching.patcher import Patcher
 
 
@@ -135,6 +144,8 @@ class ByteModel(nn.Module, ABC):
     reads_prompts_whole: bool = False
     """Whether the ids that prime a decoder are a prefix, which all see each other. A model that reads prefixes has it
     set when it is used."""
+    scales: Mapping[str, ParameterScale] = MappingProxyType({})
+    """Scales of parameters by name, under `optimizer.scaling` mup. Others have the first values that `initial` says."""
     decodes_without_end: ClassVar[bool] = False
     """Whether a decoder continues past sequence_length bytes, with a memory of earlier ones."""
     rewinds: bool = False
@@ -244,6 +255,17 @@ class ByteModel(nn.Module, ABC):
             for parameter, number in module.own_fused_matrices().items()
         }
 
+    def head_norm(self) -> nn.Module | None:
+        """Return the norm whose output the head reads, and nothing else; None if there is none.
+
+        A model whose head is its table of embeddings has it scaled under `optimizer.scaling` mup.
+        """
+        return None
+
+    def table_factors(self) -> dict[str, float]:
+        """Return the factors by which the forward pass multiplies rows of tables, by the names of the tables."""
+        return {}
+
     def rate_multiplier(self, name: str) -> float:
         """Return the factor of a parameter's learning rate, above 0.
 
@@ -352,7 +374,7 @@ class ByteModel(nn.Module, ABC):
             end: of the range, exclusive; None is the end of the parameter.
             version: of the generator: FIRST_VALUES, or that of an earlier run.
         """
-        initial = self.initial(name)
+        initial = self.scales[name].initial if name in self.scales else self.initial(name)
         end = math.prod(shape) if end is None else end
         if version == WHOLE_DRAWING:
             return draw_whole(initial, seed, name, shape).view(-1)[begin:end]

@@ -50,6 +50,25 @@ class Initial:
     quantile: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None
     """Quantile function of another distribution: maps numbers between 0 and 1 to values, element by element."""
 
+    def times(self, factor: float) -> "Initial":
+        """Return the distribution of values that are multiplied by a factor."""
+        quantile = self.quantile
+        if quantile is None:
+            return Initial(self.std * factor, self.mean * factor)
+        return Initial(quantile=lambda numbers: factor * quantile(numbers))
+
+
+@dataclass(frozen=True)
+class ParameterScale:
+    """First values and learning rates of a parameter of a scaled model."""
+
+    initial: Initial
+    """Distribution of the first values."""
+    rate: float = 1.0
+    """Factor of the rate of optimizers whose steps have one size for all elements, such as Adam."""
+    muon_rate: float = 1.0
+    """Factor of the rate of Muon."""
+
 
 @runtime_checkable
 class DeclaresInitial(Protocol):

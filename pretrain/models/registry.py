@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar, Union, cast, get_args
 
 from pydantic import BaseModel, Discriminator, Tag, TypeAdapter, ValidationError
 
@@ -33,6 +33,8 @@ from pretrain.objectives import OBJECTIVES, Form, ObjectiveConfig, Visibility
 PACKAGE = "pretrain.models.families"
 """Package that holds Byteloom's own families, one module each."""
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+HEAD_WIDTH = 64
+"""Channels of an attention head in models of a `ModelSize`."""
 USABLE = ({int}, {float}, {str}, {bool})
 """Types of the fields that usage options set, apart from None."""
 
@@ -67,6 +69,21 @@ class UsageOption:
     """Mode of evaluation that the option needs; None: it has an effect in every mode."""
 
 
+class ModelSize(NamedTuple):
+    """Size by which `byteloom recipe` chooses a model of any family."""
+
+    width: int
+    """Channels of the widest residual stream: a multiple of `HEAD_WIDTH`."""
+    layers: int
+    """Blocks of this width."""
+    sequence_length: int
+
+    def stack(self, parts: int = 1) -> dict[str, int]:
+        """Return the width, layers and heads of a stack of a part of the width, whose heads have `HEAD_WIDTH`."""
+        heads = max(1, self.width // HEAD_WIDTH // parts)
+        return {"width": heads * HEAD_WIDTH, "layers": max(1, self.layers // parts), "heads": heads}
+
+
 @dataclass(frozen=True)
 class Family(Generic[AnyConfig]):
     """A model family, as its file declares it."""
@@ -99,6 +116,8 @@ class Family(Generic[AnyConfig]):
     """Python file with the forward pass in plain torch, which exports carry as model.py; see `references`. Its class
     `Model` takes the section `model` of a recipe and the weights by name. Its `logits` maps the arguments of a forward
     pass to the logits of the ids that are scored. None: exports have no model.py."""
+    of_size: Callable[[ModelSize], Mapping[str, Any]] | None = None
+    """Config fields, besides the defaults, of a model of a size. None: `byteloom recipe` refuses the family."""
     small: Mapping[str, Any] = field(default_factory=dict)
     """Config fields, besides the defaults, of a model that is small enough to check in seconds (`check-family`)."""
 

@@ -55,9 +55,18 @@ register_optimizer(
         moments=MOMENTS,
         fields=FIELDS,
         works_on_shards=True,
+        has_sized_steps=True,
         warnings=decoupled_decay_warnings,
     )
 )
 register_optimizer(
-    OptimizerEntry(name="adam", build=_build, moments=MOMENTS, fields=FIELDS, works_on_shards=True, default_decay=0.0)
+    OptimizerEntry(
+        name="adam",
+        build=_build,
+        moments=MOMENTS,
+        fields=FIELDS,
+        works_on_shards=True,
+        has_sized_steps=True,
+        default_decay=0.0,
+    )
 )

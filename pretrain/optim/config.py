@@ -1,7 +1,7 @@
 """Config of the optimizer."""
 
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
@@ -10,7 +10,7 @@ from byteloom.core.validation import Fault, describe_value
 from pretrain.optim.registry import OPTIMIZERS, OptimizerEntry
 from pretrain.optim.schedules import ScheduleConfig
 
-COMMON_FIELDS = frozenset({"name", "learning_rate", "clip_norm", "schedule", "options"})
+COMMON_FIELDS = frozenset({"name", "learning_rate", "scaling", "base", "clip_norm", "schedule", "options"})
 """Fields that every optimizer has."""
 
 
@@ -40,6 +40,12 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
     """Whether tables decay too: embeddings and learned positions. Most embeddings are also the output layer."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global norm of the gradient. A larger gradient is scaled down to it."""
+    scaling: Literal["standard", "mup"] = "standard"
+    """How first values and rates depend on widths. standard: they do not. mup: maximal update parametrization (Yang et
+    al. 2022), in which the best `learning_rate` of the base model is that of wider models too."""
+    base: dict[str, Any] = {}
+    """For mup: fields of the base model that differ from the section `model`, such as {width: 256, heads: 4}. They are
+    widths, and numbers of heads that keep the width of a head."""
     schedule: ScheduleConfig = ScheduleConfig()
     options: dict[str, Any] = Field(default={}, validate_default=True)
     """Options of an optimizer of another package. adamw, adam and muon have none."""
@@ -60,6 +66,25 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
                 raise ValueError(
                     f"optimizer.{name} is {describe_value(value)}, and optimizer.name {self.name} does not use it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _scaling_has_a_base(self) -> Self:
+        if self.scaling == "standard":
+            if self.base:
+                raise ValueError("optimizer.base is the base model of optimizer.scaling mup; set that, or remove it")
+            return self
+        if not self.base:
+            raise ValueError(
+                "optimizer.scaling mup needs optimizer.base: the widths of the model at which learning_rate was found, "
+                "such as {width: 256, heads: 4}"
+            )
+        if not self.entry.has_sized_steps:
+            raise ValueError(
+                f"optimizer.scaling mup knows the rates of adamw, adam and muon, not of optimizer.name {self.name}"
+            )
+        if self.name == "adam" and self.decay:
+            raise ValueError("optimizer.scaling mup with adam needs optimizer.weight_decay 0; adamw's decay is scaled")
         return self
 
     @property

@@ -50,6 +50,8 @@ class ParameterRule:
     """Whether weight decay applies."""
     rate_multiplier: float = 1.0
     """Factor of the learning rate."""
+    decay_multiplier: float = 1.0
+    """Factor of the weight decay, which is then multiplied by the rate."""
 
 
 def parameter_rules(config: OptimizerConfig, model: ByteModel) -> dict[str, ParameterRule]:
@@ -66,14 +68,19 @@ def parameter_rules(config: OptimizerConfig, model: ByteModel) -> dict[str, Para
         is_table = parameter.dim() >= 2 and not name.endswith("bias")  # unless it is a matrix
         return model.may_decay(name) and (id(parameter) in matrices or (is_table and config.decay_embeddings))
 
-    rules = {}
+    rules, whole = {}, config.entry.whole_matrices(model)
     for name, parameter in model.named_parameters():
-        multiplier = model.rate_multiplier(name)
+        multiplier, scaled = model.rate_multiplier(name), 1.0
         if not 0 < multiplier < math.inf:
             raise OptimizerError(
                 f"{type(model).__name__}.rate_multiplier is {multiplier} for {name}; it must be above 0 and finite"
             )
-        rules[name] = ParameterRule(decays(name, parameter), multiplier)
+        if name in model.scales:
+            scale = model.scales[name]
+            scaled = scale.muon_rate if name in whole else scale.rate
+        is_decayed = decays(name, parameter)
+        # The share that a step takes from a weight stays that of the base (Wortsman et al. 2023, arXiv:2309.14322).
+        rules[name] = ParameterRule(is_decayed, multiplier * scaled, 1 / scaled if is_decayed else 1.0)
     return rules
 
 
@@ -93,7 +100,7 @@ def parameter_groups(
     return [
         {
             "params": members[rule],
-            "weight_decay": config.decay if rule.decays else 0.0,
+            "weight_decay": config.decay * rule.decay_multiplier if rule.decays else 0.0,
             MULTIPLIER: rule.rate_multiplier,
         }
         for rule in sorted(members, key=lambda rule: (not rule.decays, -rule.rate_multiplier))

@@ -134,6 +134,8 @@ register_optimizer(
         moment_values=_moment_values,
         fields=adamw.FIELDS | {"momentum"},
         works_on_dtensors=True,
+        has_sized_steps=True,
+        whole_matrices=_matrices,
         warnings=decoupled_decay_warnings,
     )
 )

@@ -8,7 +8,7 @@ Byteloom's own optimizers are registered by pretrain/optim. Those of other packa
 `byteloom.optimizers`; the name of an entry point is the name of its optimizer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 
 def _no_warnings(_: "OptimizerConfig") -> Sequence[Fault]:
+    return ()
+
+
+def _no_matrices(_: ByteModel) -> Container[str]:
     return ()
 
 
@@ -46,6 +50,11 @@ class OptimizerEntry:
     """Whether its update of an element needs no other element of the parameter, so that engines may shard it."""
     works_on_dtensors: bool = False
     """Whether it updates parameters that are DTensors, and gathers what the update of a shard needs."""
+    has_sized_steps: bool = False
+    """Whether its steps have one size for all elements, whatever the size of the gradient, as `optimizer.scaling` mup
+    needs."""
+    whole_matrices: Callable[[ByteModel], Container[str]] = _no_matrices
+    """Returns the names of the parameters that take Muon's steps, which have a spectral norm."""
     moment_values: Callable[[ByteModel], int] | None = None
     """Returns how many numbers the moments of a model hold. None: every parameter has all moments."""
     default_decay: float = 0.1

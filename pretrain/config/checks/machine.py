@@ -27,6 +27,8 @@ from pretrain.engines.blocks import check_float8
 from pretrain.estimate.activations import measure_activations, on_meta
 from pretrain.estimate.states import USABLE, states_on_rank
 from pretrain.models import ByteModel
+from pretrain.models.scaling import ScalingError
+from pretrain.optim.scaling import scale_model
 from pretrain.terminal.progress import size
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -74,9 +76,12 @@ def check_precision(check: Check, device: torch.device, began: dict[str, Any] | 
 def build_model(check: Check) -> ByteModel | None:
     """Return the model on the meta device, or None if it cannot be built."""
     try:
-        model = on_meta(check.config.model)
+        model = scale_model(on_meta(check.config.model), check.config.model, check.config.optimizer)
     except (RuntimeError, OverflowError) as error:  # sizes beyond what torch can count
         check.add("error", "model", f"it cannot be built: {str(error).partition(chr(10))[0]}")
+        return None
+    except ScalingError as error:
+        check.add("error", "optimizer.base", str(error))
         return None
     check.add("ok", "model", f"{check.config.model.family}, {model.parameter_count():,} parameters")
     return model

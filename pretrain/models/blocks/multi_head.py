@@ -30,7 +30,7 @@ class MultiHead(InContext):
             bias: whether the maps have biases.
         """
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.head_width = heads, dropout, width // heads
         self.query_key_value = nn.Linear(width, 3 * width, bias)
         self.output = nn.Linear(width, width, bias)
 
@@ -179,7 +179,7 @@ class CrossAttention(InContext):
             bias: whether the linear maps have biases.
         """
         super().__init__()
-        self.heads, self.rotary = heads, rotary
+        self.heads, self.rotary, self.head_width = heads, rotary, input_width // heads
         self.query = nn.Linear(width, input_width, bias)
         self.key_value = nn.Linear(input_width, 2 * input_width, bias)
         self.output = nn.Linear(input_width, width, bias)

@@ -263,6 +263,11 @@ class Stack(InContext):
         normed: Tensor = self.norm(x)
         return normed
 
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """Norm of the output of the stack; None for a post-norm stack without blocks."""
+        return last_norm(self.norm, self.blocks)
+
     def visible(self, documents: Tensor, x: Tensor) -> "Tensor | BlockMask":
         """Return the mask in which positions see the earlier positions of their documents.
 
@@ -294,6 +299,13 @@ class Stack(InContext):
         """
         attention = len(self.blocks) * 4 * (length * length if pairs is None else pairs) * self.width
         return 2 * length * linear_weights(self) + attention
+
+
+def last_norm(norm: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
+    """Return the norm after blocks, which is within the last one if `norm` is the identity; None without any."""
+    if not isinstance(norm, nn.Identity):
+        return norm
+    return blocks[-1].get_submodule("feed_forward_norm") if len(blocks) else None
 
 
 def linear_weights(module: nn.Module) -> int:

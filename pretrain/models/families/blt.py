@@ -16,7 +16,7 @@ Attention is masked by document, as in the authors' code, and so are n-grams and
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
 from pretrain.models.patching.cross_attention import PatchAttention, Pooling, ReadingBlock, SlotBlock, pool, spread
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, register_family
+from pretrain.models.registry import Family, ModelSize, register_family
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -480,6 +480,19 @@ class BLTDecoder:
         return model.patch_outputs(model.patch_inputs(states, members), of_patches, self._global[row])[0]
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a BLT with local blocks of half the width."""
+    size = size._replace(width=max(128, size.width // 128 * 128))  # two slots of half the width are a patch
+    local = size.stack(2)
+    layers = {"encoder_layers": 1, "decoder_layers": max(1, size.layers // 3)}
+    return {
+        "global_model": size.stack(),
+        "local_model": {"width": local["width"], "heads": local["heads"], **layers},
+        "patches": -(-size.sequence_length // 4),
+        "ngrams": {"buckets": 16 * size.width},
+    }
+
+
 register_family(
     Family(
         name="blt",
@@ -487,6 +500,7 @@ register_family(
         config=BLTConfig,
         build=BLT,
         free_fields=frozenset({"dropout", "initial_std", "patcher.model"}),
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "patches": 32,

@@ -84,6 +84,14 @@ class Encoder(BidirectionalModel):
         """Return the embeddings of the vocabulary, and the biases of the head if it has them."""
         return self.read.table.weight[:VOCABULARY], self.head_bias
 
+    def head_norm(self) -> nn.Module | None:
+        """Return the last norm of the stack."""
+        return self.stack.last_norm
+
+    def table_factors(self) -> dict[str, float]:
+        """Return the factor of the embeddings that the first layer reads."""
+        return {"read.table.weight": self.read.scale}
+
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; see `ByteModel.flops`."""
         return self.stack.flops(length) + 2 * length * self.stack.width * VOCABULARY

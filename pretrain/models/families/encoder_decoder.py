@@ -24,7 +24,7 @@ from pretrain.models.blocks.feed_forward import Activation, FeedForward
 from pretrain.models.blocks.multi_head import Attention, CrossAttention, FullAttention
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positioned import AddedPositions, PositionedIds, Positions
-from pretrain.models.blocks.transformer import DecoderBlock, NormPlace, Stack, StackConfig, linear_weights
+from pretrain.models.blocks.transformer import DecoderBlock, NormPlace, Stack, StackConfig, last_norm, linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
@@ -204,6 +204,14 @@ class EncoderDecoder(ByteModel):
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return the table of ids, and the biases of the head if it has them."""
         return self.read.table.weight, self.head_bias
+
+    def head_norm(self) -> nn.Module | None:
+        """Return the last norm of the decoder."""
+        return last_norm(self.norm, self.decoder_blocks)
+
+    def table_factors(self) -> dict[str, float]:
+        """Return the factor of the embeddings that the first layer reads."""
+        return {"read.table.weight": self.read.scale}
 
     def scored(self, length: int) -> slice:
         """Return all positions."""

@@ -19,7 +19,7 @@ without new ones.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from pretrain.models.patching.config import ByteClassConfig, FixedConfig, build_
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.patching.router import ExactLinear, LearnedConfig, Router, smooth
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, register_family
+from pretrain.models.registry import Family, ModelSize, register_family
 
 BYTES_PER_TOKEN = 4.6
 """Mean bytes of a token of GPT-2, in the paper's rule for learning rates."""
@@ -432,6 +432,25 @@ class _Network:
         return gather(outputs, starts.cumsum(1) - (1 if before is None else 0))
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of an H-Net of one stage of half the width, with patches of six bytes."""
+    wide, outer = (
+        size._replace(width=max(128, size.width)).stack(),
+        size.stack(2),
+    )  # a stage is narrower
+    stage = {
+        "width": outer["width"],
+        "heads": outer["heads"],
+        "encoder": "m4",
+        "decoder": "m4",
+        "window": 1024,
+        "patcher": {"name": "learned", "size": 6},
+        "patches": -(-size.sequence_length // 4),
+    }
+    main = {"width": wide["width"], "heads": wide["heads"], "layers": f"T{size.layers}"}
+    return {"stages": [stage], "main": main}
+
+
 register_family(
     Family(
         name="hnet",
@@ -439,6 +458,7 @@ register_family(
         config=HNetConfig,
         build=HNet,
         free_fields=frozenset({"dropout", "initial_std", "rate_multipliers"}),
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "stages": [

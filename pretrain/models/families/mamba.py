@@ -7,7 +7,7 @@ and a decoder has no end. Layers: Dao and Gu, arXiv:2405.21060.
 """
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -26,7 +26,7 @@ from pretrain.models.blocks.transformer import linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, register_family
+from pretrain.models.registry import Family, ModelSize, register_family
 
 
 class MambaConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -139,6 +139,10 @@ class Mamba(ByteModel):
         """Return the embedding table, without biases."""
         return self.embedding.weight, None
 
+    def head_norm(self) -> nn.Module | None:
+        """Return the norm after the last block."""
+        return self.norm
+
     def scored(self, length: int) -> slice:
         """Return all positions."""
         return slice(0, length)
@@ -209,6 +213,11 @@ class MambaDecoder:
         self.states = self._model.run(x, self._states, within)
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a Mamba-2, two layers for each block."""
+    return {"width": size.width, "layers": 2 * size.layers}
+
+
 register_family(
     Family(
         name="mamba",
@@ -216,6 +225,7 @@ register_family(
         config=MambaConfig,
         build=Mamba,
         free_fields=frozenset({"chunk", "dropout", "initial_std", "kernel"}),
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "width": 16,

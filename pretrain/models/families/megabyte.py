@@ -29,7 +29,7 @@ where the separator (|) lies within a patch:
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.blocks.unit import Unit
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, register_family
+from pretrain.models.registry import Family, ModelSize, register_family
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -330,6 +330,10 @@ class Megabyte(ByteModel):
         """Return the blocks of the global and of the local model."""
         return {"global": units_of(self.global_stack), "local": units_of(self.local_stack)}
 
+    def head_norm(self) -> nn.Module | None:
+        """Return the norm after the last block of the local model."""
+        return self.local_stack.norm
+
     def scored(self, length: int) -> slice:
         """Return all positions."""
         return slice(0, length)
@@ -554,6 +558,11 @@ class MegabyteDecoder:
         self.states = model.local_stack(conditioning + embedded, self._local_caches, visible)
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a MEGABYTE with a local model of half the width and depth."""
+    return {"global_model": size.stack(), "local_model": size.stack(2), "initial_std": 0.02}
+
+
 register_family(
     Family(
         name="megabyte",
@@ -563,6 +572,7 @@ register_family(
         free_fields=frozenset({"dropout", "initial_std", "pack_patches"}),
         row_parts=lambda config: config.sequence_length // config.patch_size,
         is_default=True,
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "patch_size": 4,

@@ -18,7 +18,7 @@ attention does not cross documents, a latent sees the inputs and the latents of 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ from pretrain.models.blocks.transformer import CrossBlock, StackConfig, Transfor
 from pretrain.models.blocks.unit import run_unit
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, UsageOption, register_family
+from pretrain.models.registry import Family, ModelSize, UsageOption, register_family
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -580,6 +580,13 @@ def image_axes(places: Tensor, image: tuple[int, int, int]) -> list[Tensor]:
     return [torch.where(places == 0, 1, axis + 2) for axis in axes]
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a Perceiver AR with a latent for four bytes."""
+    wide = size.stack()
+    latents = max(1, size.sequence_length // 4)
+    return {"latent_model": wide, "cross_heads": wide["heads"], "latents": latents, "cross_attend_dropout": 0.0}
+
+
 register_family(
     Family(
         name="perceiver_ar",
@@ -590,6 +597,7 @@ register_family(
         free_fields=frozenset({"dropout", "cross_attend_dropout", "z_loss", "zero_head", "cropping", "minimum_crop"}),
         usage_options=(UsageOption("latents", "latents", "Number of latents. More are more accurate and slower."),),
         image_of=lambda config: config.image,
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "latents": 16,

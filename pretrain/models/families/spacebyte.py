@@ -14,7 +14,7 @@ lift to the global width and the drop back have no parameters. Attention crosses
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from pretrain.models.patching.chunks import add_at, chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, register_family
+from pretrain.models.registry import Family, ModelSize, register_family
 
 
 class SpaceByteConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -300,6 +300,13 @@ class SpaceByteDecoder:
         self.states = model.norm(run_blocks(model.last_blocks, x, self._last, visible))
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a SpaceByte with local blocks of half the width."""
+    local = size.stack(2) | {"layers": size.layers}
+    patches = -(-size.sequence_length // 5)  # the paper has one for six bytes of text
+    return {"global_model": size.stack(), "local_model": local, "patches": patches, "window": local["width"]}
+
+
 register_family(
     Family(
         name="spacebyte",
@@ -307,6 +314,7 @@ register_family(
         config=SpaceByteConfig,
         build=SpaceByte,
         free_fields=frozenset({"dropout", "initial_std", "patcher.model"}),
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "patches": 12,

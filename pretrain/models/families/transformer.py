@@ -12,7 +12,7 @@ output t depends only on the ids before t in its document, and on the separator 
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from pretrain.models.blocks.sparse_pattern import SparseMasks, SparsePattern, la
 from pretrain.models.blocks.transformer import Stack, StackConfig
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, register_family
+from pretrain.models.registry import Family, ModelSize, register_family
 from pretrain.objectives import Visibility
 
 if TYPE_CHECKING:
@@ -229,6 +229,10 @@ class Transformer(ByteModel):
         """Return the embedding table, and the biases of the head if it has them."""
         return self.embedding.weight, self.head_bias
 
+    def head_norm(self) -> nn.Module | None:
+        """Return the norm after the last block."""
+        return self.stack.norm
+
     def scored(self, length: int) -> slice:
         """Return all positions."""
         return slice(0, length)
@@ -352,6 +356,11 @@ def _row_parts(config: TransformerConfig) -> int:
     return 1 if length % window else length // window
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a Transformer."""
+    return {**size.stack(), "initial_std": 0.02}
+
+
 register_family(
     Family(
         name="transformer",
@@ -361,6 +370,7 @@ register_family(
         free_fields=frozenset({"dropout", "attention_dropout", "initial_std"}),
         row_parts=_row_parts,
         visibilities=_visibilities,
+        of_size=_of_size,
         small={"sequence_length": 32, "width": 32, "layers": 2, "heads": 2, "window": 8, "dropout": 0.1},
     )
 )

@@ -14,7 +14,7 @@ into segments therefore changes the context of a byte only through the memory's 
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,11 @@ from pretrain.models.blocks.multi_byte import MOST_HEADS, PredictsFurther
 from pretrain.models.blocks.multi_head import MultiHead
 from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary, rotate, sinusoids
-from pretrain.models.blocks.transformer import PreNorm, StackConfig, linear_weights
+from pretrain.models.blocks.transformer import PreNorm, StackConfig, last_norm, linear_weights
 from pretrain.models.blocks.unit import run_unit
 from pretrain.models.initial import Initial
 from pretrain.models.references import FOLDER as REFERENCES
-from pretrain.models.registry import Family, UsageOption, register_family
+from pretrain.models.registry import Family, ModelSize, UsageOption, register_family
 
 
 class TransformerXLConfig(StackConfig, PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -136,6 +136,7 @@ class TransformerXL(ByteModel):
 
         self.blocks = nn.ModuleList(block() for _ in range(config.layers))
         self.norm = LayerNorm(config.width) if config.norm == "pre" and config.final_norm else nn.Identity()
+        self.has_last_norm = config.norm == "post" or config.final_norm
         self.head_bias = nn.Parameter(torch.empty(VOCABULARY)) if config.biases else None
         self.initialize()
 
@@ -232,6 +233,14 @@ class TransformerXL(ByteModel):
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return the embedding table, and the biases of the head if it has them."""
         return self.embedding.weight, self.head_bias
+
+    def head_norm(self) -> nn.Module | None:
+        """Return the last norm; a pre-norm model may have none."""
+        return last_norm(self.norm, self.blocks) if self.has_last_norm else None
+
+    def table_factors(self) -> dict[str, float]:
+        """Return the factor of the embeddings that the first layer reads."""
+        return {"embedding.weight": self.scale}
 
     def scored(self, length: int) -> slice:
         """Return all positions."""
@@ -511,6 +520,11 @@ class TransformerXLDecoder:
         return before if kept else before[:, 1:]
 
 
+def _of_size(size: ModelSize) -> dict[str, Any]:
+    """Return the fields of a Transformer-XL with a memory of one segment."""
+    return {**size.stack(), "memory_length": size.sequence_length}
+
+
 register_family(
     Family(
         name="transformer_xl",
@@ -524,6 +538,7 @@ register_family(
             UsageOption("same-length", "same_length", "Let every position see the same number of positions."),
         ),
         carries_memory=lambda config: config.memory_length > 0,
+        of_size=_of_size,
         small={
             "sequence_length": 32,
             "memory_length": 8,

@@ -155,6 +155,17 @@ def check_resumes(checkpoint: Metadata, recipe: TrainingRecipe, streams: Mapping
             f"{checkpoint.folder} has the moments of optimizer.name={then}, not of {now}; set {then} again, or choose "
             "another run.name"
         )
+    _check_same_scaling(checkpoint, recipe)
+
+
+def _check_same_scaling(checkpoint: Metadata, recipe: TrainingRecipe) -> None:
+    now, stored = recipe.optimizer, checkpoint.state["config"]["optimizer"]
+    then = {"scaling": stored.get("scaling", "standard"), "base": stored.get("base", {})}
+    if differences := changes({"optimizer": then}, {"optimizer": {"scaling": now.scaling, "base": now.base}}):
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to a run with other scales ({'; '.join(differences)}); restore the old one, "
+            "or choose another run.name"
+        )
 
 
 def _data_changes(then: Mapping[str, Any], recipe: TrainingRecipe) -> str:

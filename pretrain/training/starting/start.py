@@ -44,6 +44,7 @@ from pretrain.engines.peak import peak_flops
 from pretrain.models import ByteModel, build_model, carries_memory, form_of, image_of
 from pretrain.models.initial import WHOLE_DRAWING
 from pretrain.objectives import show_rows
+from pretrain.optim.scaling import scale_model
 from pretrain.terminal.console import display
 from pretrain.tracking import Journal, RunDescription, open_recorder
 from pretrain.training.agreement import agree_on_corpora, raise_together
@@ -110,7 +111,7 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
         store = _store(recipe, folder, world, fence, identity["id"])
         rewinds = take_up_rewinds(folder, store, world)
         with torch.device("meta"):
-            model = build_model(recipe.model)
+            model = scale_model(build_model(recipe.model), recipe.model, recipe.optimizer)
         parameters = model.parameter_count()  # while the model is whole
         log_first_line(recipe, folder, world, parameters, precision)
         flops_a_step = 3 * model.training_flops(recipe.model.sequence_length) * recipe.train.global_batch

@@ -120,6 +120,7 @@ def test_unwritable_folder_is_an_error(recipe: Path):
     [
         (["model.patch_size=8"], "run.name", "has a run of another model (model.patch_size: 4 -> 8)"),
         (["data.seed=3"], "run.name", "has a run that reads other bytes (data.seed: 0 -> 3)"),
+        (["optimizer.scaling=mup", "optimizer.base={dropout: 0.1}"], "run.name", "belongs to a run with other scales"),
         (["optimizer.name=adam"], "run.name", "has the moments of optimizer.name=adamw, not of adam"),
     ],
 )

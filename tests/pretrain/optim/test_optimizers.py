@@ -217,6 +217,7 @@ class OneBlock(nn.Module):
     outside_units = ByteModel.outside_units
     rate_multiplier = ByteModel.rate_multiplier
     may_decay = ByteModel.may_decay
+    scales = ByteModel.scales
     fused_matrices = ByteModel.fused_matrices
 
     def units(self) -> list[Unit]:

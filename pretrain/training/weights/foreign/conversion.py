@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from byteloom.core.mappings import laid_over
 from byteloom.core.storage.files import move_into_place, partial_path
 from pretrain.checkpoint import Metadata, read
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
@@ -88,7 +89,7 @@ def import_foreign(
     entry = IMPORTS[form]
     digest = sha256_of(path / hub_folder.CONFIG if path.is_dir() else path)
     source = entry.read(path)
-    config = _config(path, _merged(entry.config_of(source), given))
+    config = _config(path, laid_over(entry.config_of(source), given))
     weights = entry.to_byteloom(source, config, symbols, start)
     source.check_all_taken()
     _check_shapes(path, config, weights)
@@ -141,15 +142,6 @@ def _config(path: Path, section: dict[str, Any]) -> ModelConfig:
         if fault["type"] == "missing":
             raise ForeignFileError(f"{path} does not say {field}; add {field}=VALUE") from error
         raise ForeignFileError(f"{path}: {field}: {fault['msg']}") from error
-
-
-def _merged(section: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section with the given fields in place of its own."""
-    merged = dict(section)
-    for name, value in given.items():
-        own = merged.get(name)
-        merged[name] = _merged(own, value) if isinstance(own, dict) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _check_shapes(path: Path, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
