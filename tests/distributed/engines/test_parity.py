@@ -46,7 +46,7 @@ SOME = {
         "ddp": "megabyte",
         "fsdp": "transformer_xl",
         "zero3": "perceiver_ar",
-        "zero3 checkpointed": "spacebyte",
+        "zero3 checkpointed": "blt",
     },
     (4, "fp32"): {"fsdp": "mamba", "hsdp": "hnet"},
     (2, "bf16"): {
