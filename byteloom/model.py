@@ -27,7 +27,7 @@ from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers.restoring import options_of
 from data_pipeline.stream.rows import Ids
 from data_pipeline.vocabulary import SEPARATOR
-from pretrain.checkpoint import Metadata, read
+from pretrain.checkpoint import Metadata
 from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.engines import choose_device, compute_dtype, scoring_precision
 from pretrain.evaluation.answers import answer_rows
@@ -50,6 +50,7 @@ from pretrain.training.weights import (
     trained_precision,
     trained_separators,
 )
+from pretrain.training.weights.merging import read_merged
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -133,7 +134,8 @@ class Model:
         self.form = form_of(self.config, self.objective)
         module = build_model(self.config).eval()
         module.reads_prompts_whole = self.form.visibility is Visibility.prefix
-        read(checkpoint, [whole(fragment_name(MODEL, name), own) for name, own in module.named_parameters()], progress)
+        weights = [whole(fragment_name(MODEL, name), own) for name, own in module.named_parameters()]
+        read_merged(checkpoint, weights, progress)
         place = choose_device(device)
         self.module = module.to(
             place, compute_dtype(precision or scoring_precision(trained_precision(checkpoint), place))
@@ -315,8 +317,16 @@ class Model:
                 nats: Tensor = self.module(torch.from_numpy(ids).to(device), *further)
             return nats.cpu()
 
-        length = self.sequence_length
-        return score_objective(nats_of, corpus, self.objective, self.form, rows, length=length, progress=progress)
+        return score_objective(
+            nats_of,
+            corpus,
+            self.objective,
+            self.form,
+            rows,
+            length=self.sequence_length,
+            scored=self.module.scored,
+            progress=progress,
+        )
 
     @contextmanager
     def open_corpus(self, source: str | os.PathLike[str], digest: str | None = None) -> Iterator[Corpus]:

@@ -99,7 +99,14 @@ def metadata_from(home: Home, name: str, marker: str, layout: str) -> Metadata:
     stored = json.loads(marker)
     files = tuple(file_from(file) for file in stored["files"])
     return Metadata(
-        home, name, stored["written"], files, decode_layout(layout), stored["state"], stored.get("not_finite")
+        home,
+        name,
+        stored["written"],
+        files,
+        decode_layout(layout),
+        stored["state"],
+        stored.get("not_finite"),
+        f"blake3:{stored['blake3']}",
     )
 
 
@@ -141,7 +148,7 @@ def _refuse_link(home: Home, name: str, *file: str) -> None:
 
 
 def metadata_of_files(
-    folder: Path, files: Sequence[str], tensors: dict[str, StoredTensor], state: dict[str, Any]
+    folder: Path, files: Sequence[str], tensors: dict[str, StoredTensor], state: dict[str, Any], digest: str
 ) -> Metadata:
     """Return metadata for a folder that is not a checkpoint, so that its tensors can be read as those of one.
 
@@ -150,13 +157,14 @@ def metadata_of_files(
         files: names of its files, whose digests are computed now. All values are finite.
         tensors: the ranges of files that make up each tensor.
         state: state of the run.
+        digest: see `Metadata`.
     """
     home = FolderHome(folder.parent)
     stored = []
     for file in files:
         content = home.read(f"{folder.name}/{file}")
         stored.append(StoredFile(file, len(content), digests_of(memoryview(content))))
-    return Metadata(home, folder.name, "", tuple(stored), tensors, state, not_finite={})
+    return Metadata(home, folder.name, "", tuple(stored), tensors, state, {}, digest)
 
 
 def verify(path: str | Location, part: int = 0, parts: int = 1, progress: Progress = ignore) -> Metadata:

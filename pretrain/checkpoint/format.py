@@ -81,6 +81,8 @@ class Metadata:
     """State, besides tensors, that a run needs to resume, as JSON values."""
     not_finite: Mapping[str, int] | None = None
     """Count of NaN and infinite values by tensor, of those that have any; None if nobody has looked."""
+    digest: str = ""
+    """Digest of the file that holds the digests of all others, such as blake3:0123…; empty if there is none."""
 
     @property
     def folder(self) -> Location:

@@ -14,6 +14,7 @@ from launchers.supervision.plan import SuperviseConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.config.recipe_yaml import as_yaml
 from pretrain.engines import EngineConfig, optimizer_mismatch
+from pretrain.estimate.activations import on_meta
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import (
     FamilyError,
@@ -25,6 +26,7 @@ from pretrain.models import (
     multi_byte_of,
     row_parts,
 )
+from pretrain.models.finetune import FinetuneConfig, FinetuneError, unfrozen_layers
 from pretrain.models.scaling import ScalingError
 from pretrain.objectives import ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
@@ -47,6 +49,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
     objective: ObjectiveConfig = ObjectiveConfig()
     model: ModelConfig
     initialize: InitializeConfig = InitializeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
@@ -75,6 +78,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             self._objective_without_model(),
             self._base_without_model(),
             self._samples_without_checkpoints(),
+            self._finetune_without_model(),
         )
         if found := [mismatch for mismatch in checked if mismatch]:
             raise MismatchError(found)
@@ -158,6 +162,13 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             )
         if self.objective.entry.reads_pairs and (mismatch := self._rows_without_pairs()):
             return mismatch
+        reads_documents = getattr(self.model, "attention_across_documents", True)
+        if self.objective.entry.reads_pairs and form.visibility is Visibility.causal and not reads_documents:
+            return Mismatch(
+                "model.attention_across_documents false stops attention at separators, and one stands between the "
+                f"source and the target of objective.name {self.objective.name}; set it to true",
+                ("model.attention_across_documents", "objective.name"),
+            )
         if self.engine.context > 1 and self.objective.name != "causal":
             return Mismatch(
                 f"engine.context cuts rows over ranks, which only objective.name causal supports, not "
@@ -207,13 +218,45 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             ("samples.every", "checkpoint.every"),
         )
 
+    def _finetune_without_model(self) -> Mismatch | None:
+        if not self.finetune.is_used:
+            return None
+        if self.finetune.adapters.layers and self.initialize.moments:
+            return Mismatch(
+                "initialize.moments has no moments of new adapters; set it to false, or continue a run of adapters by "
+                "`byteloom branch`",
+                ("initialize.moments", "finetune.adapters.layers"),
+            )
+        if self.finetune.adapters.layers and self.optimizer.scaling == "mup":
+            return Mismatch(
+                "optimizer.scaling mup has no rules for adapters; set it to standard, or train the weights themselves",
+                ("optimizer.scaling", "finetune.adapters.layers"),
+            )
+        try:
+            on_meta(self.model, self.finetune)
+        except FinetuneError as error:
+            return Mismatch(str(error), (f"finetune.{error.field}",))
+        except (RuntimeError, OverflowError):  # sizes beyond what torch can count, which others report
+            return None
+        return None
+
     def warnings(self) -> list[Fault]:
         """Return values that are valid but most often a mistake."""
         train, found = self.train, optimizer_warnings(self.optimizer)
         if train.micro_batch > train.global_batch:
             text = f"train.micro_batch ({train.micro_batch}) is more than train.global_batch ({train.global_batch})"
             found.append(Fault("train.micro_batch", f"{text}, so a step is one pass over the global batch"))
-        return [*found, *self._no_checkpoint_before_decay()]
+        return [*found, *self._no_checkpoint_before_decay(), *self._finetune_warnings()]
+
+    def _finetune_warnings(self) -> list[Fault]:
+        found, section = list[Fault](), self.finetune
+        if section.is_used and self.initialize.weights is None:
+            text = "finetune is set, and initialize.weights names no trained weights, so first values are frozen"
+            found.append(Fault("initialize.weights", f"{text}; name a run, a checkpoint or an export"))
+        if section.adapters.layers and (unfrozen := unfrozen_layers(on_meta(self.model, self.finetune))):
+            text = f"{unfrozen[0]} has an adapter and is trained itself too; freeze it by finetune.freeze"
+            found.append(Fault("finetune.freeze", text))
+        return found
 
     def _no_checkpoint_before_decay(self) -> list[Fault]:
         """Return a hint if a finished run has no checkpoint from which `byteloom branch` could decay again."""

@@ -447,7 +447,7 @@ class BaseEngine(ABC):
 
         The gradients are those of one pass of this rank, before sums over passes and ranks.
         """
-        handles = [parameter.register_hook(see) for parameter in self._watched_parameters()]
+        handles = [each.register_hook(see) for each in self._watched_parameters() if each.requires_grad]
 
         def end() -> None:
             for handle in handles:

@@ -7,6 +7,7 @@ from byteloom.core.packages import needed_by
 from byteloom.core.torch_compat import set_activation_memory_budget
 from pretrain.engines.config import CheckpointingConfig, EngineConfig
 from pretrain.engines.engine import EngineError
+from pretrain.models.adapters import AdaptedLinear, AdapterMap
 from pretrain.models.base import ByteModel
 from pretrain.models.blocks.unit import Unit
 
@@ -78,7 +79,7 @@ def check_float8(device: torch.device) -> None:
 
 
 def multiply_in_float8(model: ByteModel) -> None:
-    """Replace the linear maps within blocks by torchao's. Parameters and their names stay.
+    """Replace the linear maps within blocks by torchao's, except those with adapters. Parameters and names stay.
 
     Raises:
         MissingPackageError: torchao is not installed.
@@ -87,7 +88,9 @@ def multiply_in_float8(model: ByteModel) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: PLC0415 not a dependency
 
     def fits(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) and not any(size % FLOAT8_MULTIPLE for size in module.weight.shape)
+        if not isinstance(module, nn.Linear) or isinstance(module, AdaptedLinear | AdapterMap):
+            return False
+        return not any(size % FLOAT8_MULTIPLE for size in module.weight.shape)
 
     # Padded, because the gradient of a weight is a product over any number of positions.
     how = Float8LinearConfig(pad_inner_dim=True)

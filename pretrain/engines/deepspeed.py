@@ -36,6 +36,7 @@ from pretrain.engines.base import BaseEngine, materialize
 from pretrain.engines.blocks import prepare_blocks
 from pretrain.engines.config import EngineConfig
 from pretrain.engines.engine import EngineError
+from pretrain.engines.frozen import FrozenParameters
 from pretrain.engines.process_state import set_up_deepspeed, set_up_deepspeed_environment
 from pretrain.models.base import ByteModel, Memory
 from pretrain.optim import OptimizerConfig
@@ -75,13 +76,15 @@ class DeepSpeedEngine(BaseEngine):
         self._offloads = config.offload
         model.to(self.dtype)
         if self._stage == 3:
+            for unit in model.units():
+                unit.register_forward_pre_hook(_with_gradient)
             _partition(deepspeed, model, self.device, settings)
         else:
             materialize(model, self.device)
         with redirect_stdout(io.StringIO()):  # it prints the memory in use
             self._deepspeed, self._zero, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=adam_of(optimizer, dict(model.named_parameters()), rules),
+                optimizer=adam_of(optimizer, model.trained_parameters(), rules),
                 config=settings,
                 dist_init_required=False,
             )
@@ -104,6 +107,7 @@ class DeepSpeedEngine(BaseEngine):
             self._state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
+        self._frozen = FrozenParameters(model.named_parameters(), world, offloads=config.offload)
         self._full_gradient = deepspeed.utils.safe_get_full_grad
         self.forget()
 
@@ -112,10 +116,10 @@ class DeepSpeedEngine(BaseEngine):
         find = self._shares_of_stage_3 if self._stage == 3 else self._shares
         own = [
             Fragment(fragment_name(kind, name), shape, start, data.detach())
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self.model.trained_parameters().items()
             for kind, shape, start, data in find(parameter)
         ]
-        return own + self._memory_fragments()
+        return [*own, *self._frozen.fragments(), *self._memory_fragments()]
 
     def owned_fragments(self) -> list[Fragment]:
         """Return all fragments of this rank."""
@@ -129,6 +133,7 @@ class DeepSpeedEngine(BaseEngine):
         """Set the number of updates, and cast the masters to the weights of the passes."""
         for flat in self._masters:
             self._state[flat]["step"].fill_(counters["optimizer_steps"])
+        self._frozen.cast()
         with torch.no_grad():
             if self._stage < 3:
                 self._zero.update_lp_params()
@@ -191,14 +196,16 @@ class DeepSpeedEngine(BaseEngine):
         return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
 
     def _not_finite(self) -> list[str]:
-        gradients = ((name, self._full_gradient(parameter)) for name, parameter in self.model.named_parameters())
+        trained = self.model.trained_parameters()
+        gradients = ((name, self._full_gradient(parameter)) for name, parameter in trained.items())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
     def squares_of_gradient(self) -> Tensor:
         """Return the sums of squares of the accumulated gradient (see `BaseEngine`)."""
         squares = []
         for parameter in self.model.parameters():
-            gradient = self._full_gradient(parameter)  # all ranks get the whole gradient
+            # All ranks get the whole gradient.
+            gradient = self._full_gradient(parameter) if parameter.requires_grad else None
             norm = 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
             squares.append(norm**2 / self._world.size)
         return torch.tensor(squares, dtype=torch.float64)
@@ -262,6 +269,19 @@ def _settings(config: EngineConfig, model: ByteModel, micro_batch: int, clip_nor
     return laid_over(ours, config.deepspeed)
 
 
+def _with_gradient(unit: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a block's arguments, whose first tensor of numbers needs a gradient in training.
+
+    If frozen parameters alone make it, it needs none. DeepSpeed would then sum the gradients of the block over ranks
+    before the backward pass has computed them.
+    """
+    floating = (n for n, each in enumerate(arguments) if isinstance(each, Tensor) and each.is_floating_point())
+    first = next(floating, None)
+    if first is None or not torch.is_grad_enabled() or arguments[first].requires_grad:
+        return arguments
+    return *arguments[:first], arguments[first].detach().requires_grad_(), *arguments[first + 1 :]
+
+
 def _partition(deepspeed: Any, model: ByteModel, device: torch.device, settings: dict[str, Any]) -> None:
     """Shard parameters over ranks, one module at a time, so that no rank ever holds more than one module whole.
 
@@ -272,5 +292,5 @@ def _partition(deepspeed: Any, model: ByteModel, device: torch.device, settings:
     for module in reversed(list(model.modules())):  # inner modules first
         for name, parameter in module.named_parameters(recurse=False):
             values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.to(device)
-            module.register_parameter(name, nn.Parameter(values.detach()))
+            module.register_parameter(name, nn.Parameter(values.detach(), parameter.requires_grad))
         deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)

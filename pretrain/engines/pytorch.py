@@ -155,7 +155,7 @@ class PyTorchEngine(BaseEngine):
     def _parameter_fragments(self) -> list[Fragment]:
         fragments, states = [], self._states()
         for name, parameter in self.model.named_parameters():
-            moments = {kind: tensor for kind, tensor in states[parameter].items() if kind != "step"}
+            moments = {kind: tensor for kind, tensor in states.get(parameter, {}).items() if kind != "step"}
             fragments.append(self._fragment(fragment_name(MODEL, name), parameter))
             fragments.extend(self._fragment(fragment_name(kind, name), moment) for kind, moment in moments.items())
         return fragments

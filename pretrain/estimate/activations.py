@@ -21,9 +21,10 @@ from byteloom.core.torch_compat import TorchDispatchMode, flash_attention, tree_
 from pretrain.distributed.context import Context
 from pretrain.engines import CheckpointingConfig
 from pretrain.engines.blocks import recompute
-from pretrain.models import ByteModel, ModelConfig, build_model
+from pretrain.models import ByteModel, ModelConfig
 from pretrain.models.blocks.nats import CUDA_CHUNK
 from pretrain.models.blocks.unit import Unit
+from pretrain.models.finetune import FinetuneConfig, build_finetuned
 
 MANY_ROWS = 64
 """Largest measured number of rows, unless two chunks of the loss have more. Between measurements the error is a few
@@ -34,6 +35,8 @@ SUM_WIDTH = 4
 """Bytes of an element in sums of gradients over ranks, in any precision."""
 KEEP_ALL = CheckpointingConfig()
 """Config without activation checkpointing."""
+TRAIN_ALL = FinetuneConfig()
+"""Config without frozen parameters and adapters."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ class GatheredBlocks:
     def __init__(self, model: ByteModel) -> None:
         """Count the parameters of a model in the precision of the passes."""
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.units()]
+        trained = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in model.units()]
         self._width = next(model.parameters()).element_size()
         self._outside = model.parameter_count() - sum(blocks)
         self._blocks = [0, *blocks, 0]
+        self._trained = [0, *trained, 0]
 
     def in_forward(self, number: int) -> int:
         """Return the bytes during the forward pass of a block, by its place in `units()`, and until the next one."""
@@ -71,13 +76,14 @@ class GatheredBlocks:
 
     def in_backward(self, number: int) -> int:
         """Return the bytes during the backward pass of a block, by its place in `units()`, without its gradients."""
-        before, own, following = self._blocks[number : number + 3]
-        return self._width * (self._outside + own + before) + SUM_WIDTH * following
+        before, own, _ = self._blocks[number : number + 3]
+        return self._width * (self._outside + own + before) + SUM_WIDTH * self._trained[number + 2]
 
     def at_sum(self, number: int) -> int:
         """Return the bytes when the gradient of a block is about to be summed over ranks."""
         before, own, _ = self._blocks[number : number + 3]
-        return self._width * (self._outside + 2 * own + before) + SUM_WIDTH * own
+        trained = self._trained[number + 1]
+        return self._width * (self._outside + own + trained + before) + SUM_WIDTH * trained
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,16 @@ class ActivationLines:
 
 
 def activation_lines(
-    config: ModelConfig, dtype: torch.dtype, checkpointing: CheckpointingConfig, context: int = 1
+    config: ModelConfig,
+    dtype: torch.dtype,
+    checkpointing: CheckpointingConfig,
+    context: int = 1,
+    finetune: FinetuneConfig = TRAIN_ALL,
 ) -> ActivationLines:
     """Measure activations for 1 row, a quarter of the rows of one chunk of the loss, all of these, and many rows."""
     chunk = -(-CUDA_CHUNK * context // config.sequence_length)
     measured = {
-        rows: measure_activations(config, rows, dtype, checkpointing, context)
+        rows: measure_activations(config, rows, dtype, checkpointing, context, finetune)
         for rows in sorted({1, -(-chunk // 4), chunk, max(MANY_ROWS, 2 * chunk)})
     }
     return ActivationLines(
@@ -133,6 +143,7 @@ def measure_activations(
     dtype: torch.dtype,
     checkpointing: CheckpointingConfig = KEEP_ALL,
     context: int = 1,
+    finetune: FinetuneConfig = TRAIN_ALL,
 ) -> Activations:
     """Measure the activations of a micro-batch of full rows on the meta device.
 
@@ -142,8 +153,9 @@ def measure_activations(
         dtype: type of parameters and activations.
         checkpointing: of any mode except budget, whose result only a compiler knows.
         context: ranks that share each row. The temporary tensors of attention over ranks are not counted.
+        finetune: frozen parameters and adapters.
     """
-    model = on_meta(config).to(dtype)
+    model = on_meta(config, finetune).to(dtype)
     model.set_context(Context(index=context - 1, size=context))
     recompute(checkpointing, model)
     return activations_of(model, torch.empty(rows, config.sequence_length, dtype=torch.int16, device="meta"))
@@ -156,7 +168,7 @@ def activations_of(model: ByteModel, ids: Tensor) -> Activations:
     """
     live = _LiveTensors()
     gathered = GatheredBlocks(model)
-    for parameter in model.parameters():
+    for parameter in model.trained_parameters().values():
         parameter.register_post_accumulate_grad_hook(live.drop_gradient)
     for number, block in enumerate(model.units()):
         forward = partial(fused_attention, block.forward) if ids.is_meta else block.forward
@@ -197,10 +209,14 @@ def mean_loss(model: ByteModel, ids: Tensor) -> Tensor:
     return nats.mean()
 
 
-def on_meta(config: ModelConfig) -> ByteModel:
-    """Return a model of shapes without data, which takes no memory."""
+def on_meta(config: ModelConfig, finetune: FinetuneConfig = TRAIN_ALL) -> ByteModel:
+    """Return a model of shapes without data, which takes no memory, with adapters and frozen parameters.
+
+    Raises:
+        FinetuneError: the section `finetune` does not fit the model.
+    """
     with torch.device("meta"):
-        return build_model(config)
+        return build_finetuned(config, finetune)
 
 
 def fused_attention(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -224,7 +240,8 @@ def _in_block(
         return forward(*arguments)
     live.note_gathered(gathered.in_forward(number))
     result = forward(*arguments)
-    result.register_hook(begin_backward)
+    if result.requires_grad:  # else nothing below the block is trained
+        result.register_hook(begin_backward)
     return result
 
 

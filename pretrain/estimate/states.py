@@ -12,9 +12,9 @@ Bytes of each for one parameter, on each of N GPUs, in bf16:
 
 With several passes a step, fsdp and hsdp hold whole gradients until the last one. In fp32 the weights of ZeRO have 4
 bytes; one process and DDP compute with the masters themselves. Muon keeps 4 bytes of moments for a parameter of a
-matrix within blocks. The rows follow from what engines declare (`StateSharding`), and the moments from what optimizers
-declare (`OptimizerEntry`). Blocks that zero-3, fsdp and hsdp gather for a time count with the activations
-(`activations.GatheredBlocks`).
+matrix within blocks. Frozen parameters have weights and masters, and neither gradients nor moments. The rows follow
+from what engines declare (`StateSharding`), and the moments from what optimizers declare (`OptimizerEntry`). Blocks
+that zero-3, fsdp and hsdp gather for a time count with the activations (`activations.GatheredBlocks`).
 """
 
 from dataclasses import dataclass
@@ -121,6 +121,7 @@ def _states(
 ) -> States:
     """Return the states on each of some GPUs that share a model; without a sharding, in one process."""
     parameters, width = model.parameter_count(), dtype.itemsize
+    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     sharding = sharding or StateSharding("one process")
     casts_masters = dtype != torch.float32 and not sharding.weights
     copy = width if sharding.copies_weights or casts_masters else 0
@@ -130,7 +131,7 @@ def _states(
 
     return States(
         round(parameters * copy * share(sharding.weights)),
-        round(parameters * GRADIENT * share(sharding.gradients and not (sharding.sums_in_last_pass and passes > 1))),
+        round(trained * GRADIENT * share(sharding.gradients and not (sharding.sums_in_last_pass and passes > 1))),
         round(parameters * MASTER * share(sharding.optimizer)),
         round(moments * share(sharding.optimizer)),
     )

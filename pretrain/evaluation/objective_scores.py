@@ -44,6 +44,7 @@ def score_objective(
     rows: int,
     *,
     length: int,
+    scored: Callable[[int], slice],
     progress: Progress = lambda done: None,
     share: ShareOfRank = everything,
 ) -> Score:
@@ -56,6 +57,7 @@ def score_objective(
         form: of its examples.
         rows: rows scored at once.
         length: ids of a row.
+        scored: returns the positions that the model scores of a row of so many ids; no others count.
         progress: called with the bytes of the rows that were scored.
         share: yields this rank's share of the batches.
 
@@ -67,7 +69,7 @@ def score_objective(
     if objective.entry.reads_pairs:  # the rest of a document that is longer than a row is no pair
         numbered = (row for row in numbered if row[2])
     for batch, is_own in share(_batched(numbered, rows)):
-        example = _example(batch, objective, form, length)
+        example = _example(batch, objective, form, length, scored)
         nats = nats_of(example.ids, example.given)
         if is_own:
             total.add(_score(batch, example, nats))
@@ -106,14 +108,20 @@ def _batched(numbered: Iterable[NumberedRow], rows: int) -> Iterator[list[Number
         yield batch
 
 
-def _example(batch: list[NumberedRow], objective: ObjectiveConfig, form: Form, length: int) -> Example:
+def _example(
+    batch: list[NumberedRow], objective: ObjectiveConfig, form: Form, length: int, scored: Callable[[int], slice]
+) -> Example:
     show: Any = objective.entry.show
     shown = []
     for number, ids, _ in batch:
         row = np.full(length, PADDING, np.int16)
         row[: len(ids)] = ids
         shown.append(show(row, Draws(EVALUATION_SEED, number), form, objective))
-    return stacked(shown, form)
+    example = stacked(shown, form)
+    counted = np.zeros_like(example.targets)
+    for of_row, each in zip(counted, shown, strict=True):
+        of_row[scored(len(each.ids))] = True
+    return example._replace(targets=example.targets & counted)
 
 
 def _score(batch: list[NumberedRow], example: Example, nats: Tensor) -> Score:

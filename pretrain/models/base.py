@@ -410,6 +410,10 @@ class ByteModel(nn.Module, ABC):
         """Return the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are not frozen, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
 
 def units_of(module: nn.Module) -> list[Unit]:
     """Return the blocks within a module, in order."""

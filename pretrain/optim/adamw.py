@@ -45,7 +45,7 @@ def adam_with_moments(
 
 
 def _build(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
-    return [adam_with_moments(config, dict(model.named_parameters()), parameter_rules(config, model))]
+    return [adam_with_moments(config, model.trained_parameters(), parameter_rules(config, model))]
 
 
 register_optimizer(

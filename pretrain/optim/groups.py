@@ -22,7 +22,7 @@ class OptimizerError(CorrectableError):
 
 
 def build_optimizers(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
-    """Return optimizers that together update every parameter, with moments in place (zeros).
+    """Return optimizers that together update every trained parameter, with moments in place (zeros).
 
     A checkpoint can be read into them before the first step. `Optimizer.state` of a parameter has its moments by their
     names in checkpoints. Most have the number of steps done as `step` too, an fp32 scalar.
@@ -33,7 +33,7 @@ def build_optimizers(config: OptimizerConfig, model: ByteModel) -> list[Optimize
     optimizers, rules = config.entry.build(config, model), parameter_rules(config, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     multipliers = {id(each): group.get(MULTIPLIER, 1.0) for group in groups for each in group["params"]}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.trained_parameters().items():
         if multipliers[id(parameter)] != rules[name].rate_multiplier:
             raise OptimizerError(
                 f"{name} has the learning-rate multiplier {rules[name].rate_multiplier:g}, and optimizer.name "

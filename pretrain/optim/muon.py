@@ -110,20 +110,26 @@ def _gathered(update: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 def _matrices(model: ByteModel) -> dict[str, nn.Parameter]:
     outside = model.outside_units()
-    return {name: p for name, p in model.named_parameters() if name not in outside and p.dim() == 2}
+    return {name: p for name, p in model.trained_parameters().items() if name not in outside and p.dim() == 2}
 
 
 def _build(config: OptimizerConfig, model: ByteModel) -> list[Optimizer]:
     rules, matrices = parameter_rules(config, model), _matrices(model)
-    rest = {name: p for name, p in model.named_parameters() if name not in matrices}
+    rest = {name: p for name, p in model.trained_parameters().items() if name not in matrices}
     fused = {matrices[name]: number for name, number in model.fused_matrices().items() if name in matrices}
-    muon = Muon(parameter_groups(config, matrices, rules), config.learning_rate, config.momentum, fused)
-    return [with_moments(muon, MOMENTUM), adamw.adam_with_moments(config, rest, rules)]
+    groups = parameter_groups(config, matrices, rules)
+    built: list[Optimizer] = []
+    if matrices:
+        built.append(with_moments(Muon(groups, config.learning_rate, config.momentum, fused), MOMENTUM))
+    if rest:
+        built.append(adamw.adam_with_moments(config, rest, rules))
+    return built
 
 
 def _moment_values(model: ByteModel) -> int:
     in_matrices = sum(matrix.numel() for matrix in _matrices(model).values())
-    return in_matrices + len(adamw.MOMENTS) * (model.parameter_count() - in_matrices)
+    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    return in_matrices + len(adamw.MOMENTS) * (trained - in_matrices)
 
 
 register_optimizer(

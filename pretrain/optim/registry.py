@@ -38,8 +38,8 @@ class OptimizerEntry:
     name: str
     """Value of `optimizer.name` in a recipe; unique."""
     build: Callable[["OptimizerConfig", ByteModel], list[Optimizer]]
-    """Builds optimizers that together update every parameter. `with_moments` makes their state, so that a checkpoint
-    can be read into it before the first step."""
+    """Builds optimizers that together update every trained parameter (`ByteModel.trained_parameters`). `with_moments`
+    makes their state, so that a checkpoint can be read into it before the first step."""
     moments: tuple[str, ...]
     """Names of the tensors that it keeps for each parameter. Checkpoints store them under these names."""
     fields: frozenset[str] = frozenset()
@@ -56,7 +56,7 @@ class OptimizerEntry:
     whole_matrices: Callable[[ByteModel], Container[str]] = _no_matrices
     """Returns the names of the parameters that take Muon's steps, which have a spectral norm."""
     moment_values: Callable[[ByteModel], int] | None = None
-    """Returns how many numbers the moments of a model hold. None: every parameter has all moments."""
+    """Returns how many numbers the moments of a model hold. None: every trained parameter has all moments."""
     default_decay: float = 0.1
     """Value of `optimizer.weight_decay` null."""
     warnings: Callable[["OptimizerConfig"], Sequence[Fault]] = _no_warnings
@@ -65,7 +65,7 @@ class OptimizerEntry:
     def count_moments(self, model: ByteModel) -> int:
         """Return how many numbers the moments of a model hold."""
         if self.moment_values is None:
-            return len(self.moments) * model.parameter_count()
+            return len(self.moments) * sum(parameter.numel() for parameter in model.trained_parameters().values())
         return self.moment_values(model)
 
 

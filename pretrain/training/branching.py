@@ -24,8 +24,9 @@ from pretrain.checkpoint.homes.home import committed, open_home
 from pretrain.training.ancestry import ANCESTRY, Ancestor, ancestors_in
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.home_owner import owner_of, take_home
+from pretrain.training.lineage import LINEAGE, stored_lineage
 from pretrain.training.run_folder import RunFolder, RunFolderError
-from pretrain.training.starting.checks import stream_of_state
+from pretrain.training.starting.checks import finetune_changes, stream_of_state
 from pretrain.training.weights import model_changes, store_of
 
 NEW_FOLDER = {".lock", "checkpoints"}
@@ -72,6 +73,7 @@ def make_branch(
         home, run, state = open_home(place), uuid.uuid4().hex, parent.state
         ancestry = [each.model_dump(mode="json") for each in [*ancestors_in(state), _parent(parent, recipe)]]
         own = {"run": run, "generation": 0, "config": recipe.as_tree(), ANCESTRY: ancestry}
+        own[LINEAGE] = stored_lineage(parent)
         home.sweep()
         copy_checkpoint(parent, home, {**state, **own}, lambda: take_home(recipe, folder, streams, run), progress)
         resolved = recipe.as_yaml()
@@ -117,6 +119,11 @@ def _streams(parent: Metadata, recipe: TrainingRecipe) -> dict[str, ByteStream]:
         raise CheckpointError(
             f"a branch computes the function of its parent, and this recipe changes it ({'; '.join(differences)}); a "
             f"new run with initialize.weights={parent.folder} may change it"
+        )
+    if differences := finetune_changes(state["config"], recipe.as_tree()):
+        raise CheckpointError(
+            f"a branch trains the parameters of its parent, and this recipe changes them ({'; '.join(differences)}); a "
+            f"new run with initialize.weights={parent.folder} may change them"
         )
     begun = stream_of_state(state)
     streams = as_begun(open_streams(recipe.data, recipe.model.sequence_length), *begun)

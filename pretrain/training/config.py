@@ -13,6 +13,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.engines import EngineConfig
 from pretrain.evaluation.config import ValidationConfig
 from pretrain.models import ModelConfig
+from pretrain.models.finetune import FinetuneConfig
 from pretrain.objectives import ObjectiveConfig
 from pretrain.optim.config import OptimizerConfig
 from pretrain.tracking import TrackingConfig
@@ -97,6 +98,10 @@ class TrainingRecipe(Protocol):
     @property
     def train(self) -> TrainConfig:
         """Section `train`: steps and batches."""
+
+    @property
+    def finetune(self) -> FinetuneConfig:
+        """Section `finetune`: frozen parameters and adapters."""
 
     @property
     def optimizer(self) -> OptimizerConfig:

@@ -41,6 +41,8 @@ class TrainingRun:
     """Version of the generator of first values."""
     ancestry: list[dict[str, Any]]
     """Fields of each Ancestor of the run, oldest first; see ancestry.py."""
+    lineage: list[dict[str, Any]]
+    """Fields of each of the Weights that the run descends from, oldest first; see lineage.py."""
     fingerprint: str
     """Digest of the stream of bytes that the run reads."""
     precision: str

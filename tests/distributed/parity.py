@@ -19,6 +19,7 @@ from pretrain.distributed.fragments import whole
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine, EngineConfig, Upcoming, build_engine
 from pretrain.models import ByteModel, all_families, build_model, small_config
+from pretrain.models.finetune import FinetuneConfig, apply
 from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
 from tests.pretrain.models.rows import rows_of
@@ -53,6 +54,7 @@ def build(
     world: World = ALONE,
     optimizer: str = "adamw",
     changes: Mapping[str, Any] = {},
+    finetune: Mapping[str, Any] = {},
     *,
     has_multipliers: bool = False,
     **engine: Any,
@@ -60,6 +62,8 @@ def build(
     """Build an engine that holds the initial values of a small model, whose config may have changes."""
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
     small, how = model(family, **changes), OptimizerConfig.model_validate({"name": optimizer})
+    with torch.device("meta"):
+        apply(FinetuneConfig.model_validate(finetune), small)
     if has_multipliers:
         small.rate_multiplier, small.may_decay = rate_multiplier, may_decay  # type: ignore[method-assign]
     built = build_engine(config, small, how, 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)

@@ -107,9 +107,11 @@ def estimate(
     checkpointing = config.engine.activation_checkpointing
     if checkpointing.mode not in ("full", "selective"):
         checkpointing = CheckpointingConfig(mode="full")
-    plain, checkpointed = (activation_lines(config.model, dtype, way, context) for way in (KEEP_ALL, checkpointing))
+    plain, checkpointed = (
+        activation_lines(config.model, dtype, way, context, config.finetune) for way in (KEEP_ALL, checkpointing)
+    )
     passes = len(deal(config.train.global_batch, rows, *group_of(0, gpus, context)))
-    model = on_meta(config.model)
+    model = on_meta(config.model, config.finetune)
     costs = patch_costs(model, bytes_per_patch or SIZES) if model.patchers() else []
     found = shardings(model, config.optimizer.entry, dtype, gpus, passes)
     usable = memory * 2**30 * USABLE

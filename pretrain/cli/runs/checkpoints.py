@@ -1,4 +1,4 @@
-"""The `checkpoint` commands: list, verify, show, prune, roll back to and export checkpoints."""
+"""The `checkpoint` commands: list, verify, show, prune, roll back to and export checkpoints, and their lineage."""
 
 import math
 from collections import Counter
@@ -27,13 +27,18 @@ from pretrain.terminal.console import display, say
 from pretrain.terminal.progress import size
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json
 from pretrain.training.ancestry import ANCESTRY, ancestors_in, describe_ancestry
+from pretrain.training.lineage import Weights, lineage_to
 from pretrain.training.rollback import roll_back
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.run_status import check_run
 from pretrain.training.stop import stopping_at_once
 from pretrain.training.weights import find_checkpoint, is_checkpoint, store_of
-from pretrain.training.weights.exports import export, is_export
+from pretrain.training.weights.exports import export, is_export, read_export
 from pretrain.training.weights.results import logged_losses
+
+LINEAGE_COLUMNS = ("from", "objective", "digest", "now")
+DIGEST_SHOWN = 19
+"""Characters of a digest that are shown: the name of the function, a colon, and 12 digits."""
 
 app = typer.Typer(help="List, verify, show, prune, roll back to and export checkpoints.", no_args_is_help=True)
 
@@ -209,6 +214,40 @@ def rollback_command(
     with display.phase(f"verifying the checkpoint of step {step}") as phase:
         rollback = roll_back(run, step, reason, phase.update)
     say(f"{run} is {rollback}; the next start resumes after step {step}")
+
+
+@app.command("lineage")
+def lineage_command(
+    path: Annotated[str, _run_argument(help="Run (its newest checkpoint), checkpoint or export: folder or URL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show the weights that a model descends from, oldest first.
+
+    They are those of initialize.weights, of `byteloom branch` and of exports. Digests that are stored with the model
+    are compared with those that are found now.
+    """
+    place = locate(path)
+    found = read_export(place) if isinstance(place, Path) and is_export(place) else read_metadata(_chosen(path)[-1])
+    lines = [each.model_dump(mode="json") | {"now": _state_now(each)} for each in lineage_to(found)]
+    if as_json:
+        print_json(lines)
+        return
+    table = Table(f"weights that {path} descends from, and its own, oldest first", ["weights", *LINEAGE_COLUMNS])
+    for each in lines:
+        origin = "an export" if each["step"] is None else f"{each['name']} at step {each['step']:,}"
+        table.add_row(each["place"], origin, each["objective"], each["digest"][:DIGEST_SHOWN], each["now"])
+    table.print()
+
+
+def _state_now(stored: Weights) -> str:
+    """Return whether weights are still where they were, with the digest that they had."""
+    place = locate(stored.place)
+    try:
+        is_there = isinstance(place, Path) and is_export(place)
+        now = read_export(place) if is_there else read_metadata(place)  # type: ignore[arg-type] # an export is a folder
+    except CheckpointError:
+        return "not there"
+    return "unchanged" if now.digest == stored.digest else "changed"
 
 
 @app.command("export")

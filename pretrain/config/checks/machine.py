@@ -76,7 +76,8 @@ def check_precision(check: Check, device: torch.device, began: dict[str, Any] | 
 def build_model(check: Check) -> ByteModel | None:
     """Return the model on the meta device, or None if it cannot be built."""
     try:
-        model = scale_model(on_meta(check.config.model), check.config.model, check.config.optimizer)
+        config = check.config
+        model = scale_model(on_meta(config.model, config.finetune), config.model, config.optimizer)
     except (RuntimeError, OverflowError) as error:  # sizes beyond what torch can count
         check.add("error", "model", f"it cannot be built: {str(error).partition(chr(10))[0]}")
         return None
@@ -95,7 +96,7 @@ def check_memory(check: Check, model: ByteModel, device: torch.device, dtype: to
     if checkpointing.mode == "budget":  # only the compiler knows what is kept
         checkpointing = CheckpointingConfig()
     with check.refusals("engine.activation_checkpointing"):
-        measured = measure_activations(config.model, rows, dtype, checkpointing, config.engine.context)
+        measured = measure_activations(config.model, rows, dtype, checkpointing, config.engine.context, config.finetune)
         activations = measured.gathering if config.engine.entry.sharding.weights and ranks > 1 else measured.peak
         passes = len(deal(config.train.global_batch, rows, 0, max(ranks // config.engine.context, 1)))
         states = states_on_rank(config.engine, config.optimizer.entry, model, dtype, ranks, passes)

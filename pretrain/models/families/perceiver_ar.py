@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from data_pipeline.vocabulary import PADDING, VOCABULARY
 from pretrain.distributed.context import WHOLE_ROWS, Context
+from pretrain.models.adapters import whole_weight
 from pretrain.models.base import ByteModel
 from pretrain.models.blocks.attention import CausalMask, takes_blocks
 from pretrain.models.blocks.cache import LayerCache
@@ -384,7 +385,7 @@ class PerceiverAR(ByteModel):
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """Return the head without the row of START."""
-        return self.head.weight[:VOCABULARY], self.head.bias[:VOCABULARY]
+        return whole_weight(self.head)[:VOCABULARY], self.head.bias[:VOCABULARY]
 
     def draw_crop(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Draw where the scored positions of each training row begin and end: (rows,) twice, on the CPU."""

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
+from pretrain.models.adapters import whole_weight
 from pretrain.models.base import ByteModel, Memory
 from pretrain.models.blocks.attention import attention
 from pretrain.models.blocks.cache import LayerCache
@@ -348,7 +349,7 @@ class SegmentAttention(MultiHead):
         return self.merge(attention(q, k, v, bias, self.dropout_now))
 
     def _keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        projected = F.linear(memory, self.query_key_value.weight[memory.shape[2] :])
+        projected = F.linear(memory, whole_weight(self.query_key_value)[memory.shape[2] :])
         k, v = projected.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 

@@ -11,6 +11,7 @@ from pretrain.checkpoint import CheckpointError
 from pretrain.terminal.console import display
 from pretrain.training.ancestry import ANCESTRY
 from pretrain.training.callbacks.base import Callback
+from pretrain.training.lineage import LINEAGE
 from pretrain.training.run import TrainingRun
 
 
@@ -77,6 +78,8 @@ class CheckpointCallback(Callback):
         }
         if run.ancestry:
             state[ANCESTRY] = run.ancestry
+        if run.lineage:
+            state[LINEAGE] = run.lineage
         card = common_card(stream.corpus.card for stream in run.reading.mixture.streams.values())
         if card is not None:
             state[CARD_FIELD] = card.as_json()

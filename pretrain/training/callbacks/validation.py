@@ -100,6 +100,7 @@ def _own_score(
             form,
             rows,
             length=recipe.model.sequence_length,
+            scored=run.model.scored,
             progress=progress,
             share=share,
         )

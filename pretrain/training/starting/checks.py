@@ -12,6 +12,7 @@ from data_pipeline.stream.config import ONLY_SOURCE
 from data_pipeline.stream.mixture import fingerprint_of
 from pretrain.checkpoint import CheckpointError, InvalidCheckpointError, Metadata
 from pretrain.distributed.world import World
+from pretrain.models.finetune import SECTION, finetune_of
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.run import TrainingError
 from pretrain.training.weights import model_changes, trained_objective
@@ -135,7 +136,8 @@ def check_resumes(checkpoint: Metadata, recipe: TrainingRecipe, streams: Mapping
 
     Raises:
         CheckpointError: the checkpoint belongs to another stream of bytes, which a new run folder does not know; to
-            another objective; or to another optimizer. Moments are one optimizer's; its rates and decays may change.
+            another objective; to a run that trains other parameters; or to another optimizer. Moments are one
+            optimizer's; its rates and decays may change.
     """
     fingerprint, names = stream_of_state(checkpoint.state)
     if fingerprint != fingerprint_of(streams, names):
@@ -148,6 +150,11 @@ def check_resumes(checkpoint: Metadata, recipe: TrainingRecipe, streams: Mapping
         raise CheckpointError(
             f"{checkpoint.folder} belongs to a run with another objective ({'; '.join(differences)}); restore the old "
             "one, or choose another run.name and set initialize.weights"
+        )
+    if differences := finetune_changes(checkpoint.state["config"], recipe.as_tree()):
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to a run that trains other parameters ({'; '.join(differences)}); restore "
+            "the old section, or choose another run.name and set initialize.weights"
         )
     then, now = checkpoint.state["config"]["optimizer"]["name"], recipe.optimizer.name
     if then != now:
@@ -166,6 +173,12 @@ def _check_same_scaling(checkpoint: Metadata, recipe: TrainingRecipe) -> None:
             f"{checkpoint.folder} belongs to a run with other scales ({'; '.join(differences)}); restore the old one, "
             "or choose another run.name"
         )
+
+
+def finetune_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return how the sections `finetune` of two recipes differ, a line each."""
+    earlier, later = (finetune_of(recipe).model_dump(mode="json") for recipe in (then, now))
+    return changes({SECTION: earlier}, {SECTION: later})
 
 
 def _data_changes(then: Mapping[str, Any], recipe: TrainingRecipe) -> str:

@@ -13,7 +13,7 @@ from pretrain.checkpoint import Metadata
 from pretrain.checkpoint.homes.fence import Fence, starts_noted_at
 from pretrain.distributed.world import World
 from pretrain.engines import Engine, choose_device
-from pretrain.models import describe_attention
+from pretrain.models import ByteModel, describe_attention
 from pretrain.training.ancestry import ancestors_in, describe_ancestry
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.run_folder import RunFolder, rollback_before
@@ -43,13 +43,15 @@ def log_to(path: Path, fence: Fence) -> Iterator[None]:
         handler.close()
 
 
-def log_first_line(recipe: TrainingRecipe, folder: RunFolder, world: World, parameters: int, precision: str) -> None:
+def log_first_line(recipe: TrainingRecipe, folder: RunFolder, world: World, model: ByteModel, precision: str) -> None:
     """Log the folder, the family and its parameters, the device and the engine."""
+    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     log.info(
-        "training %s: %s, %s parameters, %s on %s, %s",
+        "training %s: %s, %s parameters%s, %s on %s, %s",
         folder.path,
         recipe.model.family,
-        f"{parameters:,}",
+        f"{model.parameter_count():,}",
+        f" of which {trained:,} are trained" if recipe.finetune.is_used else "",
         precision,
         choose_device(recipe.engine.device, world.local_rank),
         f"{recipe.engine.name} of {world.size} ranks" if world.size > 1 else "one process",

@@ -41,7 +41,8 @@ from pretrain.engines import (
     remark_on_idle_ranks,
 )
 from pretrain.engines.peak import peak_flops
-from pretrain.models import ByteModel, build_model, carries_memory, form_of, image_of
+from pretrain.models import ByteModel, carries_memory, form_of, image_of
+from pretrain.models.finetune import build_finetuned
 from pretrain.models.initial import WHOLE_DRAWING
 from pretrain.objectives import show_rows
 from pretrain.optim.scaling import scale_model
@@ -53,6 +54,7 @@ from pretrain.training.config import TrainingRecipe
 from pretrain.training.health import HealthEvent, HealthLog
 from pretrain.training.health.rewind import monitor_of, record_of, rewinds_of, steps_left, take_up_rewinds
 from pretrain.training.home_owner import HomeOwner, fence_of, find_owner, take_home
+from pretrain.training.lineage import LINEAGE, stored_lineage
 from pretrain.training.meter import Meter
 from pretrain.training.run import TrainingRun
 from pretrain.training.run_folder import RunFolder, rollback_before
@@ -111,9 +113,9 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
         store = _store(recipe, folder, world, fence, identity["id"])
         rewinds = take_up_rewinds(folder, store, world)
         with torch.device("meta"):
-            model = scale_model(build_model(recipe.model), recipe.model, recipe.optimizer)
+            model = scale_model(build_finetuned(recipe.model, recipe.finetune), recipe.model, recipe.optimizer)
         parameters = model.parameter_count()  # while the model is whole
-        log_first_line(recipe, folder, world, parameters, precision)
+        log_first_line(recipe, folder, world, model, precision)
         flops_a_step = 3 * model.training_flops(recipe.model.sequence_length) * recipe.train.global_batch
         engine = _engine(recipe, model, precision, world)
         checkpoint = _load(store, engine, recipe, streams, rewinds)
@@ -147,6 +149,7 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
             identity=identity["id"],
             first_values=identity.get("first_values", WHOLE_DRAWING),
             ancestry=identity.get(ANCESTRY, []),
+            lineage=_lineage(checkpoint, initial),
             fingerprint=fingerprint_of(streams),
             precision=precision,
             model=model,
@@ -210,7 +213,7 @@ def _find_initial_weights(recipe: TrainingRecipe, folder: RunFolder, world: Worl
     if recipe.initialize.weights is None or world.on_first(has_checkpoint):
         return None
     with torch.device("meta"):
-        model = build_model(recipe.model)
+        model = build_finetuned(recipe.model, recipe.finetune)
     with display.phase(f"verifying {recipe.initialize.weights}") as phase:
         return find_initial_weights(recipe.initialize, recipe.model, model, recipe.optimizer.name, world, phase.update)
 
@@ -352,6 +355,14 @@ def _completed(
             f"from a copy, or make another branch of {parent.checkpoint}"
         )
     return {**identity, "precision": precision, **({ANCESTRY: ancestry} if ancestry else {})}
+
+
+def _lineage(checkpoint: Metadata | None, initial: InitialWeights | None) -> list[dict[str, Any]]:
+    """Return what the weights of a run descend from, as JSON values, oldest first."""
+    if checkpoint is not None:
+        found: list[dict[str, Any]] = checkpoint.state.get(LINEAGE, [])
+        return found
+    return [] if initial is None else stored_lineage(initial.checkpoint)
 
 
 def _write_start(

@@ -27,14 +27,16 @@ from byteloom.core.storage.files import atomic_folder
 from byteloom.core.storage.state_files import StateFileError, read_json
 from data_pipeline.media import CARD_FIELD
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, metadata_of_files, read
+from pretrain.checkpoint import InvalidCheckpointError, Metadata, StoredTensor, metadata_of_files
 from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
 from pretrain.models import ModelConfig, family, model_config
 from pretrain.models.base import FURTHER_HEADS
 from pretrain.models.references import files_of
 from pretrain.objectives import ObjectiveConfig
 from pretrain.objectives.registry import FIRST_SPECIAL_ID
+from pretrain.training.lineage import LINEAGE, stored_lineage
 from pretrain.training.weights.frozen_models import COPY, copy_frozen_model, with_place
+from pretrain.training.weights.merging import read_merged, weight_shapes
 
 EXPORT_FORMAT = "byteloom-export/1"
 """Name and version of the format, in card.json."""
@@ -70,11 +72,11 @@ def export(
         FileExistsError: the folder exists already.
         OSError: it cannot be written.
     """
-    sizes = {split_name(name)[1]: stored.shape for name, stored in checkpoint.tensors.items() if _is_weight(name)}
+    sizes = weight_shapes(checkpoint)
 
     def read_some(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {name: torch.empty(sizes[name]) for name in names}
-        read(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in tensors.items()])
+        read_merged(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in tensors.items()])
         return tensors
 
     return _write(out, sizes, read_some, checkpoint.state["config"], _about(checkpoint, losses), files)
@@ -189,9 +191,11 @@ def read_export(folder: Path) -> Metadata:
         if twice := own.keys() & tensors.keys():
             raise InvalidCheckpointError(f"{folder / name}: {_parameter(min(twice))} is in an earlier file too")
         tensors |= own
-    state = {"config": card.recipe.model_dump(), "precision": card.precision, CARD_FIELD: card.media}
+    state: dict[str, Any] = {"config": card.recipe.model_dump(), "precision": card.precision, CARD_FIELD: card.media}
     state = {name: value for name, value in state.items() if value is not None}
-    return metadata_of_files(folder, list(card.files), tensors, state)
+    if card.lineage:
+        state[LINEAGE] = card.lineage
+    return metadata_of_files(folder, list(card.files), tensors, state, f"sha256:{sha256_of(folder / CARD)}")
 
 
 class _Data(BaseModel, extra="allow"):
@@ -225,6 +229,8 @@ class _Card(BaseModel):
     """Precision of the run's passes."""
     media: dict[str, Any] | None = None
     """Layout of the training data, if it is media."""
+    lineage: list[dict[str, Any]] = []
+    """What the weights descend from; see pretrain/training/lineage.py."""
 
 
 class _Format(BaseModel):
@@ -331,15 +337,12 @@ def _shards(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     yield shard
 
 
-def _is_weight(fragment: str) -> bool:
-    return split_name(fragment)[0] == MODEL
-
-
 def _about(checkpoint: Metadata, losses: dict[str, float]) -> dict[str, Any]:
     """Return the fields of a card that say where a checkpoint comes from; fewer for one that is an export."""
     state = checkpoint.state
     config = state["config"]
-    kept = {key: state[key] for key in ("precision", CARD_FIELD) if key in state}
+    kept: dict[str, Any] = {key: state[key] for key in ("precision", CARD_FIELD) if key in state}
+    kept[LINEAGE] = stored_lineage(checkpoint)
     if "reading" not in state:
         return kept
     return {

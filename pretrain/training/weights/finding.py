@@ -17,16 +17,19 @@ from byteloom.core.provenance import changes
 from byteloom.core.storage.locations import LocationText
 from byteloom.core.storage.step_folders import MARKER, is_checkpoint_name, is_step_name
 from data_pipeline.media import CARD_FIELD, MediaCard
-from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, read, verify
+from pretrain.checkpoint import CheckpointError, CheckpointStore, Location, Metadata, locate, verify
 from pretrain.checkpoint.values import describe_not_finite, merged_counts
 from pretrain.distributed.fragments import MEMORY, MODEL, fragment_name, split_name
 from pretrain.distributed.world import ALONE, World
 from pretrain.engines import Engine
 from pretrain.models import ByteModel, ModelConfig, family, image_of, model_config
+from pretrain.models.adapters import layer_of_adapter
+from pretrain.models.finetune import finetune_of
 from pretrain.objectives import ObjectiveConfig
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.weights.exports import is_export, read_export
 from pretrain.training.weights.frozen_models import with_copy
+from pretrain.training.weights.merging import read_merged, weight_shapes
 
 
 class InitializeConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -62,7 +65,7 @@ class InitialWeights:
     def fill(self, engine: Engine, world: World) -> None:
         """Fill an engine that has first values. All ranks call it."""
         own = [fragment for fragment in engine.fragments() if fragment.name in self.tensors]
-        read(self.checkpoint, own, world=world)
+        read_merged(self.checkpoint, own, world=world)
         engine.restore({"optimizer_steps": self.optimizer_steps or 0})
 
 
@@ -90,12 +93,12 @@ def find_initial_weights(
     assert config.weights is not None
     checkpoint = find_checkpoint(config.weights, world, progress)
     differences = model_changes(checkpoint.state["config"]["model"], own, in_use=True)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    there = {
-        split_name(fragment)[1]: stored.shape
-        for fragment, stored in checkpoint.tensors.items()
-        if split_name(fragment)[0] == MODEL
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if layer_of_adapter(name) is None  # new adapters begin with first values
     }
+    there = weight_shapes(checkpoint)
     fitting = {name for name, shape in shapes.items() if there.get(name) == shape}
     differences += [
         _difference(name, there.get(name), shapes.get(name))
@@ -109,6 +112,11 @@ def find_initial_weights(
         )
     if not fitting:
         raise CheckpointError(f"{checkpoint.folder} has no parameter that fits this model")
+    if frozen := [name for name in shapes if name not in fitting and not model.get_parameter(name).requires_grad]:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no {frozen[0]} that fits, so finetune.freeze would freeze first values; name it "
+            "in finetune.train"
+        )
     if not config.moments:
         return InitialWeights(checkpoint, frozenset(fragment_name(MODEL, name) for name in fitting), None, differences)
     _check_moments(checkpoint, optimizer)
@@ -128,6 +136,11 @@ def _check_moments(checkpoint: Metadata, optimizer: str) -> None:
     """
     if "counters" not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.folder} is an export, which has no moments; set initialize.moments=false")
+    if finetune_of(checkpoint.state["config"]).is_used:
+        raise CheckpointError(
+            f"{checkpoint.folder} has the moments of a fine-tuning, which are those of some parameters alone; set "
+            "initialize.moments=false, or continue it by `byteloom branch`"
+        )
     name = checkpoint.state["config"]["optimizer"]["name"]
     if name != optimizer:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from pretrain.engines import CheckpointingConfig
 from pretrain.engines.blocks import recompute
 from pretrain.engines.config import CheckpointingMode
 from pretrain.estimate.activations import (
+    TRAIN_ALL,
     GatheredBlocks,
     activation_lines,
     activations_of,
@@ -25,7 +26,8 @@ from pretrain.estimate.activations import (
     on_meta,
 )
 from pretrain.estimate.states import States, shardings
-from pretrain.models import ByteModel, ModelConfig, build_model
+from pretrain.models import ByteModel, ModelConfig, build_model, small_config
+from pretrain.models.finetune import FinetuneConfig
 from pretrain.optim import OPTIMIZERS
 from tests.test_project import ROOT
 
@@ -162,6 +164,17 @@ def test_each_sharding_holds_less_than_the_previous_one():
     assert fsdp == pytest.approx(16 / 64 * parameters, rel=1e-6)
     assert hsdp == pytest.approx(16 / 8 * parameters, rel=1e-6)
     assert [name for name, sharding in by_name.items() if sharding.gathers] == ["zero-3", "fsdp", "hsdp, 8 x 8"]
+
+
+def test_frozen_parameters_have_weights_and_masters_and_keep_fewer_activations():
+    config = small_config("transformer")
+    frozen = FinetuneConfig(freeze=("embedding", "start", "stack.blocks.0"))
+    model = on_meta(config, frozen)
+    every, trained = model.parameter_count(), sum(each.numel() for each in model.trained_parameters().values())
+    (states,) = shardings(model, ADAMW, torch.bfloat16, gpus=1)
+    assert states.states == States(weights=2 * every, gradients=4 * trained, masters=4 * every, moments=8 * trained)
+    whole, part = (measure_activations(config, 4, torch.float32, finetune=each) for each in (TRAIN_ALL, frozen))
+    assert part.kept < whole.kept and part.gathering < whole.gathering
 
 
 def test_fully_sharded_ranks_hold_whole_gradients_until_the_last_of_several_passes():

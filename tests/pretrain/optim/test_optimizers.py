@@ -218,6 +218,7 @@ class OneBlock(nn.Module):
     rate_multiplier = ByteModel.rate_multiplier
     may_decay = ByteModel.may_decay
     scales = ByteModel.scales
+    trained_parameters = ByteModel.trained_parameters
     fused_matrices = ByteModel.fused_matrices
 
     def units(self) -> list[Unit]:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from byteloom.core.mappings import laid_over
 from byteloom.core.storage.files import move_into_place, partial_path
-from pretrain.checkpoint import Metadata, read
-from pretrain.distributed.fragments import MODEL, fragment_name, split_name, whole
+from pretrain.checkpoint import Metadata
+from pretrain.distributed.fragments import MODEL, fragment_name, whole
 from pretrain.models import ModelConfig, build_model, model_config
 from pretrain.training.weights.exports import sha256_of, without_further_heads, write_export
 from pretrain.training.weights.foreign import hub_folder, nanogpt, perceiver_ar, transformer_xl
 from pretrain.training.weights.foreign.source import ForeignFileError, Source, read_numpy, read_torch
+from pretrain.training.weights.merging import read_merged, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,8 @@ def export_foreign(form: str, checkpoint: Metadata, out: Path) -> None:
     for name, value in entry.only.items():
         if getattr(config, name) != value:
             raise ForeignFileError(f"model.{name} is {getattr(config, name)}; {form} has models with {value} only")
-    names = {split_name(name)[1]: tensor.shape for name, tensor in checkpoint.tensors.items() if _is_weight(name)}
-    weights = {name: torch.empty(shape) for name, shape in names.items()}
-    read(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in weights.items()])
+    weights = {name: torch.empty(shape) for name, shape in weight_shapes(checkpoint).items()}
+    read_merged(checkpoint, [whole(fragment_name(MODEL, name), tensor) for name, tensor in weights.items()])
     content = entry.from_byteloom(config, weights)
     if out.exists():
         raise FileExistsError(f"{out} exists already")
@@ -151,7 +151,3 @@ def _check_shapes(path: Path, config: ModelConfig, weights: Mapping[str, Tensor]
     found = {name: value.shape for name, value in weights.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise ForeignFileError(f"{path} does not fit this config of the model: {', '.join(wrong[:3])} would differ")
-
-
-def _is_weight(name: str) -> bool:
-    return split_name(name)[0] == MODEL
