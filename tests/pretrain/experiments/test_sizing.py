@@ -107,6 +107,8 @@ def test_more_bytes_have_larger_batches_and_more_steps_and_no_jump_of_the_rate(r
     assert 5e-4 < rates[0] < 5e-3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_command_writes_a_recipe_that_the_loader_reads(byteloom: Run, tmp_path: Path):
     arguments = ("recipe", "--family", "mamba", "--flops", "1e12", "--sequence-length", "64", "--memory", "4")
     shown = byteloom(*arguments, "--out", "mine.yaml", env={"COLUMNS": "100"}).stdout
