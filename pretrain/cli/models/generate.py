@@ -71,7 +71,8 @@ def generate_command(
     speculate: Annotated[
         bool,
         typer.Option(
-            "--speculate", help="Let the heads of model.multi_byte draft bytes: faster, and the bytes are the same."
+            "--speculate",
+            help="Let the heads of model.multi_byte draft bytes: often faster, and the bytes are the same.",
         ),
     ] = False,
     begin: BeginOption = Beginning.auto,
