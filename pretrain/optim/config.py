@@ -44,8 +44,8 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
     """How first values and rates depend on widths. standard: they do not. mup: maximal update parametrization (Yang et
     al. 2022), in which the best `learning_rate` of the base model is that of wider models too."""
     base: dict[str, Any] = {}
-    """For mup: fields of the base model that differ from the section `model`, such as {width: 256, heads: 4}. They are
-    widths, and numbers of heads that keep the width of a head."""
+    """For mup: fields of `model` that differ in the base model. An example is {width: 256, heads: 4}. They are widths,
+    and numbers of heads that keep the width of a head."""
     schedule: ScheduleConfig = ScheduleConfig()
     options: dict[str, Any] = Field(default={}, validate_default=True)
     """Options of an optimizer of another package. adamw, adam and muon have none."""

@@ -101,7 +101,7 @@ class BLTConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docs
     decoder_attention: Literal["none", "first", "all"] = "all"
     """Decoder blocks before which positions attend to slots. none: a vector of the patch is added to its positions."""
     cross_residual: Literal[1, 2] = 1
-    """Factor of the input in the sum of input and output of attention between positions and slots. 1: the paper's
+    """Factor of the input in attention between positions and slots. The output is added to it. 1: the paper's
     equations. 2: the released code and weights."""
     attention_across_documents: bool = False
     """Whether a byte sees earlier documents of its row. The paper's does not. Separators end documents."""
