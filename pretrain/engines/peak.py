@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,26 +75,27 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = PEAK
 def product_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
     """Return the shortest time of a square matrix product, after one to warm up; on a CPU by one thread.
 
-    One thread waits for no other, so a busy machine changes the result little.
+    There it is the thread's own time, which does not grow while other processes have the core.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        _time_product(a, b)
-        return min(_time_product(a, b) for _ in range(repeats))
+        clock = time.perf_counter if device.type == "cuda" else time.thread_time
+        _time_product(a, b, clock)
+        return min(_time_product(a, b, clock) for _ in range(repeats))
     finally:
         torch.set_num_threads(threads)
 
 
-def _time_product(a: Tensor, b: Tensor) -> float:
+def _time_product(a: Tensor, b: Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
     if a.device.type == "cuda":
         torch.cuda.synchronize(a.device)
-    start = time.perf_counter()
+    start = clock()
     torch.mm(a, b)
     if a.device.type == "cuda":
         torch.cuda.synchronize(a.device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _describe_machine(device: torch.device) -> str:
