@@ -82,7 +82,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """Return how many times faster this CPU multiplies matrices in bf16 than in fp32. Takes less than 0.1 s of one core.
+    """Return how many times faster this CPU multiplies matrices in bf16 than in fp32. Takes 0.1 s of a core.
 
     The CPU's flags alone do not decide it, because libraries can be configured to leave instructions unused.
     """
