@@ -28,7 +28,7 @@ from pretrain.models import (
 )
 from pretrain.models.finetune import FinetuneConfig, FinetuneError, unfrozen_layers
 from pretrain.models.scaling import ScalingError
-from pretrain.objectives import ObjectiveConfig, Visibility
+from pretrain.objectives import Form, ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
 from pretrain.optim.scaling import base_config
 from pretrain.tracking import TrackingConfig
@@ -160,20 +160,30 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
                 "generate; set it to 0",
                 ("samples.every", "objective.name"),
             )
-        if self.objective.entry.reads_pairs and (mismatch := self._rows_without_pairs()):
+        if self.objective.entry.reads_pairs and (mismatch := self._rows_without_pairs() or self._hidden_source(form)):
             return mismatch
-        reads_documents = getattr(self.model, "attention_across_documents", True)
-        if self.objective.entry.reads_pairs and form.visibility is Visibility.causal and not reads_documents:
-            return Mismatch(
-                "model.attention_across_documents false stops attention at separators, and one stands between the "
-                f"source and the target of objective.name {self.objective.name}; set it to true",
-                ("model.attention_across_documents", "objective.name"),
-            )
         if self.engine.context > 1 and self.objective.name != "causal":
             return Mismatch(
                 f"engine.context cuts rows over ranks, which only objective.name causal supports, not "
                 f"{self.objective.name}; set it to 1",
                 ("engine.context", "objective.name"),
+            )
+        return None
+
+    def _hidden_source(self, form: Form) -> Mismatch | None:
+        if form.visibility is not Visibility.causal:
+            return None
+        if not getattr(self.model, "attention_across_documents", True):
+            return Mismatch(
+                "model.attention_across_documents false stops attention at separators, and one stands between the "
+                f"source and the target of objective.name {self.objective.name}; set it to true",
+                ("model.attention_across_documents", "objective.name"),
+            )
+        if not getattr(self.model, "attends_across_documents", True):
+            return Mismatch(
+                f"attention of a {self.model.family} stops at separators, and one stands between the source and the "
+                f"target of objective.name {self.objective.name}; take another family",
+                ("model.family", "objective.name"),
             )
         return None
 

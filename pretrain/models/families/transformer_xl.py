@@ -14,7 +14,7 @@ into segments therefore changes the context of a byte only through the memory's 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ from pretrain.models.registry import Family, ModelSize, UsageOption, register_fa
 class TransformerXLConfig(StackConfig, PredictsFurther, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Transformer-XL (arXiv:1901.02860)."""
 
+    attends_across_documents: ClassVar[bool] = False
+    """Whether a position sees earlier documents. Objectives of pairs need it."""
     family: Literal["transformer_xl"] = "transformer_xl"
     """Model family; each has its own fields."""
     sequence_length: int = Field(ge=1)

@@ -126,6 +126,16 @@ def test_each_family_has_its_own_fields(file: Path):
 
 
 @pytest.mark.parametrize(
+    "model", ["family: transformer_xl, memory_length: 0", "family: transformer, attention_across_documents: false"]
+)
+def test_pairs_are_refused_for_models_whose_attention_stops_at_separators(file: Path, model: str):
+    size = "sequence_length: 64, width: 32, layers: 2, heads: 2"
+    overrides = (f"model={{{model}, {size}}}", "objective.name=conditional", "data.packing=document")
+    assert "stops" in (message := refusal(file, *overrides))
+    assert "one stands between the source and the target of objective.name conditional" in message
+
+
+@pytest.mark.parametrize(
     ("overrides", "fault"),
     [
         (
