@@ -110,7 +110,7 @@ def choices(run: SizedRun, budget: float, devices: DeviceBudget) -> list[Choice]
             f"{run.micro_batch:,} rows",
             f"{size_in_words(run.device_bytes)} on {devices_in_words(devices)}: {run.engine}, {kept}",
         ),
-        Choice("training", f"{short(run.flops)} FLOPs", f"{run.flops / budget - 1:+.1%} of the budget"),
+        Choice("training", f"{short(run.flops)} FLOPs", f"{round(run.flops / budget - 1, 3) + 0.0:+.1%} of the budget"),
     ]
 
 

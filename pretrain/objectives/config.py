@@ -14,10 +14,11 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docs
 
     name: Annotated[str, RegisteredName(OBJECTIVES)] = "causal"
     """Name of the objective. causal: each id from those before it. masked: hidden bytes from all other ids (Devlin et
-    al. 2019), for an encoder. span_corruption: hidden spans (Raffel et al. 2020), for an encoder_decoder. prefix: the
-    rest of a row whose first ids all see each other, for a transformer. conditional: the target of a pair from its
-    source. classification: the label of a document, one byte of a pair, for an encoder or a perceiver_io. Losses of
-    different objectives have different names and cannot be compared: bits per byte, bits per masked byte."""
+    al. 2019), for an encoder or a perceiver_io. span_corruption: hidden spans (Raffel et al. 2020), for an
+    encoder_decoder. prefix: the rest of a row whose first ids all see each other, for a transformer. conditional: the
+    target of a pair from its source. classification: the label of a document, one byte of a pair, for an encoder or a
+    perceiver_io. Losses of different objectives have different names and cannot be compared: bits per byte, bits per
+    masked byte."""
     share: float = Field(default=0.15, gt=0, lt=1)
     """For masked and span_corruption: share of a row that is hidden and predicted."""
     span_length: float = Field(default=20.0, ge=1)

@@ -100,9 +100,11 @@ def patches_command(
 ) -> None:
     """Show where the patches of a file start.
 
-    Patches have alternating colors, or marks before them without colors.
-    Tables show the bytes of a patch, and how often patches start
-    where words, characters and runs of other bytes do, beside chance.
+    Patches have alternating colors; without colors, marks.
+
+    Tables show the bytes of a patch, and how often patches
+    start where words, characters and runs of other bytes do,
+    beside chance.
     """
     numbers = (size, threshold, increase, bytes_per_patch)
     if rule is not None:
