@@ -72,7 +72,7 @@ def generate_command(
         bool,
         typer.Option(
             "--speculate",
-            help="Let the heads of model.multi_byte draft bytes: the bytes are the same, and faster if many drafts are kept.",
+            help="Let the heads of model.multi_byte draft bytes: the same bytes, faster if many drafts are kept.",
         ),
     ] = False,
     begin: BeginOption = Beginning.auto,

@@ -180,9 +180,7 @@ def test_losses_of_different_objectives_have_different_names():
 
 
 def test_objective_that_does_not_train_a_family_is_refused_by_name():
-    with pytest.raises(
-        ConfigError, match=r"objective.name causal does not train this model of family encoder; masked does"
-    ):
+    with pytest.raises(ConfigError, match=r"causal does not train .* family encoder; classification or masked"):
         load("encoder/debug", ["objective.name=causal"])
     with pytest.raises(ConfigError, match=r"objective.name prefix does not train this model of family transformer"):
         load("transformer/debug", ["objective.name=prefix"])  # its window hides a part of the prefix
