@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.common.compared import CONTEXT, SMALL, flops_per_byte, model_tree
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.estimate.activations import on_meta
@@ -52,14 +53,12 @@ def test_cost_of_a_step_is_three_forward_passes_over_the_batch():
 
 @pytest.mark.slow
 def test_published_comparison_has_the_steps_of_its_table():
-    """Steps of docs/lab/results.md, from the FLOPs of 600 steps of MEGABYTE."""
-    from benchmarks import comparison  # noqa: PLC0415 - matplotlib takes time
-
-    budget = Budget(kind="flops", amount=3 * comparison.flops("MEGABYTE", comparison.CONTEXT) * comparison.ROWS * 600)
+    """Steps of docs/lab/results.md, from the FLOPs of 600 steps of MEGABYTE with 8 rows of 1,024 bytes."""
+    trees = {name: model_tree("small", name, CONTEXT) for name in SMALL}
+    budget = Budget(kind="flops", amount=flops_per_byte(trees["MEGABYTE"]) * 8 * CONTEXT * 600)
     steps = {}
     for name in ("MEGABYTE", "Perceiver AR", "Transformer", "Transformer, window 128", "Transformer-XL"):
-        section = json.dumps(comparison.model_tree(name, comparison.CONTEXT))
-        config = load(comparison.RECIPE, [f"model={section}"])
+        config = load("comparison", [f"model={json.dumps(trees[name])}"])
         steps[name] = budget.steps(name, cost_of(config))
     assert list(steps.values()) == [600, 623, 600, 605, 584]
     assert f"{budget.amount:.1e}" == "4.9e+13"
