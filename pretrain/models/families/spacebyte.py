@@ -37,6 +37,7 @@ from pretrain.models.entropy_model import patcher_of
 from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import add_at, chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
+from pretrain.models.patching.entropy import Entropy
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.references import FOLDER as REFERENCES
 from pretrain.models.registry import Family, ModelSize, register_family
@@ -84,8 +85,6 @@ class SpaceByteConfig(PredictsFurther, frozen=True, extra="forbid", use_attribut
 class SpaceByte(ByteModel):
     """Transformer with global blocks where patches start."""
 
-    rewinds = True
-
     def __init__(self, config: SpaceByteConfig) -> None:
         """Build the model, and draw its parameters from torch's default generator."""
         super().__init__()
@@ -93,6 +92,7 @@ class SpaceByte(ByteModel):
         self.sequence_length, self.initial_std = config.sequence_length, config.initial_std
         self.window, self.widths = config.window, (local.width, wide.width)
         self.patcher = patcher_of(config.patcher, config.patches, config.sequence_length, across_documents=True)
+        self.rewinds = not isinstance(self.patcher, Entropy)  # its decoder reads positions once
         rotary = None if config.positions == "learned" else Rotary()
         attention = partial(Attention, rotary=rotary, norms=config.query_key_norm)
 
