@@ -26,7 +26,7 @@ from pretrain.training.config import TrainingRecipe
 from pretrain.training.home_owner import owner_of, take_home
 from pretrain.training.lineage import LINEAGE, stored_lineage
 from pretrain.training.run_folder import RunFolder, RunFolderError
-from pretrain.training.starting.checks import finetune_changes, stream_of_state
+from pretrain.training.starting.checks import finetune_changes, scaling_changes, stream_of_state
 from pretrain.training.weights import model_changes, store_of
 
 NEW_FOLDER = {".lock", "checkpoints"}
@@ -123,6 +123,11 @@ def _streams(parent: Metadata, recipe: TrainingRecipe) -> dict[str, ByteStream]:
     if differences := finetune_changes(state["config"], recipe.as_tree()):
         raise CheckpointError(
             f"a branch trains the parameters of its parent, and this recipe changes them ({'; '.join(differences)}); a "
+            f"new run with initialize.weights={parent.folder} may change them"
+        )
+    if differences := scaling_changes(state["config"], recipe.as_tree()):
+        raise CheckpointError(
+            f"a branch has the scales of its parent, and this recipe changes them ({'; '.join(differences)}); a "
             f"new run with initialize.weights={parent.folder} may change them"
         )
     begun = stream_of_state(state)

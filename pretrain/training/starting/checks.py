@@ -162,17 +162,20 @@ def check_resumes(checkpoint: Metadata, recipe: TrainingRecipe, streams: Mapping
             f"{checkpoint.folder} has the moments of optimizer.name={then}, not of {now}; set {then} again, or choose "
             "another run.name"
         )
-    _check_same_scaling(checkpoint, recipe)
-
-
-def _check_same_scaling(checkpoint: Metadata, recipe: TrainingRecipe) -> None:
-    now, stored = recipe.optimizer, checkpoint.state["config"]["optimizer"]
-    then = {"scaling": stored.get("scaling", "standard"), "base": stored.get("base", {})}
-    if differences := changes({"optimizer": then}, {"optimizer": {"scaling": now.scaling, "base": now.base}}):
+    if differences := scaling_changes(checkpoint.state["config"], recipe.as_tree()):
         raise CheckpointError(
             f"{checkpoint.folder} belongs to a run with other scales ({'; '.join(differences)}); restore the old one, "
             "or choose another run.name"
         )
+
+
+def scaling_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return how `optimizer.scaling` and its base differ in two recipes, a line each."""
+    unscaled = {"scaling": "standard", "base": {}}  # as in earlier versions of Byteloom
+    earlier, later = (
+        {name: recipe["optimizer"].get(name, default) for name, default in unscaled.items()} for recipe in (then, now)
+    )
+    return changes({"optimizer": earlier}, {"optimizer": later})
 
 
 def finetune_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -155,6 +155,7 @@ def test_branch_may_change_the_schedule_is_resumed_by_another_engine_and_submitt
 REFUSED = {
     "model": (["model.activation=gelu"], "model.activation: relu -> gelu"),
     "optimizer": (["optimizer.name=adam"], "optimizer.name must be adamw, not adam"),
+    "scaling": (["optimizer.scaling=mup", "optimizer.base={dropout: 0.1}"], "optimizer.scaling: standard -> mup"),
     "data": (["data.seed=5"], "data.seed: 0 -> 5"),
     "length": (["train.steps=4"], "train.steps (4) must be more than 4"),
     "name": (["run.name=x"], "--name gives the name of a branch"),
