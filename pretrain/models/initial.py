@@ -68,6 +68,8 @@ class ParameterScale:
     """Factor of the rate of optimizers whose steps have one size for all elements, such as Adam."""
     muon_rate: float = 1.0
     """Factor of the rate of Muon."""
+    multiplier: float = 1.0
+    """Factor of all rates that the base model declares; see `ByteModel.rate_multiplier`."""
 
 
 @runtime_checkable

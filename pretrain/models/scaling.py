@@ -13,10 +13,12 @@ With r = inputs of a matrix / inputs of it in the base (Yang et al. 2022, arXiv:
 
 The forward pass is that of the standard parametrization. The paper multiplies the logits of a tied head by 1 / r. Here
 the gain of the norm before the head begins at 1 / r, and has the rate of this size. Under Adam both train alike (lemma
-J.1 of the paper). At the widths of the base, all values and rates are those without scaling.
+J.1 of the paper). At the widths of the base, all values and rates are those without scaling. Multipliers of rates that
+a family declares (`ByteModel.rate_multiplier`) are those of the base too, because H-Net's follow from its widths.
 """
 
 import math
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ def scales(model: ByteModel, base: ByteModel) -> dict[str, ParameterScale]:
             found[name] = ParameterScale(initial.times(1 / factor), 1 / factor)
     if id(head) in tables:
         found |= _before_tied_head(model, base, head, factors, base_factors)
-    return found
+    return {name: replace(scale, multiplier=base.rate_multiplier(name)) for name, scale in found.items()}
 
 
 def _check_alike(model: ByteModel, base: ByteModel) -> None:

@@ -77,7 +77,7 @@ def parameter_rules(config: OptimizerConfig, model: ByteModel) -> dict[str, Para
             )
         if name in model.scales:
             scale = model.scales[name]
-            scaled = scale.muon_rate if name in whole else scale.rate
+            multiplier, scaled = scale.multiplier, scale.muon_rate if name in whole else scale.rate
         is_decayed = decays(name, parameter)
         # The share that a step takes from a weight stays that of the base (Wortsman et al. 2023, arXiv:2309.14322).
         rules[name] = ParameterRule(is_decayed, multiplier * scaled, 1 / scaled if is_decayed else 1.0)

@@ -19,6 +19,9 @@ from pretrain.models.families.hnet import HNet, HNetConfig, Stage
 from pretrain.models.patching.patcher import Patches
 from pretrain.models.patching.ratio import ratio_loss
 from pretrain.models.patching.router import SHARPEST, LearnedConfig, Router, smooth
+from pretrain.optim import OptimizerConfig
+from pretrain.optim.groups import parameter_rules
+from pretrain.optim.scaling import base_config, scale_model
 
 LEARNED = {"name": "learned", "size": 2.0}
 OUTER = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "T1", "window": 8, "patcher": LEARNED, "patches": 24}
@@ -313,6 +316,20 @@ def test_learning_rates_of_stages_are_those_of_the_paper(widths: list[int], size
     config = model_config({"family": "hnet", "sequence_length": 64, "stages": stages, "main": main})
     assert isinstance(config, HNetConfig)
     assert config.multipliers == pytest.approx(expected, abs=0.006)
+
+
+def test_scaled_model_has_the_multipliers_of_its_base():
+    """They follow from widths, which the scaling counts already."""
+    config = small_config("hnet", main={"width": 96, "heads": 8, "layers": "T1"})
+    optimizer = OptimizerConfig(scaling="mup", base={"main": {"width": 24, "heads": 2}})
+    with torch.device("meta"):
+        model, base = scale_model(build_model(config), config, optimizer), build_model(base_config(config, optimizer))
+    assert model.rate_multiplier("embedding.weight") == 2 * base.rate_multiplier("embedding.weight")
+    rules, unscaled = parameter_rules(optimizer, model), parameter_rules(optimizer, base)
+    for name in ("embedding.weight", "stages.0.encoder.blocks.0.mixer.expand.weight", "main.norm.weight"):
+        assert rules[name].rate_multiplier == unscaled[name].rate_multiplier
+    wider = "main.blocks.0.mixer.query_key_value.weight"
+    assert rules[wider].rate_multiplier == pytest.approx(unscaled[wider].rate_multiplier / 4)
 
 
 def test_every_parameter_learns_at_the_rate_of_its_stage():
