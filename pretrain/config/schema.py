@@ -1,5 +1,6 @@
 """Schema of the config: a typed tree of nodes, each defined next to the code that it configures."""
 
+from contextlib import suppress
 from typing import Any, Self
 
 from pydantic import BaseModel, model_validator
@@ -27,6 +28,7 @@ from pretrain.models import (
     row_parts,
 )
 from pretrain.models.finetune import FinetuneConfig, FinetuneError, unfrozen_layers
+from pretrain.models.patching.frozen import FrozenModelError
 from pretrain.models.scaling import ScalingError
 from pretrain.objectives import Form, ObjectiveConfig, Visibility
 from pretrain.optim import OptimizerConfig, optimizer_warnings, schedule_mismatch
@@ -246,8 +248,8 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             on_meta(self.model, self.finetune)
         except FinetuneError as error:
             return Mismatch(str(error), (f"finetune.{error.field}",))
-        except (RuntimeError, OverflowError):  # sizes beyond what torch can count, which others report
-            return None
+        except (RuntimeError, OverflowError, FrozenModelError):  # others report sizes beyond what torch can count
+            return None  # and an export that is gone, of which the run may have a copy
         return None
 
     def warnings(self) -> list[Fault]:
@@ -263,9 +265,10 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
         if section.is_used and self.initialize.weights is None:
             text = "finetune is set, and initialize.weights names no trained weights, so first values are frozen"
             found.append(Fault("initialize.weights", f"{text}; name a run, a checkpoint or an export"))
-        if section.adapters.layers and (unfrozen := unfrozen_layers(on_meta(self.model, self.finetune))):
-            text = f"{unfrozen[0]} has an adapter and is trained itself too; freeze it by finetune.freeze"
-            found.append(Fault("finetune.freeze", text))
+        with suppress(FrozenModelError):  # the start reports it, unless the run has a copy
+            if section.adapters.layers and (unfrozen := unfrozen_layers(on_meta(self.model, self.finetune))):
+                text = f"{unfrozen[0]} has an adapter and is trained itself too; freeze it by finetune.freeze"
+                found.append(Fault("finetune.freeze", text))
         return found
 
     def _no_checkpoint_before_decay(self) -> list[Fault]:

@@ -27,6 +27,7 @@ from pretrain.engines.blocks import check_float8
 from pretrain.estimate.activations import measure_activations, on_meta
 from pretrain.estimate.states import USABLE, states_on_rank
 from pretrain.models import ByteModel
+from pretrain.models.patching.frozen import FrozenModelError
 from pretrain.models.scaling import ScalingError
 from pretrain.optim.scaling import scale_model
 from pretrain.terminal.progress import size
@@ -83,6 +84,9 @@ def build_model(check: Check) -> ByteModel | None:
         return None
     except ScalingError as error:
         check.add("error", "optimizer.base", str(error))
+        return None
+    except FrozenModelError as error:
+        check.add("error", "model.patcher.model", str(error))
         return None
     check.add("ok", "model", f"{check.config.model.family}, {model.parameter_count():,} parameters")
     return model

@@ -19,6 +19,7 @@ from pretrain.config.checks.run import check_run, check_weights, newest_checkpoi
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.training.starting.checks import stream_of_state
+from pretrain.training.weights.frozen_models import with_run_copy
 
 
 def check_recipe(recipe: str | Path, overrides: Sequence[str]) -> list[Finding]:
@@ -28,7 +29,8 @@ def check_recipe(recipe: str | Path, overrides: Sequence[str]) -> list[Finding]:
     except ConfigError as error:
         return [Finding("error", fault.field, fault.text) for fault in error.faults]
     with ExitStack() as opened:
-        check = Check(config, opened)
+        model = with_run_copy(config.model, Path(config.run.root) / config.run.name)
+        check = Check(config.model_copy(update={"model": model}), opened)
         check.add("ok", "", "the recipe is valid")
         check.findings += [Finding("warning", warning.field, warning.text) for warning in config.warnings()]
         _check_run(check)

@@ -39,18 +39,23 @@ def with_run_copy(config: ModelConfig, run: Path) -> ModelConfig:
         return config
     log.warning("%s is gone; the patches are made by the run's copy, %s", place, copy)
     patcher: BaseModel = getattr(config, "patcher")  # noqa: B009 of its config
-    return config.model_copy(update={"patcher": patcher.model_copy(update={"model": copy, "digest": digest})})
+    recorded = getattr(patcher, "digest", None) or digest
+    return config.model_copy(update={"patcher": patcher.model_copy(update={"model": copy, "digest": recorded})})
 
 
 def copy_frozen_model(config: ModelConfig, folder: Path) -> None:
-    """Copy the export that a model runs into a folder, unless it is there.
+    """Copy the export that a model runs into a folder, unless it is there. Replace a copy of another export.
 
     Raises:
         OSError: it cannot be read or written.
     """
     source, target = frozen_model(config), folder / COPY
-    if source is None or target.exists():
+    if source is None:
         return
+    if target.exists():
+        if digest_of(str(source)) in (None, digest_of(str(target))):
+            return
+        shutil.rmtree(target)
     with atomic_folder(target) as copy:
         for path in sorted(source.iterdir()):
             if path.is_file():
@@ -66,12 +71,13 @@ def with_place(recipe: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def with_copy(checkpoint: Metadata) -> Metadata:
-    """Return a checkpoint whose model runs the copy of its run or export, if there is one."""
-    folder = checkpoint.folder
-    if not isinstance(folder, Path):
+    """Return a checkpoint whose model runs the copy of its run or export, if there is one with its digest."""
+    folder, config = checkpoint.folder, checkpoint.state["config"]
+    patcher = config["model"].get("patcher")
+    if not isinstance(folder, Path) or not isinstance(patcher, dict) or "model" not in patcher:
         return checkpoint
     for parent in (folder, folder.parent, folder.parent.parent):  # an export; or RUN/checkpoints/step-00001200
-        if (parent / COPY).is_dir():
-            config = with_place(checkpoint.state["config"], str(parent / COPY))
-            return replace(checkpoint, state={**checkpoint.state, "config": config})
+        if (parent / COPY).is_dir() and digest_of(str(parent / COPY)) == patcher["digest"]:
+            placed = with_place(config, str(parent / COPY))
+            return replace(checkpoint, state={**checkpoint.state, "config": placed})
     return checkpoint

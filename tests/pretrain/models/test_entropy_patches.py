@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR
+from pretrain.checkpoint import Metadata
+from pretrain.checkpoint.homes.folder import FolderHome
+from pretrain.config.schema import Config
 from pretrain.conformance import MODEL_LAWS, Subject
+from pretrain.evaluation.generation import SamplingError
+from pretrain.evaluation.speculation import check_speculates
 from pretrain.models import ByteModel, build_model, model_config, small_config
 from pretrain.models.entropy_model import EntropyModel, patcher_of
 from pretrain.models.families.blt import BLT
@@ -19,8 +24,9 @@ from pretrain.models.patching.entropy import Entropy, EntropyConfig, entropy_of,
 from pretrain.models.patching.frozen import FrozenModelError
 from pretrain.training.weights import find_checkpoint, model_changes
 from pretrain.training.weights.exports import write_export
-from pretrain.training.weights.frozen_models import copy_frozen_model, with_run_copy
+from pretrain.training.weights.frozen_models import copy_frozen_model, with_copy, with_run_copy
 from tests.commands import run_here
+from tests.conftest import recipe_tree
 
 EXPORTED = {"small": {"window": 4}, "mamba": {"family": "mamba"}, "short": {"sequence_length": 31}}
 
@@ -149,6 +155,15 @@ def test_models_with_entropy_patches_obey_the_laws(exports: Path, tmp_path: Path
             law.check(Subject.of("spacebyte", patcher=patcher), tmp_path)
 
 
+def test_decoder_with_entropy_patches_takes_no_byte_back(exports: Path):
+    """The decoder of the model of bytes reads each position once."""
+    patcher, heads = entropy_config(exports).model_dump(), {"heads": 2}
+    model = build_model(small_config("spacebyte", patcher=patcher, multi_byte=heads))
+    with pytest.raises(SamplingError, match="decoder of this SpaceByte cannot take bytes back"):
+        check_speculates(model)
+    check_speculates(build_model(small_config("spacebyte", multi_byte=heads)))
+
+
 def test_model_is_no_part_of_the_model_that_it_serves(exports: Path):
     config = small_config("blt", patcher=entropy_config(exports).model_dump())
     with torch.device("meta"):
@@ -225,6 +240,36 @@ def test_run_takes_its_copy_if_the_export_is_gone(exports: Path, tmp_path: Path)
     assert model_changes(config.model_dump(mode="json"), found) == []
     torch.testing.assert_close(rule(found.patcher)(rows()).starts, rule(config.patcher)(rows()).starts)  # type: ignore[attr-defined]
     assert with_run_copy(gone, tmp_path / "other") == gone
+
+
+def test_copy_of_another_model_is_replaced_and_never_taken(exports: Path, tmp_path: Path):
+    """A start that failed may have left the copy of another model."""
+    first, other = (
+        small_config("blt", patcher=entropy_config(exports, name).model_dump()) for name in ("small", "mamba")
+    )
+    copy_frozen_model(first, tmp_path)
+    patcher = entropy_config(exports, "mamba").model_dump() | {"model": str(tmp_path / "gone")}
+    gone = small_config("blt", patcher=patcher)
+    with pytest.raises(FrozenModelError, match="its digest is"):
+        build_model(with_run_copy(gone, tmp_path))
+    state = {"config": {"model": other.model_dump(mode="json")}}
+    checkpoint = Metadata(FolderHome(tmp_path / "checkpoints"), "step-00000001", "", (), {}, state)
+    assert with_copy(checkpoint) == checkpoint
+    copy_frozen_model(other, tmp_path)
+    place = with_copy(checkpoint).state["config"]["model"]["patcher"]["model"]
+    assert place == str(tmp_path / "entropy_model")
+    build_model(with_run_copy(gone, tmp_path))
+
+
+def test_adapters_of_a_run_whose_export_is_gone_are_no_fault_of_the_recipe(exports: Path, tmp_path: Path):
+    """The run has a copy of the export, which a start takes."""
+    patcher = entropy_config(exports).model_dump() | {"model": str(tmp_path / "gone")}
+    tree = recipe_tree(tmp_path) | {
+        "model": small_config("blt", patcher=patcher).model_dump(mode="json"),
+        "initialize": {"weights": str(tmp_path)},
+        "finetune": {"freeze": ["*"], "adapters": {"layers": ["*"], "rank": 1}},
+    }
+    assert Config.model_validate(tree).warnings() == []
 
 
 def test_command_prints_the_section_of_a_recipe(exports: Path, tmp_path: Path):
