@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 BITS_PER_BYTE = "bits_per_byte"
 """Name of the loss of the causal objective."""
-LOSS = re.compile(r"(?:(.+)/)?(bits_per_\w*byte)")
+LOSS = re.compile(r"(?:(.+)/)?(bits_per_[^/]+)")
 """Pattern of a loss: its place, such as train or validation/books, and its name."""
 
 

@@ -177,6 +177,7 @@ def test_losses_of_different_objectives_have_different_names():
     assert all(is_loss(f"validation/books/{metric}") for metric in metrics)
     assert ObjectiveConfig().metric == "bits_per_byte"
     assert unit_of("train/bits_per_masked_byte") == "bits/masked byte"
+    assert is_loss("train/bits_per_pixel") and not is_loss("train/bits_per_byte/books")  # another package's unit
 
 
 def test_objective_that_does_not_train_a_family_is_refused_by_name():
