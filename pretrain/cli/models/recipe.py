@@ -20,7 +20,7 @@ app = typer.Typer()
 def recipe(
     flops: Annotated[
         float,
-        typer.Option(help="Training FLOPs, such as 1e18.", show_default=False, min=0, callback=check_finite),
+        typer.Option(help="Training FLOPs, such as 1e18.", show_default=False, min=1, callback=check_finite),
     ],
     family: Annotated[str, typer.Option(help="Model family.")] = "spacebyte",
     memory: Annotated[float, typer.Option(min=0, help="Memory of one GPU, in GiB.", callback=check_finite)] = 80.0,

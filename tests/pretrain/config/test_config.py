@@ -379,6 +379,16 @@ def test_context_of_a_family_whose_rows_cannot_be_cut_is_refused(file: Path):
     assert "which megabyte, perceiver_ar and transformer support, not transformer_xl" in message
 
 
+def test_scaled_model_with_adapters_is_refused(file: Path):
+    message = refusal(
+        file,
+        "optimizer={scaling: mup, schedule: {warmup_steps: 1}}",
+        "optimizer.base={global_model: {width: 16, heads: 1}}",
+        "finetune={freeze: ['*'], adapters: {layers: ['*']}}",
+    )
+    assert "optimizer.scaling mup has no rules for adapters; set it to standard" in message
+
+
 def test_all_mismatches_are_reported_together(file: Path):
     lines = refusal(file, "optimizer.schedule.warmup_steps=20", "optimizer.name=muon", "engine.name=zero1").splitlines()
     assert len(lines) == 2
