@@ -24,7 +24,9 @@ from pretrain.models.patching.entropy import Entropy, EntropyConfig, entropy_of,
 from pretrain.models.patching.frozen import FrozenModelError
 from pretrain.training.weights import find_checkpoint, model_changes
 from pretrain.training.weights.exports import write_export
+from pretrain.training.weights.foreign.source import ForeignFileError
 from pretrain.training.weights.frozen_models import copy_frozen_model, with_copy, with_run_copy
+from pretrain.training.weights.hugging_face.folder import export_for_transformers
 from tests.commands import run_here
 from tests.conftest import recipe_tree
 
@@ -206,6 +208,8 @@ def test_export_has_a_copy_of_the_model_and_needs_no_other(exports: Path, tmp_pa
     (tmp_path / "export").rename(tmp_path / "moved")
     there = find_checkpoint(tmp_path / "moved").state["config"]["model"]
     assert there["patcher"]["model"] == str(tmp_path / "moved" / "entropy_model")
+    with pytest.raises(ForeignFileError, match="are made by another model"):
+        export_for_transformers(find_checkpoint(tmp_path / "moved"), tmp_path / "hf", {}, [])
     again = build_model(model_config(there))
     again.load_state_dict(model.state_dict())
     ids = rows()[:, 1:]

@@ -27,6 +27,7 @@ from pretrain.objectives import Visibility
 from pretrain.training.weights.exports import export, without_further_heads
 from pretrain.training.weights.finding import trained_objective, trained_separators
 from pretrain.training.weights.foreign.source import ForeignFileError
+from pretrain.training.weights.frozen_models import frozen_model
 from pretrain.training.weights.hugging_face.model_card import model_card
 from pretrain.training.weights.results import Result
 
@@ -48,7 +49,8 @@ def export_for_transformers(
         results: measured results for the model card.
 
     Raises:
-        ForeignFileError: the model is no causal language model, or its family has no forward pass in plain torch.
+        ForeignFileError: the model is no causal language model, it runs another model, or its family has no forward
+            pass in plain torch.
         FileExistsError: the folder exists already.
         OSError: it cannot be written.
     """
@@ -59,6 +61,11 @@ def export_for_transformers(
         raise ForeignFileError(
             f"hf is for causal language models, and {checkpoint.folder} is a {config.family} of objective.name "
             f"{objective.name}; `byteloom checkpoint export` writes its weights"
+        )
+    if frozen_model(config) is not None:
+        raise ForeignFileError(
+            f"the patches of {checkpoint.folder} are made by another model, which a folder for transformers has no "
+            "place for; `byteloom checkpoint export` writes both"
         )
     reference = family(config.family).reference
     if reference is None:
