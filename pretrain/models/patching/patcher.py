@@ -1,7 +1,6 @@
 """Contract of the rules by which patches start."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 
 
-@dataclass
-class PatchState:
+class PatchState(NamedTuple):
     """What a patcher keeps of the positions of rows so far."""
 
     length: int
@@ -20,7 +18,7 @@ class PatchState:
     """(rows,) patches so far."""
     last: Tensor
     """(rows,) id that the last position read; SEPARATOR before position 0."""
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
     """(rows, ...) tensors that the rule itself keeps, by name; empty before position 0."""
     decoder: Any = None
     """Decoder of a model that the rule runs. It reads later positions itself, so a state with one is used once."""
@@ -45,9 +43,8 @@ class Decision(NamedTuple):
     """Decoder that has read these positions; see `PatchState.decoder`."""
 
 
-@dataclass
-class Patches:
-    """Where patches start among positions of rows."""
+class Patches(NamedTuple):
+    """Where patches start among positions of rows. ZeRO-3 finds the tensors of a module's result in tuples."""
 
     starts: Tensor
     """(rows, n) booleans, true where a patch starts: at most `capacity` in a whole row."""
