@@ -45,7 +45,7 @@ def scales(model: ByteModel, base: ByteModel) -> dict[str, ParameterScale]:
     _check_alike(model, base)
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head, base_parameters = _head(model), dict(base.named_parameters())
+    head, base_parameters, fused = _head(model), dict(base.named_parameters()), model.fused_matrices()
     factors, base_factors = model.table_factors(), base.table_factors()
     found = {}
     for name, parameter in model.named_parameters():
@@ -55,7 +55,9 @@ def scales(model: ByteModel, base: ByteModel) -> dict[str, ParameterScale]:
             found[name] = ParameterScale(initial.times(1 / ratio), 1 / ratio)
         elif id(parameter) in matrices:
             ratio = parameter.shape[1] / of_base.shape[1]
-            found[name] = ParameterScale(initial.times(ratio**-0.5), 1 / ratio, _muon_rate(parameter, of_base))
+            found[name] = ParameterScale(
+                initial.times(ratio**-0.5), 1 / ratio, _muon_rate(parameter, of_base, fused.get(name, 1))
+            )
         else:
             factor = factors.get(name, 1.0) / base_factors.get(name, 1.0)
             found[name] = ParameterScale(initial.times(1 / factor), 1 / factor)
@@ -89,15 +91,20 @@ def _head(model: ByteModel) -> Tensor:
     return weight if weight._base is None else weight._base
 
 
-def _muon_rate(parameter: Tensor, of_base: Tensor) -> float:
+def _muon_rate(parameter: Tensor, of_base: Tensor, fused: int) -> float:
     """Return the factor with which Muon's updates have spectral norms of about sqrt(outputs / inputs).
 
     That is the condition of Yang, Simon and Bernstein 2023 (arXiv:2310.17813). Muon's own step has a spectral norm of
     sqrt(max(outputs, inputs)) learning rates, see `Muon`.
+
+    Args:
+        parameter: of the model.
+        of_base: the same parameter of the base.
+        fused: logical matrices of equal rows that both hold. Each has an update of its own.
     """
 
     def wanted(matrix: Tensor) -> float:
-        outputs, inputs = matrix.shape[:2]
+        outputs, inputs = matrix.shape[0] / fused, matrix.shape[1]
         return math.sqrt(outputs / inputs) / math.sqrt(max(outputs, inputs))
 
     return wanted(parameter) / wanted(of_base)

@@ -163,6 +163,15 @@ def test_scaled_embeddings_and_post_norm_have_the_sizes_of_the_base():
     assert (rates["blocks.0.feed_forward_norm.weight"], rates["blocks.1.attention_norm.weight"]) == (1, 1)
 
 
+def test_muon_scales_each_matrix_of_a_fused_parameter():
+    """B and C of Mamba-2 have fewer outputs than inputs, so their rates fall as 1 / inputs."""
+    subject = Subject.of("mamba", width=64, state=24)
+    optimizer = OptimizerConfig(name="muon", scaling="mup", base={"width": 32})
+    with torch.device("meta"):
+        model = scale_model(build_model(subject.config), subject.config, optimizer)
+    assert parameter_rules(optimizer, model)["blocks.0.mixer.select.weight"].rate_multiplier == pytest.approx(1 / 2)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "base", "text"),
     [
