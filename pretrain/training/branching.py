@@ -24,7 +24,7 @@ from pretrain.checkpoint.homes.home import committed, open_home
 from pretrain.training.ancestry import ANCESTRY, Ancestor, ancestors_in
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.home_owner import owner_of, take_home
-from pretrain.training.lineage import LINEAGE, stored_lineage
+from pretrain.training.lineage import LINEAGE, place_of, stored_lineage
 from pretrain.training.run_folder import RunFolder, RunFolderError
 from pretrain.training.starting.checks import finetune_changes, scaling_changes, stream_of_state
 from pretrain.training.weights import model_changes, store_of
@@ -94,7 +94,7 @@ def _parent(parent: Metadata, recipe: TrainingRecipe) -> Ancestor:
         run=parent.state["run"],
         name=parent.state["config"]["run"]["name"],
         step=parent.state["reading"]["step"],
-        checkpoint=str(parent.folder.resolve() if isinstance(parent.folder, Path) else parent.folder),
+        checkpoint=place_of(parent),
         changes=tuple(changes(then, now)),
     )
 

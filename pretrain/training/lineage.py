@@ -8,6 +8,7 @@ Every checkpoint of a run and every card of an export hold it, oldest first:
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,7 +23,7 @@ class Weights(BaseModel, frozen=True, use_attribute_docstrings=True):
     """Weights that others began with, or were exported from."""
 
     place: str
-    """Path or URL of the checkpoint or the export, as it was read."""
+    """Absolute path, or URL, of the checkpoint or the export."""
     digest: str
     """Digest of the checkpoint's metadata.json (blake3) or of the export's card.json (sha256), which hold the digests
     of the values."""
@@ -45,7 +46,7 @@ def lineage_to(checkpoint: Metadata) -> list[Weights]:
     """Return the weights that a checkpoint or an export descends from, oldest first, and itself."""
     state, config = checkpoint.state, checkpoint.state["config"]
     own = Weights(
-        place=str(checkpoint.folder),
+        place=place_of(checkpoint),
         digest=checkpoint.digest,
         run=state.get("run"),
         name=config.get("run", {}).get("name"),
@@ -53,6 +54,12 @@ def lineage_to(checkpoint: Metadata) -> list[Weights]:
         objective=config.get("objective", {}).get("name", "causal"),
     )
     return [*lineage_in(state), own]
+
+
+def place_of(checkpoint: Metadata) -> str:
+    """Return the absolute path, or the URL, of a checkpoint or an export."""
+    folder = checkpoint.folder
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
 
 
 def stored_lineage(checkpoint: Metadata) -> list[dict[str, Any]]:

@@ -100,7 +100,9 @@ def test_adapters_are_merged_wherever_the_weights_are_used(runs: Path, corpus_fo
         assert found["bits_per_byte"] == pytest.approx(last, rel=1e-5)
 
 
-def test_lineage_names_what_weights_descend_from_with_their_digests(runs: Path, tmp_path: Path):
+def test_lineage_names_what_weights_descend_from_with_their_digests(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     out = tmp_path / "export"
     assert CliRunner().invoke(app, ["checkpoint", "export", str(runs / "tuned"), "--out", str(out)]).exit_code == 0
     lines = invoke("checkpoint", "lineage", out)
@@ -112,6 +114,8 @@ def test_lineage_names_what_weights_descend_from_with_their_digests(runs: Path, 
         *(str(newest(runs / name / "checkpoints")) for name in ("base", "tuned")),
         str(out),
     ]
+    monkeypatch.chdir(runs)
+    assert invoke("checkpoint", "lineage", "tuned") == lines[:2]  # a relative path is stored as an absolute one
     assert lines[0]["digest"] == verify(newest(runs / "base/checkpoints")).digest
     card = json.loads((out / "card.json").read_text())
     assert [each["digest"] for each in card["lineage"]] == [line["digest"] for line in lines[:2]]
