@@ -28,6 +28,8 @@ paper counts parameters of the global model, and all count here."""
 WIDTH_STEP = 64
 """Step of widths: the channels of an attention head."""
 WIDEST = 16384
+MOST_OF_WIDEST = 2
+"""Largest bytes per parameter of a model of this width, in units of BYTES_PER_PARAMETER."""
 BASE_WIDTH = 256
 """Width of the base model of `optimizer.scaling` mup."""
 BASE_RATE, BASE_BYTES, BASE_BATCH = 2e-3, 16e6, 8192
@@ -101,7 +103,7 @@ def size_run(name: str, flops: float, devices: DeviceBudget, sequence_length: in
         sequence_length: context; None chooses it by the FLOPs.
 
     Raises:
-        BudgetError: the family declares no sizes, or no model fits.
+        BudgetError: the family declares no sizes, no model fits, or the FLOPs are too few or too many.
         RegistryError: there is no family of this name.
     """
     if family(name).of_size is None:
@@ -125,8 +127,18 @@ def layers_of(width: int) -> int:
 
 
 def best_size(name: str, flops: float, length: int) -> ModelSize:
-    """Return the size whose bytes per parameter are nearest to BYTES_PER_PARAMETER, by bisection of the width."""
+    """Return the size whose bytes per parameter are nearest to BYTES_PER_PARAMETER, by bisection of the width.
+
+    Raises:
+        BudgetError: the FLOPs are less than a step of the narrowest model, or ask for more than the widest one.
+    """
     narrow, wide = 1, WIDEST // WIDTH_STEP
+    _, least = _cost(model_of(name, ModelSize(WIDTH_STEP, layers_of(WIDTH_STEP), length)))
+    if flops < least:
+        raise BudgetError(
+            f"{flops:.3g} FLOPs are less than one step: a row of {length} bytes costs {least:.3g} "
+            f"with a {name} of {WIDTH_STEP} channels, the narrowest; give more --flops, or a shorter --sequence-length"
+        )
 
     def ratio(steps: int) -> float:
         size = ModelSize(steps * WIDTH_STEP, layers_of(steps * WIDTH_STEP), length)
@@ -136,6 +148,11 @@ def best_size(name: str, flops: float, length: int) -> ModelSize:
     while wide - narrow > 1:
         middle = (narrow + wide) // 2
         narrow, wide = (middle, wide) if ratio(middle) > 1 else (narrow, middle)
+    if wide * WIDTH_STEP == WIDEST and ratio(wide) > MOST_OF_WIDEST:
+        raise BudgetError(
+            f"{flops:.3g} FLOPs ask for a {name} of more than {WIDEST:,} channels, for which there are no rules; "
+            "give fewer --flops"
+        )
     best = min((narrow, wide), key=lambda steps: abs(math.log(ratio(steps))))
     return ModelSize(best * WIDTH_STEP, layers_of(best * WIDTH_STEP), length)
 

@@ -50,7 +50,10 @@ def recipe(
     Config.model_validate(tree)
     if out is not None:
         length = f" --sequence-length {sequence_length}" if sequence_length else ""
-        command = f"byteloom recipe --family {family} --flops {short(flops)} --memory {memory:g} --gpus {gpus}{length}"
+        command = (
+            f"byteloom recipe --family {family} --flops {short(flops)} --memory {memory:g} --gpus {gpus}{length} "
+            f"--shards {shards}"
+        )
         schema = write_budget_recipe(tree, out, command, force)
     if as_json:
         print_json(tree)

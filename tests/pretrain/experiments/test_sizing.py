@@ -92,6 +92,19 @@ def test_family_without_sizes_is_refused():
         size_run("encoder", 1e15, DeviceBudget(GIB))
 
 
+@pytest.mark.parametrize(
+    ("flops", "reason"),
+    [
+        (0, "0 FLOPs are less than one step: a row of 512 bytes costs"),
+        (1e5, "less than one step"),
+        pytest.param(1e30, r"1e\+30 FLOPs ask for a transformer of more than 16,384 channels", marks=pytest.mark.slow),
+    ],
+)
+def test_budget_of_less_than_a_step_or_of_more_than_the_widest_model_is_refused(flops: float, reason: str):
+    with pytest.raises(BudgetError, match=reason):
+        size_run("transformer", flops, DeviceBudget(80 * GIB))
+
+
 def test_depth_is_that_of_gpt_3():
     """Brown et al. 2020, table 2.1: 125 million to 1.3 billion parameters."""
     assert [layers_of(width) for width in (768, 1024, 2048)] == [12, 16, 24]
