@@ -99,7 +99,7 @@ def choices(run: SizedRun, budget: float, devices: DeviceBudget) -> list[Choice]
         Choice("bytes", size_in_words(run.bytes), f"what {short(budget)} FLOPs pay for, {_flops(run)} a byte"),
         Choice(
             "batch",
-            f"{run.global_batch:,} rows, {size_in_words(batch)}",
+            f"{count(run.global_batch, 'row')}, {size_in_words(batch)}",
             f"a small run has about {FEWEST_STEPS:,} steps" if is_small else "grows as bytes^0.383",
         ),
         Choice("steps", f"{run.steps:,}", "bytes / batch"),
@@ -107,7 +107,7 @@ def choices(run: SizedRun, budget: float, devices: DeviceBudget) -> list[Choice]
         Choice("schedule", "linear to 0", f"after a warm-up of {WARMUP_SHARE:.0%}, at most {LONGEST_WARMUP:,} steps"),
         Choice(
             "micro-batch",
-            f"{run.micro_batch:,} rows",
+            count(run.micro_batch, "row"),
             f"{size_in_words(run.device_bytes)} on {devices_in_words(devices)}: {run.engine}, {kept}",
         ),
         Choice("training", f"{short(run.flops)} FLOPs", f"{round(run.flops / budget - 1, 3) + 0.0:+.1%} of the budget"),

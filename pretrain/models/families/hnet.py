@@ -457,7 +457,7 @@ register_family(
         reference=REFERENCES / "hnet.py",
         config=HNetConfig,
         build=HNet,
-        free_fields=frozenset({"dropout", "initial_std", "rate_multipliers"}),
+        free_fields=frozenset({"dropout", "initial_std", "rate_multipliers", "mamba.chunk"}),
         of_size=_of_size,
         small={
             "sequence_length": 32,

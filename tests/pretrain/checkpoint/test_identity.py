@@ -294,7 +294,7 @@ def test_fields_that_may_change_do_not_change_the_function(name: str):
         with torch.no_grad():
             assert torch.equal(model(*arguments), twin(*arguments)), field
     # test_mamba has the law of a chunk, and test_entropy_patches that of the place of an entropy model
-    assert free - others.keys() <= {"minimum_crop", "chunk", "sequence_length", "patcher.model"}
+    assert free - others.keys() <= {"minimum_crop", "chunk", "mamba.chunk", "sequence_length", "patcher.model"}
 
 
 @pytest.mark.parametrize(
