@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from byteloom.core.text import count
 from pretrain.config.annotation import annotated
 from pretrain.config.new_recipe import write_recipe
 from pretrain.config.schema import Config

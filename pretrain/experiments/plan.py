@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from byteloom.core.errors import CorrectableError
 from byteloom.core.provenance import changes
 from byteloom.core.storage.files import replace_file
 from byteloom.core.storage.state_files import read_json
@@ -19,6 +20,8 @@ FREE_SECTIONS = frozenset(
     {"run", "loader", "checkpoint", "launch", "supervise", "tracking", "profile", "report", "samples", "callbacks"}
 )
 """Sections that a resumed run of a set may change, because its numbers do not depend on them."""
+FREE_OF_TRAIN = ("steps", "seed", "micro_batch")
+"""Fields of `train` that may change: the budget and the seeds set them, or no number depends on them."""
 SHOWN_CHANGES = 5
 """Most changed fields that an error names."""
 
@@ -88,7 +91,13 @@ def check_same(folder: Path, name: str, planned: PlannedRecipe, config: Config) 
     Raises:
         ConfigError: it is another one.
     """
-    if different := changes(planned.config, lasting_fields(config)):
+    now, whole = lasting_fields(config), config.as_tree()
+    then = completed(
+        {name: whole[name] for name in FREE_SECTIONS}
+        | planned.config
+        | {"train": {name: whole["train"][name] for name in FREE_OF_TRAIN} | planned.config["train"]}
+    )
+    if different := changes(planned.config if then is None else lasting_fields(then), now):
         more = f"; and {len(different) - SHOWN_CHANGES} more" if len(different) > SHOWN_CHANGES else ""
         raise ConfigError(
             f"recipe {name} has changed since {folder} began: {'; '.join(different[:SHOWN_CHANGES])}{more}; restore "
@@ -96,9 +105,17 @@ def check_same(folder: Path, name: str, planned: PlannedRecipe, config: Config) 
         )
 
 
+def completed(stored: Mapping[str, Any]) -> Config | None:
+    """Return a stored config with the defaults of fields that are newer than it; None if it is no longer valid."""
+    try:
+        return Config.model_validate(stored)
+    except (ValidationError, CorrectableError):
+        return None
+
+
 def lasting_fields(config: Config) -> dict[str, Any]:
     """Return the fields of a recipe that must not change during a comparison, without its steps and its seed."""
     tree = {name: section for name, section in config.as_tree().items() if name not in FREE_SECTIONS}
     train: Mapping[str, Any] = tree["train"]
-    tree["train"] = {name: value for name, value in train.items() if name not in ("steps", "seed", "micro_batch")}
+    tree["train"] = {name: value for name, value in train.items() if name not in FREE_OF_TRAIN}
     return tree

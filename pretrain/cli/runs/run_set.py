@@ -25,7 +25,7 @@ from pretrain.cli.arguments import BYTELOOM_COMMAND, parse_location
 from pretrain.cli.runs.submit import refuse_if_trained, submission_of
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Config
-from pretrain.experiments.plan import FREE_SECTIONS
+from pretrain.experiments.plan import FREE_SECTIONS, completed
 from pretrain.experiments.results import RunResult, loss_of, read_result
 from pretrain.terminal.console import say
 from pretrain.terminal.losses import unit_of
@@ -249,7 +249,8 @@ def _is_same(folder: RunFolder, config: Config) -> bool:
         stored = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return False  # `train` decides
-    now = yaml.safe_load(config.as_yaml())
-    return isinstance(stored, dict) and all(
-        stored.get(name) == section for name, section in now.items() if name not in FREE_SECTIONS
-    )
+    trained = completed(stored) if isinstance(stored, dict) else None
+    if trained is None:
+        return False
+    then, now = trained.as_tree(), config.as_tree()
+    return all(then[name] == section for name, section in now.items() if name not in FREE_SECTIONS)

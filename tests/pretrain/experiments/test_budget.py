@@ -122,3 +122,16 @@ def test_plan_refuses_another_budget_and_another_recipe_by_name(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"recipe debug has changed since .*: model.patch_size: 8 -> 4; restore it"):
         check_same(tmp_path, "debug", plan.recipes["debug"], load("debug", ["model.patch_size=4"]))
     assert isinstance(plan, Plan)
+
+
+def test_plan_of_an_earlier_version_fits_recipes_with_newer_fields(tmp_path: Path):
+    """A field that the stored config lacks has its default there."""
+    stored = {name: section for name, section in planned().config.items() if name != "finetune"}
+    stored["model"] = {name: value for name, value in stored["model"].items() if name != "dropout"}
+    earlier = planned().model_copy(update={"config": stored})
+    check_same(tmp_path, "debug", earlier, load("debug"))
+    with pytest.raises(ConfigError, match=r"has changed since .*: model.dropout: 0\.\d -> 0\.5"):
+        check_same(tmp_path, "debug", earlier, load("debug", ["model.dropout=0.5"]))
+    gone = planned().model_copy(update={"config": stored | {"gone": {"field": 1}}})
+    with pytest.raises(ConfigError, match="gone"):
+        check_same(tmp_path, "debug", gone, load("debug"))
