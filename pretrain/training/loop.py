@@ -112,6 +112,15 @@ def _take_steps(run: TrainingRun, callbacks: CallbackList) -> Decision:
         if is_first:
             is_first = False
             run.world.limit_device_waits(STEP_TIMEOUT)
+            if not numbers["bytes_per_second"]:
+                objective = run.recipe.objective
+                log.warning(
+                    "step %d has no %s to learn; model.sequence_length %d may cut off what objective.name %s predicts",
+                    run.step,
+                    objective.entry.unit,
+                    run.recipe.model.sequence_length,
+                    objective.name,
+                )
         run.stop.defer()
         callbacks.after_step(run, numbers)
         decision = _publish(run, callbacks, numbers)

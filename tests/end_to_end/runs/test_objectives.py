@@ -85,6 +85,26 @@ def test_encoder_refuses_what_only_a_causal_model_does(corpus_folder: Path, tmp_
     assert "belongs to a run with another objective (objective.share" in again.stderr
 
 
+def test_labels_that_do_not_fit_a_row_are_reported(byteloom: Run, tmp_path: Path):
+    lines = [json.dumps({"text": "a document longer than a row", "label": letter}) for letter in "ab" * 8]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    byteloom("prepare", "pairs.jsonl", "--field", "text", "--target-field", "label", "--out", "corpus")
+    tree = {
+        "data": {"shards": "corpus", "packing": "document"},
+        "model": {"family": "encoder", "sequence_length": 16, **SMALL},
+        "objective": {"name": "classification"},
+        "train": {"steps": 1, "global_batch": 2, "micro_batch": 2},
+        "optimizer": {"schedule": {"warmup_steps": 0}},
+        "tracking": {"enabled": False},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    log = byteloom("train", recipe, "run.name=short").stderr
+    assert "step 1 has no label byte to learn; model.sequence_length 16 may cut off" in log
+    with pytest.raises(EvaluationError, match="has no label byte to score"):
+        CliRunner().invoke(app, ["eval", str(tmp_path / "runs/short"), str(tmp_path / "corpus")], catch_exceptions=False)
+
+
 @pytest.mark.long
 def test_models_train_on_pairs_and_answer_sources(byteloom: Run, tmp_path: Path):
     """The pairs are of one letter, so few steps suffice; both kinds of model end their answers."""
