@@ -40,4 +40,6 @@ def base_config(config: ModelConfig, optimizer: OptimizerConfig) -> ModelConfig:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, ("optimizer.base", *fault["loc"][1:])))
+        if fault["type"] == "extra_forbidden":
+            raise ScalingError(f"{place} is not a field of the section model") from error
         raise ScalingError(f"{place}: {printable(str(fault.get('ctx', {}).get('error', fault['msg'])))}") from error
