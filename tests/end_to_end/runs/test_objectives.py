@@ -102,7 +102,9 @@ def test_labels_that_do_not_fit_a_row_are_reported(byteloom: Run, tmp_path: Path
     log = byteloom("train", recipe, "run.name=short").stderr
     assert "step 1 has no label byte to learn; model.sequence_length 16 may cut off" in log
     with pytest.raises(EvaluationError, match="has no label byte to score"):
-        CliRunner().invoke(app, ["eval", str(tmp_path / "runs/short"), str(tmp_path / "corpus")], catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["eval", str(tmp_path / "runs/short"), str(tmp_path / "corpus")], catch_exceptions=False
+        )
 
 
 @pytest.mark.long

@@ -178,7 +178,7 @@ def test_muon_scales_each_matrix_of_a_fused_parameter():
         ("transformer", {}, {"width": 16}, "heads of .* have 16 channels, and 8 in the base model"),
         ("transformer", {}, {"width": 16, "heads": 1, "layers": 1}, "differs in stack.blocks.1.* widths alone"),
         ("transformer", {}, {"width": 15}, r"optimizer.base.*heads \(2\) does not divide width \(15\)"),
-        ("transformer", {}, {"wdith": 16}, "optimizer.base.wdith: Extra inputs are not permitted"),
+        ("transformer", {}, {"wdith": 16}, "optimizer.base.wdith is not a field of the section model"),
         ("transformer", {"multi_byte": {"heads": 2}}, {"width": 16, "heads": 1}, "no rates for the heads of"),
         ("transformer_xl", {"final_norm": False}, {"width": 16, "heads": 1}, "TransformerXL has none; set a norm"),
     ],
