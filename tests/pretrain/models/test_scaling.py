@@ -18,6 +18,7 @@ FAMILIES = (
     "blt",
     "encoder",
     "encoder_decoder",
+    "hnet",
     "mamba",
     "megabyte",
     "perceiver_ar",
@@ -44,6 +45,10 @@ def widths(family: str, multiple: int) -> dict[str, Any]:
     if family == "blt":
         local = {"width": wide, "heads": heads, "encoder_layers": 1, "decoder_layers": 2}
         return {"global_model": stack(4 * wide, 2 * heads), "local_model": local}
+    if family == "hnet":  # a router would choose other positions after each step
+        patches = {"patcher": {"name": "fixed", "size": 3}, "patches": 20}
+        stage = {"width": wide, "heads": heads, "encoder": "m1t1", "decoder": "m1", "window": 8, **patches}
+        return {"stages": [stage], "main": {"width": 2 * wide, "heads": 2 * heads, "layers": "T1"}}
     if family in ("megabyte", "spacebyte"):
         return {"global_model": stack(2 * wide, heads), "local_model": stack(wide, heads)}
     if family == "perceiver_ar":
