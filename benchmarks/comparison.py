@@ -211,7 +211,9 @@ def draw(results: dict[str, list[Result]], batch: int, path: Path) -> None:
         axes.set(title=corpus, xlabel="training FLOPs", ylabel=f"bits per byte, mean of {AVERAGED} steps")
         axes.set_ylim(lowest - 0.1, lowest + 2.6)
         axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns + 1, fontsize="small"
+    )
     figure.savefig(path, dpi=110)
 
 
