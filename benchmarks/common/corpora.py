@@ -11,7 +11,7 @@ HOLDOUT = {"code": 0.02, "sound": 0.005}
 LAST_LINES = 0.1
 """Share of the lines of each Chinese or Japanese file that validate: the last ones."""
 SENTENCES = ("udgsd_chinese-simplified", "udpud_chinese", "udgsd_japanese")
-"""Files of a sentence a line, of which each line stands once."""
+"""Files with one sentence in each line. No line is repeated."""
 DECLARATIONS = ("udhr_cmn_hans", "udhr_cmn_hant", "udhr_jpn")
 """Translations of one text, which only train."""
 

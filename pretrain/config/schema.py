@@ -248,8 +248,10 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             on_meta(self.model, self.finetune)
         except FinetuneError as error:
             return Mismatch(str(error), (f"finetune.{error.field}",))
-        except (RuntimeError, OverflowError, FrozenModelError):  # others report sizes beyond what torch can count
-            return None  # and an export that is gone, of which the run may have a copy
+        except FrozenModelError:
+            pass  # the export is gone, but the run may have a copy
+        except (RuntimeError, OverflowError):
+            pass  # others report sizes that torch cannot count
         return None
 
     def warnings(self) -> list[Fault]:

@@ -1,9 +1,9 @@
-"""Frozen parameters under ZeRO: DeepSpeed has no masters of them, so each rank keeps its range in fp32.
+"""Frozen parameters under ZeRO. DeepSpeed keeps no fp32 copy of them, so each rank keeps one of its range.
 
     fp32 ranges, one a rank ─ cast, after values were read into them ─▶ weights of the passes, on all ranks
 
-The ranges are what checkpoints are written from. In bf16, a frozen parameter so has the same bits in each checkpoint as
-in the one that the run began with.
+Checkpoints are written from the ranges. Also in bf16, a frozen parameter therefore has the same bits in every
+checkpoint.
 """
 
 from collections.abc import Iterable, Iterator
@@ -61,5 +61,5 @@ class FrozenParameters:
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is one of stage 3, of which each rank holds a part."""
+    """Return whether each rank holds a part of a parameter, as under ZeRO stage 3."""
     return hasattr(parameter, "ds_tensor")

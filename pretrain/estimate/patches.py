@@ -18,7 +18,7 @@ class PatchCost(NamedTuple):
     """Cost of rows whose patches have a mean size."""
 
     bytes_per_patch: float
-    """Of stage 0."""
+    """Mean size of the patches of stage 0."""
     patches: list[float]
     """Patches of a row by stage."""
     flops: float

@@ -16,6 +16,7 @@ from pretrain.experiments.sizing import (
     WIDTH_STEP,
     DeviceBudget,
     SizedRun,
+    context_of,
     devices_in_words,
 )
 from pretrain.models import carries_memory
@@ -83,6 +84,7 @@ def write_budget_recipe(tree: dict[str, Any], path: Path, made_by: str, force: b
 def choices(run: SizedRun, budget: float, devices: DeviceBudget) -> list[Choice]:
     """Return what was chosen, and why, in the order of the decisions."""
     size, ratio = run.size, run.bytes / run.parameters
+    context = "longer for larger budgets" if size.sequence_length == context_of(budget) else "as asked"
     if size.width < run.wanted.width:
         why = f"the FLOPs ask for {run.wanted.width:,} channels, which do not fit"
     else:
@@ -93,7 +95,7 @@ def choices(run: SizedRun, budget: float, devices: DeviceBudget) -> list[Choice]
     is_small = run.bytes / FEWEST_STEPS < BATCH_FACTOR * run.bytes**BATCH_EXPONENT
     kept = "all activations kept" if run.checkpointing == "none" else "activations recomputed"
     return [
-        Choice("context", f"{size.sequence_length:,} bytes", "longer for larger budgets"),
+        Choice("context", f"{size.sequence_length:,} bytes", context),
         Choice("width", f"{size.width:,} channels", why),
         Choice("depth", f"{size.layers} blocks", "as GPT-3's models of this width"),
         Choice("parameters", f"{run.parameters:,}", ""),

@@ -80,7 +80,7 @@ class SizedRun:
     device_bytes: int
     """Bytes on each GPU, of states and activations."""
     wanted: ModelSize
-    """Size that the FLOPs alone ask for."""
+    """Size that the FLOPs alone ask for, with this context."""
 
     @property
     def bytes(self) -> int:
@@ -109,7 +109,7 @@ def size_run(name: str, flops: float, devices: DeviceBudget, sequence_length: in
     if family(name).of_size is None:
         known = [each for each, entry in all_families().items() if entry.of_size is not None]
         raise BudgetError(f"the family {name} declares no sizes; use {', '.join(known)}")
-    length = sequence_length or next(length for most, length in CONTEXTS if flops <= most)
+    length = sequence_length or context_of(flops)
     wanted = best_size(name, flops, length)
     for width in range(wanted.width, 0, -WIDTH_STEP):
         size = ModelSize(width, layers_of(width), length)
@@ -119,6 +119,11 @@ def size_run(name: str, flops: float, devices: DeviceBudget, sequence_length: in
         f"not even a {name} of {WIDTH_STEP} channels and rows of {length} bytes fits into "
         f"{devices.memory / 2**30:g} GiB; give more --memory, or a shorter --sequence-length"
     )
+
+
+def context_of(flops: float) -> int:
+    """Return the sequence length of a budget."""
+    return next(length for most, length in CONTEXTS if flops <= most)
 
 
 def layers_of(width: int) -> int:

@@ -128,7 +128,7 @@ def _matches(pattern: str, names: Iterable[str]) -> set[str]:
 
 
 def _known_patterns(names: Sequence[str]) -> list[str]:
-    """Return names, modules and ends of names, with * for numbers, of which a wrong pattern may mean one."""
+    """Return patterns that a wrong one may mean: names, modules and ends of names, with * for numbers."""
     known: dict[str, None] = dict.fromkeys(names)
     for name in names:
         parts = name.split(".")

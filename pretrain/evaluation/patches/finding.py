@@ -1,4 +1,4 @@
-"""Where the patches of a text start: by a model, window by window, or by a rule alone.
+"""Starts of the patches of a text. A model finds them window by window, or a rule finds them without a model.
 
     window of the model     ────────────────────────────  seen by stage
                                           └ scored bytes ─▶ starts and bits of the text

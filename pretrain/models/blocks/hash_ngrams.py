@@ -39,7 +39,7 @@ class NgramConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     functions: int = Field(default=1, ge=1, le=len(PRIMES))
     """Hash functions of each size, which have tables of their own."""
     normalize: bool = False
-    """Whether the sum is divided by the number of vectors in it, as in the paper. The authors' code does not."""
+    """Whether the sum is divided by the number of its vectors. The paper divides it, and the authors' code does not."""
 
 
 class HashNgrams(nn.Module):

@@ -28,7 +28,7 @@ from pretrain.models.blocks.unit import Unit, run_unit
 Layout = Annotated[str, Field(pattern=r"^([mMtT][0-9]+)*$")]
 """Kinds of blocks, each with its number: T1m4."""
 Cache = LayerCache | MambaState
-"""What a block keeps of the positions decoded so far."""
+"""Cache of a block in a decoder: keys and values of attention, or the state of a Mamba-2 layer."""
 
 
 class MambaSizes(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):

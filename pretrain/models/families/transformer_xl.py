@@ -43,7 +43,7 @@ class TransformerXLConfig(StackConfig, PredictsFurther, frozen=True, extra="forb
     """Transformer-XL (arXiv:1901.02860)."""
 
     attends_across_documents: ClassVar[bool] = False
-    """Whether a position sees earlier documents. Objectives of pairs need it."""
+    """False: a position sees only its own document. Objectives that read pairs refuse such a model."""
     family: Literal["transformer_xl"] = "transformer_xl"
     """Model family; each has its own fields."""
     sequence_length: int = Field(ge=1)

@@ -1,10 +1,8 @@
 """Encoder that model.py uses: ids with positions, and blocks in which positions see each other."""
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from pretrain.models.references.layers import (
     Weights,
     attend,
     feed_forward,
+    first_bytes,
     linear,
     norm,
     rotate,
@@ -71,15 +70,7 @@ def stack(w: Weights, name: str, x: Tensor, c: dict[str, Any], layers: int, visi
 
 def measure_masked(logits: Callable[[Tensor, Tensor], Tensor], length: int) -> None:
     """Print the bits of the byte in the middle of the first `length` bytes of the file that the command names."""
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} FILE")
-    try:
-        content = Path(sys.argv[1]).read_bytes()[:length]
-    except OSError as error:
-        sys.exit(f"error: {sys.argv[1]}: {error.strerror}")
-    if not content:
-        sys.exit(f"error: {sys.argv[1]} is empty; there is no byte to score")
-    ids = torch.tensor([list(content)])
+    ids = first_bytes(length)
     middle, given = ids.shape[1] // 2, ids.clone()
     given[0, middle] = MASK
     with torch.no_grad():

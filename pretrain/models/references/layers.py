@@ -115,8 +115,8 @@ def stack(
     return norm(w, f"{name}.norm", x)
 
 
-def measure(logits: Callable[[Tensor], Tensor], length: int) -> None:
-    """Print the bits per byte of the first `length` bytes of the file that the command names."""
+def first_bytes(length: int) -> Tensor:
+    """Return the (1, n) first bytes, at most `length`, of the file that the command names."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python {sys.argv[0]} FILE")
     try:
@@ -125,7 +125,12 @@ def measure(logits: Callable[[Tensor], Tensor], length: int) -> None:
         sys.exit(f"error: {sys.argv[1]}: {error.strerror}")
     if not content:
         sys.exit(f"error: {sys.argv[1]} is empty; there is no byte to score")
-    ids = torch.tensor([list(content)])
+    return torch.tensor([list(content)])
+
+
+def measure(logits: Callable[[Tensor], Tensor], length: int) -> None:
+    """Print the bits per byte of the first `length` bytes of the file that the command names."""
+    ids = first_bytes(length)
     with torch.no_grad():
         found = logits(ids)[0]
     nats = F.cross_entropy(found, ids[0, -len(found) :])

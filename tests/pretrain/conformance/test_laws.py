@@ -234,6 +234,12 @@ class Skipping(Transformer):
 def test_law_names_the_fault_of_a_model_that_breaks_it(
     broken: type[Transformer], law: str, message: str, tmp_path: Path
 ):
+    check_fault("transformer", broken, law, message, tmp_path)
+
+
+def check_fault(family: str, broken: type[ByteModel], law: str, message: str, folder: Path) -> None:
+    """Check that a law names the fault of a class that takes the place of a family's."""
+
     class Broken(Subject):
         def build(self, dtype: torch.dtype = torch.float32) -> ByteModel:
             model = super().build(dtype)
@@ -242,7 +248,7 @@ def test_law_names_the_fault_of_a_model_that_breaks_it(
 
     [chosen] = [known for known in LAWS if known.name == law]
     with pytest.raises(BrokenLawError, match=re.escape(message)):
-        chosen.check(Broken.of("transformer"), tmp_path)
+        chosen.check(Broken.of(family), folder)
 
 
 class Ahead(SpaceByte):
@@ -276,12 +282,4 @@ class Generous(SpaceByte):
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_laws_of_patches_name_the_fault(broken: type[SpaceByte], law: str, message: str, tmp_path: Path):
-    class Broken(Subject):
-        def build(self, dtype: torch.dtype = torch.float32) -> ByteModel:
-            model = super().build(dtype)
-            model.__class__ = broken
-            return model
-
-    [chosen] = [known for known in LAWS if known.name == law]
-    with pytest.raises(BrokenLawError, match=re.escape(message)):
-        chosen.check(Broken.of("spacebyte"), tmp_path)
+    check_fault("spacebyte", broken, law, message, tmp_path)
