@@ -12,9 +12,10 @@ Bytes of each for one parameter, on each of N GPUs, in bf16:
 
 With several passes a step, fsdp and hsdp hold whole gradients until the last one. In fp32 the weights of ZeRO have 4
 bytes; one process and DDP compute with the masters themselves. Muon keeps 4 bytes of moments for a parameter of a
-matrix within blocks. Frozen parameters have weights and masters, and neither gradients nor moments. The rows follow
-from what engines declare (`StateSharding`), and the moments from what optimizers declare (`OptimizerEntry`). Blocks
-that zero-3, fsdp and hsdp gather for a time count with the activations (`activations.GatheredBlocks`).
+matrix within blocks. Frozen parameters have weights and masters, and neither gradients nor moments. A small model whose
+entropies make the patches has 4 bytes for each of its own parameters, on every GPU and in any precision. The rows
+follow from what engines declare (`StateSharding`), and the moments from what optimizers declare (`OptimizerEntry`).
+Blocks that zero-3, fsdp and hsdp gather for a time count with the activations (`activations.GatheredBlocks`).
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class States(NamedTuple):
     """Bytes on each GPU that do not depend on the micro-batch."""
 
     weights: int
-    """Copies in the precision of the passes."""
+    """Copies in the precision of the passes, and the fp32 weights of a model that makes the patches."""
     gradients: int
     masters: int
     moments: int
@@ -125,12 +126,13 @@ def _states(
     sharding = sharding or StateSharding("one process")
     casts_masters = dtype != torch.float32 and not sharding.weights
     copy = width if sharding.copies_weights or casts_masters else 0
+    frozen = sum(patcher.frozen_bytes() for patcher in model.patchers().values())
 
     def share(is_sharded: bool) -> float:
         return 1 / holders if is_sharded else 1
 
     return States(
-        round(parameters * copy * share(sharding.weights)),
+        round(parameters * copy * share(sharding.weights)) + frozen,
         round(trained * GRADIENT * share(sharding.gradients and not (sharding.sums_in_last_pass and passes > 1))),
         round(parameters * MASTER * share(sharding.optimizer)),
         round(moments * share(sharding.optimizer)),

@@ -77,6 +77,10 @@ class EntropyModel:
         """Return the operations of all matrix products over one row."""
         return self.on(torch.device("meta")).flops(length)
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weights on a device, in fp32."""
+        return sum(parameter.nbytes for parameter in self.on(torch.device("meta")).parameters())
+
     def on(self, device: torch.device) -> ByteModel:
         """Return the model on a device, whose forward pass returns entropies in place of nats."""
         if device not in self._models:

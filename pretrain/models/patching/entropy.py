@@ -82,6 +82,9 @@ class Uncertainty(Protocol):
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products of `entropies` over one row."""
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weights on a device."""
+
 
 class Entropy(Patcher):
     """A patch starts where a model of bytes is uncertain of the next byte.
@@ -118,6 +121,10 @@ class Entropy(Patcher):
     def flops(self, length: int) -> int:
         """Return the operations of the model whose entropies decide."""
         return self.model.flops(length)
+
+    def frozen_bytes(self) -> int:
+        """Return the bytes of the weights of that model."""
+        return self.model.weight_bytes()
 
 
 def entropy_starts(

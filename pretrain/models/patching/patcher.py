@@ -94,6 +94,10 @@ class Patcher(nn.Module, ABC):
         """Return the operations of all matrix products of the rule over one row of `length` positions."""
         return 0
 
+    def frozen_bytes(self) -> int:
+        """Return the bytes of weights that each device holds for the rule, apart from its parameters."""
+        return 0
+
     @abstractmethod
     def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:
         """Return what the rule alone decides; see `forward` for the arguments."""

@@ -15,6 +15,8 @@ from pretrain.checkpoint import Metadata
 from pretrain.checkpoint.homes.folder import FolderHome
 from pretrain.config.schema import Config
 from pretrain.conformance import MODEL_LAWS, Subject
+from pretrain.estimate.activations import on_meta
+from pretrain.estimate.states import shardings
 from pretrain.evaluation.generation import SamplingError
 from pretrain.evaluation.speculation import check_speculates
 from pretrain.models import ByteModel, build_model, model_config, small_config
@@ -22,6 +24,7 @@ from pretrain.models.entropy_model import EntropyModel, patcher_of
 from pretrain.models.families.blt import BLT
 from pretrain.models.patching.entropy import Entropy, EntropyConfig, entropy_of, entropy_starts, find_threshold
 from pretrain.models.patching.frozen import FrozenModelError
+from pretrain.optim import OPTIMIZERS
 from pretrain.training.weights import find_checkpoint, model_changes
 from pretrain.training.weights.exports import write_export
 from pretrain.training.weights.foreign.source import ForeignFileError
@@ -177,6 +180,33 @@ def test_model_is_no_part_of_the_model_that_it_serves(exports: Path):
     state = torch.get_rng_state()
     rule(entropy_config(exports))(rows())  # reads the weights
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_small_model_takes_memory_on_every_device_in_any_precision(exports: Path):
+    """A weight of the small model has 4 bytes; no engine shards it, and it has no gradient and no moment."""
+    patcher = entropy_config(exports).model_dump()
+    models = [on_meta(small_config("blt", **changes)) for changes in ({}, {"patcher": patcher})]
+    without, own = (shardings(model, OPTIMIZERS.get("adamw"), torch.bfloat16, 16) for model in models)
+    added = 4 * trained(exports).parameter_count()
+    for before, after in zip(without, own, strict=True):
+        assert after.states == before.states._replace(weights=before.states.weights + added), before.name
+
+
+@pytest.mark.parametrize("family", ["blt", "spacebyte"])
+@pytest.mark.parametrize("rule", ["byte_class", "entropy"])
+def test_memory_does_not_depend_on_the_patches(exports: Path, family: str, rule: str):
+    """Shapes are static, so a rehearsal on constant ids keeps as many bytes for the backward pass as any other pass."""
+    patcher: dict[str, Any] = {"name": rule} if rule == "byte_class" else entropy_config(exports).model_dump()
+    model = build_model(small_config(family, patches=9, patcher=patcher)).train()
+    kept = []
+    for ids in (torch.zeros_like(rows()), rows(), torch.full_like(rows(), SEPARATOR), torch.full_like(rows(), PADDING)):
+        sizes = list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.nbytes), x)[1], lambda x: x
+        ):
+            model(ids)
+        kept.append(sum(sizes))
+    assert set(kept) == {kept[0]}
 
 
 def test_run_refuses_another_model(exports: Path):
