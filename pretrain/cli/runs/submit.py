@@ -1,6 +1,6 @@
 """The `submit` command: train a run as a supervised job of a cluster."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +77,8 @@ def submit_command(
     A supervisor restarts the run after failures, requeues its job, or ends it.
     """
     earlier = last_submission(Path(recipe))
-    file = find(_recipe_of_run(Path(recipe), earlier) or recipe)
+    of_run = _recipe_of_run(Path(recipe), earlier)
+    file = find(of_run or recipe)
     options = {
         "nodes": nodes,
         "spares": spares,
@@ -97,6 +98,8 @@ def submit_command(
     for warning in config.warnings():
         say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()
+    if of_run is not None:
+        _refuse_other_folder(Path(recipe), run, config, overrides or [])
     submission = submission_of(run, config, chosen, trace(file))
     if dry_run:
         typer.echo(submission.script())
@@ -131,6 +134,24 @@ def _recipe_of_run(folder: Path, submission: Path | None) -> Path | None:
     """Return the resolved recipe of a run's last start, or None if the folder is not a run."""
     recipe = (submission or folder) / "config.yaml"
     return recipe if recipe.is_file() else None
+
+
+def _refuse_other_folder(folder: Path, run: Path, config: Config, overrides: Sequence[str]) -> None:
+    """Raise ClusterError if the recipe of a run would train in another folder, and no override says so.
+
+    Args:
+        folder: of the run, as the command names it.
+        run: folder in which the recipe would train.
+        config: the recipe with its overrides.
+        overrides: of the command.
+    """
+    is_chosen = any(override.startswith(("run.name=", "run.root=")) for override in overrides)
+    if not is_chosen and run != folder.resolve():
+        raise ClusterError(
+            f"the recipe of {folder} trains {run} from here: run.root is {config.run.root} and run.name is "
+            f"{config.run.name}; submit it in the folder where it was submitted first, from which its relative paths "
+            "start, or set run.root and run.name"
+        )
 
 
 def submission_of(run: Path, config: Config, cluster: ClusterConfig, source: Mapping[str, str]) -> Submission:

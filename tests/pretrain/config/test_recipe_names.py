@@ -16,6 +16,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.config.new_recipe import write_copy
 from pretrain.config.schema import recipe_schema
+from tests.commands import run_here
 from tests.test_project import ROOT
 
 
@@ -51,6 +52,19 @@ def test_commands_accept_the_name_of_a_recipe():
     assert (estimated.exit_code, "debug" in estimated.output) == (0, True)
     printed = CliRunner().invoke(app, ["submit", "debug", "run.root=my runs", "--cluster", "cpu", "--dry-run"])
     assert (printed.exit_code, "name: debug" in printed.output) == (0, True)
+
+
+@pytest.mark.slow
+def test_run_is_submitted_only_where_its_relative_paths_lead_to_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    run = elsewhere / "first/runs/mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(load("debug", ["run.name=mine"]).as_yaml())
+    words = ("submit", "--cluster", "local", "--dry-run")
+    code, output = run_here(*words, run)
+    assert code == 1 and f"error: the recipe of {run} trains {elsewhere}/runs/mine from here" in output
+    assert run_here(*words, run, f"run.root={run.parent}")[0] == 0
+    monkeypatch.chdir(elsewhere / "first")
+    assert run_here(*words, run)[0] == run_here(*words, "runs/mine")[0] == 0
 
 
 def test_file_takes_precedence_over_a_recipe_name(elsewhere: Path):
