@@ -3,18 +3,23 @@
 python benchmarks/comparison.py DATA [--on NAME;NAME] [--size small|tiny] [--models NAME;NAME] [--steps N] [--context T]
     [--rate R] [--seeds N,N] [--most-context] [--runs FOLDER] [--out FOLDER]
 
-DATA holds the unpacked folders books, multilingual and audio. The corpora are English books, code (the running Python's
-library), Chinese with Japanese, and sound. `byteloom compare` trains each model with the same recipe
-(configs/comparison.yaml) except `model`. Each has the number of steps that makes its training FLOPs equal to the
-others'. `ByteModel.flops` counts a forward pass, with all the patches that a row may have; training counts as three of
-them. The models therefore differ in parameters. The validation after the last step scores each byte once, in rows that
-stand alone; --most-context scores them also by the mode of `byteloom eval` that gives a byte the most context. Results
-that exist already in the runs folder are not computed again.
+The corpora are english (books: DATA/books/train, DATA/books/valid), code (the running Python's library), chinese (with
+Japanese: DATA/multilingual) and sound (DATA/audio). They are prepared once, and DATA is not needed any more.
+
+`byteloom compare` trains each model with the same recipe (configs/comparison.yaml) except `model`. Each has the number
+of steps that makes its training FLOPs equal to the others'. `ByteModel.step_flops` counts three forward passes, with
+all the patches that a row may have. The models therefore differ in parameters. BLT with patches by entropy first trains
+a small model of bytes. Its training counts, and so does its forward pass in each step.
+
+The validation after the last step scores each byte once, in rows that stand alone; --most-context scores them also by
+the mode of `byteloom eval` that gives a byte the most context. Full rows have more patches than a row may have, and end
+without new ones: their share, and bytes a patch, are of the last steps of training.
+
+The same command resumes the comparison. Results that exist already in the runs folder are not computed again.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +28,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.compared import CONTEXT, MAIN, MODELS, RATES, flops_per_byte, model_tree
-from common.corpora import CORPORA, byteloom, prepared
-from pretrain.config.catalogue import TRAINING_PASSES
+from common.compared import BY_ENTROPY, CONTEXT, MAIN, MODELS, RATES, model_tree
+from common.corpora import CORPORA, byteloom, missing_folders, prepared
+from common.entropy_patches import ByteModel, byte_model
+from common.task import Task
 from pretrain.estimate.activations import on_meta
 from pretrain.models import model_config
 
-RECIPE = Path(__file__).parents[1] / "configs/comparison.yaml"
 BATCHES = {"small": 8192, "tiny": 4096}
 """Bytes of every batch, by size."""
-WARMUP = 0.1
-"""Share of the steps in which the learning rate rises."""
 AVERAGED = 20
 """Steps averaged in the plot and in metrics of patches."""
 LONGEST_CONTEXT_MODES = {"megabyte": "sliding-strided", "perceiver_ar": "windows", "transformer_xl": "memory"}
@@ -52,6 +55,8 @@ class Result:
     run: Path
     best: str
     """Bits per byte with the most context, with the mode; empty if not asked for."""
+    byte_model: ByteModel | None = None
+    """Model of bytes that was trained first, for patches by entropy."""
 
     @property
     def bits(self) -> float:
@@ -67,7 +72,24 @@ class Result:
     @property
     def forward(self) -> float:
         """FLOPs of the forward pass by byte."""
-        return float(self.trained["step_flops"]) / TRAINING_PASSES / self.trained["step_bytes"]
+        length = self.tree["sequence_length"]
+        return on_meta(model_config(self.tree)).flops(length) / length
+
+    @property
+    def flops_before(self) -> float:
+        """FLOPs of training before the first step: those of the model of bytes."""
+        return 0 if self.byte_model is None else float(self.byte_model.trained["flops"])
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all training."""
+        return self.flops_before + float(self.trained["flops"])
+
+    @property
+    def seconds(self) -> float:
+        """Time of all training steps by the clock, the mean over seeds."""
+        runs = [self.trained] if self.byte_model is None else [self.byte_model.trained, self.trained]
+        return sum(float(run["seconds"]["mean"]) for run in runs)
 
     def records(self, name: str) -> list[dict[str, float]]:
         """Return the records of the run's metrics that have a number."""
@@ -99,46 +121,32 @@ def main() -> None:
         results[corpus] = compare(chosen, corpus)
         print(details(corpus, results[corpus]), flush=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    draw(results, BATCHES[chosen.size], chosen.out / f"comparison-{chosen.size}-{chosen.context}.png")
+    draw(results, chosen.out / f"comparison-{chosen.size}-{chosen.context}.png")
     print(summary(results))
 
 
 def compare(chosen: argparse.Namespace, corpus: str) -> list[Result]:
     """Train and score the models on a corpus with the FLOPs of MEGABYTE's steps."""
     train, valid = prepared(corpus, chosen.data, chosen.runs / "corpora")
-    context, batch = chosen.context, BATCHES[chosen.size]
-    trees = {name: model_tree(chosen.size, name, context) for name in chosen.models}
-    budget = chosen.steps * batch * flops_per_byte(model_tree(chosen.size, "MEGABYTE", context))
-    words = [f"{key_of(name)}={RECIPE}" for name in trees]
-    for name, tree in trees.items():
-        rows = batch // tree["sequence_length"]
-        fields = {
-            "model": json.dumps(tree),
-            "data.lanes": rows,
-            "train.global_batch": rows,
-            "train.micro_batch": rows,
-            "optimizer.schedule.warmup_steps": round(WARMUP * budget / batch / flops_per_byte(tree)),
-        }
-        words += [f"{key_of(name)}:{field}={value}" for field, value in fields.items()]
-    words += [f"run.root={chosen.runs}", f"data.shards={train}", f"validation.shards={valid}"]
-    rate = chosen.rate or RATES[chosen.size]
-    words += [f"optimizer.learning_rate={rate}", "engine.precision=bf16", "health.spike=ignore"]
-    title = f"{chosen.size}-{corpus}-{context}-{chosen.steps}-at-{rate:g}"
-    printed = byteloom("compare", *words, "--flops", budget, "--name", title, "--seeds", chosen.seeds, "--json")
-    by_key = {each["name"]: each for each in json.loads(printed)["recipes"]}
+    rate, batch = chosen.rate or RATES[chosen.size], BATCHES[chosen.size]
+    settings = (chosen.runs, chosen.size, chosen.context, batch, chosen.steps, rate, chosen.seeds)
+    task = Task(corpus, train, valid, *settings)
+    trees = {name: model_tree(chosen.size, name, chosen.context) for name in chosen.models}
+    alone = {name: tree for name, tree in trees.items() if name != BY_ENTROPY}
+    trained = task.trained(task.title, alone, task.flops) if alone else {}
+    own = None
+    if BY_ENTROPY in trees:
+        own = byte_model(task)
+        trees[BY_ENTROPY]["patcher"] = own.patcher
+        left = task.flops - own.trained["flops"]
+        trained |= task.trained(f"{task.title}-after-entropy-model", {BY_ENTROPY: trees[BY_ENTROPY]}, left)
     results = []
     for name, tree in trees.items():
-        trained = by_key[key_of(name)]
-        run = chosen.runs / trained["runs"][0]["run"]
+        run = chosen.runs / trained[name]["runs"][0]["run"]
         mode = LONGEST_CONTEXT_MODES.get(tree["family"], "sliding")
         best = f"{bits_per_byte(run, valid, mode):.4f} ({mode})" if chosen.most_context else ""
-        results.append(Result(name, tree, trained, run, best))
+        results.append(Result(name, tree, trained[name], run, best, own if name == BY_ENTROPY else None))
     return sorted(results, key=lambda result: result.bits)
-
-
-def key_of(name: str) -> str:
-    """Return the name of a model in the comparison."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def bits_per_byte(run: Path, corpus: Path, mode: str) -> float:
@@ -164,17 +172,19 @@ def details(corpus: str, results: list[Result]) -> str:
                 cost,
                 f"{trained['steps']:,}",
                 f"{trained['bytes'] / 1e6:.2f} MB",
-                f"{trained['seconds']['mean']:.0f} s",
+                f"{result.flops:.3g}",
+                f"{result.seconds:.0f} s",
                 result.shown_bits,
                 result.best,
                 ", ".join(f"{stage['bytes_per_patch']:.2f}" for stage in stages),
                 ", ".join(f"{stage['overflow_rows']:.0%}" for stage in stages),
             ]
         )
-    names = ["model", "parameters", "FLOPs a byte, forward", "steps", "read", "training", "bits per byte"]
+    names = ["model", "parameters", "FLOPs a byte, forward", "steps", "read", "training FLOPs", "time", "bits per byte"]
     names += ["most context", "bytes a patch", "full rows"]
     used = [index for index in range(len(names)) if any(row[index] for row in rows)]
-    return f"{corpus}\n" + table([names[i] for i in used], ([row[i] for i in used] for row in rows))
+    remarks = [str(result.byte_model) for result in results if result.byte_model is not None]
+    return "\n".join([corpus, table([names[i] for i in used], ([row[i] for i in used] for row in rows)), *remarks])
 
 
 def summary(results: dict[str, list[Result]]) -> str:
@@ -190,7 +200,7 @@ def table(names: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def draw(results: dict[str, list[Result]], batch: int, path: Path) -> None:
+def draw(results: dict[str, list[Result]], path: Path) -> None:
     """Plot training bits per byte, as running means, over training FLOPs, a picture for each corpus."""
     columns = min(len(results), 2)
     lines = -(-len(results) // columns)
@@ -204,7 +214,7 @@ def draw(results: dict[str, list[Result]], batch: int, path: Path) -> None:
             step = np.array([record["step"] for record in records])
             width = min(AVERAGED, len(bits))
             smooth = np.convolve(bits, np.full(width, 1 / width), "valid")
-            spent = step[width - 1 :] * TRAINING_PASSES * result.forward * batch
+            spent = result.flops_before + step[width - 1 :] * result.trained["step_flops"]
             label = f"{result.name}, {result.trained['parameters'] / 1e6:.1f} M parameters"
             lowest = min(lowest, float(smooth.min()))
             axes.plot(spent, smooth, label=label, color=f"C{names.index(result.name)}")
@@ -220,24 +230,40 @@ def draw(results: dict[str, list[Result]], batch: int, path: Path) -> None:
 def arguments() -> argparse.Namespace:
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return text.split(";")
-
-    parser.add_argument("data", type=Path, help="folder that holds the folders books, multilingual and audio")
-    parser.add_argument("--on", type=names, default=list(CORPORA), help="corpora, by semicolons; default: all")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the raw data")
+    parser.add_argument("--on", type=names, default=[*CORPORA], help=f"of {';'.join(CORPORA)}; default: all")
     parser.add_argument("--size", choices=[*MODELS], default="small", help="3.3 or 0.5 million FLOPs a byte")
-    parser.add_argument("--models", type=names, help="names, by semicolons; default: those of the successors")
-    parser.add_argument("--steps", type=int, default=600, help="steps of MEGABYTE; the other models get the same FLOPs")
-    parser.add_argument("--context", type=int, default=CONTEXT, help="bytes of a row")
+    parser.add_argument("--models", type=names, default=MAIN, help=f"default: {';'.join(MAIN)}")
+    parser.add_argument(
+        "--steps", type=positive, default=600, help="of MEGABYTE; the other models get the same FLOPs; default: 600"
+    )
+    parser.add_argument("--context", type=positive, default=CONTEXT, help=f"bytes of a row; default: {CONTEXT:,}")
     parser.add_argument("--rate", type=float, help="peak learning rate; default: that of the size")
-    parser.add_argument("--seeds", default="0", help="seeds, by commas; the first is plotted")
+    parser.add_argument("--seeds", default="0", help="by commas; the first is plotted; default: 0")
     parser.add_argument("--most-context", action="store_true", help="score with the most context as well")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora; default: runs")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot; default: runs")
     chosen = parser.parse_args()
-    chosen.models = chosen.models or MAIN
+    for option, known in (("on", CORPORA), ("models", MODELS[chosen.size])):
+        if unknown := [name for name in getattr(chosen, option) if name not in known]:
+            parser.error(f"--{option}: {'; '.join(unknown)} is not known; choose from: {'; '.join(known)}")
+    if missing := missing_folders(chosen.on, chosen.data, chosen.runs / "corpora"):
+        parser.error(f"missing in DATA: {', '.join(map(str, missing))}; leave out their corpora by --on")
     return chosen
+
+
+def names(text: str) -> list[str]:
+    """Return names between semicolons, each once."""
+    if found := list(dict.fromkeys(name.strip() for name in text.split(";") if name.strip())):
+        return found
+    raise argparse.ArgumentTypeError("no name is given")
+
+
+def positive(text: str) -> int:
+    """Return a whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
 
 
 if __name__ == "__main__":

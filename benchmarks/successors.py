@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.batch import random_batch
-from common.compared import CONTEXT, MODELS, model_tree
+from common.compared import BY_ENTROPY, CONTEXT, MODELS, model_tree
 from common.report import Metric, report
 from data_pipeline.vocabulary import SEPARATOR
-from pretrain.config.catalogue import TRAINING_PASSES
 from pretrain.engines import EngineConfig, build_engine
 from pretrain.estimate.activations import measure_activations
 from pretrain.models import build_model, model_config
@@ -66,13 +65,15 @@ def steps(size: str, precision: str, rounds: int) -> list[Metric]:
     operations = {"product": 2.0 * SIDE**3}
     batch = random_batch(ROWS, CONTEXT)
     for name in MODELS[size]:
+        if name == BY_ENTROPY:
+            continue
         model = build_model(model_config(model_tree(size, name, CONTEXT)))
         length = model.sequence_length
         engine = build_engine(EngineConfig.model_validate({"precision": precision}), model, OptimizerConfig(), seed=0)
         if "memory_length" in MODELS[size][name]:
             continue  # a segment is no whole row
         work[name] = lambda engine=engine: engine.train_step(batch, step=0, learning_rate=1e-4)
-        operations[name] = float(TRAINING_PASSES * ROWS * model.flops(length))
+        operations[name] = float(ROWS * model.step_flops(length))
         if isinstance(model, SpaceByte | HNet):
             work[name + CHUNKING] = chunking(copy.deepcopy(model).to(DTYPES[precision]))
     seconds = in_turn(work, rounds)

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from pretrain.config.catalogue import TRAINING_PASSES
 from pretrain.models import build_model, model_config
 
 CONTEXT = 1024
@@ -17,6 +16,8 @@ PATCHES = 224
 a row."""
 FIXED = 6
 """Bytes of a fixed patch."""
+BY_ENTROPY = "BLT, patches by entropy"
+"""Model whose patches need a model of bytes; its section `model` lacks that model's export and the threshold."""
 
 
 def sizes(layers: int, width: int, heads: int) -> dict[str, int]:
@@ -114,8 +115,17 @@ MODELS = {"small": SMALL, "tiny": TINY}
 for models in MODELS.values():
     models["H-Net, patches by spaces"] = by_spaces(models["H-Net"])
     models["H-Net, patches of 6"] = fixed(models["H-Net"])
-MAIN = [name for name in SMALL if not name.startswith(("H-Net, patches", "Perceiver", "Transformer-XL"))]
+    models["BLT, patches of 6"] = fixed(models["BLT, patches by spaces"])
+    models[BY_ENTROPY] = models["BLT, patches by spaces"] | {"patcher": {"name": "entropy"}}
+CONTROLS = ("H-Net, patches", "BLT, patches of", "Perceiver", "Transformer-XL")
+MAIN = [name for name in SMALL if not name.startswith(CONTROLS)]
 """Models that are compared by default: without those of other families, and without controls."""
+BYTE_MODELS: dict[str, dict[str, Any]] = {
+    "small": {"family": "transformer", **sizes(1, 96, 2), "window": 64, **STD},
+    "tiny": {"family": "transformer", **sizes(1, 64, 1), "window": 64, **STD},
+}
+"""Models of bytes whose entropies decide where the patches of BY_ENTROPY start, by size: 0.32 and 0.16 million FLOPs a
+byte."""
 RATES = {"small": 1e-3, "tiny": 4e-3}
 """Peak learning rate by size."""
 
@@ -126,7 +136,7 @@ def model_tree(size: str, name: str, context: int) -> dict[str, Any]:
     With a context above the default, a Transformer-XL has rows of SEGMENT bytes and a memory as long. The patches of a
     row grow with the context.
     """
-    tree: dict[str, Any] = {"sequence_length": context, "dropout": 0.0, **MODELS[size][name]}
+    tree = _tree(context, MODELS[size][name])
     if "latents" in tree:
         tree["latents"] = context // 4
     if "patches" in tree:
@@ -138,8 +148,17 @@ def model_tree(size: str, name: str, context: int) -> dict[str, Any]:
     return tree
 
 
+def byte_model_tree(size: str, context: int) -> dict[str, Any]:
+    """Return the section `model` of the recipe of a model of bytes."""
+    return _tree(context, BYTE_MODELS[size])
+
+
+def _tree(context: int, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"sequence_length": context, "dropout": 0.0, **fields}
+
+
 def flops_per_byte(tree: dict[str, Any]) -> float:
-    """Return the operations of training on a byte, which counts as three forward passes."""
+    """Return the operations of training on a byte; see `ByteModel.step_flops`."""
     length = tree["sequence_length"]
     with torch.device("meta"):
-        return TRAINING_PASSES * build_model(model_config(tree)).flops(length) / length
+        return build_model(model_config(tree)).step_flops(length) / length

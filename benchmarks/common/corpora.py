@@ -1,9 +1,10 @@
 """Corpora of comparison.py, for training and validation: English, code, Chinese with Japanese, and sound."""
 
+import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HOLDOUT = {"code": 0.02, "sound": 0.005}
@@ -16,10 +17,29 @@ DECLARATIONS = ("udhr_cmn_hans", "udhr_cmn_hant", "udhr_jpn")
 """Translations of one text, which only train."""
 
 
+FOLDERS = {"english": ("books/train", "books/valid"), "chinese": ("multilingual",), "sound": ("audio",)}
+"""Folders of the raw data that a corpus is prepared from."""
+
+
 def byteloom(*arguments: object) -> str:
-    """Run a command and return its standard output."""
+    """Run a command and return its standard output. If it fails, end this process with its exit code."""
     command = [Path(sys.executable).parent / "byteloom", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    handler = signal.signal(signal.SIGINT, lambda *_: None)  # the command gets Ctrl+C too, and saves a checkpoint
+    try:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if done.returncode:
+        print(f"byteloom {arguments[0]} ended with {done.returncode}; the same command resumes", file=sys.stderr)
+        raise SystemExit(done.returncode)
+    return done.stdout
+
+
+def missing_folders(names: Iterable[str], data: Path, out: Path) -> list[Path]:
+    """Return the folders of raw data that corpora need and that do not exist; see `prepared`."""
+    unprepared = [name for name in names if not all(path.exists() for path in parts(name, out))]
+    needed = [data / folder for name in unprepared for folder in FOLDERS.get(name, ())]
+    return [folder for folder in needed if not folder.is_dir()]
 
 
 def prepared(name: str, data: Path, out: Path) -> tuple[Path, Path]:
@@ -30,10 +50,15 @@ def prepared(name: str, data: Path, out: Path) -> tuple[Path, Path]:
         data: folder of the unpacked archives.
         out: folder of the corpora.
     """
-    train, valid = out / name / "train", out / name / "validation"
+    train, valid = parts(name, out)
     if not train.exists() or not valid.exists():
         CORPORA[name](data, out / name)
     return train, valid
+
+
+def parts(name: str, out: Path) -> tuple[Path, Path]:
+    """Return the folders of the corpora for training and for validation."""
+    return out / name / "train", out / name / "validation"
 
 
 def english(data: Path, out: Path) -> None:

@@ -13,9 +13,8 @@ from pretrain.config.loading import load
 from pretrain.engines import compute_dtype, gpu_precision
 from pretrain.estimate.activations import measure_kept, on_meta
 from pretrain.estimate.states import shardings
+from pretrain.models.base import TRAINING_PASSES
 
-TRAINING_PASSES = 3
-"""Cost of training in forward passes: the backward pass has two products (gradients of inputs and weights) for one."""
 COMMENT_PATTERN = "^# {}: (.+?)\\.$"
 """Pattern of a line in the opening comment of a recipe."""
 

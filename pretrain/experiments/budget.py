@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from pretrain.config.catalogue import TRAINING_PASSES
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Config
 from pretrain.estimate.activations import on_meta
@@ -64,7 +63,7 @@ def cost_of(config: Config) -> StepCost:
     """Return the cost of a step of a recipe, without its time."""
     model, rows = on_meta(config.model), config.train.global_batch
     length = config.model.sequence_length
-    return StepCost(model.parameter_count(), TRAINING_PASSES * model.training_flops(length) * rows, length * rows)
+    return StepCost(model.parameter_count(), model.step_flops(length) * rows, length * rows)
 
 
 def _ceil(value: float) -> float:

@@ -14,7 +14,6 @@ from typing import Any
 
 from byteloom.core.errors import CorrectableError
 from byteloom.core.text import count
-from pretrain.config.catalogue import TRAINING_PASSES
 from pretrain.engines import ENGINES, CheckpointingConfig, EngineConfig, compute_dtype, gpu_precision
 from pretrain.estimate.activations import KEEP_ALL, activation_lines, on_meta
 from pretrain.estimate.states import USABLE, states_on_rank
@@ -199,7 +198,7 @@ def _shape(section: Any) -> dict[str, Any]:
 def _cost(config: ModelConfig) -> tuple[int, int]:
     """Return parameters, and training FLOPs of a row."""
     model = on_meta(config)
-    return model.parameter_count(), TRAINING_PASSES * model.flops(config.sequence_length)
+    return model.parameter_count(), model.step_flops(config.sequence_length)
 
 
 def _fitted(name: str, flops: float, devices: DeviceBudget, size: ModelSize, wanted: ModelSize) -> SizedRun | None:

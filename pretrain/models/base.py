@@ -103,6 +103,8 @@ class EncodingDecoder(Decoder, Protocol):
         """
 
 
+TRAINING_PASSES = 3
+"""Cost of training in forward passes: the backward pass has two products (gradients of inputs and weights) for one."""
 FURTHER_HEADS = "multi_byte."
 """Beginning of the names of the parameters of multi-byte prediction. No other parameter depends on them."""
 
@@ -341,6 +343,14 @@ class ByteModel(nn.Module, ABC):
         """Return the operations of the forward pass of a training step: `flops`, and those of further heads."""
         positions = len(range(length)[self.scored(length)])
         return self.flops(length) + (0 if self.multi_byte is None else self.multi_byte.flops(positions))
+
+    def step_flops(self, length: int) -> int:
+        """Return the operations of a training step on one row: TRAINING_PASSES times `training_flops`.
+
+        A model that only decides where patches start has no backward pass, so its operations count once.
+        """
+        forward_only = sum(patcher.flops(length) for patcher in self.patchers().values())
+        return TRAINING_PASSES * (self.training_flops(length) - forward_only) + forward_only
 
     def initial(self, name: str) -> Initial:
         """Return the distribution of a parameter's first values, as its module or else the model declares it."""

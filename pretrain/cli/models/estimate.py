@@ -119,7 +119,7 @@ def estimate(
     shared = f", each row on {context} of them" if context > 1 else ""
     title = f"{recipe} on {gpus_in_words}{shared}, micro-batch {rows}, {precision}"
     length = config.model.sequence_length
-    training_flops = 3 * model.training_flops(length) * rows // context
+    training_flops = model.step_flops(length) * rows // context
     if as_json:
         figures = {
             "recipe": recipe,

@@ -91,7 +91,7 @@ class Patcher(nn.Module, ABC):
         return Patches(wanted & (counts <= self.capacity), wanted, decision.probabilities, after)
 
     def flops(self, length: int) -> int:
-        """Return the operations of all matrix products of the rule over one row of `length` positions."""
+        """Return the operations of all matrix products over one row of models that the rule runs and nothing trains."""
         return 0
 
     def frozen_bytes(self) -> int:

@@ -116,7 +116,7 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
             model = scale_model(build_finetuned(recipe.model, recipe.finetune), recipe.model, recipe.optimizer)
         parameters = model.parameter_count()  # while the model is whole
         log_first_line(recipe, folder, world, model, precision)
-        flops_a_step = 3 * model.training_flops(recipe.model.sequence_length) * recipe.train.global_batch
+        flops_a_step = model.step_flops(recipe.model.sequence_length) * recipe.train.global_batch
         engine = _engine(recipe, model, precision, world)
         checkpoint = _load(store, engine, recipe, streams, rewinds)
         if checkpoint is None:

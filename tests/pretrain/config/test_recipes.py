@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from pretrain.cli.app import app
-from pretrain.config.catalogue import TRAINING_PASSES, CatalogueEntry, read_recipes
+from pretrain.config.catalogue import CatalogueEntry, read_recipes
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
 from pretrain.estimate.activations import on_meta
@@ -212,7 +212,7 @@ def test_training_costs_three_forward_passes_and_one_more_product_of_logits(
         model(ids).mean().backward()
     scored = len(range(*model.scored(config.sequence_length).indices(config.sequence_length)))
     logits = 2 * scored * model.head_weights()[0].numel()
-    assert counter.get_total_flops() == TRAINING_PASSES * model.flops(config.sequence_length) + logits - less
+    assert counter.get_total_flops() == model.step_flops(config.sequence_length) + logits - less
 
 
 @pytest.mark.slow

@@ -177,6 +177,7 @@ def test_model_is_no_part_of_the_model_that_it_serves(exports: Path):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in without.named_parameters()]
     assert not list(model.buffers())
     assert model.flops(32) == without.flops(32) + trained(exports).flops(32)
+    assert model.step_flops(32) == 3 * without.flops(32) + trained(exports).flops(32)  # it has no backward pass
     state = torch.get_rng_state()
     rule(entropy_config(exports))(rows())  # reads the weights
     assert torch.equal(torch.get_rng_state(), state)
