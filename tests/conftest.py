@@ -169,6 +169,21 @@ def recipe(tmp_path: Path, corpus_folder: Path) -> Path:
     return path
 
 
+def two_stages(length: int = 128) -> dict[str, object]:
+    """Return the section `model` of a small H-Net of two stages, with a head for the byte after the next."""
+    patcher = {"name": "learned", "size": 2.0}
+    stage = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "T1", "window": 16, "patcher": patcher}
+    return {
+        "family": "hnet",
+        "sequence_length": length,
+        "stages": [stage | {"patches": length * 3 // 4}, stage | {"width": 24, "patches": length // 3}],
+        "main": {"width": 32, "heads": 2, "layers": "T1"},
+        "mamba": {"head_width": 8, "state": 4, "chunk": 16},
+        "multi_byte": {"heads": 2},
+        "dropout": 0.1,
+    }
+
+
 def recipe_tree(corpus_folder: Path) -> dict[str, object]:
     return {
         "run": {"name": "run"},

@@ -22,6 +22,7 @@ from pretrain.models import ByteModel, all_families, build_model, small_config
 from pretrain.models.finetune import FinetuneConfig, apply
 from pretrain.objectives import show_rows
 from pretrain.optim import OptimizerConfig
+from pretrain.optim.scaling import scale_model
 from tests.pretrain.models.rows import rows_of
 
 T, ROWS, MICRO_BATCH = 32, 7, 2
@@ -56,14 +57,22 @@ def build(
     changes: Mapping[str, Any] = {},
     finetune: Mapping[str, Any] = {},
     *,
+    base: Mapping[str, Any] = {},
     has_multipliers: bool = False,
     **engine: Any,
 ) -> Engine:
-    """Build an engine that holds the initial values of a small model, whose config may have changes."""
+    """Build an engine that holds the initial values of a small model, whose config may have changes.
+
+    With `base`, which is `optimizer.base`, the model is scaled by mup.
+    """
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
-    small, how = model(family, **changes), OptimizerConfig.model_validate({"name": optimizer})
+    scaling = {"scaling": "mup", "base": base} if base else {}
+    how = OptimizerConfig.model_validate({"name": optimizer} | scaling)
+    of_model = small_config(family, **FURTHER_HEADS.get(family, {}), **changes)
+    small = model(family, **changes)
     with torch.device("meta"):
         apply(FinetuneConfig.model_validate(finetune), small)
+    scale_model(small, of_model, how)
     if has_multipliers:
         small.rate_multiplier, small.may_decay = rate_multiplier, may_decay  # type: ignore[method-assign]
     built = build_engine(config, small, how, 3, world, global_batch=ROWS, micro_batch=MICRO_BATCH)
