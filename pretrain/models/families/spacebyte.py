@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import SEPARATOR, VOCABULARY
+from pretrain.models.adapters import linear_layers
 from pretrain.models.base import ByteModel, units_of
 from pretrain.models.blocks.attention import visible_after, window_pairs
 from pretrain.models.blocks.cache import LayerCache
@@ -69,8 +70,12 @@ class SpaceByteConfig(PredictsFurther, frozen=True, extra="forbid", use_attribut
     """Activation of the feed-forward layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of attention weights and of each layer's output that training drops. The paper has none."""
+    parametrization: Literal["standard", "fan_in"] = "standard"
+    """Sizes of first values and of learning rates. standard: `initial_std` and one rate for all. fan_in: those of the
+    authors' code. Tables have a deviation of 1. Maps have 1 / sqrt(inputs), and as this factor of the learning rate."""
     initial_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights. They are normal, cut at two deviations."""
+    """Standard deviation of the initial weights with `parametrization` standard. They are normal, cut at two
+    deviations."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -119,11 +124,22 @@ class SpaceByte(ByteModel):
         self.last_blocks = blocks(local, local.layers - local.layers // 2, config.window)
         self.norm = LayerNorm(local.width)
         self.head = nn.Parameter(torch.empty(VOCABULARY, local.width))
+        self.multipliers = self._map_sizes() if config.parametrization == "fan_in" else {}
+        """Factor of the learning rate of each map by name, and deviation of its first values; {} with one rate."""
         self.initialize()
 
+    def _map_sizes(self) -> dict[str, float]:
+        """Return 1 / sqrt(inputs) of each map, by the name of its weight."""
+        maps = {f"{name}.weight": layer.in_features for name, layer in linear_layers(self).items()}
+        return {name: inputs**-0.5 for name, inputs in {**maps, "head": self.head.shape[1]}.items()}
+
+    def rate_multiplier(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter; see `SpaceByteConfig.parametrization`."""
+        return self.multipliers.get(name, 1.0)
+
     def model_initial(self, name: str) -> Initial:
-        """Return a normal distribution with the deviation of the config."""
-        return Initial(self.initial_std)
+        """Return a normal distribution; see `SpaceByteConfig.parametrization`."""
+        return Initial(self.multipliers.get(name, 1.0) if self.multipliers else self.initial_std)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the negative log-likelihood of every id; see `ByteModel.forward`."""
@@ -313,7 +329,7 @@ register_family(
         reference=REFERENCES / "spacebyte.py",
         config=SpaceByteConfig,
         build=SpaceByte,
-        free_fields=frozenset({"dropout", "initial_std", "patcher.model"}),
+        free_fields=frozenset({"dropout", "initial_std", "parametrization", "patcher.model"}),
         of_size=_of_size,
         small={
             "sequence_length": 32,

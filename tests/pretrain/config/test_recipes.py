@@ -125,6 +125,8 @@ def test_sizes_equal_those_of_table_14(
         ("megabyte/text", 704.6e6 + 226.5e6, "758M + 262M", "nominal"),  # 12 L D^2; the paper's names are larger
         ("transformer/text", 276.8e6, "320M", "nominal"),
         ("megabyte/books-10m", 10e6, None, None),
+        ("hnet/1-stage-l-spaces", 850e6, "850M", None),  # arXiv:2507.07955, table 1
+        ("mamba/fineweb-190m", 185e6, "190M", "nominal"),
     ],
 )
 def test_models_of_papers_have_the_sizes_of_the_papers(
@@ -145,6 +147,33 @@ def test_every_printed_result_says_mode_stride_and_split_or_that_the_paper_does_
         assert any(word in how for word in ("windows", "sliding", "memory", "mode")), name
         assert "stride" in recipe.evaluation if recipe.evaluation else True, name
         assert any(word in (split or how) for word in ("test", "validation", "split not stated", "fresh")), name
+
+
+@pytest.mark.parametrize(
+    ("name", "in_blocks", "bytes_per_patch", "per_byte", "read"),
+    [
+        ("pg19-201m", (201e6, 50e6), 6, 196e6, 1e19 / (3 * 196e6)),
+        ("github-151m", (151e6, 38e6), 8, 132e6, 1e19 / (3 * 132e6)),
+        ("pg19-793m", (793e6, 184e6), 8192 / 1344, 728e6, 30e9),
+    ],
+)
+def test_spacebyte_recipes_have_the_sizes_cost_and_bytes_of_tables_1_to_3(
+    name: str, in_blocks: tuple[float, float], bytes_per_patch: float, per_byte: float, read: float
+):
+    """arXiv:2404.14408. Its appendix counts 12 L D² weights, W keys a byte and all patches a patch."""
+    config = load(CONFIGS / f"spacebyte/{name}.yaml")
+    model = config.model
+    wide, local = model.global_model, model.local_model
+    weights = [12 * stack.layers * stack.width**2 for stack in (wide, local)]
+    assert weights == pytest.approx(in_blocks, rel=0.01)
+    assert model.sequence_length / model.patches == pytest.approx(bytes_per_patch)
+    of_patch = 2 * weights[0] + 4 * wide.layers * model.patches * wide.width
+    of_byte = 2 * (weights[1] + 256 * local.width) + 4 * local.layers * model.window * local.width
+    assert of_patch / bytes_per_patch + of_byte == pytest.approx(per_byte, rel=0.005)
+    train = config.train
+    assert train.steps * train.global_batch * model.sequence_length == pytest.approx(read, rel=0.005)
+    assert model.parametrization == "fan_in"
+    assert config.optimizer.learning_rate == pytest.approx(0.005 * train.global_batch**0.5)
 
 
 def test_perceiver_ar_of_megabytes_table_3_reads_400_billion_bytes_with_the_sizes_of_the_text_row():

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.models import build_model, small_config
 from pretrain.models.families.spacebyte import SpaceByte, run_blocks
+from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import add_at, chunk_places, gather
 from pretrain.models.patching.patcher import Patcher, PatchState
 from pretrain.models.patching.rules import ByteClass, Fixed
@@ -58,7 +59,7 @@ def test_patches_of_a_prefix_are_those_of_the_row(ids: Tensor, patcher: Patcher,
     starts, state = whole.starts, whole.state
     assert starts.sum(1).tolist() == state.patches.tolist()
     assert (starts.sum(1) <= patcher.capacity).all() and starts[:, 0].all()
-    assert not starts[read == PADDING].any()
+    assert not starts[read == PADDING].any() and whole.wanted[read == SEPARATOR].all()
     assert torch.equal(starts, whole.wanted & (whole.wanted.cumsum(1) <= patcher.capacity))
     first = patcher(read[:, :cut])
     rest = patcher(read[:, cut:], first.state)  # a decoder's two calls
@@ -92,6 +93,20 @@ def spacebyte(**changes: Any) -> SpaceByte:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
     return model.double().eval()
+
+
+def test_values_and_rates_of_maps_follow_their_inputs_as_in_the_authors_code():
+    """Linear of kjslag/spacebyte, transformer.py: deviation and rate have 1 / sqrt(inputs); tables are N(0, 1)."""
+    model = build_model(small_config("spacebyte", parametrization="fan_in"))
+    base = build_model(small_config("spacebyte"))
+    tables = {"embedding.weight", "start", "positions", "patch_positions"}
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert model.rate_multiplier(name) == 1 and model.initial(name) == base.initial(name)
+            continue
+        size = 1.0 if name in tables else parameter.shape[1] ** -0.5
+        assert model.rate_multiplier(name) == size and model.initial(name) == Initial(size), name
+        assert base.rate_multiplier(name) == 1 and base.initial(name) == Initial(0.02), name
 
 
 @torch.no_grad()
