@@ -36,6 +36,7 @@ from pretrain.models.blocks.unit import Unit
 from pretrain.models.initial import FIRST_VALUES, Initial
 from pretrain.models.patching.chunks import chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, FixedConfig, build_patcher
+from pretrain.models.patching.cross_attention import pool
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.patching.router import ExactLinear, LearnedConfig, Router, smooth
 from pretrain.models.references import FOLDER as REFERENCES
@@ -64,6 +65,9 @@ class StageConfig(LayoutConfig, frozen=True, extra="forbid", use_attribute_docst
     patches: int = Field(ge=1)
     """Patches that a row may have. A row with more continues without new ones. An untrained router starts one at about
     half of all positions."""
+    downsampling: Literal["select", "max", "mean"] = "select"
+    """Vector of a patch. select: the state where it starts. max and mean: over the states after the start of the patch
+    before, up to its own, the paper's ablations (appendix E.1)."""
 
     @property
     def positions_per_patch(self) -> float:
@@ -158,13 +162,28 @@ class Stage(nn.Module):
             if isinstance(config.patcher, LearnedConfig)
             else build_patcher(config.patcher, config.patches)
         )
+        self.downsampling = config.downsampling
         self.is_smoothed = isinstance(config.patcher, LearnedConfig) and config.patcher.smoothing
+        self.is_straight_through = isinstance(config.patcher, LearnedConfig) and config.patcher.straight_through
         self.residual = ExactLinear(config.width, config.width)
         self.pad = nn.Parameter(torch.empty(inner_width - config.width)) if inner_width > config.width else None
         self.decoder = LayoutStack(config.decoder, config, mamba, config.window, dropout)
 
-    def widen(self, x: Tensor) -> Tensor:
-        """Map (rows, k, width) states where patches start to inputs of the inner network."""
+    def patch_inputs(self, states: Tensor, starts: Tensor, places: Tensor) -> Tensor:
+        """Return inputs of the inner network.
+
+        Args:
+            states: (rows, n, width) of positions.
+            starts: (rows, n) where patches start.
+            places: (rows, k) positions of the starts, in order.
+
+        Returns:
+            (rows, k, inner_width)
+        """
+        if self.downsampling == "select":
+            x = gather(states, places)
+        else:
+            x = pool(states, starts.cumsum(1) - starts.long(), places.shape[1], self.downsampling)
         return x if self.pad is None else torch.cat([x, self.pad.expand(*x.shape[:2], -1)], -1)
 
     def smoothed(self, inner: Tensor, probabilities: Tensor | None, before: Tensor | None = None) -> Tensor:
@@ -195,13 +214,16 @@ class Stage(nn.Module):
         """
         if patches.probabilities is not None:
             confidence = torch.where(patches.starts, patches.probabilities, 1 - patches.probabilities)
-            newest = newest * (1 + confidence - confidence.detach())[..., None]  # times 1: a straight-through estimator
+            if self.is_straight_through:
+                confidence = 1 + confidence - confidence.detach()  # 1, with the gradient of the confidence
+            newest = newest * confidence[..., None]
         return (newest + self.residual(states)).to(states.dtype)
 
     def flops(self, length: int) -> int:
         """Return the operations of the stage's own matrix products over `length` positions of one row."""
-        maps = 3 if isinstance(self.patcher, Router) else 1
-        return self.encoder.flops(length) + self.decoder.flops(length) + 2 * maps * length * self.width**2
+        maps = [self.residual, *(self.patcher.linear_maps() if isinstance(self.patcher, Router) else ())]
+        weights = sum(each.weight.numel() for each in maps)
+        return self.encoder.flops(length) + self.decoder.flops(length) + 2 * length * weights
 
 
 class HNet(ByteModel):
@@ -244,7 +266,7 @@ class HNet(ByteModel):
 
         Embeddings have a deviation of 1, because the first norm is within the first block.
         """
-        if ".residual." in name or name.endswith(".pad"):
+        if ".residual." in name or name.endswith((".pad", ".score.bias")):
             return Initial()
         if ".convolution." in name:
             return Initial(quantile=lambda numbers: (2 * numbers - 1) / math.sqrt(TAPS))
@@ -305,7 +327,7 @@ class HNet(ByteModel):
         patches = stage.patcher(read, None, states)
         places, used = chunk_places(patches.starts, stage.patcher.capacity)
         of_patches = read.gather(1, places).masked_fill(~used, PADDING)
-        inner = self.run(level + 1, stage.widen(gather(states, places)), of_patches, losses)
+        inner = self.run(level + 1, stage.patch_inputs(states, patches.starts, places), of_patches, losses)
         probabilities = None if patches.probabilities is None else patches.probabilities.gather(1, places)
         newest = gather(stage.smoothed(inner, probabilities), patches.starts.cumsum(1) - 1)
         if isinstance(stage.patcher, Router) and torch.is_grad_enabled():
@@ -401,6 +423,8 @@ class _Network:
         self._inner = [_Network(model, level + 1, 1) for _ in range(rows)]
         self._newest: list[Tensor | None] = [None] * rows
         """(1, width) smoothed output of the newest patch of each row."""
+        self._open: list[Tensor | None] = [None] * rows
+        """For each row, (1, n, width) states after the start of its newest patch, if stages pool them."""
 
     def feed(self, x: Tensor, read: Tensor) -> Tensor:
         """Map the next positions, (rows, n, width), to their outputs; `read` is as of `HNet.run`."""
@@ -421,15 +445,31 @@ class _Network:
         starts, before = patches.starts[row : row + 1], self._newest[row]
         places = starts.nonzero()[None, :, 1]
         known = [] if before is None else [before[:, None]]
+        inputs = self._patch_inputs(row, states[row : row + 1], starts, places)
         if places.numel():
-            inner = self._inner[row].feed(
-                self._stage.widen(gather(states[row : row + 1], places)), read[row : row + 1].gather(1, places)
-            )
+            inner = self._inner[row].feed(inputs, read[row : row + 1].gather(1, places))
             of_row = None if patches.probabilities is None else patches.probabilities[row : row + 1].gather(1, places)
             known.append(self._stage.smoothed(inner, of_row, before))
         outputs = torch.cat(known, 1)
         self._newest[row] = outputs[:, -1]
         return gather(outputs, starts.cumsum(1) - (1 if before is None else 0))
+
+    def _patch_inputs(self, row: int, states: Tensor, starts: Tensor, places: Tensor) -> Tensor:
+        """Return what `Stage.patch_inputs` returns for a row, whose open patch may have begun in earlier calls."""
+        stage, kept = self._stage, self._open[row]
+        assert stage is not None and self._state is not None
+        if stage.downsampling == "select":
+            return stage.patch_inputs(states, starts, places)
+        if kept is not None:
+            states, starts, places = (
+                torch.cat([kept, states], 1),
+                F.pad(starts, (kept.shape[1], 0)),
+                places + kept.shape[1],
+            )
+        is_full = int(self._state.patches[row]) >= stage.patcher.capacity  # no later patch reads these states
+        ended = states.shape[1] if is_full else int(places[0, -1]) + 1 if places.numel() else 0
+        self._open[row] = states[:, ended:]
+        return stage.patch_inputs(states, starts, places)
 
 
 def _of_size(size: ModelSize) -> dict[str, Any]:

@@ -32,8 +32,14 @@ class LearnedConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     paper."""
     ratio_weight: float = Field(default=0.03, ge=0)
     """Factor of the ratio loss in the gradient. Reported losses are without it."""
+    routing: Literal["cosine", "linear"] = "cosine"
+    """Source of the probability of a start. cosine: the distance of neighbouring states. linear: a linear map of each
+    state alone and a sigmoid, the paper's ablation."""
     smoothing: bool = True
     """Whether outputs of patches are smoothed over patches. False is the paper's ablation."""
+    straight_through: bool = True
+    """Whether the confidence of a decision changes gradients alone. False is the paper's ablation: it multiplies the
+    outputs of patches."""
 
 
 class Router(Patcher):
@@ -46,18 +52,32 @@ class Router(Patcher):
         """Make the router of states of `width` channels."""
         super().__init__(capacity)
         self.target_ratio, self.ratio_weight = config.size, config.ratio_weight
-        self.query = ExactLinear(width, width, bias=False)
-        self.key = ExactLinear(width, width, bias=False)
+        self.score = self.query = self.key = None
+        if config.routing == "linear":
+            self.score = ExactLinear(width, 1)
+        else:
+            self.query = ExactLinear(width, width, bias=False)
+            self.key = ExactLinear(width, width, bias=False)
 
     def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:
         """Return where neighbouring states differ, and the probabilities."""
         assert hidden is not None, "a router reads hidden states"
-        queries, keys = self.query(hidden), self.key(hidden)
-        last = state.memory.get("query", torch.zeros_like(queries[:, 0]))
-        before = torch.cat([last[:, None], queries[:, :-1]], 1)
-        probabilities = ((1 - F.cosine_similarity(before, keys, -1)) / 2).clamp(0, 1)
+        memory: dict[str, Tensor] = {}
+        if self.query is None or self.key is None:
+            assert self.score is not None
+            probabilities = self.score(hidden)[..., 0].sigmoid()
+        else:
+            queries, keys = self.query(hidden), self.key(hidden)
+            last = state.memory.get("query", torch.zeros_like(queries[:, 0]))
+            before = torch.cat([last[:, None], queries[:, :-1]], 1)
+            probabilities = ((1 - F.cosine_similarity(before, keys, -1)) / 2).clamp(0, 1)
+            memory = {"query": queries[:, -1].detach()}
         probabilities = probabilities.masked_fill(read == SEPARATOR, 1.0)
-        return Decision(probabilities > 0.5, probabilities, {"query": queries[:, -1].detach()})
+        return Decision(probabilities > 0.5, probabilities, memory)
+
+    def linear_maps(self) -> list[nn.Linear]:
+        """Return the maps of a state that decide."""
+        return [each for each in (self.score, self.query, self.key) if each is not None]
 
     def loss(self, patches: Patches, read: Tensor) -> Tensor:
         """Return the (rows,) ratio loss of each row, times its weight. Positions that read PADDING do not count.

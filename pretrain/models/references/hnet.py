@@ -56,6 +56,9 @@ class Model:
         else:
             starts = starts_of(stage["patcher"], stage["patches"], read)
         inner = states[starts]
+        if stage.get("downsampling", "select") != "select":
+            parts = [states[first + 1 : last + 1] for first, last in zip([-1, *starts[:-1]], starts, strict=True)]
+            inner = torch.stack([part.amax(0) if stage["downsampling"] == "max" else part.mean(0) for part in parts])
         if f"{name}.pad" in w:
             inner = torch.cat([inner, w[f"{name}.pad"].expand(len(starts), -1)], 1)
         inner = self.run(level + 1, inner, [read[i] for i in starts])[:, : stage["width"]]
@@ -66,11 +69,17 @@ class Model:
                 average = weight * inner[patch] + (1 - weight) * average
                 inner = torch.cat([inner[:patch], average[None], inner[patch + 1 :]])
         newest = [sum(start <= i for start in starts) - 1 for i in range(len(read))]
-        joined = inner[newest] + linear(w, f"{name}.residual", states)
+        served = inner[newest]
+        if not stage["patcher"].get("straight_through", True):
+            served = torch.stack([p[i] if i in starts else 1 - p[i] for i in range(len(read))])[:, None] * served
+        joined = served + linear(w, f"{name}.residual", states)
         return self.stack(f"{name}.decoder", joined, stage, stage["decoder"], stage["window"])
 
     def probabilities(self, name: str, states: Tensor, read: Tensor) -> Tensor:
         """Return the probability that a patch starts at each position."""
+        if f"{name}.score.weight" in self.w:
+            p = linear(self.w, f"{name}.score", states)[:, 0].sigmoid()
+            return p.masked_fill(read == SEPARATOR, 1)
         queries, keys = linear(self.w, f"{name}.query", states), linear(self.w, f"{name}.key", states)
         p = (1 - F.cosine_similarity(queries[:-1], keys[1:], -1)) / 2
         return F.pad(p.clamp(0, 1), (1, 0)).masked_fill(read == SEPARATOR, 1)

@@ -197,6 +197,62 @@ def test_gradients_of_bytes_reach_the_router(path: str):
 
 
 @torch.no_grad()
+def test_linear_routing_decides_by_each_state_alone():
+    made = Router(9, 6, LearnedConfig(size=4.0, routing="linear")).double()
+    torch.nn.init.constant_(made.score.bias, 0.1)
+    hidden = torch.randn(2, 5, 6).double()
+    found = made(reading(2, 5), None, hidden)
+    expected = torch.sigmoid(hidden @ made.score.weight[0] + 0.1)
+    torch.testing.assert_close(found.probabilities[:, 1:], expected[:, 1:])
+    assert found.probabilities[:, 0].tolist() == [1.0, 1.0]
+    changed = hidden.clone()
+    changed[:, 2] = 0
+    other = made(reading(2, 5), None, changed).probabilities
+    assert torch.equal(other[:, [0, 1, 3, 4]], found.probabilities[:, [0, 1, 3, 4]])
+
+
+def test_confidence_multiplies_outputs_of_patches_without_the_straight_through_estimator():
+    """Equation 9 of arXiv:2507.07955; with the estimator, the factor is 1 and its gradient that of the confidence."""
+    states, newest = torch.randn(2, 1, 3, 16).double()
+    p = torch.tensor([[0.9, 0.2, 0.6]], dtype=torch.float64, requires_grad=True)
+    starts = torch.tensor([[True, False, False]])  # the capacity refuses the third
+    confidence = torch.tensor([0.9, 0.8, 0.4], dtype=torch.float64)
+    gradients = {}
+    for is_straight_through in (True, False):
+        rule = LEARNED | {"straight_through": is_straight_through}
+        stage = hnet(stages=[OUTER | {"patcher": rule}]).stages[0]
+        assert isinstance(stage, Stage)
+        joined = stage.join(states, newest, Patches(starts, starts, p, None)) - stage.residual(states)
+        factor = torch.ones(3) if is_straight_through else confidence
+        torch.testing.assert_close(joined, newest * factor[:, None])
+        (gradients[is_straight_through],) = torch.autograd.grad(joined.sum(), p)
+    expected = newest[0].sum(1) * torch.tensor([1.0, -1.0, -1.0])
+    torch.testing.assert_close(gradients[True][0], expected)
+    torch.testing.assert_close(gradients[False], gradients[True])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["select", "max", "mean"])
+def test_patch_is_a_state_or_pools_those_after_the_patch_before(how: str):
+    stage = hnet(stages=[OUTER | {"downsampling": how}]).stages[0]
+    assert isinstance(stage, Stage)
+    states = torch.randn(1, 8, 16).double()
+    starts = torch.tensor([[True, False, False, True, True, False, False, False]])
+    found = stage.patch_inputs(states, starts, torch.tensor([[0, 3, 4]]))[0, :, :16]
+    parts = states[0, :1], states[0, 1:4], states[0, 4:5]
+    expected = [{"select": part[-1], "max": part.amax(0), "mean": part.mean(0)}[how] for part in parts]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@torch.no_grad()
+def test_room_that_is_not_used_changes_nothing():
+    ids = random_ids()
+    models = [hnet(stages=[OUTER | {"patches": patches}]) for patches in (28, 32)]
+    assert (patches_of(models[0], ids)[0].wanted.sum(1) <= 28).all()
+    torch.testing.assert_close(models[0](ids), models[1](ids))
+
+
+@torch.no_grad()
 def test_patch_at_every_position_without_an_inner_network_leaves_a_residual():
     model = hnet(stages=[OUTER | {"patches": 32, "patcher": {"name": "fixed", "size": 1}}])
     stage = model.stages[0]
