@@ -94,8 +94,9 @@ class BLTConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docs
     """Hash n-grams whose vectors are added to those of bytes. Null: none."""
     slots: int = Field(default=2, ge=1)
     """Vectors of width d that a patch has in attention between positions and patches. The paper's 8B model has 4."""
-    pooling: Pooling = "max"
-    """Operation over the positions of a patch that gives the first vectors of its slots."""
+    pooling: Pooling | Literal["none"] = "max"
+    """Operation over the positions of a patch that gives the first vectors of its slots. none: learned vectors that all
+    patches share, an ablation of the paper."""
     encoder_attention: Literal["none", "last", "all"] = "last"
     """Encoder blocks after which slots attend to positions. none: the pooled vectors are the patches."""
     decoder_attention: Literal["none", "first", "all"] = "all"
@@ -113,6 +114,12 @@ class BLTConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docs
     """Share of attention weights and of each layer's output that training drops. The paper has none."""
     initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights. They are normal, cut at two deviations."""
+
+    @model_validator(mode="after")
+    def _patches_read_positions(self) -> Self:
+        if self.pooling == "none" and self.encoder_attention == "none":
+            raise ValueError("pooling none needs encoder_attention last or all; else patches would read no position")
+        return self
 
 
 class Members(NamedTuple):
@@ -154,7 +161,11 @@ class BLT(ByteModel):
         self.encoder_blocks = nn.ModuleList(
             TransformerBlock(*parts(local, config.window), RMSNorm) for _ in range(local.encoder_layers)
         )
-        self.first_slots = nn.Linear(d, config.slots * d, bias=False) if writes else None
+        self.first_slots = self.shared_slots = None
+        if config.pooling == "none":
+            self.shared_slots = nn.Parameter(torch.empty(config.slots, d))
+        elif writes:
+            self.first_slots = nn.Linear(d, config.slots * d, bias=False)
         self.slot_blocks = nn.ModuleList(
             SlotBlock(d, local.heads, config.cross_residual, config.dropout)
             for _ in range({"none": 0, "last": 1, "all": local.encoder_layers}[config.encoder_attention])
@@ -246,13 +257,15 @@ class BLT(ByteModel):
 
     def patch_inputs(self, states: list[Tensor], members: Members) -> Tensor:
         """Map encoder states to (rows, K, D) inputs of the global blocks."""
-        pooled = pool(states[0], members.own, members.slots, self.config.pooling)
-        if self.first_slots is not None:
-            slots = self.first_slots(pooled).unflatten(2, (self.config.slots, -1))
-            for block, x in zip(self.slot_blocks, states, strict=True):
-                slots = run_unit(block, slots, x, members.own)
-            pooled = slots.flatten(2)
-        inputs: Tensor = self.patch_input(pooled)
+        if self.shared_slots is None:
+            assert self.config.pooling != "none"
+            x = pool(states[0], members.own, members.slots, self.config.pooling)
+            x = x if self.first_slots is None else self.first_slots(x)
+        else:
+            x = states[0].new_zeros(len(states[0]), members.slots, 1) + self.shared_slots.flatten()
+        for block, read in zip(self.slot_blocks, states, strict=False):  # none reads them without attention to slots
+            x = run_unit(block, x.unflatten(2, (self.config.slots, -1)), read, members.own).flatten(2)
+        inputs: Tensor = self.patch_input(x)
         return inputs
 
     def patch_outputs(self, x: Tensor, documents: Tensor | None, caches: list[LayerCache] | None = None) -> Tensor:

@@ -98,9 +98,11 @@ class Model:
         """Map the outputs of encoder blocks at the positions of a patch, (n, d) each, to the vector of the patch."""
         c, w = self.config, self.w
         read = states if c["encoder_attention"] == "all" else states[-1:]
-        pooled = {"max": read[0].amax(0), "min": read[0].amin(0), "mean": read[0].mean(0)}[c["pooling"]]
+        if c["pooling"] != "none":
+            pooled = {"max": read[0].amax(0), "min": read[0].amin(0), "mean": read[0].mean(0)}[c["pooling"]]
         if c["encoder_attention"] != "none":
-            slots = linear(w, "first_slots", pooled).unflatten(0, (c["slots"], -1))
+            shared = c["pooling"] == "none"
+            slots = w["shared_slots"] if shared else linear(w, "first_slots", pooled).unflatten(0, (c["slots"], -1))
             for layer, x in enumerate(read):
                 slots = self.exchange(f"slot_blocks.{layer}.attention", slots, x)
             pooled = slots.flatten()

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from pretrain.conformance import ENGINE_LAWS, EXAMPLE_LAWS, LAWS, MODEL_LAWS, BrokenLawError, Law, Subject
 from pretrain.engines.registry import ENGINES
 from pretrain.models import ByteModel
+from pretrain.models.families.hnet import HNetConfig
 from pretrain.models.families.spacebyte import SpaceByte
 from pretrain.models.families.transformer import Transformer
 from pretrain.models.patching.patcher import Patcher
@@ -39,6 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
         {"decoder_attention": "none", "ngrams": {"sizes": (2, 5), "buckets": 50, "functions": 2, "normalize": True}},
         {"slots": 1, "activation": "gelu", "rotary_base": 10_000.0, "window": 1, "pooling": "mean"},
+        {"slots": 3, "pooling": "none", "decoder_attention": "first"},
         {"attention_across_documents": True, "window": None},
     ],
     "encoder": [
@@ -64,6 +66,17 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "stages": [
                 HNET_STAGE | {"width": 16, "patcher": {"name": "byte_class"}, "patches": 7},
                 HNET_STAGE | {"encoder": "", "patcher": {"name": "fixed", "size": 2}, "patches": 3},
+            ]
+        },
+        {
+            "stages": [
+                HNET_STAGE
+                | {
+                    "patcher": {"name": "learned", "size": 2, "routing": "linear", "straight_through": False},
+                    "patches": 12,
+                    "downsampling": "mean",
+                },
+                HNET_STAGE | {"encoder": "m1", "patches": 6, "downsampling": "max"},
             ]
         },
     ],
@@ -99,7 +112,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "spacebyte": [
         {},
         {"patcher": {"name": "fixed", "size": 4}, "window": None, "positions": "rotary", "query_key_norm": False},
-        {"patches": 3, "positions": "learned", "activation": "swiglu"},
+        {"patches": 3, "positions": "learned", "activation": "swiglu", "parametrization": "fan_in"},
     ],
     "transformer": [
         {},
@@ -143,6 +156,15 @@ def test_every_variant_of_a_family_obeys_the_laws(law: Law, name: str, changes: 
 def test_engine_laws_hold_for_a_family_with_memory_and_further_heads(law: Law, tmp_path: Path):
     """tests/distributed covers every engine and family on more ranks."""
     law.check(Subject.of("transformer_xl", multi_byte={"heads": 3}), tmp_path)
+
+
+@pytest.mark.slow
+def test_rates_of_stages_and_ratio_losses_are_the_same_after_a_resume_on_other_ranks(tmp_path: Path):
+    """Every stage of an H-Net has its own rate. A checkpoint has no rates: the model declares them at each start."""
+    (law,) = (law for law in LAWS if law.name == "fsdp")
+    subject = Subject.of("hnet")
+    assert isinstance(subject.config, HNetConfig) and len(set(subject.config.multipliers)) == 2
+    law.check(subject, tmp_path)
 
 
 def test_every_engine_without_groups_of_ranks_has_a_law():

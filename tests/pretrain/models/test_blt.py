@@ -96,6 +96,21 @@ def test_pooling_is_over_the_positions_of_a_patch(how: Any, expected: float):
     assert pool(x, PATCH[1:], 3, how)[0, 2, 0] == 0
 
 
+@torch.no_grad()
+def test_slots_without_pooling_are_learned_and_read_their_patch():
+    model = blt(pooling="none")
+    states, starts = torch.randn(2, 32, 16).double(), torch.zeros(2, 32, dtype=torch.bool)
+    starts[:, ::4] = True
+    members = model.members(starts, 8, None)
+    found = model.patch_inputs([states], members)
+    shared = model.shared_slots.expand(2, 8, -1, -1)
+    expected = model.patch_input(model.slot_blocks[0](shared, states, members.own).flatten(2))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found[:, 1], found[:, 2])
+    with pytest.raises(ValueError, match="pooling none needs encoder_attention"):
+        blt(pooling="none", encoder_attention="none")
+
+
 def test_gradients_of_patches_are_summed_in_fp32():
     slots = torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     spread(slots, torch.zeros(1, 1000, dtype=torch.long)).sum().backward()
