@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 class ScheduleConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """The learning rate over a run: a linear warm-up, then one of four shapes."""
+    """The learning rate over a run: a linear warm-up, then one of five shapes."""
 
-    shape: Literal["polynomial", "cosine", "constant", "wsd"] = "polynomial"
-    """Shape after the warm-up. polynomial: polynomial decay. cosine: half a cosine. constant: no decay. wsd (warm-up,
-    stable, decay): constant, then linear decay over the last `decay_steps`, or the last `decay_fraction` of the run."""
+    shape: Literal["polynomial", "cosine", "quarter_cosine", "constant", "wsd"] = "polynomial"
+    """Shape after the warm-up. polynomial: polynomial decay. cosine: half a cosine. quarter_cosine: cos(pi x / 2), as
+    SpaceByte's. constant: no decay. wsd (warm-up, stable, decay): constant, then linear decay over the last
+    `decay_steps`, or the last `decay_fraction` of the run."""
     warmup_steps: int = Field(default=500, ge=0)
     """Steps in which the rate rises from 0 to `learning_rate`."""
     final_fraction: float = Field(default=0.0, ge=0, le=1)
@@ -61,6 +62,8 @@ def learning_rate_at(config: "OptimizerConfig", step: int, steps: int) -> float:
         height = (1 - progress) ** schedule.power
     elif schedule.shape == "cosine":
         height = (1 + math.cos(math.pi * progress)) / 2
+    elif schedule.shape == "quarter_cosine":
+        height = math.cos(math.pi / 2 * progress)
     else:
         height = min((steps - step) / schedule.decay_length(steps), 1.0)
     return config.learning_rate * (schedule.final_fraction + (1 - schedule.final_fraction) * height)

@@ -37,7 +37,7 @@ def rates(**schedule: object) -> list[float]:
     return [learning_rate_at(config, step, STEPS) for step in range(STEPS + 1)]
 
 
-shapes = pytest.mark.parametrize("shape", ["polynomial", "cosine", "constant", "wsd"])
+shapes = pytest.mark.parametrize("shape", ["polynomial", "cosine", "quarter_cosine", "constant", "wsd"])
 
 
 @shapes
@@ -62,6 +62,7 @@ def test_schedules_have_the_shapes_of_their_names():
     assert rates(shape="cosine")[half] == pytest.approx(0.5)
     third = WARMUP + (STEPS - WARMUP) // 3
     assert rates(shape="cosine")[third] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
+    assert rates(shape="quarter_cosine")[third] == pytest.approx(math.cos(math.pi / 6))
     stable = rates(shape="wsd", decay_fraction=0.5)
     assert stable[STEPS // 2] == 1.0
     assert stable[STEPS // 2 + 10] == pytest.approx(0.8)
@@ -70,7 +71,7 @@ def test_schedules_have_the_shapes_of_their_names():
 
 @pytest.mark.slow
 @given(
-    shape=st.sampled_from(["polynomial", "cosine", "constant", "wsd"]),
+    shape=st.sampled_from(["polynomial", "cosine", "quarter_cosine", "constant", "wsd"]),
     steps=st.integers(1, 400),
     warmup=st.integers(0, 400),
     final=st.floats(0, 1),

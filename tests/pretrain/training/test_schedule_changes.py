@@ -22,7 +22,10 @@ def config(steps: int, rate: float = 3e-3, **schedule: Any) -> Config:
 
 
 schedules = st.fixed_dictionaries(
-    {"shape": st.sampled_from(["polynomial", "cosine", "constant", "wsd"]), "final_fraction": st.floats(0, 1)}
+    {
+        "shape": st.sampled_from(["polynomial", "cosine", "quarter_cosine", "constant", "wsd"]),
+        "final_fraction": st.floats(0, 1),
+    }
 )
 
 
