@@ -27,6 +27,9 @@ SMALLEST_STEP, LARGEST_STEP = 1e-3, 0.1
 """Range of the first steps Δ, drawn log-uniformly."""
 LARGEST_RATE = 16.0
 """Largest of the first rates -A, drawn uniformly from 1 on."""
+FORGOTTEN = -104.0
+"""Logarithm of a decay that is 0 in fp32. Smaller ones are raised to it: in sums over a chunk, they would round the
+decays of other positions away."""
 
 
 class MambaState:
@@ -216,7 +219,9 @@ def scan(
     fill = -length % chunk
     x, write, read = (_padded(part, fill).unflatten(1, (-1, chunk)) for part in (x, write, read))
     steps = _padded(steps, fill).unflatten(1, (-1, chunk))  # a step of 0 changes nothing
-    sums = (steps * rates).cumsum(2)  # (rows, chunks, chunk, heads) logarithm of the decay since the chunk began
+    sums = (
+        (steps * rates).clamp(min=FORGOTTEN).cumsum(2)
+    )  # (rows, chunks, chunk, heads) logarithm of the decay since the chunk began
     written = (x * steps[..., None]).to(x.dtype)
 
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()

@@ -72,6 +72,21 @@ def test_strong_decay_gives_finite_gradients():
     assert steps.grad is not None and steps.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("strong", [1e4, 1e10, 3e38])
+def test_positions_beside_a_very_strong_decay_stay_exact(strong: float):
+    """A sum of decays over a chunk would round those of all later positions to the precision of the strong one."""
+    generator = torch.Generator().manual_seed(0)
+    x, write, read = (torch.randn(1, 64, *shape, generator=generator) for shape in ((2, 3), (4,), (4,)))
+    steps = torch.rand(1, 64, 2, generator=generator) / 10
+    x[:, 20], steps[:, 20] = 0, strong
+    steps.requires_grad_()
+    chunked, _ = scan(x, steps, torch.tensor([-1.0, -16.0]), write, read, chunk=64)
+    stepwise, _ = scan(x, steps, torch.tensor([-1.0, -16.0]), write, read, chunk=1)
+    torch.testing.assert_close(chunked, stepwise, rtol=0, atol=1e-4)
+    chunked.sum().backward()
+    assert steps.grad is not None and steps.grad.isfinite().all()
+
+
 def test_result_does_not_depend_on_the_chunk():
     ids = torch.randint(0, SEPARATOR + 1, (2, 32), generator=torch.Generator().manual_seed(0))
     scores = []
