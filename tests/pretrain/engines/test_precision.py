@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from pretrain.engines import RankStep, StepResult, choose_precision, has_native_bf16, scoring_precision
 from pretrain.engines.peak import peak_flops
-from pretrain.engines.precision import NATIVE_SPEEDUP
+from pretrain.engines.precision import BUDGET_SECONDS, NATIVE_SPEEDUP, SIZES, bf16_speedup
 from pretrain.training.meter import Meter
 from tests.emulation import EMULATIONS, NO_ONEDNN, OLDER, is_slow
 
@@ -30,6 +31,22 @@ def test_emulated_bf16_is_measured_as_slow(name: str):
     speedup, native = done.stdout.split()
     assert float(speedup) < NATIVE_SPEEDUP
     assert native == "False"
+
+
+def test_slow_first_products_do_not_end_the_comparison_at_small_ones(monkeypatch: pytest.MonkeyPatch):
+    """Libraries prepare a first product for longer than the budget. Small products are slower in bf16 anywhere."""
+    multiply, sizes = torch.mm, list[int]()
+
+    def slow_at_first(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        end = time.thread_time() + BUDGET_SECONDS * (len(a) not in sizes)
+        while time.thread_time() < end:
+            pass
+        sizes.append(len(a))
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", slow_at_first)
+    bf16_speedup.__wrapped__()
+    assert max(sizes) > SIZES[0]
 
 
 def test_auto_is_the_fastest_precision_unless_the_run_has_one():
