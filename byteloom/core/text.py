@@ -1,5 +1,8 @@
 """Text for people and for files."""
 
+import io
+import sys
+
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun in the singular or the plural: 1 step, 2 steps."""
@@ -9,3 +12,10 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 def printable(text: str) -> str:
     """Return a text in which the bytes of a file name that are not UTF-8 are shown as escapes."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def escape_unknown_characters() -> None:
+    """Let standard output and error print escapes for characters that their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
