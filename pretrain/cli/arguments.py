@@ -41,13 +41,13 @@ def parse_path(text: str | Path) -> Path:
     return Path(parse_location(text))
 
 
-def check_finite(value: float) -> float:
-    """Return a number if it is finite. This is a typer callback: typer's bounds accept NaN and infinity.
+def check_finite(value: float | None) -> float | None:
+    """Return a number if it is finite, or None. This is a typer callback: typer's bounds accept NaN and infinity.
 
     Raises:
         typer.BadParameter: the number is NaN or infinite.
     """
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 

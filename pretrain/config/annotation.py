@@ -23,7 +23,7 @@ from byteloom.core.configs import CONFIGS
 from byteloom.core.registries.names import RegisteredName
 from byteloom.core.storage.files import replace_file
 from pretrain.config.loading import load
-from pretrain.config.recipe_yaml import RecipeDumper, RecipeLoader
+from pretrain.config.recipe_yaml import RecipeLoader, as_flow
 from pretrain.config.schema import Config
 
 COMMENT_COLUMN = 36
@@ -87,7 +87,7 @@ def _lines(
                 yield f"{indent}  - {first[len(indent) + 4 :]}"
                 yield from more
         else:
-            yield from _commented(f"{indent}{name}: {_flow(values[name])}", _explanation(field))
+            yield from _commented(f"{indent}{name}: {as_flow(values[name])}", _explanation(field))
 
 
 def _own_first(node: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -107,12 +107,6 @@ def _commented(text: str, comment: str) -> Iterator[str]:
     yield f"{text:{column}}# {first}"
     for line in more:
         yield f"{'':{column}}# {line}"
-
-
-def _flow(value: Any) -> str:
-    """Return a value as YAML in one line."""
-    written = yaml.dump(value, Dumper=RecipeDumper, default_flow_style=True, sort_keys=False, width=2**31)
-    return str(written).partition("\n")[0]
 
 
 def _explanation(field: FieldInfo) -> str:

@@ -44,6 +44,12 @@ def as_yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False)
 
 
+def as_flow(value: Any) -> str:
+    """Return a value as it is written in one line of a recipe."""
+    written = yaml.dump(value, Dumper=RecipeDumper, default_flow_style=True, sort_keys=False, width=2**31)
+    return str(written).partition("\n")[0]
+
+
 def as_scalar(value: str) -> str:
     """Return a text as it is written in a recipe: in quotes where YAML would read it as another type."""
     return yaml.dump(value, Dumper=RecipeDumper).splitlines()[0]

@@ -11,7 +11,7 @@ from rich.text import Text
 from byteloom.core.storage.files import replace_file
 from byteloom.core.text import count, printable
 from byteloom.model import Device
-from pretrain.cli.arguments import parse_location, parse_path
+from pretrain.cli.arguments import check_finite, parse_location, parse_path
 from pretrain.cli.models.weights import (
     BeginOption,
     DeviceOption,
@@ -70,14 +70,21 @@ def patches_command(
         int | None, typer.Option(min=1, help="Bytes of a patch of --rule fixed.", show_default=False)
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Entropy in nats, of --rule entropy.", show_default=False)
+        float | None,
+        typer.Option(help="Entropy in nats, of --rule entropy.", show_default=False, callback=check_finite),
     ] = None,
     increase: Annotated[
-        float | None, typer.Option(help="Rise of the entropy in nats, of --rule entropy.", show_default=False)
+        float | None,
+        typer.Option(help="Rise of the entropy in nats, of --rule entropy.", show_default=False, callback=check_finite),
     ] = None,
     bytes_per_patch: Annotated[
         float | None,
-        typer.Option(min=1.01, help="Find the threshold of --rule entropy for this mean size.", show_default=False),
+        typer.Option(
+            min=1.01,
+            help="Find the threshold of --rule entropy for this mean size.",
+            show_default=False,
+            callback=check_finite,
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write an HTML page, instead of colors in the terminal.", parser=parse_path)

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from byteloom.core.text import count
 from data_pipeline.vocabulary import PADDING, SEPARATOR
-from pretrain.cli.arguments import parse_path
+from pretrain.cli.arguments import check_finite, parse_path
 from pretrain.cli.models.weights import DeviceOption
+from pretrain.config.recipe_yaml import as_flow
 from pretrain.engines.base import choose_device
 from pretrain.evaluation.continuations import read_prompt
 from pretrain.evaluation.patches.rules import entropies_of_rows
@@ -16,11 +18,14 @@ from pretrain.evaluation.scores import EvaluationError
 from pretrain.models.entropy_model import EntropyModel
 from pretrain.models.patching.entropy import EntropyConfig, entropy_starts, find_threshold
 from pretrain.models.patching.frozen import frozen_config
-from pretrain.terminal.console import display
+from pretrain.terminal.console import display, say
 from pretrain.terminal.tables import JsonOption, print_json, print_lines
 from pretrain.training.stop import stopping_at_once
 
 app = typer.Typer()
+
+TOLERANCE = 0.05
+"""Relative difference from the wanted mean length above which a warning is printed."""
 
 
 class EntropyRule(StrEnum):
@@ -47,10 +52,16 @@ def threshold_command(
         Path,
         typer.Argument(metavar="FILE", help="File of text as in the corpus.", show_default=False, parser=parse_path),
     ],
-    bytes_per_patch: Annotated[float, typer.Option(min=1.01, help="Mean length of the patches.", show_default=False)],
+    bytes_per_patch: Annotated[
+        float,
+        typer.Option(min=1.01, help="Mean length of the patches.", show_default=False, callback=check_finite),
+    ],
     rule: Annotated[EntropyRule, typer.Option(help="Rule of the patches.")] = EntropyRule.GLOBAL,
     increase: Annotated[
-        float | None, typer.Option(help="Rise of the entropy in nats, of --rule combined.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Rise of the entropy in nats, of --rule combined.", show_default=False, callback=check_finite
+        ),
     ] = None,
     max_patch_length: Annotated[
         int | None, typer.Option(min=1, help="Longest patch in bytes. Default: any.", show_default=False)
@@ -86,11 +97,11 @@ def threshold_command(
     found = find_threshold(config, entropies, read, bytes_per_patch)
     starts = (entropy_starts(found, entropies, read, {})[0] | (read == SEPARATOR)) & (read != PADDING)
     mean = int((read != PADDING).sum()) / int(starts.sum())
+    if abs(mean / bytes_per_patch - 1) > TOLERANCE:
+        say(f"warning: no threshold gives patches of {bytes_per_patch:g} bytes in {file}; this one gives {mean:.3f}")
     patcher = found.model_dump(mode="json", exclude_none=True, exclude={"digest"})
     if as_json:
         print_json({"patcher": patcher, "bytes_per_patch": mean, "bytes": len(data)})
         return
-    fields = ", ".join(f"{name}: {value}" for name, value in patcher.items())
-    print_lines(
-        [f"{file}: {len(data):,} bytes in rows of {length:,}, {mean:.3f} bytes a patch", f"patcher: {{{fields}}}"]
-    )
+    print_lines([f"{file}: {count(len(data), 'byte')} in rows of {length:,}, {mean:.3f} bytes a patch"])
+    typer.echo(f"patcher: {as_flow(patcher)}")  # not folded: it is copied into a recipe

@@ -82,7 +82,8 @@ class RuleChoice:
         if self.name is RuleName.byte_class:
             return patches_of_rule(ByteClass(len(data)), data, progress), "rule byte_class"
         if self.size is not None:
-            return patches_of_rule(Fixed(len(data), self.size), data, progress), f"rule fixed of size {self.size}"
+            rule = Fixed(len(data), min(self.size, len(data)))  # a larger size has the same patches
+            return patches_of_rule(rule, data, progress), f"rule fixed of size {self.size}"
         assert self.model is not None
         config = EntropyConfig(
             model=self.model,

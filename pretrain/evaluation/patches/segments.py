@@ -8,6 +8,9 @@ import numpy as np
 from pretrain.evaluation.patches.finding import PatchedText
 from pretrain.evaluation.surprise import visible
 
+LONGEST_CHARACTER = 4
+"""Most bytes of a UTF-8 character."""
+
 
 class Segment(NamedTuple):
     """A patch of stage 0, or several if they start within one character."""
@@ -33,8 +36,9 @@ def segments_of(text: PatchedText, most: int) -> Iterator[Segment]:
         text: a text with its patches.
         most: bytes to show.
     """
-    while 0 < most < len(text.data) and text.data[most] & 0xC0 == 0x80:
-        most -= 1
+    for _ in range(LONGEST_CHARACTER - 1):
+        if 0 < most < len(text.data) and text.data[most] & 0xC0 == 0x80:
+            most -= 1
     levels = np.sum([mask[:most] for mask in text.starts.values()], axis=0).tolist()
     shown, first, stages = list[str](), 0, 0
     begin = 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -105,6 +105,7 @@ def test_agreement_counts_starts_at_places(pairs: list[tuple[bool, bool]]):
 
 
 @given(st.binary(min_size=1, max_size=40), st.integers(1, 40))
+@example(b"\x80" * 40, 30)
 @settings(max_examples=50)
 def test_segments_are_the_text_and_its_patches(data: bytes, most: int):
     text = of_class(data)
@@ -193,6 +194,7 @@ def test_command_shows_the_patches_of_a_rule(tmp_path: Path):
     file.write_bytes(b"One two, three.")
     assert invoke("patches", file, "--rule", "byte_class").startswith("│One │two,│ three.\n")
     assert invoke("patches", file, "--rule", "fixed", "--size", 4).startswith("│One │two,│ thr│ee.\n")
+    assert invoke("patches", file, "--rule", "fixed", "--size", 10**20).startswith("│One two, three.\n")
     in_colors = {"FORCE_COLOR": "1", "COLORTERM": "truecolor"}
     assert "\x1b[30;48;2;" in invoke("patches", file, "--rule", "byte_class", **in_colors)
     assert "│One │two" in invoke("patches", file, "--rule", "byte_class", **in_colors, NO_COLOR="1")

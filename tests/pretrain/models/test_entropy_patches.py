@@ -1,11 +1,13 @@
 """Patches by the entropy of a model of bytes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import Metadata
 from pretrain.checkpoint.homes.folder import FolderHome
+from pretrain.config.recipe_yaml import RecipeLoader
 from pretrain.config.schema import Config
 from pretrain.conformance import MODEL_LAWS, Subject
 from pretrain.estimate.activations import on_meta
@@ -311,9 +314,30 @@ def test_command_prints_the_section_of_a_recipe(exports: Path, tmp_path: Path):
     (tmp_path / "text").write_bytes(bytes(range(256)) * 2)
     code, output = run_here("threshold", exports / "small", tmp_path / "text", "--bytes-per-patch", "4", "--json")
     assert code == 0, output
-    found = json.loads(output)
+    found = json.loads(output[output.index("{") :])
     assert found["bytes_per_patch"] == pytest.approx(4, rel=0.05)
     assert EntropyConfig(**found["patcher"]).rule == "global"
+
+
+def test_printed_section_of_a_recipe_is_yaml_whatever_the_folder_and_the_terminal(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / "a, b: {c} #d" / "a name that is longer than the terminal is wide"
+    shutil.copytree(exports / "small", folder)
+    (tmp_path / "text").write_bytes(bytes(range(256)))
+    code, output = run_here("threshold", folder, tmp_path / "text", "--bytes-per-patch", "4")
+    assert code == 0, output
+    section = yaml.load(output.splitlines()[-1], RecipeLoader)
+    assert EntropyConfig(**section["patcher"]).model == str(folder)
+
+
+def test_mean_length_that_no_threshold_gives_is_refused_or_reported(exports: Path, tmp_path: Path):
+    (tmp_path / "text").write_bytes(b"a")
+    command = ("threshold", exports / "small", tmp_path / "text", "--bytes-per-patch")
+    assert run_here(*command, "nan")[0] == 2
+    code, output = run_here(*command, "5")
+    assert code == 0 and "no threshold gives patches of 5 bytes" in output and "1 byte in rows" in output, output
 
 
 def test_command_shows_patches_by_entropy(exports: Path, tmp_path: Path):
