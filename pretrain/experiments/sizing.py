@@ -110,10 +110,10 @@ def size_run(name: str, flops: float, devices: DeviceBudget, sequence_length: in
         raise BudgetError(f"the family {name} declares no sizes; use {', '.join(known)}")
     length = sequence_length or context_of(flops)
     wanted = best_size(name, flops, length)
-    for width in range(wanted.width, 0, -WIDTH_STEP):
-        size = ModelSize(width, layers_of(width), length)
-        if (found := _fitted(name, flops, devices, size, wanted)) is not None:
-            return found
+    if (found := _fitted(name, flops, devices, wanted, wanted)) is not None:
+        return found
+    if (found := _widest_fitting(name, flops, devices, wanted)) is not None:
+        return found
     raise BudgetError(
         f"not even a {name} of {WIDTH_STEP} channels and rows of {length} bytes fits into "
         f"{devices.memory / 2**30:g} GiB; give more --memory, or a shorter --sequence-length"
@@ -243,6 +243,17 @@ def _fitted(name: str, flops: float, devices: DeviceBudget, size: ModelSize, wan
                 wanted=wanted,
             )
     return None
+
+
+def _widest_fitting(name: str, flops: float, devices: DeviceBudget, wanted: ModelSize) -> SizedRun | None:
+    """Return the run of the widest model that is narrower than wanted and fits, by bisection; None if none fits."""
+    fits, fails, best = 0, wanted.width // WIDTH_STEP, None
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        size = wanted._replace(width=middle * WIDTH_STEP, layers=layers_of(middle * WIDTH_STEP))
+        found = _fitted(name, flops, devices, size, wanted)
+        fits, fails, best = (fits, middle, best) if found is None else (middle, fails, found)
+    return best
 
 
 def devices_in_words(devices: DeviceBudget) -> str:

@@ -1,5 +1,6 @@
 """The `recipe` command: a recipe from a budget."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -49,11 +50,10 @@ def recipe(
     tree = recipe_of(run, name, shards, devices)
     Config.model_validate(tree)
     if out is not None:
-        length = f" --sequence-length {sequence_length}" if sequence_length else ""
-        command = (
-            f"byteloom recipe --family {family} --flops {short(flops)} --memory {memory:g} --gpus {gpus}{length} "
-            f"--shards {shards}"
-        )
+        exact = short(flops) if float(short(flops)) == flops else str(flops)
+        words = ["--family", family, "--flops", exact, "--memory", f"{memory:g}", "--gpus", str(gpus)]
+        words += ["--sequence-length", str(sequence_length)] if sequence_length else []
+        command = shlex.join(["byteloom", "recipe", *words, "--shards", shards])
         schema = write_budget_recipe(tree, out, command, force)
     if as_json:
         print_json(tree)

@@ -1,6 +1,8 @@
 """Recipes of budgets: they load, cost what the budget pays for, and fit into the memory."""
 
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from pretrain.experiments.budget import cost_of
 from pretrain.experiments.budget_recipe import recipe_of, write_budget_recipe
 from pretrain.experiments.sizing import (
     BYTES_PER_PARAMETER,
+    WIDTH_STEP,
     BudgetError,
     DeviceBudget,
     SizedRun,
@@ -80,6 +83,7 @@ def test_too_little_memory_leads_to_recomputation_then_to_shards_then_to_narrowe
     short, config = planned("transformer", 1e15, usable / USABLE)
     assert short.size.width < ample.size.width == short.wanted.width
     assert held(config, 1) <= usable * GIB
+    assert short.size.width == ample.size.width - WIDTH_STEP  # the widest that fits
     sharded, config = planned("transformer", 1e15, usable / USABLE, gpus=4)
     assert (sharded.engine, sharded.size) == ("fsdp", ample.size)
     assert config.launch.processes == 4 and config.train.global_batch % (4 * config.train.micro_batch) == 0
@@ -123,9 +127,14 @@ def test_more_bytes_have_larger_batches_and_more_steps_and_no_jump_of_the_rate(r
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_command_writes_a_recipe_that_the_loader_reads(byteloom: Run, tmp_path: Path):
-    arguments = ("recipe", "--family", "mamba", "--flops", "1e12", "--sequence-length", "64", "--memory", "4")
+    arguments = ("recipe", "--family", "mamba", "--flops", "1.0001e12", "--sequence-length", "64", "--memory", "4")
+    arguments += ("--shards", "a corpus")
     shown = byteloom(*arguments, "--out", "mine.yaml", env={"COLUMNS": "100"}).stdout
     assert "training" in shown and "1e12 FLOPs" in shown
+    made_by = re.search("^# Made by `byteloom (.*)`", (tmp_path / "mine.yaml").read_text(), re.MULTILINE)
+    assert made_by is not None
+    words = shlex.split(made_by[1])
+    assert float(words[words.index("--flops") + 1]) == 1.0001e12 and words[-1] == "a corpus"
     config = load(tmp_path / "mine.yaml")
     assert (config.run.name, config.model.sequence_length, config.optimizer.scaling) == ("mine", 64, "mup")
     refused = byteloom(*arguments, "--out", "mine.yaml", check=False)
