@@ -12,6 +12,9 @@ from byteloom.core.seeds import seed_of
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.models.base import ByteModel, Decoder
 
+COLDEST = 1e-30
+"""Least temperature above 0 that is used. Logits divided by less are infinite in fp32."""
+
 
 class SamplingError(CorrectableError):
     """A sampling option is out of bounds."""
@@ -152,7 +155,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> list[int]:
         logits[:, SEPARATOR] = float("-inf")
     if sampling.temperature == 0:
         return logits.argmax(1).tolist()
-    logits = logits / sampling.temperature
+    logits = logits / max(sampling.temperature, COLDEST)
     if sampling.top_k is not None:
         smallest = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))

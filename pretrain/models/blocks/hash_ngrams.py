@@ -1,5 +1,7 @@
 """Embeddings of n-grams of bytes by their hashes (Byte Latent Transformer, arXiv:2412.09871, equations 3 to 5)."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field
@@ -32,7 +34,7 @@ SPECIAL = 1
 class NgramConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Hash n-gram embeddings (arXiv:2412.09871, section 3.2.1)."""
 
-    sizes: tuple[int, ...] = Field(default=(3, 4, 5, 6, 7, 8), min_length=1)
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(3, 4, 5, 6, 7, 8), min_length=1)
     """Bytes of the n-grams that end at a position."""
     buckets: int = Field(default=500_002, ge=1)
     """Vectors of the table of each size. N-grams whose hashes agree modulo this number share a vector."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.vocabulary import PADDING, SEPARATOR
@@ -36,6 +37,12 @@ def test_hash_of_an_ngram_is_a_polynomial_modulo_two_to_the_64(ids: list[int]):
             value = sum(token * prime**power for power, token in enumerate(tokens)) % 2**64
             value -= 2**64 * (value >= 2**63)  # signed, so that some sums are negative
             assert buckets[0, place] == value % config.buckets
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_ngrams_have_a_byte_at_least(size: int):
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        NgramConfig(sizes=(3, size))
 
 
 def test_ngrams_stop_at_the_start_of_a_document():
