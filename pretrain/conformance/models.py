@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
-from pretrain.conformance.patches import check_patches, check_useful_flops
+from pretrain.conformance.patches import check_activations, check_patches, check_useful_flops
 from pretrain.conformance.subject import SEED, Law, Subject, require
 from pretrain.evaluation.modes import Mode, evaluate_model
 from pretrain.models import Decoder, RewindingDecoder, family
@@ -267,5 +267,5 @@ MODEL_LAWS = (
         )
     ),
     *map(Law.of, (check_flops, check_first_values, check_gradients)),
-    *(Law.of(check, visibilities=CAUSAL) for check in (check_patches, check_useful_flops)),
+    *(Law.of(check, visibilities=CAUSAL) for check in (check_patches, check_useful_flops, check_activations)),
 )

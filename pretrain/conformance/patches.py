@@ -66,6 +66,30 @@ def check_useful_flops(subject: Subject, folder: Path) -> None:
             patcher.capacity = count
 
 
+def check_activations(subject: Subject, folder: Path) -> None:
+    """Check that a training pass keeps as many bytes for any ids, so that a rehearsal on constant ids measures them."""
+    model = subject.build().train()
+    if not model.patchers():
+        return
+    empty, _ = model.empty_example(2, torch.device("cpu"))
+    expected, kept = bytes_kept(model, empty), bytes_kept(model, subject.ids(2))
+    require(kept == expected, f"a training pass keeps {kept:,} bytes, and {expected:,} bytes on constant ids")
+
+
+def bytes_kept(model: ByteModel, ids: Tensor) -> int:
+    """Return the bytes of all tensors that a forward pass keeps for the backward pass."""
+    total = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal total
+        total += x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(ids)
+    return total
+
+
 def starts_of(model: ByteModel, ids: Tensor) -> Starts:
     """Return where patches start in a pass over ids, by stage, for each byte.
 

@@ -294,12 +294,21 @@ class Generous(SpaceByte):
         return super().useful_flops(length, [min(self.patcher.capacity, length)])
 
 
+class Packed(SpaceByte):
+    """Model whose global blocks read the patches that there are."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        patches = int(self.patches(ids[:, :-1]).starts.sum(1).max())
+        return super().forward(ids) + 0 * self.patch_outputs(torch.zeros(len(ids), patches, self.widths[0]), 0).sum()
+
+
 @pytest.mark.parametrize(
     ("broken", "law", "message"),
     [
         (Ahead, "patches", "has other starts of stage 0 at positions"),
         (Nameless, "patches", "names other rules"),
         (Generous, "useful_flops", "useful_flops of [8] patches"),
+        (Packed, "activations", "bytes on constant ids"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

@@ -325,25 +325,6 @@ def test_rows_of_a_decoder_have_patches_of_their_own():
                 logits = decoder.step(ids[:, place])
 
 
-def test_memory_does_not_depend_on_the_patches():
-    """Shapes are static, so a rehearsal on constant ids keeps as many bytes for the backward pass as any other pass."""
-    model = hnet(**TWO)
-
-    def kept(ids: Tensor) -> int:
-        total = 0
-
-        def pack(x: Tensor) -> Tensor:
-            nonlocal total
-            total += x.numel() * x.element_size()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model(ids)
-        return total
-
-    assert kept(torch.zeros(2, 32, dtype=torch.long)) == kept(random_ids(2))
-
-
 def test_first_values_of_routers_are_the_identity_and_of_residuals_zero():
     model = build_model(small_config("hnet"))
     for name, parameter in model.named_parameters():
