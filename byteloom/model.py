@@ -40,6 +40,7 @@ from pretrain.evaluation.objective_scores import score_objective
 from pretrain.evaluation.patches.finding import PatchedText, patches_of_model
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf, Score
 from pretrain.evaluation.speculation import Speculation, check_speculates, speculate_rows
+from pretrain.evaluation.window_entropies import EntropyScorer, NatsOf
 from pretrain.evaluation.windows import ScoredWindow
 from pretrain.models import ByteModel, build_model, form_of, model_config, with_usage_options
 from pretrain.objectives import Visibility
@@ -234,12 +235,14 @@ class Model:
             return [bits[len(context) :] * math.log(2) for (context, _), bits in zip(pairs, whole, strict=True)]
         found = [np.empty(len(continuation)) for _, continuation in pairs]
         separator = [SEPARATOR] * self._after_separator
+        nats_of = scorer(self.module)
         windows = list[tuple[int, ScoredWindow]]()
         for number, (context, continuation) in enumerate(pairs):
             ids = np.array([*separator, *context, *continuation], np.int16)
-            windows += [(number, window) for window in _windows_at_end(self.module, ids, len(continuation))]
+            at_end = _windows_at_end(self.module, ids, len(continuation), nats_of)
+            windows += [(number, window) for window in at_end]
         windows.sort(key=lambda each: len(each[1].ids))
-        scored = score_windows(scorer(self.module), (window for _, window in windows), rows)
+        scored = score_windows(nats_of, (window for _, window in windows), rows)
         numbers = (number for number, _ in windows)
         for batch, nats in scored:
             for window, row in zip(batch, nats.double().numpy(), strict=True):
@@ -311,7 +314,7 @@ class Model:
             raise EvaluationError(f"objective.name {self.objective.name} is scored in a mode; call evaluate")
         device = next(self.module.parameters()).device
 
-        def nats_of(ids: Ids, given: NDArray[np.integer] | None) -> Tensor:
+        def nats_of(ids: Ids, given: NDArray[np.number] | None) -> Tensor:
             with torch.no_grad():
                 further = [] if given is None else [torch.from_numpy(given).to(device)]
                 nats: Tensor = self.module(torch.from_numpy(ids).to(device), *further)
@@ -491,7 +494,9 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise EvaluationError(f"{name} is {value}; it must be one of {', '.join(choices)}")
 
 
-def _windows_at_end(module: ByteModel, ids: NDArray[np.int16], count: int) -> Iterator[ScoredWindow]:
+def _windows_at_end(
+    module: ByteModel, ids: NDArray[np.int16], count: int, nats_of: NatsOf | EntropyScorer
+) -> Iterator[ScoredWindow]:
     """Yield the windows that score the last `count` ids of a document. Their offset is that of the first scored id."""
     length = len(ids)
     whole = len(range(min(length, module.sequence_length))[module.scored(min(length, module.sequence_length))])
@@ -499,7 +504,8 @@ def _windows_at_end(module: ByteModel, ids: NDArray[np.int16], count: int) -> It
     for begin in range(length - count, length, step or 1):
         end = min(begin + step, length)
         first = max(0, end - module.sequence_length)
-        yield ScoredWindow("", "binary", ids[first:end], begin - (length - count), begin - first)
+        part = nats_of.part_of(ids, first, end) if isinstance(nats_of, EntropyScorer) else None
+        yield ScoredWindow("", "binary", ids[first:end], begin - (length - count), begin - first, part)
 
 
 def _check_bytes(name: str, value: object) -> None:

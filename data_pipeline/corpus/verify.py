@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from byteloom.core.progress import Progress, Tally
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.entropies import verify_entropies
 from data_pipeline.corpus.index import INDEX_FILES, ShardIndex, open_index_file, scan_shard, scan_tar
 from data_pipeline.corpus.manifest import FIELDS, SHARD_FIELDS, fields_of_shards, index_header, read_manifest
 from data_pipeline.corpus.storage.remote import PIECE_BYTES, RemoteConfig
@@ -63,7 +64,8 @@ def verify(location: str | Path, threads: int, progress: Progress, remote: Remot
                     faults += _faults_of_shard(corpus, shard, scanned)
         if foreign := comparison.foreign(corpus.storage):
             return [foreign, *others]
-        return others + _strangers(corpus.storage, corpus.manifest) + comparison.finish() + faults
+        strangers = _strangers(corpus.storage, corpus.manifest)
+        return others + strangers + comparison.finish() + faults + verify_entropies(corpus)
 
 
 def faults_of_list(storage: Storage, content_sha256: str | None, lengths: NDArray[np.void] | None) -> list[str]:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, model_validator
 
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.entropies import Entropies, StoredEntropies
 from data_pipeline.corpus.withdrawn import Withdrawal
 from data_pipeline.errors import CorpusError, CorruptBlockError
 from data_pipeline.stream.documents import DocumentRows, Ends, HoleError, LongDocuments, read_rows_of_blocks
@@ -73,6 +74,8 @@ class _Content(NamedTuple):
     """The block's content; only its raw bytes if documents are concatenated without separators."""
     ends: NDArray[np.int64]
     """Offsets of the ends of documents in the content."""
+    entropies: Entropies | None
+    """Entropies of the units; None if they are not read."""
 
 
 class ByteStream:
@@ -89,6 +92,7 @@ class ByteStream:
         bad_blocks: number of damaged blocks that become holes; one more is an error. None: any number, for a run, whose
             ranks agree on holes together (see Reading).
         version: version of the order.
+        entropies: entropies beside the corpus, which rows have too. No other part of the rows depends on them.
 
     Raises:
         CorpusError: the corpus is shorter than one sequence.
@@ -104,8 +108,10 @@ class ByteStream:
         seed: int,
         bad_blocks: int | None,
         version: int = ORDER_VERSION,
+        entropies: StoredEntropies | None = None,
     ) -> None:
-        self._options: dict[str, Any] = {"lanes": lanes, "seed": seed, "bad_blocks": bad_blocks}
+        self._options: dict[str, Any] = {"lanes": lanes, "seed": seed, "bad_blocks": bad_blocks, "entropies": entropies}
+        self._entropies = entropies
         self.corpus = corpus
         self.sequence_length = sequence_length
         self.packing = packing
@@ -212,7 +218,8 @@ class ByteStream:
             CorpusError: a block cannot be read, or more blocks are damaged than the config allows.
         """
         sequences = np.concatenate(groups)
-        window = Window(len(sequences), self.sequence_length, self._memory)
+        has_entropies = self._entropies is not None
+        window = Window(len(sequences), self.sequence_length, self._memory, has_entropies=has_entropies)
         rows = list[int]()
         # In the order of first rows: consecutive rows are then evenly spaced.
         for run in sorted(self.order.runs(sequences), key=lambda run: run.rows.start):
@@ -232,6 +239,8 @@ class ByteStream:
                 window.pad(place, place + piece.length)
             else:
                 window.put(place, content.units[piece.start : stop])
+                if content.entropies is not None:
+                    window.put_entropies(place, content.entropies[piece.start : stop])
                 if self._separate:
                     ends = content.ends
                     own = ends[ends.searchsorted(piece.start) : ends.searchsorted(stop)]
@@ -320,8 +329,11 @@ class ByteStream:
     def _read_content(self, piece: Piece) -> _Content:
         content, document_ends = self.corpus.read_content(piece.block, through=piece.last_of_extent)
         units, ends = np.frombuffer(content, np.uint8), document_ends.astype(np.int64)
-        steps_over = self.packing.packing == "concatenate" and not self._separate
-        return _Content(np.delete(units, ends) if steps_over else units, ends)
+        entropies = None if self._entropies is None else self._entropies.read(piece.block)
+        if self.packing.packing == "concatenate" and not self._separate:  # rows step over the ends of documents
+            units = np.delete(units, ends)
+            entropies = None if entropies is None else np.delete(entropies, ends)
+        return _Content(units, ends, entropies)
 
     def _read_documents(self, run: Run, sequences: NDArray[np.int64], window: Window, place: int) -> None:
         """Read a run of rows of documents to a place of a window."""
@@ -347,7 +359,10 @@ class ByteStream:
         with suppress(HoleError):  # the row ends there
             for part in self.rows.parts(piece.block, number, epoch, ends_of):
                 length = part.stop - part.start
-                window.put(place, contents[part.block].units[part.start : part.stop])
+                content = contents[part.block]
+                window.put(place, content.units[part.start : part.stop])
+                if content.entropies is not None:
+                    window.put_entropies(place, content.entropies[part.start : part.stop])
                 if part.has_separator:
                     window.separate(np.array([place + length - 1]))
                 for mask in self.masks(part.block):

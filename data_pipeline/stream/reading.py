@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.entropies import EntropiesKey, StoredEntropies
 from data_pipeline.corpus.withdrawn import Withdrawal, prefix_digest
 from data_pipeline.errors import CorpusError, CorruptBlockError, DamagedCorpusError
 from data_pipeline.stream.byte_stream import ByteStream, PackingConfig
@@ -288,8 +289,10 @@ class Reading:
         return max(entry for entry in self.record.batches if entry[0] < step)
 
 
-def open_streams(config: DataConfig, sequence_length: int) -> dict[str, ByteStream]:
-    """Open the corpora of a recipe, and return their streams by source.
+def open_streams(
+    config: DataConfig, sequence_length: int, entropies: EntropiesKey | None = None
+) -> dict[str, ByteStream]:
+    """Open the corpora of a recipe, and return their streams by source. Arguments are those of `open_stream`.
 
     Raises:
         CorpusError: a corpus is missing, damaged or shorter than a sequence.
@@ -297,31 +300,36 @@ def open_streams(config: DataConfig, sequence_length: int) -> dict[str, ByteStre
     streams: dict[str, ByteStream] = {}
     with ExitStack() as opened:
         for name, source in config.sources().items():
-            streams[name] = open_stream(config, source, sequence_length)
+            streams[name] = open_stream(config, source, sequence_length, entropies)
             opened.enter_context(streams[name].corpus)
         opened.pop_all()  # keep them open
     return streams
 
 
-def open_stream(config: DataConfig, source: SourceConfig, sequence_length: int) -> ByteStream:
+def open_stream(
+    config: DataConfig, source: SourceConfig, sequence_length: int, entropies: EntropiesKey | None = None
+) -> ByteStream:
     """Open one corpus of a recipe, and return its stream.
 
     Args:
         config: the recipe's data node.
         source: the corpus.
         sequence_length: length of a training sequence.
+        entropies: entropies beside the corpus that rows have too; None: they have none.
 
     Raises:
-        CorpusError: the corpus is missing, damaged or shorter than a sequence.
+        CorpusError: the corpus is missing, damaged or shorter than a sequence, or has no such entropies.
     """
     with ExitStack() as opened:
+        corpus = opened.enter_context(Corpus(source.shards, remote=config.remote, digest=source.shards_sha256))
         stream = ByteStream(
-            opened.enter_context(Corpus(source.shards, remote=config.remote, digest=source.shards_sha256)),
+            corpus,
             PackingConfig.model_validate(source.model_dump(include=set(PackingConfig.model_fields))),
             sequence_length,
             lanes=config.lanes,
             seed=config.seed,
             bad_blocks=config.bad_blocks,
+            entropies=None if entropies is None else StoredEntropies(corpus, entropies),
         )
         opened.pop_all()
     return stream

@@ -16,6 +16,7 @@ import blake3
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.corpus.entropies import Entropies
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 
 Ids = NDArray[np.int16]
@@ -37,6 +38,8 @@ class Rows(NamedTuple):
     """Positions of SEPARATOR in the flattened rows, ascending."""
     padding: NDArray[np.bool_] | None
     """(rows, T): whether an id is PADDING; None if there is no padding."""
+    entropies: Entropies | None = None
+    """(rows, T) entropies of the predictions of the ids, in nats, 0 at padding; None if they are not read."""
 
     @property
     def ids(self) -> Ids:
@@ -78,8 +81,9 @@ class Example(NamedTuple):
     """(rows, n) ids that are predicted."""
     targets: NDArray[np.bool_]
     """(rows, n): whether an id counts in the loss."""
-    given: Ids | NDArray[np.int64] | None
-    """(rows, m) ids that the model reads besides, or (rows,) lengths of prefixes; None if it reads `ids` alone."""
+    given: Ids | NDArray[np.int64] | Entropies | None
+    """(rows, m) ids that the model reads besides, or (rows,) lengths of prefixes, or (rows, n) entropies; None if it
+    reads `ids` alone."""
 
 
 def _by_row(places: Places, shape: tuple[int, ...]) -> tuple[bytes, list[int]]:
@@ -123,10 +127,12 @@ class Window:
         rows: number of rows.
         length: ids of a row.
         memory: memory to take.
+        has_entropies: whether there is a place for entropies too.
     """
 
-    def __init__(self, rows: int, length: int, memory: Memory) -> None:
+    def __init__(self, rows: int, length: int, memory: Memory, *, has_entropies: bool = False) -> None:
         self._bytes = memory.take(rows * length)
+        self._entropies: Entropies | None = np.zeros(rows * length, np.float16) if has_entropies else None
         self._length = length
         self._separators = list[Places]()
         self._padding: NDArray[np.bool_] | None = None
@@ -134,6 +140,11 @@ class Window:
     def put(self, place: int, content: Bytes) -> None:
         """Write content from a place on."""
         self._bytes[place : place + len(content)] = content
+
+    def put_entropies(self, place: int, entropies: Entropies) -> None:
+        """Write the entropies of content from a place on."""
+        assert self._entropies is not None
+        self._entropies[place : place + len(entropies)] = entropies
 
     def separate(self, places: Places) -> None:
         """Add the places of SEPARATOR. Padding takes precedence."""
@@ -146,6 +157,8 @@ class Window:
                 self._padding = np.zeros(len(self._bytes), np.bool_)
             self._padding[start:stop] = True
             self._bytes[start:stop] = 0
+            if self._entropies is not None:
+                self._entropies[start:stop] = 0
 
     def in_groups(self, slots: NDArray[np.int64], sizes: Sequence[int]) -> list[Rows]:
         """Return the rows in groups. A group whose slots are evenly spaced shares memory with the window.
@@ -168,13 +181,15 @@ class Window:
         numbers, starts, bounds = slots.tolist(), starts.tolist(), bounds.tolist()
         rows = self._bytes.reshape(-1, length)
         padding = None if self._padding is None else self._padding.reshape(-1, length)
+        entropies = None if self._entropies is None else self._entropies.reshape(-1, length)
         groups = []
         for (start, stop), (first, last) in zip(pairwise(starts), pairwise(bounds), strict=True):
             own = _as_index(numbers[start:stop])
             padded = None if padding is None else padding[own]
             if padded is not None and not padded.any():
                 padded = None
-            groups.append(Rows(rows[own], separators[first:last], padded))
+            own_entropies = None if entropies is None else entropies[own]
+            groups.append(Rows(rows[own], separators[first:last], padded, own_entropies))
         return groups
 
 
@@ -198,11 +213,14 @@ def interleave(parts: Sequence[tuple[NDArray[np.intp], Rows]]) -> Rows:
     joined = np.empty((count, length), np.uint8)
     separators = []
     padding = None
+    entropies = None if parts[0][1].entropies is None else np.zeros((count, length), np.float16)
     for rows, part in parts:
         joined[rows] = part.bytes
+        if entropies is not None:
+            entropies[rows] = part.entropies
         row, column = np.divmod(part.separators, length)
         separators.append(rows[row] * length + column)
         if part.padding is not None:
             padding = np.zeros((count, length), np.bool_) if padding is None else padding
             padding[rows] = part.padding
-    return Rows(joined, np.sort(np.concatenate(separators)), padding)
+    return Rows(joined, np.sort(np.concatenate(separators)), padding, entropies)

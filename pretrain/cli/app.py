@@ -13,6 +13,7 @@ PANELS = {
         LazyCommand("prepare", "corpora.prepare", "Turn files into a corpus of tar shards."),
         LazyCommand("verify", "corpora.maintain", "Check every byte of a corpus, or repair it."),
         LazyCommand("withdraw", "corpora.maintain", "Exclude documents of a corpus from all future reading."),
+        LazyCommand("entropies", "models.entropies", "Write the entropies of a model of bytes beside a corpus."),
         LazyCommand("inspect", "corpora.inspect", "Show the contents of a corpus, or the data that a run read."),
     ),
     "Training": (

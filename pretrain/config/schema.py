@@ -81,6 +81,7 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             self._base_without_model(),
             self._samples_without_checkpoints(),
             self._finetune_without_model(),
+            self._entropies_of_other_rows(),
         )
         if found := [mismatch for mismatch in checked if mismatch]:
             raise MismatchError(found)
@@ -228,6 +229,16 @@ class Config(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tr
             f"samples.every ({every}) is not a multiple of checkpoint.every ({of_checkpoints}), and samples come from "
             f"checkpoints; set it to {max(1, round(every / of_checkpoints)) * of_checkpoints}",
             ("samples.every", "checkpoint.every"),
+        )
+
+    def _entropies_of_other_rows(self) -> Mismatch | None:
+        patcher = getattr(self.model, "patcher", None)
+        if getattr(patcher, "entropies", None) != "corpus" or self.objective.entry.show is None:
+            return None
+        return Mismatch(
+            f"the entropies beside a corpus are those of its rows, and objective.name {self.objective.name} changes "
+            "them; set model.patcher.entropies to inline",
+            ("model.patcher.entropies", "objective.name"),
         )
 
     def _finetune_without_model(self) -> Mismatch | None:

@@ -397,7 +397,7 @@ class BaseEngine(ABC):
             rows[row] = RowLoss(row, (rows[row].nats if row in rows else 0.0) + row_nats, target_bytes)
         return [rows[row] for row in sorted(rows)]
 
-    def nats(self, ids: Ids, given: NDArray[np.integer] | None = None) -> Tensor:
+    def nats(self, ids: Ids, given: NDArray[np.number] | None = None) -> Tensor:
         """Return the nats of ids, without gradient, dropout and memory (see `Engine`)."""
         self._begin_passes(False)
         with torch.no_grad():

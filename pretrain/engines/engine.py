@@ -151,7 +151,7 @@ class Engine(Protocol):
             NonFiniteError: the gradient is not finite; on all ranks, before any parameter is changed.
         """
 
-    def nats(self, ids: Ids, given: NDArray[np.integer] | None = None) -> Tensor:
+    def nats(self, ids: Ids, given: NDArray[np.number] | None = None) -> Tensor:
         """Return the (rows, n) fp32 nats of (rows, n) ids on the CPU, without gradient, dropout and memory.
 
         Args:

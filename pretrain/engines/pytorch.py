@@ -117,7 +117,7 @@ class PyTorchEngine(BaseEngine):
         ignore_view_warnings()
         return self.model
 
-    def nats(self, ids: Ids, given: NDArray[np.integer] | None = None) -> Tensor:
+    def nats(self, ids: Ids, given: NDArray[np.number] | None = None) -> Tensor:
         """Return the nats of ids (see `Engine`). No backward pass follows, so what was gathered is dropped here."""
         result = super().nats(ids, given)
         for module in self.model.modules():

@@ -6,15 +6,17 @@ The result is a sum of nats in whole units (scores.py), so it does not depend on
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.documents import Piece
-from data_pipeline.stream.rows import Ids
 from pretrain.distributed.context import group_of
 from pretrain.evaluation.scores import Evaluation, GroupOf
+from pretrain.evaluation.window_entropies import EntropyScorer, NatsOf, scorer_of
 from pretrain.evaluation.windows import ScoredWindow, batched, document_windows, padded, windows_of
 from pretrain.models import ByteModel
 from pretrain.models.base import Memory
@@ -25,19 +27,19 @@ Progress = Callable[[int], None]
 """Callback with the number of bytes scored since the last call."""
 Batches = Iterator[list[ScoredWindow]]
 """Windows that are passed at once, again and again."""
-Part = tuple[list[ScoredWindow], bool]
+Share = tuple[list[ScoredWindow], bool]
 """Windows that a rank passes at once, and whether it counts their scores: each window counts on one rank."""
 Scored = Iterator[tuple[list[ScoredWindow], Tensor]]
 """Windows that were passed at once, with the (rows, T) fp32 nats of their ids, again and again."""
 
 
-def everything(batches: Batches) -> Iterator[Part]:
+def everything(batches: Batches) -> Iterator[Share]:
     """Yield the share of a process without other ranks."""
     return ((batch, True) for batch in batches)
 
 
 def evaluate(
-    nats_of: Callable[[Ids], Tensor],
+    nats_of: NatsOf | EntropyScorer,
     corpus: Corpus,
     sequence_length: int,
     rows: int,
@@ -46,12 +48,12 @@ def evaluate(
     stride: int | None = None,
     *,
     after_separator: bool = False,
-    share: Callable[[Batches], Iterator[Part]] = everything,
+    share: Callable[[Batches], Iterator[Share]] = everything,
 ) -> Evaluation:
     """Score every byte of a corpus once, or this rank's share of it.
 
     Args:
-        nats_of: maps (rows, T) int16 ids, padded at the end, to (rows, T) fp32 nats on the CPU.
+        nats_of: the model.
         corpus: the corpus to score.
         sequence_length: most bytes of a window.
         rows: windows scored at once.
@@ -62,15 +64,15 @@ def evaluate(
         share: yields this rank's share of the windows; see `share_of_rank`.
     """
     evaluation = Evaluation()
-    batches = batched(document_windows(corpus, sequence_length, stride, after_separator=after_separator), rows)
-    for windows, is_own in share(batches):
-        nats = nats_of(padded(windows))
+    found = document_windows(corpus, sequence_length, stride, after_separator=after_separator)
+    for windows, is_own in share(batched(_prepared(nats_of, found), rows)):
+        nats = _nats(nats_of, windows)
         if is_own:
             progress(evaluation.add(windows, nats, group_of))
     return evaluation
 
 
-def share_of_rank(batches: Batches, rank: int, world_size: int, context: int = 1) -> Iterator[Part]:
+def share_of_rank(batches: Batches, rank: int, world_size: int, context: int = 1) -> Iterator[Share]:
     """Yield the batches that a rank passes. All ranks have equally many, as sharded models require.
 
     In the last round a rank may pass a batch of another rank, which it does not count. The ranks of a context group
@@ -82,10 +84,19 @@ def share_of_rank(batches: Batches, rank: int, world_size: int, context: int = 1
         yield batch[group if has_own else 0], has_own and rank % context == 0
 
 
-def score_windows(nats_of: Callable[[Ids], Tensor], windows: Iterable[ScoredWindow], rows: int) -> Scored:
+def score_windows(nats_of: NatsOf | EntropyScorer, windows: Iterable[ScoredWindow], rows: int) -> Scored:
     """Yield windows, `rows` at once, with the nats of their ids."""
-    for batch in batched(windows, rows):
-        yield batch, nats_of(padded(batch))
+    for batch in batched(_prepared(nats_of, windows), rows):
+        yield batch, _nats(nats_of, batch)
+
+
+def _prepared(nats_of: NatsOf | EntropyScorer, windows: Iterable[ScoredWindow]) -> Iterable[ScoredWindow]:
+    return nats_of.prepared(windows) if isinstance(nats_of, EntropyScorer) else windows
+
+
+def _nats(nats_of: NatsOf | EntropyScorer, windows: list[ScoredWindow]) -> Tensor:
+    """Return the (rows, T) nats of windows."""
+    return nats_of.nats(windows) if isinstance(nats_of, EntropyScorer) else nats_of(padded(windows))
 
 
 def add_up(scored: Scored, group_of: GroupOf = lambda key: "all", progress: Progress = lambda done: None) -> Evaluation:
@@ -129,12 +140,13 @@ def score_with_memory(model: ByteModel, pieces: Iterable[Piece], rows: int, *, a
             yield segments, nats.cpu()
 
 
-def scorer(model: ByteModel) -> Callable[[Ids], Tensor]:
+def scorer(model: ByteModel) -> NatsOf | EntropyScorer:
     """Return the forward pass of a model in the form that `evaluate` takes."""
     device = next(model.parameters()).device
 
-    def nats_of(ids: Ids) -> Tensor:
+    def nats_of(*arguments: NDArray[Any]) -> Tensor:
         with torch.no_grad():
-            return model(torch.from_numpy(ids).to(device)).cpu()
+            nats: Tensor = model(*(torch.from_numpy(array).to(device) for array in arguments))
+            return nats.cpu()
 
-    return nats_of
+    return scorer_of(model, nats_of, device)

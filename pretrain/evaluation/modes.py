@@ -16,6 +16,7 @@ from data_pipeline.documents import Piece
 from data_pipeline.stream.rows import Ids
 from pretrain.evaluation.evaluate import Progress, Scored, add_up, score_windows, score_with_memory, scorer
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf
+from pretrain.evaluation.window_entropies import EntropyScorer
 from pretrain.evaluation.windows import windows_of
 from pretrain.models import ByteModel, ModelConfig, family
 
@@ -109,10 +110,11 @@ def score_documents(
         return score_with_memory(model, pieces, rows, after_separator=after_separator)
     nats_of = scorer(model)
     if mode.is_strided:
-        assert model.patch_size is not None
+        assert model.patch_size is not None and not isinstance(nats_of, EntropyScorer)
         nats_of = strided(nats_of, model.patch_size)
     stride = stride or stride_of(model, mode)
-    return score_windows(nats_of, windows_of(pieces, length, stride, after_separator=after_separator), rows)
+    windows = windows_of(pieces, length, stride, after_separator=after_separator)
+    return score_windows(nats_of, windows, rows)
 
 
 def check_mode(model: ByteModel, mode: Mode) -> None:

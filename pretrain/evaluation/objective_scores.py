@@ -25,7 +25,7 @@ EVALUATION_SEED = -1
 
 NumberedRow = tuple[int, Ids, bool]
 """Number of a row in the corpus, its ids without padding, and whether it begins a document."""
-NatsOf = Callable[[Ids, NDArray[np.integer] | None], Tensor]
+NatsOf = Callable[[Ids, NDArray[np.number] | None], Tensor]
 """Function that returns the (rows, n) nats of the ids of an example, given `Example.ids` and `Example.given`."""
 ShareOfRank = Callable[[Iterator[list[NumberedRow]]], Iterator[tuple[list[NumberedRow], bool]]]
 """Function that yields the batches that a rank passes, and whether it counts each; see `share_of_rank`."""

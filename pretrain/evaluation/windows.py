@@ -16,8 +16,9 @@ A separator may precede the first byte of each document, as in training on conca
 window, and not scored.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.documents import Piece
 from data_pipeline.stream.rows import Ids
 from data_pipeline.vocabulary import PADDING, SEPARATOR
+
+if TYPE_CHECKING:  # this file needs no torch
+    from pretrain.models.document_entropies import ContextPart
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ScoredWindow:
     """Position of the first id in the document; -1 is the separator before it."""
     context: int
     """Number of leading ids that are not scored here: a separator, and what earlier windows have scored."""
+    part: "ContextPart | None" = field(default=None, compare=False)
+    """Its bytes with those before them, for a model whose patches depend on them; see `EntropyScorer`."""
 
     @property
     def begins_document(self) -> bool:
@@ -87,7 +93,7 @@ def windows_of(
             data, scored = data[begin:], scored - begin
 
 
-def padded(windows: list[ScoredWindow]) -> Ids:
+def padded(windows: Sequence[ScoredWindow]) -> Ids:
     """Return (rows, T) ids, padded at the end to the longest window."""
     ids = np.full((len(windows), max(len(window.ids) for window in windows)), PADDING, np.int16)
     for row, window in zip(ids, windows, strict=True):

@@ -17,7 +17,7 @@ Importing this package registers Byteloom's own objectives, one file each.
 from pretrain.objectives import causal, classification, conditional, masked, prefix, span_corruption  # noqa: F401 they register here
 from pretrain.objectives.config import ObjectiveConfig
 from pretrain.objectives.draws import Draws
-from pretrain.objectives.examples import show_rows, stacked
+from pretrain.objectives.examples import show_entropies, show_rows, stacked
 from pretrain.objectives.registry import OBJECTIVES, Form, ObjectiveEntry, Shown, Visibility, register_objective
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Shown",
     "Visibility",
     "register_objective",
+    "show_entropies",
     "show_rows",
     "stacked",
 ]

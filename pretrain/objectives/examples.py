@@ -32,6 +32,12 @@ def show_rows(config: ObjectiveConfig, form: Form, seed: int) -> ShowRows | None
     return show_all
 
 
+def show_entropies(rows: Rows, sequences: NDArray[np.int64]) -> Example:
+    """Return rows that are predicted as they are, with their entropies."""
+    targets = np.ones(rows.bytes.shape, np.bool_) if rows.padding is None else ~rows.padding
+    return Example(rows.ids, targets, rows.entropies)
+
+
 def stacked(shown: Sequence[Shown], form: Form) -> Example:
     """Return rows as one example, padded to the form."""
     ids = _padded([row.ids for row in shown], form.length)

@@ -22,7 +22,8 @@ from pretrain.engines import CheckpointingConfig, check_context, compute_dtype, 
 from pretrain.estimate.activations import KEEP_ALL, ActivationLines, activation_lines, on_meta
 from pretrain.estimate.patches import SIZES, PatchCost, patch_costs
 from pretrain.estimate.states import USABLE, ShardedStates, shardings
-from pretrain.models import all_families
+from pretrain.models import ModelConfig, all_families
+from pretrain.models.patching.entropy import EntropyConfig
 from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
 
 app = typer.Typer(invoke_without_command=True)
@@ -170,6 +171,7 @@ def estimate(
             *_remark_on_passes(passes),
             "activations: with the blocks that zero-3, fsdp and hsdp gather for a time.",
             f"A micro-batch takes {figure(training_flops / 1e12)} TFLOP on each GPU, without activation checkpointing.",
+            *_remark_on_entropies(config.model),
         ]
     )
     if costs:
@@ -182,6 +184,16 @@ def estimate(
                 "MFU and comparisons at equal FLOPs count all of them.",
             ]
         )
+
+
+def _remark_on_entropies(config: ModelConfig) -> list[str]:
+    """Return what the FLOPs say of a small model whose entropies make the patches."""
+    patcher = getattr(config, "patcher", None)
+    if not isinstance(patcher, EntropyConfig):
+        return []
+    if patcher.entropies == "corpus":
+        return ["FLOPs are without those of the small model: its entropies are read beside the corpus."]
+    return ["FLOPs have those of the small model, which reads each row. model.patcher.entropies=corpus saves them."]
 
 
 def catalogue(recipes: Sequence[CatalogueEntry], folder: Path) -> Iterator[Table]:

@@ -16,6 +16,7 @@ from pretrain.cli.models.weights import (
     BeginOption,
     DeviceOption,
     PrecisionOption,
+    ResetOption,
     load_model,
     takes_usage_options,
 )
@@ -86,6 +87,7 @@ def patches_command(
             callback=check_finite,
         ),
     ] = None,
+    reset_at_newlines: ResetOption = False,
     html: Annotated[
         Path | None, typer.Option(help="Write an HTML page, instead of colors in the terminal.", parser=parse_path)
     ] = None,
@@ -116,11 +118,13 @@ def patches_command(
     numbers = (size, threshold, increase, bytes_per_patch)
     if rule is not None:
         own, file = (None, Path(model)) if file is None else (model, file)
-        text, source = _by_rule(RuleChoice(rule, own, *numbers), file, device)
+        text, source = _by_rule(RuleChoice(rule, own, *numbers, reset_at_newlines), file, device)
     elif file is None:
         raise EvaluationError(f"name a RUN and a FILE, or a rule: byteloom patches {model} --rule byte_class")
-    elif any(number is not None for number in numbers):
-        raise EvaluationError("--size, --threshold, --increase and --bytes-per-patch are for --rule")
+    elif reset_at_newlines or any(number is not None for number in numbers):
+        raise EvaluationError(
+            "--size, --threshold, --increase, --bytes-per-patch and --reset-at-newlines are for --rule"
+        )
     else:
         loaded = load_model(model, device, precision, usage, begin)
         data, source = _content(file, read_prompt(file, loaded.card)), str(loaded.checkpoint.folder)

@@ -9,11 +9,11 @@ import typer
 from byteloom.core.text import count
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.cli.arguments import check_finite, parse_path
-from pretrain.cli.models.weights import DeviceOption
+from pretrain.cli.models.weights import DeviceOption, ResetOption
 from pretrain.config.recipe_yaml import as_flow
 from pretrain.engines.base import choose_device
 from pretrain.evaluation.continuations import read_prompt
-from pretrain.evaluation.patches.rules import entropies_of_rows
+from pretrain.evaluation.patches.rules import entropies_of_document, entropies_of_rows
 from pretrain.evaluation.scores import EvaluationError
 from pretrain.models.entropy_model import EntropyModel
 from pretrain.models.patching.entropy import EntropyConfig, entropy_starts, find_threshold
@@ -66,6 +66,11 @@ def threshold_command(
     max_patch_length: Annotated[
         int | None, typer.Option(min=1, help="Longest patch in bytes. Default: any.", show_default=False)
     ] = None,
+    reset_at_newlines: ResetOption = False,
+    stored: Annotated[
+        bool,
+        typer.Option("--stored", help="For patcher.entropies: corpus. The file is then one document."),
+    ] = False,
     length: Annotated[
         int | None,
         typer.Option(min=2, help="Bytes of a row of the model with patches. Default: of EXPORT.", show_default=False),
@@ -89,17 +94,21 @@ def threshold_command(
         threshold=None if rule is EntropyRule.MONOTONIC else 0.0,
         increase=0.0 if rule is EntropyRule.MONOTONIC else increase,
         max_patch_length=max_patch_length,
+        reset_at_newlines=reset_at_newlines,
+        entropies="corpus" if stored else "inline",
     )
     length = length or int(frozen_config(config.model, config.digest)["sequence_length"])
     byte_model = EntropyModel(config, length, across_documents=True)
     with display.phase("finding entropies", len(data)) as phase:
-        entropies, read = entropies_of_rows(byte_model, data, length, choose_device(device), phase.advance)
+        find = entropies_of_document if stored else entropies_of_rows
+        entropies, read = find(byte_model, data, length, choose_device(device), phase.advance)
     found = find_threshold(config, entropies, read, bytes_per_patch)
     starts = (entropy_starts(found, entropies, read, {})[0] | (read == SEPARATOR)) & (read != PADDING)
     mean = int((read != PADDING).sum()) / int(starts.sum())
     if abs(mean / bytes_per_patch - 1) > TOLERANCE:
         say(f"warning: no threshold gives patches of {bytes_per_patch:g} bytes in {file}; this one gives {mean:.3f}")
-    patcher = found.model_dump(mode="json", exclude_none=True, exclude={"digest"})
+    unset = {name for name in ("reset_at_newlines", "entropies") if name not in found.model_dump(exclude_defaults=True)}
+    patcher = found.model_dump(mode="json", exclude_none=True, exclude={"digest", *unset})
     if as_json:
         print_json({"patcher": patcher, "bytes_per_patch": mean, "bytes": len(data)})
         return

@@ -31,6 +31,9 @@ PrecisionOption = Annotated[
     Precision | None,
     typer.Option(help="Precision. Default: as in the run, or fp32 where bf16 is emulated."),
 ]
+ResetOption = Annotated[
+    bool, typer.Option("--reset-at-newlines", help="Let the model of bytes forget what it read at each newline.")
+]
 BeginOption = Annotated[
     Beginning,
     typer.Option(help="Context of a first byte. auto: a separator if documents follow separators in training."),

@@ -10,6 +10,7 @@ from data_pipeline.stream.reading import Reading, Record, open_stream
 from pretrain.checkpoint import Metadata
 from pretrain.config.checks.findings import Check
 from pretrain.models import carries_memory, image_of
+from pretrain.models.entropy_model import stored_entropies_of
 from pretrain.terminal.progress import size
 from pretrain.training.starting.checks import check_images, check_lanes
 
@@ -19,7 +20,8 @@ def open_streams(check: Check) -> dict[str, ByteStream] | None:
     streams = {}
     for name, source in check.data.sources().items():
         with check.refusals(check.source_field(name)):
-            streams[name] = open_stream(check.data, source, check.config.model.sequence_length)
+            length, entropies = check.config.model.sequence_length, stored_entropies_of(check.config.model)
+            streams[name] = open_stream(check.data, source, length, entropies)
             check.opened.enter_context(streams[name].corpus)
     if carries_memory(check.config.model):
         with check.refusals("data.lanes"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.evaluation.patches.finding import PatchedText, patches_of_rows, patches_of_rule
 from pretrain.evaluation.scores import EvaluationError
+from pretrain.models.document_entropies import ContextRule, ContextTracker, entropies_of
 from pretrain.models.entropy_model import EntropyModel
 from pretrain.models.patching.entropy import Entropy, EntropyConfig, find_threshold
 from pretrain.models.patching.frozen import frozen_config
@@ -47,6 +48,8 @@ class RuleChoice:
     """Rise of the entropy from which patches start, in nats."""
     bytes_per_patch: float | None = None
     """Mean bytes of a patch, for which a threshold is found."""
+    reset_at_newlines: bool = False
+    """Whether the model of bytes forgets what it read at each newline."""
 
     def __post_init__(self) -> None:
         """Check that the rule has its numbers and no others.
@@ -60,8 +63,10 @@ class RuleChoice:
         if self.name is not RuleName.entropy:
             if self.model is not None:
                 raise EvaluationError(f"--rule {self.name} shows patches without a model: leave out RUN")
-            if any(number is not None for number in numbers):
-                raise EvaluationError("--threshold, --increase and --bytes-per-patch are for --rule entropy")
+            if self.reset_at_newlines or any(number is not None for number in numbers):
+                raise EvaluationError(
+                    "--threshold, --increase, --bytes-per-patch and --reset-at-newlines are for --rule entropy"
+                )
             return
         if self.model is None:
             raise EvaluationError("--rule entropy needs the export of a model of bytes in place of RUN")
@@ -90,6 +95,7 @@ class RuleChoice:
             rule="global" if self.increase is None else "monotonic" if self.threshold is None else "combined",
             threshold=0.0 if self.bytes_per_patch is not None else self.threshold,
             increase=self.increase,
+            reset_at_newlines=self.reset_at_newlines,
         )
         length = int(frozen_config(config.model, config.digest)["sequence_length"])
         model = EntropyModel(config, length, across_documents=True)
@@ -117,3 +123,21 @@ def entropies_of_rows(
         found.append(model.entropies(rows.to(device)).cpu())
         progress(int((rows < SEPARATOR).sum()))
     return torch.cat(found), read
+
+
+def entropies_of_document(
+    model: EntropyModel, data: bytes, length: int, device: torch.device, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Return the entropies of rows of a text that is one document, as they are stored beside a corpus.
+
+    Arguments and results are those of `entropies_of_rows`. A row continues the one before it.
+    """
+    ids = np.frombuffer(data, np.uint8).astype(np.int16)
+    tracker, found = ContextTracker(ContextRule.of(model)), []
+    for first in range(0, len(ids), ROWS * length):
+        found += entropies_of(model, [tracker.add(ids[first : first + ROWS * length])], device)
+        progress(len(found[-1]))
+    rest = -len(ids) % length
+    predicted = F.pad(torch.from_numpy(ids).long(), (0, rest), value=PADDING).view(-1, length)
+    entropies = F.pad(torch.from_numpy(np.concatenate(found)).float(), (0, rest)).view(-1, length)
+    return entropies, F.pad(predicted[:, :-1], (1, 0), value=SEPARATOR)

@@ -37,7 +37,7 @@ from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.transformer import StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
-from pretrain.models.entropy_model import patcher_of
+from pretrain.models.entropy_model import example_of, patcher_of
 from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import chunk_places
 from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
@@ -189,11 +189,17 @@ class BLT(ByteModel):
         """Return a normal distribution with the deviation of the config."""
         return Initial(self.initial_std)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every id; see `ByteModel.forward`."""
+    def forward(self, ids: Tensor, entropies: Tensor | None = None) -> Tensor:
+        """Return the negative log-likelihood of every id; see `ByteModel.forward`.
+
+        Args:
+            ids: (rows, T)
+            entropies: (rows, T) entropies of their predictions, for patches by entropy. None: the model of bytes finds
+                them, as if each row began a document.
+        """
         self.check_length(ids.shape[1])
         read = F.pad(ids[:, :-1].long(), (1, 0), value=SEPARATOR)
-        starts = self.patcher(read).starts
+        starts = self.patcher(read, None, entropies).starts
         documents = self.documents(read)
         visible = self.visible(documents, read.shape[1])
         states = self.encode(self.embed(read, read), None, visible)
@@ -336,6 +342,10 @@ class BLT(ByteModel):
     def patchers(self) -> dict[str, Patcher]:
         """Return the rule by which patches start."""
         return {"0": self.patcher}
+
+    def empty_example(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return made-up ids, and entropies if the patches depend on stored ones; see `ByteModel.empty_example`."""
+        return example_of(self.patcher, *super().empty_example(rows, device))
 
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; a row counts with all the patches that it may have.

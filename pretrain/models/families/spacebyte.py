@@ -34,7 +34,7 @@ from pretrain.models.blocks.norms import LayerNorm
 from pretrain.models.blocks.positions import Rotary
 from pretrain.models.blocks.transformer import StackConfig, TransformerBlock, linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
-from pretrain.models.entropy_model import patcher_of
+from pretrain.models.entropy_model import example_of, patcher_of
 from pretrain.models.initial import Initial
 from pretrain.models.patching.chunks import add_at, chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, PatcherConfig
@@ -141,12 +141,18 @@ class SpaceByte(ByteModel):
         """Return a normal distribution; see `SpaceByteConfig.parametrization`."""
         return Initial(self.multipliers.get(name, 1.0) if self.multipliers else self.initial_std)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every id; see `ByteModel.forward`."""
+    def forward(self, ids: Tensor, entropies: Tensor | None = None) -> Tensor:
+        """Return the negative log-likelihood of every id; see `ByteModel.forward`.
+
+        Args:
+            ids: (rows, T)
+            entropies: (rows, T) entropies of their predictions, for patches by entropy. None: the model of bytes finds
+                them, as if each row began a document.
+        """
         self.check_length(ids.shape[1])
         before = ids[:, :-1].long()
         x = run_blocks(self.first_blocks, self.embed(before))
-        places, used = chunk_places(self.patches(before).starts, self.patcher.capacity)
+        places, used = chunk_places(self.patches(before, entropies).starts, self.patcher.capacity)
         x = add_at(x, places, used, self.patch_outputs(gather(x, places), 0))
         return self.nats(self.norm(run_blocks(self.last_blocks, x)), ids.long())
 
@@ -155,9 +161,9 @@ class SpaceByte(ByteModel):
         x = torch.cat([self.start.expand(len(before), 1, -1), self.embedding(before)], 1)
         return x if self.positions is None else x + self.positions[: x.shape[1]]
 
-    def patches(self, before: Tensor) -> Patches:
+    def patches(self, before: Tensor, entropies: Tensor | None = None) -> Patches:
         """Return where patches start among the first n + 1 positions, given the (rows, n) first ids; see `Patcher`."""
-        return self.patcher(F.pad(before, (1, 0), value=SEPARATOR))
+        return self.patcher(F.pad(before, (1, 0), value=SEPARATOR), None, entropies)
 
     def patch_outputs(self, x: Tensor, first: int, caches: list[LayerCache] | None = None) -> Tensor:
         """Map local vectors where patches start to what the global blocks add to them.
@@ -200,6 +206,10 @@ class SpaceByte(ByteModel):
     def patchers(self) -> dict[str, Patcher]:
         """Return the rule by which patches start."""
         return {"0": self.patcher}
+
+    def empty_example(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return made-up ids, and entropies if the patches depend on stored ones; see `ByteModel.empty_example`."""
+        return example_of(self.patcher, *super().empty_example(rows, device))
 
     def flops(self, length: int) -> int:
         """Return the operations of all matrix products; a row counts with all the patches that it may have."""

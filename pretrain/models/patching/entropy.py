@@ -43,6 +43,17 @@ class EntropyConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """Rise of the entropy since the position before, in nats, of the rules monotonic and combined."""
     max_patch_length: int | None = Field(default=None, ge=1)
     """Longest patch, in bytes. Longer ones are cut into patches of this length and a rest. Null: any length."""
+    reset_at_newlines: bool = False
+    """Whether the small model forgets what it read at each newline byte: a line is then a document to it."""
+
+    entropies: Literal["inline", "corpus"] = "inline"
+    """Source of the entropies in training. inline: the small model reads each row in the forward pass. corpus: they are
+    read beside the corpus, where `byteloom entropies` writes them; an entropy then depends on its document alone."""
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether entropies depend on a document or a line from its start, and not on the row around it."""
+        return self.reset_at_newlines or self.entropies == "corpus"
 
     @model_validator(mode="before")
     @classmethod
@@ -104,23 +115,32 @@ class Entropy(Patcher):
         self.config, self.model = config, model
 
     def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:
-        """Return where the entropies meet the condition; see `Patcher.forward`."""
+        """Return where the entropies meet the condition; see `Patcher.forward`.
+
+        Args:
+            read: ids of the positions.
+            state: before them.
+            hidden: (rows, n) entropies of whole rows, if they are known.
+        """
         memory, decoder = state.memory, state.decoder
-        if not state.length:
-            entropies = self.model.entropies(read)
-            kept = {"read": read}
+        if hidden is not None:
+            entropies, kept = hidden.float(), {"read": read}
+        elif not state.length:
+            entropies, kept = self.model.entropies(read), {"read": read}
         else:
             if decoder is None:
                 decoder = self.model.decoder(len(read), read.device)
                 decoder.prime(memory["read"][:, 1:])
             steps = [entropy_of(decoder.step(ids)) for ids in read.unbind(1)]
             entropies, kept = torch.stack(steps, 1), {}
+        if self.config.entropies == "corpus":  # the precision of those that are stored
+            entropies = entropies.half().float()
         starts, carried = entropy_starts(self.config, entropies, read, memory)
         return Decision(starts, memory=carried | kept, decoder=decoder)
 
     def flops(self, length: int) -> int:
-        """Return the operations of the model whose entropies decide."""
-        return self.model.flops(length)
+        """Return the operations of the model whose entropies decide: none if a corpus has them."""
+        return 0 if self.config.entropies == "corpus" else self.model.flops(length)
 
     def frozen_bytes(self) -> int:
         """Return the bytes of the weights of that model."""

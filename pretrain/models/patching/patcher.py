@@ -79,7 +79,7 @@ class Patcher(nn.Module, ABC):
         Args:
             read: (rows, n) ids that positions read, n >= 1; position 0 of a row reads SEPARATOR.
             state: after the positions before; None: there are none.
-            hidden: (rows, n, width) states of the positions, for a rule that reads them.
+            hidden: what a rule reads besides: (rows, n, width) states of the positions, or (rows, n) entropies.
         """
         state = PatchState.empty(len(read), read.device) if state is None else state
         decision = self.rule(read, state, hidden)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pretrain.models.references.layers import PADDING, SEPARATOR
 
+NEWLINE = 10
+
 
 def is_word(byte: int) -> bool:
     """Return whether a byte is a digit, a letter or a continuation of UTF-8."""
@@ -19,7 +21,7 @@ def is_word(byte: int) -> bool:
 def starts_of(patcher: dict[str, Any], capacity: int, read: list[int], *, across_documents: bool = True) -> list[int]:
     """Return the positions at which patches start, given what each position of a row reads."""
     if patcher["name"] == "entropy":
-        wanted = entropy_starts(patcher, entropies_of(patcher["model"], read, across_documents), read)
+        wanted = entropy_starts(patcher, entropies_of(patcher, read, across_documents), read)
     elif patcher["name"] == "fixed":
         wanted = [place % patcher["size"] == 0 for place in range(len(read))]
     else:
@@ -28,20 +30,28 @@ def starts_of(patcher: dict[str, Any], capacity: int, read: list[int], *, across
     return starts[:capacity]
 
 
-def entropies_of(place: str, read: list[int], across_documents: bool) -> list[float]:
+def entropies_of(patcher: dict[str, Any], read: list[int], across_documents: bool) -> list[float]:
     """Return the entropy of the prediction at each position, in nats, by the model in another export."""
-    folder = Path(__file__).parent / place  # or the place itself, if it is absolute
+    folder = Path(__file__).parent / patcher["model"]  # or the place itself, if it is absolute
     spec = importlib.util.spec_from_file_location("entropy_model", folder / "model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(folder))
     spec.loader.exec_module(module)
     config, weights = module.load(folder)
-    if not across_documents and "attention_across_documents" in config:
+    resets, is_stored = patcher.get("reset_at_newlines", False), patcher.get("entropies") == "corpus"
+    has_contexts = resets or is_stored  # an entropy then depends on its line or document alone
+    if (has_contexts or not across_documents) and "attention_across_documents" in config:
         config["attention_across_documents"] = False
-    logits: Tensor = module.Model(config, weights).logits(torch.tensor([[*read[1:], PADDING]]))[0]
+    model = module.Model(config, weights)
+    if has_contexts:
+        begun = [SEPARATOR if resets and id == NEWLINE else id for id in read]
+        logits: Tensor = model.logits(torch.tensor([[*begun, PADDING]]))[0, 1:]
+    else:
+        logits = model.logits(torch.tensor([[*read[1:], PADDING]]))[0]
     probabilities = logits.log_softmax(-1)
-    return (-(probabilities.exp() * probabilities).sum(-1)).tolist()
+    entropies = -(probabilities.exp() * probabilities).sum(-1)
+    return (entropies.half() if is_stored else entropies).tolist()
 
 
 def entropy_starts(patcher: dict[str, Any], entropies: list[float], read: list[int]) -> list[bool]:

@@ -12,6 +12,7 @@ from pretrain.evaluation.evaluate import evaluate, share_of_rank
 from pretrain.evaluation.modes import stride_of
 from pretrain.evaluation.objective_scores import score_objective
 from pretrain.evaluation.scores import Score
+from pretrain.evaluation.window_entropies import scorer_of
 from pretrain.models import form_of
 from pretrain.terminal.console import display
 from pretrain.terminal.losses import unit_of
@@ -106,7 +107,7 @@ def _own_score(
         )
     begin = recipe.validation.begin.resolved(recipe.data.model_dump(mode="json"))
     return evaluate(
-        run.engine.nats,
+        scorer_of(run.model, run.engine.nats, run.engine.device),
         corpus,
         recipe.model.sequence_length,
         recipe.train.micro_batch,

@@ -42,9 +42,10 @@ from pretrain.engines import (
 )
 from pretrain.engines.peak import peak_flops
 from pretrain.models import ByteModel, carries_memory, form_of, image_of
+from pretrain.models.entropy_model import stored_entropies_of
 from pretrain.models.finetune import build_finetuned
 from pretrain.models.initial import WHOLE_DRAWING
-from pretrain.objectives import show_rows
+from pretrain.objectives import show_entropies, show_rows
 from pretrain.optim.scaling import scale_model
 from pretrain.terminal.console import display
 from pretrain.tracking import Journal, RunDescription, open_recorder
@@ -178,7 +179,7 @@ def _open_corpora(recipe: TrainingRecipe, world: World) -> tuple[dict[str, ByteS
     """Return the streams of a recipe by source, and its validation corpora by name: the same ones on all ranks."""
     fault: CorpusError | None = None
     try:
-        streams = open_streams(recipe.data, recipe.model.sequence_length)
+        streams = open_streams(recipe.data, recipe.model.sequence_length, stored_entropies_of(recipe.model))
         validation = {
             name: Corpus(named.shards, remote=recipe.data.remote, digest=named.shards_sha256)
             for name, named in recipe.validation.by_name().items()
@@ -335,7 +336,8 @@ def _loader(recipe: TrainingRecipe, reading: Reading, world: World, stop: StopRe
         digest=world.rank % recipe.engine.context == 0,  # once for each micro-batch
         give_up=lambda: stop.signal is not None,
     )
-    loader = loader.showing(show_rows(recipe.objective, form_of(recipe.model, recipe.objective), recipe.train.seed))
+    show = show_rows(recipe.objective, form_of(recipe.model, recipe.objective), recipe.train.seed)
+    loader = loader.showing(show if stored_entropies_of(recipe.model) is None else show_entropies)
     return loader.without(reading.skips).until(reading.sequences_in_all(recipe.train.steps))
 
 

@@ -64,7 +64,8 @@ class FaultyServer:
                     return
                 outer.paths.append(self.path)
                 self._range = None
-                path = outer.folder / Path(self.path.partition("?")[0]).name
+                asked = self.path.partition("?")[0]
+                path = outer.folder / (asked.partition("/corpus/")[2] or Path(asked).name)
                 outer.requests[path.name] += 1
                 if path.name in outer.forbidden:
                     self._answer(403, b"")

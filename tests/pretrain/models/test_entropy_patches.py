@@ -37,6 +37,7 @@ from tests.commands import run_here
 from tests.conftest import recipe_tree
 
 EXPORTED = {"small": {"window": 4}, "mamba": {"family": "mamba"}, "short": {"sequence_length": 31}}
+EXPORTED["learned"] = {"positions": "learned"}
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,12 @@ def test_command_prints_the_section_of_a_recipe(exports: Path, tmp_path: Path):
     assert code == 0, output
     found = json.loads(output[output.index("{") :])
     assert found["bytes_per_patch"] == pytest.approx(4, rel=0.05)
-    assert EntropyConfig(**found["patcher"]).rule == "global"
+    assert EntropyConfig(**found["patcher"]).rule == "global" and "entropies" not in found["patcher"]
+    command = ("threshold", exports / "small", tmp_path / "text", "--bytes-per-patch", "4", "--json", "--stored")
+    code, output = run_here(*command, "--reset-at-newlines")
+    stored = EntropyConfig(**json.loads(output[output.index("{") :])["patcher"])
+    assert code == 0 and stored.entropies == "corpus" and stored.reset_at_newlines
+    assert json.loads(output[output.index("{") :])["bytes_per_patch"] == pytest.approx(4, rel=0.2)  # first bytes tie
 
 
 def test_printed_section_of_a_recipe_is_yaml_whatever_the_folder_and_the_terminal(
