@@ -21,8 +21,8 @@ from pretrain.evaluation.surprise import characters_of, surprise_page, visible
 from tests import commands
 from tests.conftest import recipe_tree
 
-TEXT = "a ü 𝄞\t\x1b[31m\n".encode() + b"\xff\x00"
-SHOWN = "a ü 𝄞→   \\x1b[31m⏎\n\\xff\\x00"
+TEXT = "a ü 𝄞\t\x1b[31m\n\x9b".encode() + b"\x9b\x00"
+SHOWN = "a ü 𝄞→   \\x1b[31m⏎\n\\u009b\\x9b\\x00"
 
 
 @given(st.binary(max_size=40), st.randoms())
