@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def clean(text: str) -> str:
+    """Return text with escapes for characters that move the cursor or cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))
+
+
 def escape_unknown_characters() -> None:
     """Let standard output and error print escapes for characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):

@@ -14,12 +14,11 @@ from typing import Any
 
 from byteloom.core.packages import needed_by
 from byteloom.core.storage.files import replace_file
-from byteloom.core.text import count
+from byteloom.core.text import count, printable
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.modes import Mode
 from pretrain.evaluation.scores import Evaluation, Score
 from pretrain.objectives import ObjectiveConfig
-from pretrain.terminal.console import printable
 from pretrain.terminal.losses import unit_of
 from pretrain.terminal.tables import Table, figure
 

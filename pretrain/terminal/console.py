@@ -11,7 +11,7 @@ from rich.console import Console
 
 from byteloom.core.errors import CorrectableError
 from byteloom.core.faults import is_of_storage
-from byteloom.core.text import printable
+from byteloom.core.text import clean
 from pretrain.terminal import crash
 from pretrain.terminal.progress import Display
 
@@ -44,8 +44,12 @@ def set_rank(rank: int) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line to standard error. Markup in it is not interpreted, because it may be part of a file name."""
-    messages.print(printable(_handler.prefix + text), markup=False, highlight=False, soft_wrap=True)
+    """Print lines to standard error. Neither markup nor control characters in them have an effect.
+
+    They may be part of the name of a file.
+    """
+    lines = (_handler.prefix + text).split("\n")
+    messages.print("\n".join(map(clean, lines)), markup=False, highlight=False, soft_wrap=True)
 
 
 def run(command: Callable[[], Result], code_of: Callable[[Exception], int] = lambda error: 1) -> Result:

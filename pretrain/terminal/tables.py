@@ -19,7 +19,7 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 
-from pretrain.terminal.console import printable
+from byteloom.core.text import clean
 
 GAP, NARROW_GAP = 2, 1
 """Spaces between columns if the table fits as it is, and otherwise."""
@@ -242,8 +242,3 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def clean(text: str) -> str:
-    """Return text with escapes for characters that move the cursor or cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))

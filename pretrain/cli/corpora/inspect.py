@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from byteloom.core.text import count
+from byteloom.core.text import count, printable
 from byteloom.stream import PastReading, past_reading
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
@@ -19,7 +19,7 @@ from data_pipeline.stream.reading import Reading, replay
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.checkpoint import CheckpointError
 from pretrain.cli.arguments import parse_location
-from pretrain.terminal.console import display, printable, say
+from pretrain.terminal.console import display, say
 from pretrain.terminal.tables import JsonOption, Table, facts, print_json, print_lines
 from pretrain.training.ancestry import ancestor_at, describe_ancestry
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from byteloom.core.errors import CorrectableError
-from byteloom.core.text import count
+from byteloom.core.text import clean, count
 from launchers.slurm.scheduler import JobPhase
 from pretrain.cli.arguments import check_finite, parse_path
 from pretrain.report.events import Event, newest_event
 from pretrain.terminal.losses import unit_of
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.screen import watch
-from pretrain.terminal.tables import Table, clean, fold, terminal_width
+from pretrain.terminal.tables import Table, fold, terminal_width
 from pretrain.training.run_folder import RunFolder
 from pretrain.training.run_status import DAMAGED, RunStatus, find_runs, statuses_of
 

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from byteloom.core.packages import MissingPackageError
 from byteloom.core.storage.state_files import StateFileError
-from byteloom.core.text import count
+from byteloom.core.text import count, printable
 from data_pipeline.errors import CorpusError
 from data_pipeline.stream.config import ONLY_SOURCE
 from pretrain.checkpoint import CheckpointError
 from pretrain.config.schema import Config
 from pretrain.engines import EngineError
-from pretrain.terminal.console import printable, say
+from pretrain.terminal.console import say
 from pretrain.terminal.tables import fold, terminal_width
 from pretrain.training.run import TrainingError
 from pretrain.training.run_folder import RunFolder, RunFolderError

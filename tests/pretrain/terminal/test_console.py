@@ -111,6 +111,7 @@ def test_crash_file_is_in_the_run_folder_the_working_folder_or_the_temporary_fol
         (OSError("out cannot be written"), "error: out cannot be written"),
         (OSError(), "error: OSError"),
         (StateFileError("a is damaged: it is empty; remove it"), "error: a is damaged: it is empty; remove it"),
+        (StateFileError("\x1b[31ma\x08 is damaged"), r"error: \x1b[31ma\x08 is damaged"),
     ],
 )
 def test_error_that_a_user_can_correct_gives_one_line_and_exit_code_1(
