@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from common.compared import BY_ENTROPY, CONTEXT, MAIN, MODELS, RATES, model_tree
 from common.corpora import CORPORA, byteloom, missing_folders, prepared
 from common.entropy_patches import ByteModel, byte_model
+from common.names import known_names, names
 from common.task import Task
 from pretrain.estimate.activations import on_meta
 from pretrain.models import model_config
@@ -231,9 +232,11 @@ def arguments() -> argparse.Namespace:
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the raw data")
-    parser.add_argument("--on", type=names, default=[*CORPORA], help=f"of {';'.join(CORPORA)}; default: all")
+    parser.add_argument("--on", type=names, default=[*CORPORA], help=f"some of {';'.join(CORPORA)}; default: all")
     parser.add_argument("--size", choices=[*MODELS], default="small", help="3.3 or 0.5 million FLOPs a byte")
-    parser.add_argument("--models", type=names, default=MAIN, help=f"default: {';'.join(MAIN)}")
+    parser.add_argument(
+        "--models", type=names, default=MAIN, help=f"a wrong name prints all names; default: {';'.join(MAIN)}"
+    )
     parser.add_argument(
         "--steps", type=positive, default=600, help="of MEGABYTE; the other models get the same FLOPs; default: 600"
     )
@@ -244,19 +247,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora; default: runs")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot; default: runs")
     chosen = parser.parse_args()
-    for option, known in (("on", CORPORA), ("models", MODELS[chosen.size])):
-        if unknown := [name for name in getattr(chosen, option) if name not in known]:
-            parser.error(f"--{option}: {'; '.join(unknown)} is not known; choose from: {'; '.join(known)}")
+    known_names(parser, "on", chosen.on, CORPORA)
+    known_names(parser, "models", chosen.models, MODELS[chosen.size])
+    if chosen.context > BATCHES[chosen.size]:
+        parser.error(f"--context: {chosen.context} is more than the {BATCHES[chosen.size]} bytes of a batch")
     if missing := missing_folders(chosen.on, chosen.data, chosen.runs / "corpora"):
         parser.error(f"missing in DATA: {', '.join(map(str, missing))}; leave out their corpora by --on")
     return chosen
-
-
-def names(text: str) -> list[str]:
-    """Return names between semicolons, each once."""
-    if found := list(dict.fromkeys(name.strip() for name in text.split(";") if name.strip())):
-        return found
-    raise argparse.ArgumentTypeError("no name is given")
 
 
 def positive(text: str) -> int:

@@ -107,10 +107,13 @@ class ReadingBlock(TransformerBlock):
             *shared: the mask of the attention layer, (rows, K, k, width) slots, and (rows, n) patch of each position.
         """
         visible, slots, patch = shared
+        return super().forward(self.read(x, slots, patch), cache, visible)
+
+    def read(self, x: Tensor, slots: Tensor, patch: Tensor) -> Tensor:
+        """Return the (rows, n, width) positions after attention to the slots; see `forward`."""
         k, v = spread(self.reading.keys_values(slots), patch).unbind(3)  # (rows, n, k, heads, d)
         weights = _products(self.reading.queries(x)[:, :, None], k).softmax(2)
-        x = self.reading.add(x, (weights[..., None] * v).sum(2))
-        return super().forward(x, cache, visible)
+        return self.reading.add(x, (weights[..., None] * v).sum(2))
 
 
 def pool(x: Tensor, patch: Tensor, count: int, how: Pooling) -> Tensor:
