@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pretrain.tracking import ParentRun, TrackingConfig
 from pretrain.tracking.mlflow.store import MlflowStore
 from tests import commands
-from tests.conftest import Run
+from tests.conftest import Run, two_stages
 from tests.mlflow_server import Server, client_of, make_store
 
 STEPS = 12
@@ -119,7 +120,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_server_that_starts_later_dies_and_returns_gets_every_step_once(byteloom: Run, recipe: Path, server: Server):
-    """After a run without a server, `track` delivers. After a server dies during a run, the next start delivers."""
+    """After a run without a server, `track` delivers. After a server dies during a run, the next start delivers.
+
+    The model has two stages of patches, whose metrics arrive like all others.
+    """
+    tree = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(tree | {"model": two_stages()}))
     tracked = ("tracking.enabled=true", f"tracking.uri={server.uri}")
     folder = recipe.parent / "runs/run"
 
@@ -134,6 +140,8 @@ def test_server_that_starts_later_dies_and_returns_gets_every_step_once(byteloom
     first, metrics = delivered(server.uri)
     assert first.info.status == "FINISHED"
     assert metrics == journal(folder)
+    for name in ("patches/0/bytes_per_patch", "patches/1/positions_per_patch", "patches/1/ratio_loss"):
+        assert [step for step, _ in metrics[name]] == list(range(1, STEPS + 1)), name
 
     endless = ["train", recipe, *tracked, "train.steps=100000", "validation.every=100000"]
     process = commands.start(endless, cwd=recipe.parent, stderr=subprocess.PIPE, text=True)
