@@ -10,6 +10,7 @@ Shapes and collectives do not depend on the data of a rank, so no rank waits for
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from data_pipeline.stream.loader import MicroBatch
+from data_pipeline.stream.rows import Example
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.conformance.engines import load, save
 from pretrain.distributed.world import ALONE, World
@@ -33,7 +35,7 @@ LEARNED = {"name": "learned", "size": 2.0}
 STAGE = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "T1", "window": 8, "patcher": LEARNED, "patches": 24}
 STAGES = [STAGE, STAGE | {"encoder": "t1", "decoder": "m1", "patches": 9}]
 ADAPTERS = {"freeze": ["*"], "train": ["*norm*"], "adapters": {"layers": ["*"], "rank": 2}}
-ENTROPY = {"patches": 9, "patcher": {"name": "entropy", "threshold": 5.0}}
+ENTROPY: dict[str, Any] = {"patches": 9, "patcher": {"name": "entropy", "threshold": 5.0}}
 WIDE, NARROW = {"width": 36, "heads": 3, "layers": "T1"}, {"width": 24, "heads": 2}
 STEPS = 4
 RATE = 1e-3
@@ -49,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "words of blt": ("blt", {"changes": {"patches": 7, "encoder_attention": "all"}}),
     "entropy": ("blt", {"changes": ENTROPY}),
     "entropy of spacebyte": ("spacebyte", {"changes": ENTROPY}),
+    "entropies of a corpus": ("blt", {"changes": ENTROPY | {"patcher": ENTROPY["patcher"] | {"entropies": "corpus"}}}),
     "entropy, adapters": ("blt", {"changes": ENTROPY, "finetune": ADAPTERS}),
     "two stages": ("hnet", {"changes": {"stages": STAGES}}),
     "two stages, heads": ("hnet", {"changes": {"stages": STAGES, "multi_byte": {"heads": 3}}}),
@@ -98,11 +101,23 @@ def built(case: str, world: World = ALONE, export: Path | None = None, **engine:
     return build(family, world, **how, **engine)
 
 
+def with_entropies(batch: list[MicroBatch]) -> list[MicroBatch]:
+    """Return micro-batches with entropies as a corpus has them: from 0, without a patch, to 10 nats."""
+    made = [np.random.default_rng(each.index).random(each.targets.shape) for each in batch]
+    examples = [
+        Example(each.ids, each.targets, (10 * own * (each.index % 2)).astype(np.float16))
+        for each, own in zip(batch, made, strict=True)
+    ]
+    return [replace(each, example=example) for each, example in zip(batch, examples, strict=True)]
+
+
 def training(world: World, engine: Mapping[str, Any], case: str, export: Path) -> list[float]:
     """Train for some steps; return the losses and gradient norms."""
     trained, found = built(case, world, export, **engine), []
     for step in range(STEPS):
-        result = trained.train_step(micro_batches(step, world), step=step, learning_rate=RATE * (step + 1) / STEPS)
+        batch = micro_batches(step, world)
+        batch = with_entropies(batch) if "corpus" in case else batch
+        result = trained.train_step(batch, step=step, learning_rate=RATE * (step + 1) / STEPS)
         assert result.is_updated
         found += [result.nats / result.target_bytes, result.gradient_norm]
     return found
