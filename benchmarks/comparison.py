@@ -4,7 +4,7 @@ python benchmarks/comparison.py DATA [--on NAME;NAME] [--size small|tiny] [--mod
     [--rate R] [--seeds N,N] [--most-context] [--runs FOLDER] [--out FOLDER]
 
 The corpora are english (books: DATA/books/train, DATA/books/valid), code (the running Python's library), chinese (with
-Japanese: DATA/multilingual) and sound (DATA/audio). They are prepared once, and DATA is not needed any more.
+Japanese: DATA/multilingual) and sound (DATA/audio). They are prepared once; later, DATA may be absent.
 
 `byteloom compare` trains each model with the same recipe (configs/comparison.yaml) except `model`. Each has the number
 of steps that makes its training FLOPs equal to the others'. `ByteModel.step_flops` counts three forward passes, with
@@ -40,6 +40,8 @@ BATCHES = {"small": 8192, "tiny": 4096}
 """Bytes of every batch, by size."""
 AVERAGED = 20
 """Steps averaged in the plot and in metrics of patches."""
+COLOURS = 10
+"""Colours of curves, after which they are dashed."""
 LONGEST_CONTEXT_MODES = {"megabyte": "sliding-strided", "perceiver_ar": "windows", "transformer_xl": "memory"}
 """Mode of `byteloom eval` that gives a byte the most context; sliding for the others. Windows of a Perceiver AR slide
 by its latents."""
@@ -218,7 +220,9 @@ def draw(results: dict[str, list[Result]], path: Path) -> None:
             spent = result.flops_before + step[width - 1 :] * result.trained["step_flops"]
             label = f"{result.name}, {result.trained['parameters'] / 1e6:.1f} M parameters"
             lowest = min(lowest, float(smooth.min()))
-            axes.plot(spent, smooth, label=label, color=f"C{names.index(result.name)}")
+            number = names.index(result.name)
+            style = "-" if number < COLOURS else "--"
+            axes.plot(spent, smooth, style, label=label, color=f"C{number % COLOURS}")
         axes.set(title=corpus, xlabel="training FLOPs", ylabel=f"bits per byte, mean of {AVERAGED} steps")
         axes.set_ylim(lowest - 0.1, lowest + 2.6)
         axes.grid(alpha=0.3)
@@ -232,10 +236,16 @@ def arguments() -> argparse.Namespace:
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the raw data")
-    parser.add_argument("--on", type=names, default=[*CORPORA], help=f"some of {';'.join(CORPORA)}; default: all")
+    parser.add_argument(
+        "--on", type=names, metavar="NAME;NAME", default=[*CORPORA], help=f"some of {';'.join(CORPORA)}; default: all"
+    )
     parser.add_argument("--size", choices=[*MODELS], default="small", help="3.3 or 0.5 million FLOPs a byte")
     parser.add_argument(
-        "--models", type=names, default=MAIN, help=f"a wrong name prints all names; default: {';'.join(MAIN)}"
+        "--models",
+        type=names,
+        metavar="NAME;NAME",
+        default=MAIN,
+        help=f"a wrong name prints all names; default: {';'.join(MAIN)}",
     )
     parser.add_argument(
         "--steps", type=positive, default=600, help="of MEGABYTE; the other models get the same FLOPs; default: 600"

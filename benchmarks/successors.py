@@ -55,7 +55,9 @@ def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*MODELS], default="small", help="3.3 or 0.5 million FLOPs a byte")
-    parser.add_argument("--models", type=names, help=f"default: all; {BASELINE} is always measured")
+    parser.add_argument(
+        "--models", type=names, metavar="NAME;NAME", help=f"default: all; {BASELINE} is always measured"
+    )
     parser.add_argument("--precision", choices=[*DTYPES], default="bf16", help="of the passes")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--json", type=Path, help="write the metrics here as well")
