@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import Config
 from pretrain.estimate.activations import on_meta
+from pretrain.estimate.training_flops import training_flops
 
 UNITS = {"flops": "FLOPs", "bytes": "bytes", "seconds": "seconds"}
 
@@ -61,9 +62,9 @@ class StepCost:
 
 def cost_of(config: Config) -> StepCost:
     """Return the cost of a step of a recipe, without its time."""
-    model, rows = on_meta(config.model), config.train.global_batch
-    length = config.model.sequence_length
-    return StepCost(model.parameter_count(), model.step_flops(length) * rows, length * rows)
+    model, rows = on_meta(config.model, config.finetune), config.train.global_batch
+    flops = training_flops(model, config.model, config.finetune) * rows
+    return StepCost(model.parameter_count(), flops, config.model.sequence_length * rows)
 
 
 def _ceil(value: float) -> float:

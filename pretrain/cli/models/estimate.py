@@ -22,6 +22,7 @@ from pretrain.engines import CheckpointingConfig, check_context, compute_dtype, 
 from pretrain.estimate.activations import KEEP_ALL, ActivationLines, activation_lines, on_meta
 from pretrain.estimate.patches import SIZES, PatchCost, patch_costs
 from pretrain.estimate.states import USABLE, ShardedStates, shardings
+from pretrain.estimate.training_flops import training_flops
 from pretrain.models import ModelConfig, all_families
 from pretrain.models.patching.entropy import EntropyConfig
 from pretrain.terminal.tables import JsonOption, Table, figure, print_json, print_lines
@@ -120,7 +121,7 @@ def estimate(
     shared = f", each row on {context} of them" if context > 1 else ""
     title = f"{recipe} on {gpus_in_words}{shared}, micro-batch {rows}, {precision}"
     length = config.model.sequence_length
-    training_flops = model.step_flops(length) * rows // context
+    flops = training_flops(model, config.model, config.finetune) * rows // context
     if as_json:
         figures = {
             "recipe": recipe,
@@ -130,7 +131,7 @@ def estimate(
             "micro_batch": rows,
             "passes": passes,
             "context": context,
-            "training_flops": training_flops,
+            "training_flops": flops,
             "forward_flops_per_byte": model.flops(length) / length,
             "by_bytes_per_patch": [
                 {
@@ -170,7 +171,7 @@ def estimate(
             "The rest is for the CUDA context, workspaces, communication buffers and fragmentation.",
             *_remark_on_passes(passes),
             "activations: with the blocks that zero-3, fsdp and hsdp gather for a time.",
-            f"A micro-batch takes {figure(training_flops / 1e12)} TFLOP on each GPU, without activation checkpointing.",
+            f"A micro-batch takes {figure(flops / 1e12)} TFLOP on each GPU, without activation checkpointing.",
             *_remark_on_entropies(config.model),
         ]
     )

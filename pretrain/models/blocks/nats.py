@@ -32,7 +32,7 @@ def linear_nats(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = No
     """Return the cross-entropy of ids under the logits `x @ weight.T + bias`, chunk by chunk.
 
     The backward pass recomputes the logits. It sums the gradients of weight and bias over chunks, in the precision of
-    the result.
+    the result. It computes no gradient of what is frozen.
 
     Args:
         x: (n, width) last hidden states.
@@ -68,11 +68,12 @@ class _LinearNats(torch.autograd.Function):
         return torch.cat([F.cross_entropy(head.logits(part), i, reduction="none") for part, i in chunks])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         x, ids, weight, bias = ctx.saved_tensors
-        of_x = torch.empty_like(x)
-        of_weight = torch.zeros_like(weight, dtype=gradient.dtype)
-        of_bias = None if bias is None else torch.zeros_like(bias, dtype=gradient.dtype)
+        is_needed = ctx.needs_input_grad
+        of_x = torch.empty_like(x) if is_needed[0] else None
+        of_weight = torch.zeros_like(weight, dtype=gradient.dtype) if is_needed[2] else None
+        of_bias = torch.zeros_like(bias, dtype=gradient.dtype) if is_needed[3] else None
         head, size = _Head(weight, bias), chunk_size(x.device)
         for first in range(0, len(x), size):
             part = slice(first, first + size)
@@ -85,10 +86,12 @@ class _LinearNats(torch.autograd.Function):
             if of_bias is not None:
                 of_bias += of_logits.sum(0)
             of_logits = head.padded(of_logits.to(x.dtype))
-            torch.mm(of_logits, head.weight, out=of_x[part])
-            of_weight += (of_logits.t() @ x[part])[: len(weight)]
-        of_bias = None if of_bias is None else of_bias.to(weight.dtype)
-        return of_x, None, of_weight.to(weight.dtype), of_bias, None
+            if of_x is not None:
+                torch.mm(of_logits, head.weight, out=of_x[part])
+            if of_weight is not None:
+                of_weight += (of_logits.t() @ x[part])[: len(weight)]
+        of_weight, of_bias = (None if each is None else each.to(weight.dtype) for each in (of_weight, of_bias))
+        return of_x, None, of_weight, of_bias, None
 
 
 class _Head:
