@@ -122,18 +122,28 @@ class RunStatus:
     """Mean metrics of patches over the last steps, by stage and name; empty if patches do not follow the data."""
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
+def find_runs(paths: Sequence[Path], report: Callable[[str], None] = lambda skipped: None) -> list[Path]:
     """Return the runs at paths. Each path is a run or a folder of runs.
 
+    A pattern such as runs/* also names files and folders of other things, such as NAME.compare. They are skipped.
+
+    Args:
+        paths: as typed.
+        report: called with a line about the paths that are skipped, if there are any.
+
     Raises:
-        RunFolderError: a path has no run.
+        RunFolderError: a path does not exist, or no path has a run.
     """
-    found = []
+    found, others = list[Path](), list[Path]()
     for path in paths:
         runs = [path] if _is_run(path) else [run for run in sorted(path.glob("*")) if _can_be_seen_as_run(run)]
-        if not runs:
-            raise RunFolderError(f"{path} is not a run and not a folder of runs; a run has run.json or launches.jsonl")
         found += runs
+        others += [] if runs else [path]
+    if others and not (found and all(path.exists() for path in others)):
+        path = next((path for path in others if not path.exists()), others[0])
+        raise RunFolderError(f"{path} is not a run and not a folder of runs; a run has run.json or launches.jsonl")
+    if others:
+        report(f"skipped, because no run is there: {', '.join(map(str, others))}")
     return found
 
 

@@ -29,6 +29,6 @@ def report_command(
 
     The page needs no network and no other file.
     """
-    found = [read_run(path) for path in find_runs(runs)]
+    found = [read_run(path) for path in find_runs(runs, say)]
     replace_file(out, page_of(found, time.time()))
     say(f"{out} has the report of {count(len(found), 'run')}")

@@ -44,7 +44,7 @@ def status_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show the state, progress and restarts of runs."""
-    found = statuses_of(find_runs(runs or [Path("runs")]))
+    found = statuses_of(find_runs(runs or [Path("runs")], say))
     if as_json:
         print_json([asdict(each) for each in found])
     else:

@@ -1,7 +1,7 @@
 """The `top` command: live view of runs in the terminal."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +15,7 @@ from byteloom.core.text import clean, count
 from launchers.slurm.scheduler import JobPhase
 from pretrain.cli.arguments import check_finite, parse_path
 from pretrain.report.events import Event, newest_event
+from pretrain.terminal.console import say
 from pretrain.terminal.losses import unit_of
 from pretrain.terminal.progress import duration, size
 from pretrain.terminal.screen import watch
@@ -71,7 +72,7 @@ def top_command(
     """
     paths = runs or [Path("runs")]
     out = Console()
-    first = read_frame(paths)
+    first = read_frame(paths, say)
     if once or not out.is_terminal or not out.file.isatty():
         for line in lines_of(first, terminal_width(out), None):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -79,13 +80,13 @@ def top_command(
     watch(lambda: _read_again(paths), picture_of, every, out)
 
 
-def read_frame(paths: Sequence[Path]) -> Frame:
-    """Return the runs at paths, those that are trained first.
+def read_frame(paths: Sequence[Path], report: Callable[[str], None] = lambda skipped: None) -> Frame:
+    """Return the runs at paths, those that are trained first; see `find_runs` for the arguments.
 
     Raises:
-        RunFolderError: a path has no run.
+        RunFolderError: a path does not exist, or no path has a run.
     """
-    found = [ShownRun(status, _event_of(status)) for status in statuses_of(find_runs(paths))]
+    found = [ShownRun(status, _event_of(status)) for status in statuses_of(find_runs(paths, report))]
     return Frame(sorted(found, key=lambda run: (_order(run.status.state), Path(run.status.run).name)), time.time())
 
 

@@ -21,6 +21,7 @@ from pretrain.terminal.console import run as run_command
 from pretrain.tracking import Delivery, Journal, RunDescription, TrackingConfig, open_recorder
 from pretrain.tracking.journal import read_journal
 from pretrain.training import run_status
+from pretrain.training.run_folder import RunFolderError
 from pretrain.training.run_status import find_runs, statuses_of
 from pretrain.training.weights import find_checkpoint
 from pretrain.training.weights.results import logged_losses
@@ -233,6 +234,22 @@ def test_status_shows_a_damaged_run_and_the_other_runs(
         out = capfd.readouterr().out
         assert problem in out or json.dumps(problem)[1:-1] in out
         assert "zebra" in out
+
+
+def test_commands_of_many_runs_skip_what_is_no_run_in_a_pattern(run: Path, capfd: pytest.CaptureFixture[str]):
+    (run.parent / "books.compare").mkdir()
+    (run.parent / "mlflow.db").write_bytes(b"database")
+    paths = list(map(str, sorted(run.parent.iterdir())))
+    assert len(paths) == 3
+    line = f"skipped, because no run is there: {run.parent}/books.compare, {run.parent}/mlflow.db\n"
+    for command in (["status"], ["top", "--once"], ["report", "--out", str(run.parent / "report.html")]):
+        app([*command, *paths], standalone_mode=False)
+        out, errors = capfd.readouterr()
+        assert errors.count(line) == 1
+        assert run.name in out or command[0] == "report"
+    for wrong in ([run, run.parent / "gone"], [run.parent / "books.compare"]):
+        with pytest.raises(RunFolderError, match="is not a run and not a folder of runs"):
+            find_runs(wrong)
 
 
 def test_run_locked_by_an_unknown_process_is_shown_as_running(run: Path):
