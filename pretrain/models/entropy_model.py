@@ -96,6 +96,12 @@ class EntropyModel:
         self._has_contexts, self.resets = config.has_contexts, config.reset_at_newlines
         across_documents = across_documents and not self._has_contexts
         self._tree = frozen_config(config.model, config.digest)
+        patcher = self._tree.get("patcher")
+        if isinstance(patcher, dict) and "model" in patcher:
+            raise FrozenModelError(
+                f"{self._place} has patches by entropy itself, and a model whose entropies decide cannot have such "
+                "patches; name a model of bytes without them, such as a small transformer"
+            )
         if not across_documents and "attention_across_documents" in self._tree:
             self._tree = self._tree | {"attention_across_documents": False}
         self.longest = int(self._tree["sequence_length"])
@@ -137,7 +143,7 @@ class EntropyModel:
         return sum(parameter.nbytes for parameter in self.on(torch.device("meta")).parameters())
 
     def on(self, device: torch.device) -> ByteModel:
-        """Return the model on a device, whose forward pass returns entropies in place of nats."""
+        """Return the model on a device, whose forward pass returns entropies in place of nats; see `Uncertainty`."""
         if device not in self._models:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):  # first values would be drawn
                 model = build_model(model_config(self._tree))

@@ -121,7 +121,7 @@ def _before_tied_head(
     if (norm := model.head_norm()) is None:
         raise ScalingError(
             "optimizer.scaling mup scales what a tied head reads by the norm before it, and this "
-            f"{type(model).__name__} has none; set a norm before the head"
+            f"{type(model).__name__} has none; set optimizer.scaling to standard, or choose a model with such a norm"
         )
     (path,) = (path for path, module in model.named_modules() if module is norm)
     (name,) = (name for name, parameter in model.named_parameters() if parameter is head)

@@ -232,6 +232,14 @@ def test_run_refuses_another_model(exports: Path):
         entropy_config(exports, rule="monotonic")
 
 
+def test_model_with_patches_by_entropy_cannot_decide_where_patches_start(exports: Path, tmp_path: Path):
+    config = small_config("spacebyte", patcher=entropy_config(exports).model_dump())
+    weights = {name: value.detach() for name, value in build_model(config).named_parameters()}
+    write_export(tmp_path / "spacebyte", weights, {"model": config.model_dump(mode="json")}, {})
+    with pytest.raises(FrozenModelError, match=r"spacebyte has patches by entropy itself.* name a model of bytes"):
+        build_model(small_config("blt", patcher=entropy_config(tmp_path, "spacebyte").model_dump()))
+
+
 @torch.no_grad()
 def test_export_has_a_copy_of_the_model_and_needs_no_other(exports: Path, tmp_path: Path):
     config = small_config("blt", patcher=entropy_config(exports).model_dump())

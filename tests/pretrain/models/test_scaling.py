@@ -185,7 +185,8 @@ def test_muon_scales_each_matrix_of_a_fused_parameter():
         ("transformer", {}, {"width": 15}, r"optimizer.base.*heads \(2\) does not divide width \(15\)"),
         ("transformer", {}, {"wdith": 16}, "optimizer.base.wdith is not a field of the section model"),
         ("transformer", {"multi_byte": {"heads": 2}}, {"width": 16, "heads": 1}, "no rates for the heads of"),
-        ("transformer_xl", {"final_norm": False}, {"width": 16, "heads": 1}, "TransformerXL has none; set a norm"),
+        ("transformer_xl", {"final_norm": False}, {"width": 16, "heads": 1}, "TransformerXL has none; set optimizer"),
+        ("perceiver_io", {}, {"input_width": 8}, "PerceiverIO has none; set optimizer.scaling to standard"),
     ],
 )
 def test_model_that_is_no_wider_base_is_refused(family: str, changes: Any, base: Any, text: str):
