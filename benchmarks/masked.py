@@ -63,7 +63,11 @@ def unigram_loss(train: Path, valid: Path) -> float:
 
     config, objective = load(RECIPE).model, ObjectiveConfig(name="masked")
     form = form_of(config, objective)
-    return score_objective(nats_of, Corpus(valid), objective, form, ROWS, length=config.sequence_length).bits_per_byte
+    length = config.sequence_length
+    score = score_objective(
+        nats_of, Corpus(valid), objective, form, ROWS, length=length, scored=lambda length: slice(0, length)
+    )
+    return score.bits_per_byte
 
 
 def byteloom(*words: object) -> str:

@@ -36,13 +36,14 @@ from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.evaluate import Scored, add_up, score_windows, scorer
 from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows
 from pretrain.evaluation.modes import Mode, check_usage, score_documents, stride_of
-from pretrain.evaluation.objective_scores import score_objective
+from pretrain.evaluation.objective_scores import Guessed, score_objective
 from pretrain.evaluation.patches.finding import PatchedText, patches_of_model
 from pretrain.evaluation.scores import Evaluation, EvaluationError, GroupOf, Score
 from pretrain.evaluation.speculation import Speculation, check_speculates, speculate_rows
 from pretrain.evaluation.window_entropies import EntropyScorer, NatsOf
 from pretrain.evaluation.windows import ScoredWindow
 from pretrain.models import ByteModel, build_model, form_of, model_config, with_usage_options
+from pretrain.models.bidirectional import BidirectionalModel
 from pretrain.objectives import Visibility
 from pretrain.training.weights import (
     find_checkpoint,
@@ -312,13 +313,23 @@ class Model:
         """
         if self.objective.entry.show is None:
             raise EvaluationError(f"objective.name {self.objective.name} is scored in a mode; call evaluate")
-        device = next(self.module.parameters()).device
+        device, module = next(self.module.parameters()).device, self.module
 
-        def nats_of(ids: Ids, given: NDArray[np.number] | None) -> Tensor:
-            with torch.no_grad():
-                further = [] if given is None else [torch.from_numpy(given).to(device)]
-                nats: Tensor = self.module(torch.from_numpy(ids).to(device), *further)
-            return nats.cpu()
+        @torch.no_grad()
+        def nats_of(ids: Ids, given: NDArray[np.number] | None) -> Tensor | Guessed:
+            further = [] if given is None else [torch.from_numpy(given).to(device)]
+            own = torch.from_numpy(ids).to(device)
+            if not (self.objective.entry.has_accuracy and isinstance(module, BidirectionalModel)):
+                nats: Tensor = module(own, *further)
+                return nats.cpu()
+            states = module.encode(*further)
+
+            @torch.no_grad()
+            def likeliest(places: NDArray[np.bool_]) -> NDArray[np.integer]:
+                logits = module.logits(states[torch.from_numpy(places).to(device)])
+                return logits[:, :SEPARATOR].argmax(1).cpu().numpy()
+
+            return Guessed(module.nats(states, own.long()).cpu(), likeliest)
 
         return score_objective(
             nats_of,

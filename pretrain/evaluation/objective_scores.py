@@ -6,7 +6,7 @@ Bits per byte of causal models are made in windows.py and modes.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,18 @@ EVALUATION_SEED = -1
 
 NumberedRow = tuple[int, Ids, bool]
 """Number of a row in the corpus, its ids without padding, and whether it begins a document."""
-NatsOf = Callable[[Ids, NDArray[np.number] | None], Tensor]
+
+
+class Guessed(NamedTuple):
+    """Losses of rows, and the bytes that the model finds likeliest there."""
+
+    nats: Tensor
+    """(rows, n) losses."""
+    likeliest: Callable[[NDArray[np.bool_]], NDArray[np.integer]]
+    """Function that returns the likeliest byte at each chosen place of the rows, row by row."""
+
+
+NatsOf = Callable[[Ids, NDArray[np.number] | None], Tensor | Guessed]
 """Function that returns the (rows, n) nats of the ids of an example, given `Example.ids` and `Example.given`."""
 ShareOfRank = Callable[[Iterator[list[NumberedRow]]], Iterator[tuple[list[NumberedRow], bool]]]
 """Function that yields the batches that a rank passes, and whether it counts each; see `share_of_rank`."""
@@ -70,9 +81,9 @@ def score_objective(
         numbered = (row for row in numbered if row[2])
     for batch, is_own in share(_batched(numbered, rows)):
         example = _example(batch, objective, form, length, scored)
-        nats = nats_of(example.ids, example.given)
+        found = nats_of(example.ids, example.given)
         if is_own:
-            total.add(_score(batch, example, nats))
+            total.add(_score(batch, example, found))
             progress(sum(int((ids < SEPARATOR).sum()) for _, ids, _ in batch))
     return total
 
@@ -124,10 +135,14 @@ def _example(
     return example._replace(targets=example.targets & counted)
 
 
-def _score(batch: list[NumberedRow], example: Example, nats: Tensor) -> Score:
+def _score(batch: list[NumberedRow], example: Example, found: Tensor | Guessed) -> Score:
+    nats = found.nats if isinstance(found, Guessed) else found
     try:
         units = in_units(nats.numpy()[example.targets])
     except ValueError as error:
         raise EvaluationError(f"the model's loss in row {batch[0][0]} is not a usable number: {error}") from error
     begun = sum(begins for _, _, begins in batch)
-    return Score(int(units.sum()), count_bytes(example.ids, example.targets), begun)
+    likeliest = None
+    if isinstance(found, Guessed):
+        likeliest = int((found.likeliest(example.targets) == example.ids[example.targets]).sum())
+    return Score(int(units.sum()), count_bytes(example.ids, example.targets), begun, likeliest)

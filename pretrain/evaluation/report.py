@@ -170,9 +170,17 @@ class LossReport:
         """Return a table of the loss."""
         rows = f"rows of {count(self.sequence_length, 'id')}"
         title = f"{self.model} on {self.corpus}, objective {self.objective.name}: {rows}"
-        table = Table(title, [unit_of(self.objective.metric), f"{self.objective.entry.unit}s", "documents"])
-        table.add_row(*_cells(self.score))
+        accuracy = [] if self.accuracy is None else ["accuracy"]
+        columns = [unit_of(self.objective.metric), *accuracy, f"{self.objective.entry.unit}s", "documents"]
+        loss, *counts = _cells(self.score)
+        table = Table(title, columns)
+        table.add_row(loss, *([] if self.accuracy is None else [f"{self.accuracy:.2%}"]), *counts)
         return table
+
+    @property
+    def accuracy(self) -> float | None:
+        """Return the share of the targets that are the likeliest bytes; None if they were not counted."""
+        return None if self.score.likeliest is None else self.score.likeliest / self.score.bytes
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -183,6 +191,7 @@ class LossReport:
             "bytes": self.score.bytes,
             "nats": self.score.nats,
             "documents": self.score.documents,
+            **({} if self.accuracy is None else {"accuracy": self.accuracy}),
         }
 
     def write(self, folder: Path, *, with_picture: bool = False) -> None:

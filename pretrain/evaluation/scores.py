@@ -48,6 +48,8 @@ class Score:
     """Loss in nats, times UNITS_PER_NAT."""
     bytes: int = 0
     documents: int = 0
+    likeliest: int | None = None
+    """Bytes that were the likeliest ones at their places; None if they were not counted."""
 
     @property
     def nats(self) -> float:
@@ -69,6 +71,8 @@ class Score:
         self.units += other.units
         self.bytes += other.bytes
         self.documents += other.documents
+        if other.likeliest is not None:
+            self.likeliest = (self.likeliest or 0) + other.likeliest
 
 
 class Curve:

@@ -53,5 +53,6 @@ register_objective(
         visibilities=(Visibility.bidirectional,),
         special_ids=lambda config, length: 1,
         reads_pairs=True,
+        has_accuracy=True,
     )
 )

@@ -102,6 +102,8 @@ class ObjectiveEntry:
     lengths fits."""
     reads_pairs: bool = False
     """Whether each row must be a pair of a source and a target."""
+    has_accuracy: bool = False
+    """Whether `byteloom eval` shows the share of targets that are the likeliest bytes, of a bidirectional model."""
     options: type[BaseModel] | None = None
     """Config node of `objective.options`; None if it has no options of its own."""
 

@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from byteloom import load
+from data_pipeline.preparation.prepare import PrepareOptions, prepare
+from data_pipeline.readers.options import ReadOptions
+from data_pipeline.vocabulary import PADDING
 from pretrain.cli.app import app
 from pretrain.evaluation.generation import SamplingError
 from pretrain.evaluation.scores import EvaluationError
+from pretrain.models import build_model, small_config
+from pretrain.objectives.classification import HIDDEN
+from pretrain.training.weights.exports import write_export
+from tests.commands import run_here
 from tests.conftest import Run, recipe_tree
 from tests.distributed.parity import content
 
@@ -105,6 +113,33 @@ def test_labels_that_do_not_fit_a_row_are_reported(byteloom: Run, tmp_path: Path
         CliRunner().invoke(
             app, ["eval", str(tmp_path / "runs/short"), str(tmp_path / "corpus")], catch_exceptions=False
         )
+
+
+@torch.no_grad()
+def test_evaluation_of_a_classification_shows_the_share_of_labels_that_are_likeliest(tmp_path: Path):
+    """The likeliest label is that of the lowest loss, if each byte in turn is the label."""
+    texts = [f"{number} texts" for number in range(8)]
+    lines = [json.dumps({"text": text, "label": "ab"[number % 2]}) for number, text in enumerate(texts)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    options = PrepareOptions(reading=ReadOptions(field="text", target_field="label"))
+    prepare([str(tmp_path / "pairs.jsonl")], tmp_path / "corpus", options)
+    config, objective = small_config("encoder"), {"objective": {"name": "classification"}}
+    torch.manual_seed(3)
+    weights = {name: torch.randn(value.shape) for name, value in build_model(config).named_parameters()}
+    weights["head_bias"][list(b"ab")] += 20  # these two labels are likely
+    write_export(tmp_path / "export", weights, {"model": config.model_dump(mode="json")} | objective, {})
+    code, output = run_here("eval", tmp_path / "export", tmp_path / "corpus", "--json", "--device", "cpu")
+    assert code == 0, output
+    model, right = load(tmp_path / "export", "cpu").module, 0
+    for number, text in enumerate(texts):
+        given = torch.full((256, 32), PADDING)
+        given[:, 0], given[:, 1 : len(text) + 1] = HIDDEN, torch.tensor(list(text.encode()))
+        losses = model(torch.arange(256)[:, None].expand(-1, 32), given)[:, 0]
+        right += int(losses.argmin()) == b"ab"[number % 2]
+    found = json.loads(output[output.index("{") :])
+    assert 0 < right < 8 and found["accuracy"] == right / 8 and found["bytes"] == 8
+    code, output = run_here("eval", tmp_path / "export", tmp_path / "corpus", "--device", "cpu")
+    assert f"{right / 8:.2%}" in output and "accuracy" in output
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from data_pipeline.stream.loader import Loader, LoaderConfig
 from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.config.errors import ConfigError
 from pretrain.config.loading import load
-from pretrain.models import form_of, small_config
+from pretrain.models import FamilyError, build_model, form_of, small_config
 from pretrain.objectives import (
     OBJECTIVES,
     Draws,
@@ -201,3 +202,23 @@ def test_objective_that_does_not_train_a_family_is_refused_by_name():
         ObjectiveConfig(share=0.2)
     with pytest.raises(ConfigError, match="did you mean masked"):
         load("debug", ["objective.name=maskd"])
+
+
+@pytest.mark.parametrize("family", ["spacebyte", "blt", "hnet", "mamba"])
+def test_successors_train_on_pairs_and_refuse_hidden_bytes_by_name(family: str):
+    config = small_config(family, **({"attention_across_documents": True} if family == "blt" else {}))
+    for name in ("masked", "classification", "prefix", "span_corruption"):
+        with pytest.raises(
+            FamilyError, match=f"{name} does not train this model of family {family}; .* or conditional"
+        ):
+            form_of(config, ObjectiveConfig(name=name))
+    form = form_of(config, PAIRS)
+    assert form.visibility is Visibility.causal
+    pair, row = [*joined(b"a source", b"target"), SEPARATOR], np.full(32, PADDING, np.int16)
+    row[: len(pair)] = pair
+    shown = conditional.show(row, Draws(0, 0), form, PAIRS)
+    model = build_model(config)
+    nats = model(torch.from_numpy(shown.ids)[None])[0][torch.from_numpy(shown.targets)]
+    nats.sum().backward()
+    assert len(nats) == len(b"target") + 1
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
