@@ -16,7 +16,7 @@ from data_pipeline.stream.rows import Ids
 from pretrain.checkpoint import CheckpointError, Location, locate, read_metadata
 from pretrain.config.loading import load, with_overrides
 from pretrain.training.ancestry import Ancestor, ancestors_in
-from pretrain.training.run_folder import RunFolder, start_folder, with_absolute_corpora
+from pretrain.training.run_folder import STARTED_IN, RunFolder, as_started
 from pretrain.training.starting.checks import stream_of_state
 from pretrain.training.weights import is_checkpoint, store_of
 
@@ -145,7 +145,7 @@ def past_reading(path: str, overrides: Sequence[str], *, ahead: bool = False) ->
     tree = {name: stored[name] for name in ("run", "data", "model", "train")} | {"optimizer": NO_WARM_UP}
     if isinstance(place, Path):
         run = place.resolve().parents[1] if is_checkpoint(place) else place
-        tree["data"] = with_absolute_corpora(stored["data"], start_folder(run, stored["run"]["root"]))
+        tree["data"] = as_started(stored, run, metadata.state.get(STARTED_IN))["data"]
     config = with_overrides(tree, overrides, str(metadata.folder))
     streams = as_begun(open_streams(config.data, config.model.sequence_length), *stream_of_state(metadata.state))
     if fingerprint_of(streams) != metadata.state["fingerprint"]:

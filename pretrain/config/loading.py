@@ -19,14 +19,17 @@ from pretrain.config.errors import ConfigError, ValueOrigins, describe_faults
 from pretrain.config.fields import FieldPath
 from pretrain.config.recipe_yaml import RecipeLoader
 from pretrain.config.schema import Config
+from pretrain.training.run_folder import as_started
 
 
-def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(recipe: str | Path, overrides: Sequence[str] = (), run: Path | None = None) -> Config:
     """Return the config of a recipe with `section.field=value` overrides applied.
 
     Args:
         recipe: its name or its path; see `find`.
         overrides: later ones replace earlier ones.
+        run: folder of the run whose recipe it is; its relative paths lead from where that run was started. None: the
+            folder that holds the file, if it is that of a run.
 
     Raises:
         ConfigError: the recipe cannot be found or read, or a field or override is wrong.
@@ -34,7 +37,10 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = find(recipe)
     origins = ValueOrigins(str(path))
     try:
-        return _overridden(_read_yaml(path, origins), overrides, origins)
+        tree = _read_yaml(path, origins)
+        if run is not None or (path.parent / "run.json").exists():
+            tree = as_started(tree, run or path.parent)
+        return _overridden(tree, overrides, origins)
     except RecursionError as error:
         raise ConfigError(f"{path}: a value is nested too deeply, or contains itself") from error
 

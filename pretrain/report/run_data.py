@@ -19,7 +19,7 @@ from pretrain.report.events import Event, events_of, parameters_of
 from pretrain.report.numbers import NumberTable, tables_of
 from pretrain.tracking.journal import read_journal
 from pretrain.tracking.samples import SampleSet, read_samples, sample_folders
-from pretrain.training.run_folder import RunFolder
+from pretrain.training.run_folder import RunFolder, as_started
 from pretrain.training.run_status import RunStatus, status_of
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ def read_run(path: Path) -> RunData:
         parameters=found(lambda: parameters_of(folder), None),
         config=config,
         config_text=text,
-        corpora=[_facts(name, place, coverage) for name, place in _corpora(config).items()],
+        corpora=[_facts(name, place, coverage) for name, place in _corpora(as_started(config, path)).items()],
         evaluations=found(lambda: _evaluations(folder.evaluations), list[StoredEvaluation]()),
         samples=found(lambda: _samples(folder.samples), list[tuple[Path, SampleSet]]()),
         problems=problems,

@@ -25,7 +25,7 @@ from pretrain.training.ancestry import ANCESTRY, Ancestor, ancestors_in
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.home_owner import owner_of, take_home
 from pretrain.training.lineage import LINEAGE, place_of, stored_lineage
-from pretrain.training.run_folder import RunFolder, RunFolderError
+from pretrain.training.run_folder import STARTED_IN, RunFolder, RunFolderError
 from pretrain.training.starting.checks import finetune_changes, scaling_changes, stream_of_state
 from pretrain.training.weights import model_changes, store_of
 
@@ -72,7 +72,8 @@ def make_branch(
         _refuse_used(folder, place)
         home, run, state = open_home(place), uuid.uuid4().hex, parent.state
         ancestry = [each.model_dump(mode="json") for each in [*ancestors_in(state), _parent(parent, recipe)]]
-        own = {"run": run, "generation": 0, "config": recipe.as_tree(), ANCESTRY: ancestry}
+        here = {STARTED_IN: str(Path.cwd())}
+        own = {"run": run, "generation": 0, "config": recipe.as_tree(), ANCESTRY: ancestry, **here}
         own[LINEAGE] = stored_lineage(parent)
         home.sweep()
         copy_checkpoint(parent, home, {**state, **own}, lambda: take_home(recipe, folder, streams, run), progress)
@@ -82,7 +83,7 @@ def make_branch(
         began = {"data": state["config"]["data"], "fingerprint": state["fingerprint"]}
         kept: dict[str, Any] = {name: state[name] for name in ("precision", "first_values") if name in state}
         model = recipe.as_tree()["model"]
-        folder.write_identity({"id": run, "model": model, **began, **kept, ANCESTRY: ancestry})
+        folder.write_identity({"id": run, "model": model, **began, **kept, ANCESTRY: ancestry, **here})
     return folder
 
 

@@ -18,7 +18,7 @@ from pretrain.checkpoint.values import refuse_not_finite
 from pretrain.tracking import Journal
 from pretrain.tracking.journal import lines
 from pretrain.training.home_owner import fence_of, owner_of
-from pretrain.training.run_folder import Rollback, RunFolder, RunFolderError, read_recipe, rollback_before
+from pretrain.training.run_folder import Rollback, RunFolder, RunFolderError, rollback_before
 from pretrain.training.run_status import check_run, status_of
 
 
@@ -106,8 +106,7 @@ def _begin(folder: RunFolder, identity: Mapping[str, Any], metadata: Metadata, r
 
 def _take_generation(folder: RunFolder, home: Home) -> int:
     """Take the next generation of a run, so that its older processes write no more; return it."""
-    recipe = read_recipe(folder.config)
-    fence = fence_of(folder, None if recipe is None else recipe.checkpoint.home)
+    fence = fence_of(folder, folder.home)
     states = [state_in(home, name) for name in home.names()]
     fence.claim(after=max((state.get("generation", 0) for state in states if state), default=0))
     return starts_noted_at(folder.generation)

@@ -25,7 +25,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ from pretrain.training.ancestry import ANCESTRY, Ancestor
 
 log = logging.getLogger(__name__)
 
+STARTED_IN = "started_in"
+"""Field of run.json and of checkpoints: absolute path of the working directory of the start."""
+PATHS = (
+    *("run.root", "checkpoint.home", "initialize.weights", "model.patcher.model", "samples.files.*"),
+    *("data.shards", "data.mixture.*.shards", "data.remote.cache"),
+    *("validation.shards", "validation.corpora.*", "validation.corpora.*.shards"),
+)
+"""Places in a recipe of paths or URLs; * is any name. A relative path leads from the folder of the start."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 """Pattern of a run's name."""
 LOCK_SECONDS = 0.5
@@ -97,6 +105,8 @@ class _StoredRunIdentity(BaseModel, extra="allow"):
     fingerprint: str
     precision: str | None = None
     """Precision of the last start."""
+    started_in: str | None = None
+    """Absolute path of the working directory of the last start; not set by earlier versions."""
     first_values: int | None = None
     """Version of the generator of first values; not set for a run that began before it had a version."""
     ancestry: tuple[Ancestor, ...] = ()
@@ -121,9 +131,14 @@ class _StoredEngine(BaseModel):
     precision: str = "auto"
 
 
+class _StoredRun(BaseModel):
+    root: str = "runs"
+
+
 class StoredRecipe(BaseModel):
     """Fields of config.yaml that are read without the rest of it."""
 
+    run: _StoredRun = _StoredRun()
     train: _StoredTrain
     engine: _StoredEngine = _StoredEngine()
     checkpoint: _StoredCheckpoint = _StoredCheckpoint()
@@ -140,42 +155,76 @@ def rollback_before(identity: Mapping[str, Any], generation: int) -> Rollback | 
     return rollbacks[-1] if rollbacks and rollbacks[-1].generation == generation - 1 else None
 
 
-def start_folder(run: Path, root: str) -> Path:
+def start_folder(run: Path | None, root: str, recorded: str | None = None) -> Path:
     """Return the folder in which a run was started, from which relative paths of its recipe lead.
 
     Args:
-        run: the run folder.
-        root: value of `run.root` in its recipe. A relative one is the end of the path of the run's parent.
+        run: the run folder; None: it is not known.
+        root: value of `run.root` in its recipe. A relative one is the end of the path of the run's parent. For others,
+            the folder was recorded.
+        recorded: working directory that a checkpoint of the recipe has recorded; None: that of the run's last start.
 
     Returns:
-        The working directory if `run.root` is absolute, or if the run was moved: then nobody knows the folder.
+        The working directory if nobody knows the folder: the run was moved, or an earlier version started it.
     """
-    parent, parts = run.resolve().parent, Path(os.path.normpath(root)).parts
-    if Path(root).is_absolute() or ".." in parts or parent.parts[len(parent.parts) - len(parts) :] != parts:
-        return Path()
-    started = parent.parents[len(parts) - 1] if parts else parent
+    started = None if run is None else _above_root(run, root)
+    if started is None:
+        recorded = recorded or (None if run is None else _recorded_start(run))
+        started = Path(recorded) if recorded and Path(recorded).is_dir() else Path.cwd()
     return Path() if started == Path.cwd() else started
 
 
-def with_absolute_corpora(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the section `data` of a recipe with the paths of its corpora from the folder in which the run started.
+def _above_root(run: Path, root: str) -> Path | None:
+    """Return the folder from which a relative root leads to a run's parent; None if it does not."""
+    parent, parts = run.resolve().parent, Path(os.path.normpath(root)).parts
+    if Path(root).is_absolute() or ".." in parts or parent.parts[len(parent.parts) - len(parts) :] != parts:
+        return None
+    return parent.parents[len(parts) - 1] if parts else parent
+
+
+def _recorded_start(run: Path) -> str | None:
+    try:
+        stored = RunFolder(run).stored_identity() or {}
+    except StateFileError:  # commands that need run.json report it
+        return None
+    return stored.get(STARTED_IN)
+
+
+def as_started(recipe: Mapping[str, Any], run: Path | None, recorded: str | None = None) -> dict[str, Any]:
+    """Return the recipe of a run with its paths from the folder in which the run was started.
 
     Args:
-        data: the section, as plain values; it is not changed.
-        folder: from `start_folder`. A path that leads to nothing from there is kept.
+        recipe: plain values; they are not changed. A path that leads to nothing from that folder is kept.
+        run: as of `start_folder`.
+        recorded: as of `start_folder`.
     """
-
-    def found(shards: str) -> str:
-        place = locate(shards)
-        is_there = isinstance(place, Path) and not place.is_absolute() and (folder / shards).exists()
-        return str(folder / shards) if is_there else shards
-
-    moved = {**data, "shards": found(data["shards"])} if data.get("shards") else dict(data)
-    if data.get("mixture"):
-        moved["mixture"] = {
-            name: {**source, "shards": found(source["shards"])} for name, source in data["mixture"].items()
-        }
+    section, moved = recipe.get("run"), dict(recipe)  # of a file that may be damaged
+    root = section.get("root") if isinstance(section, Mapping) else None
+    folder = start_folder(run, root if isinstance(root, str) else "runs", recorded)
+    if folder != Path():
+        for place in PATHS:
+            moved = _with_paths(moved, place.split("."), folder)
     return moved
+
+
+def _with_paths(tree: Any, place: Sequence[str], folder: Path) -> Any:
+    """Return a tree whose values at a place are paths from a folder; see `PATHS`."""
+    if not place:
+        return _from_folder(tree, folder) if isinstance(tree, str) else tree
+    name, further = place[0], place[1:]
+    if isinstance(tree, Mapping):
+        chosen = tree.keys() if name == "*" else {name} & tree.keys()
+        return {key: _with_paths(value, further, folder) if key in chosen else value for key, value in tree.items()}
+    if isinstance(tree, list | tuple) and name == "*":
+        return [_with_paths(value, further, folder) for value in tree]
+    return tree
+
+
+def _from_folder(text: str, folder: Path) -> str:
+    """Return a path from a folder; the text itself if it is a URL, or if it leads to nothing from there."""
+    place = locate(text)
+    is_there = isinstance(place, Path) and not place.is_absolute() and (folder / text).exists()
+    return str(folder / text) if is_there else text
 
 
 def read_recipe(path: Path) -> StoredRecipe | None:
@@ -229,14 +278,25 @@ class RunFolder:
         return self.path / "profile" / f"rank-{rank:05d}"
 
     @property
+    def home(self) -> str | None:
+        """The value of `checkpoint.home` in the recipe of the last start, as a path from where the run was started.
+
+        Raises:
+            StateFileError: config.yaml cannot be read, or is damaged.
+        """
+        recipe = read_recipe(self.config)
+        if recipe is None or recipe.checkpoint.home is None:
+            return None
+        return _from_folder(recipe.checkpoint.home, start_folder(self.path, recipe.run.root))
+
+    @property
     def checkpoints(self) -> Path | str:
         """The folder or URL of the checkpoints, by the recipe of the last start.
 
         Raises:
             StateFileError: config.yaml cannot be read, or is damaged.
         """
-        recipe = read_recipe(self.config)
-        return self.checkpoints_in(None if recipe is None else recipe.checkpoint.home)
+        return self.checkpoints_in(self.home)
 
     def checkpoints_in(self, home: str | None) -> Path | str:
         """Return the folder or URL of the checkpoints for a value of `checkpoint.home`."""

@@ -16,7 +16,7 @@ from pretrain.config.loading import with_overrides
 from pretrain.config.schema import Config
 from pretrain.terminal.console import display, say
 from pretrain.training.branching import find_branch_point, make_branch
-from pretrain.training.run_folder import RunFolder
+from pretrain.training.run_folder import STARTED_IN, RunFolder, as_started
 from pretrain.training.starting.schedule_changes import describe_rise
 from pretrain.training.stop import stopping_at_once
 
@@ -79,6 +79,7 @@ def branched_config(parent: Metadata, run: str, name: str, overrides: Sequence[s
     tree["run"]["name"] = name
     place = locate(run)
     if isinstance(place, Path) and (place / "run.json").exists():
+        tree = as_started(tree, place, parent.state.get(STARTED_IN))
         tree["run"]["root"] = os.fspath(place.parent)
     tree["tracking"]["parent"] = None  # a sweep counts its own runs only
     schedule = tree["optimizer"].get("schedule", {})

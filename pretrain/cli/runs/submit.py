@@ -94,7 +94,7 @@ def submit_command(
     if cluster is None and earlier is None:
         raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
-    config = load(file, overrides or [])
+    config = load(file, overrides or [], None if earlier is None else Path(recipe))
     for warning in config.warnings():
         say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()

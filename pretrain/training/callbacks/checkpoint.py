@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from byteloom.core.provenance import environment
@@ -13,6 +14,7 @@ from pretrain.training.ancestry import ANCESTRY
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.lineage import LINEAGE
 from pretrain.training.run import TrainingRun
+from pretrain.training.run_folder import STARTED_IN
 
 
 class CheckpointCallback(Callback):
@@ -75,6 +77,7 @@ class CheckpointCallback(Callback):
             "config": run.recipe.as_tree(),
             "precision": run.precision,
             "environment": environment(),
+            STARTED_IN: str(Path.cwd()),
         }
         if run.ancestry:
             state[ANCESTRY] = run.ancestry

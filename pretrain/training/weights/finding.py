@@ -26,7 +26,7 @@ from pretrain.models import ByteModel, ModelConfig, family, image_of, model_conf
 from pretrain.models.adapters import layer_of_adapter
 from pretrain.models.finetune import finetune_of
 from pretrain.objectives import ObjectiveConfig
-from pretrain.training.run_folder import RunFolder
+from pretrain.training.run_folder import STARTED_IN, RunFolder, as_started
 from pretrain.training.weights.exports import is_export, read_export
 from pretrain.training.weights.frozen_models import with_copy
 from pretrain.training.weights.merging import read_merged, weight_shapes
@@ -189,7 +189,7 @@ def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress =
         found = store_of(place, world).newest_valid(progress)
         if found is None:
             raise CheckpointError(f"{text} has no valid checkpoint; name a run with one, a checkpoint, or an export")
-        return with_copy(found)
+        return _as_started(found, place)
     checkpoint, fault = None, None
     try:
         checkpoint = read_export(folder) if folder else verify(place, world.rank, world.size, progress)
@@ -202,7 +202,23 @@ def find_checkpoint(text: str | Path, world: World = ALONE, progress: Progress =
     not_finite = merged_counts(world.gather(dict(checkpoint.not_finite or {})))
     if weights := {name: number for name, number in not_finite.items() if split_name(name)[0] == MODEL}:
         raise CheckpointError(f"{checkpoint.folder} has {describe_not_finite(weights)}; name an earlier checkpoint")
-    return with_copy(replace(checkpoint, not_finite=not_finite))
+    return _as_started(replace(checkpoint, not_finite=not_finite), None)
+
+
+def _as_started(checkpoint: Metadata, run: Location | None) -> Metadata:
+    """Return a checkpoint whose recipe has paths that lead from here to what the run named.
+
+    Args:
+        checkpoint: its recipe has the paths as they were typed.
+        run: where the checkpoint was looked for; None: the run that it lies in, if there is one.
+    """
+    state, recorded = checkpoint.state, checkpoint.state.get(STARTED_IN)
+    if run is None and isinstance(checkpoint.folder, Path):
+        run = checkpoint.folder.resolve().parents[1]
+    known = run if isinstance(run, Path) and (run / "run.json").exists() else None
+    if known is not None or recorded is not None:
+        checkpoint = replace(checkpoint, state={**state, "config": as_started(state["config"], known, recorded)})
+    return with_copy(checkpoint)
 
 
 def trained_precision(checkpoint: Metadata) -> str:
