@@ -1,7 +1,7 @@
 """Floating-point operations of a training step of a model, some of whose parameters may be frozen.
 
-    every parameter is trained     `ByteModel.step_flops`: 3 F, the forward pass and the gradients of inputs and of weights
-    some are frozen                less the products of gradients that nothing trained needs
+    every parameter is trained     `ByteModel.step_flops`: the forward pass, and two products for each one
+    some are frozen                the same, less the products of gradients that nothing trained needs
 
 A product needs the gradient of its input if something before it is trained, and that of its weight if this is trained.
 Autograd knows which. Both backward passes run on the meta device, and torch's counter adds up their products.

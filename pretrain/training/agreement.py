@@ -11,11 +11,12 @@ damaged.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from signal import Signals
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
+from byteloom.core.errors import CorrectableError
 from byteloom.core.faults import FaultClass, class_for_ranks
 from byteloom.core.torch_compat import annotate
 from data_pipeline.corpus.corpus import Corpus
@@ -151,6 +152,30 @@ def _skip_everywhere(run: TrainingRun, unread: list[Hole]) -> None:
     except CorpusError as error:
         raise TrainingError(str(error)) from error
     run.loader.read_again(run.reading.record.next_sequence)
+
+
+def call_together(world: World, function: Callable[[], Item]) -> Item:
+    """Call a function on all ranks, and return the result of this one. All ranks fail if one of them does.
+
+    Args:
+        world: the ranks.
+        function: reads files, and exchanges nothing with other ranks.
+
+    Raises:
+        TrainingError: a rank found a fault that a user can correct, or one of its storage; on all ranks.
+        CorrectableError, OSError: the fault itself, if there is one process.
+    """
+    if world.size == 1:
+        return function()
+    fault: Exception | None = None
+    found: Item | None = None
+    try:
+        found = function()
+    except (CorrectableError, OSError) as error:
+        fault = error
+    if any(world.gather(fault is not None)):
+        raise_together(world, fault)
+    return cast(Item, found)
 
 
 def raise_together(world: World, fault: Exception | None) -> NoReturn:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from data_pipeline.corpus.corpus import Corpus
@@ -17,10 +18,12 @@ from data_pipeline.stream.record import Record
 from pretrain.checkpoint import CheckpointStore, read_metadata
 from pretrain.config.loading import load
 from pretrain.distributed.world import World
+from pretrain.models import build_model, small_config
 from pretrain.training.agreement import Vote, agree_on_corpora
 from pretrain.training.loop import train
 from pretrain.training.run import TrainingError
 from pretrain.training.stop import StoppedError, StopRequest
+from pretrain.training.weights.exports import write_export
 from tests.conftest import recipe_tree
 from tests.data_pipeline.corpora import damage_block, write_corpus
 from tests.distributed.ranks import on_ranks
@@ -132,3 +135,37 @@ def test_ranks_train_around_a_block_that_one_of_them_cannot_read(corpus_folder: 
     assert first == second
     assert first[0] is None
     assert first[1].startswith("rank 1 of 2: block 000000-000000 of ")
+
+
+def train_each(world: World, folders: list[str], recipes: list[str]) -> list[tuple[int | None, str]]:
+    """Train several recipes, one after another."""
+    return [train_in(world, folders, recipe) for recipe in recipes]
+
+
+def test_all_ranks_refuse_a_frozen_model_that_one_of_them_lacks(corpus_folder: Path, tmp_path: Path):
+    """Rank 1 has no export, a damaged one, or another one. Each refusal is the same on all ranks."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    places = ("missing", "damaged", "other")
+    for folder in folders:
+        for place in places:
+            torch.manual_seed(1 if place == "other" and folder.name == "1" else 0)
+            config = small_config("transformer")
+            weights = {name: value.detach() for name, value in build_model(config).named_parameters()}
+            write_export(folder / place, weights, {"model": config.model_dump(mode="json")}, {})
+    shutil.rmtree(folders[1] / "missing")
+    (folders[1] / "damaged/model.safetensors").write_bytes(b"damaged")
+    recipes = []
+    for place in places:
+        tree: Any = recipe_tree(corpus_folder)
+        tree["run"] = {"root": str(tmp_path / "runs"), "name": place}
+        patcher = {"name": "entropy", "model": place, "threshold": 5.0}
+        tree["model"] = {"family": "blt", **small_config("blt").model_dump(mode="json"), "patcher": patcher}
+        tree["train"] = {"steps": 1, "global_batch": 2, "micro_batch": 1}
+        recipes.append(tmp_path / f"{place}.yaml")
+        recipes[-1].write_text(yaml.safe_dump(tree))
+    first, second = on_ranks(2, train_each, list(map(str, folders)), list(map(str, recipes)))
+    assert first == second
+    missing, damaged, other = first
+    assert missing[1].startswith("rank 1 of 2: missing is no export ([Errno 2] No such file or directory")
+    assert damaged[1].startswith("rank 1 of 2: damaged/model.safetensors is not the file that card.json has")
+    assert other[1].startswith("rank 1 was started with another recipe than rank 0: model.patcher.digest: ")

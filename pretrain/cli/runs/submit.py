@@ -94,7 +94,7 @@ def submit_command(
     if cluster is None and earlier is None:
         raise ClusterError("--cluster is missing: name a preset (gpu, cpu, local) or a .yaml file")
     chosen = load_cluster(cluster or f"{earlier}/cluster.yaml", options)
-    config = load(file, overrides or [], None if earlier is None else Path(recipe))
+    config = load(file, overrides or [], None if of_run is None else Path(recipe))
     for warning in config.warnings():
         say(f"warning: {warning.text}")
     run = (Path(config.run.root) / config.run.name).resolve()
@@ -149,8 +149,8 @@ def _refuse_other_folder(folder: Path, run: Path, config: Config, overrides: Seq
     if not is_chosen and run != folder.resolve():
         raise ClusterError(
             f"the recipe of {folder} trains {run} from here: run.root is {config.run.root} and run.name is "
-            f"{config.run.name}; submit it in the folder where it was submitted first, from which its relative paths "
-            "start, or set run.root and run.name"
+            f"{config.run.name}; the run was moved, or renamed: set run.root and run.name, or submit it in the folder "
+            "from which its relative paths start"
         )
 
 

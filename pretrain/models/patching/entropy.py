@@ -96,6 +96,13 @@ class Uncertainty(Protocol):
     def weight_bytes(self) -> int:
         """Return the bytes of the weights on a device."""
 
+    def on(self, device: torch.device) -> Any:
+        """Return the model on a device. The first call for a device reads the weights.
+
+        Raises:
+            FrozenModelError: a file is missing or damaged.
+        """
+
 
 class Entropy(Patcher):
     """A patch starts where a model of bytes is uncertain of the next byte.
@@ -137,6 +144,14 @@ class Entropy(Patcher):
             entropies = entropies.half().float()
         starts, carried = entropy_starts(self.config, entropies, read, memory)
         return Decision(starts, memory=carried | kept, decoder=decoder)
+
+    def prepare(self, device: torch.device) -> None:
+        """Read the weights of the model whose entropies decide.
+
+        Raises:
+            FrozenModelError: a file is missing or damaged.
+        """
+        self.model.on(device)
 
     def flops(self, length: int) -> int:
         """Return the operations of the model whose entropies decide: none if a corpus has them."""

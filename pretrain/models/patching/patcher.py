@@ -98,6 +98,9 @@ class Patcher(nn.Module, ABC):
         """Return the bytes of weights that each device holds for the rule, apart from its parameters."""
         return 0
 
+    def prepare(self, device: torch.device) -> None:
+        """Read what the rule needs besides parameters, so that a forward pass on the device reads no file."""
+
     @abstractmethod
     def rule(self, read: Tensor, state: PatchState, hidden: Tensor | None) -> Decision:
         """Return what the rule alone decides; see `forward` for the arguments."""

@@ -16,15 +16,16 @@ from pretrain.models.finetune import SECTION, finetune_of
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.run import TrainingError
 from pretrain.training.weights import model_changes, trained_objective
+from pretrain.training.weights.frozen_models import COPY, with_place
 
 
 def check_same_recipe(recipe: TrainingRecipe, world: World) -> None:
-    """Check that all ranks have the same recipe.
+    """Check that all ranks have the same recipe. They may have a frozen model in different places.
 
     Raises:
         TrainingError: another rank was started with another recipe.
     """
-    trees = world.gather(recipe.as_tree())
+    trees = world.gather(with_place(recipe.as_tree(), COPY))
     for rank, tree in enumerate(trees):
         if differences := changes(trees[0], tree):
             raise TrainingError(f"rank {rank} was started with another recipe than rank 0: {'; '.join(differences)}")

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from byteloom.core.provenance import environment, flatten, read_source, source_file, source_text
 from byteloom.core.storage.files import replace_file
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.errors import CorpusError
 from data_pipeline.stream.byte_stream import ByteStream
 from data_pipeline.stream.inspection.coverage import Coverage, coverage_of
 from data_pipeline.stream.loader import Loader
@@ -41,6 +41,7 @@ from pretrain.engines import (
     remark_on_idle_ranks,
 )
 from pretrain.engines.peak import peak_flops
+from pretrain.estimate.training_flops import training_flops
 from pretrain.models import ByteModel, carries_memory, form_of, image_of
 from pretrain.models.entropy_model import stored_entropies_of
 from pretrain.models.finetune import build_finetuned
@@ -49,7 +50,7 @@ from pretrain.objectives import show_entropies, show_rows
 from pretrain.optim.scaling import scale_model
 from pretrain.terminal.console import display
 from pretrain.tracking import Journal, RunDescription, open_recorder
-from pretrain.training.agreement import agree_on_corpora, raise_together
+from pretrain.training.agreement import agree_on_corpora, call_together
 from pretrain.training.ancestry import ANCESTRY, ancestors_in, ancestry_tags
 from pretrain.training.config import TrainingRecipe
 from pretrain.training.health import HealthEvent, HealthLog
@@ -58,7 +59,7 @@ from pretrain.training.home_owner import HomeOwner, fence_of, find_owner, take_h
 from pretrain.training.lineage import LINEAGE, stored_lineage
 from pretrain.training.meter import Meter
 from pretrain.training.run import TrainingRun
-from pretrain.training.run_folder import RunFolder, rollback_before
+from pretrain.training.run_folder import STARTED_IN, RunFolder, rollback_before
 from pretrain.training.starting.checks import (
     BegunStream,
     check_belongs,
@@ -73,7 +74,7 @@ from pretrain.training.starting.checks import (
 from pretrain.training.starting.log import log_course, log_facts, log_first_line, log_to
 from pretrain.training.stop import StopRequest
 from pretrain.training.weights import InitialWeights, find_initial_weights
-from pretrain.training.weights.frozen_models import copy_frozen_model, with_run_copy
+from pretrain.training.weights.frozen_models import check_frozen_model, copy_frozen_model, with_run_copy
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +93,11 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
         TrainingError, CorpusError, EngineError, CheckpointError, RunFolderError, WorldError: the run cannot start.
     """
     # Whatever can be refused without a run folder is refused before one is made.
+    recipe, folder = call_together(world, partial(_in_folder, recipe))
     check_same_recipe(recipe, world)
     streams, validation = _open_corpora(recipe, world)
     choose_device(recipe.engine.device, world.local_rank)
     check_ranks(recipe.engine, world.size)
-    recipe, folder = _in_folder(recipe)
     initial = _find_initial_weights(recipe, folder, world)
     streams = _in_order_of_run(recipe, folder, streams, world)
     with display.phase("looking for checkpoints"):
@@ -105,7 +106,7 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
     with ExitStack() as held:
         world.on_first(lambda: held.enter_context(folder.locked(take_over=heartbeat.is_supervised)))
         fence = fence_of(folder, recipe.checkpoint.home)
-        held.enter_context(log_to(folder.log_of(world.rank), fence))
+        call_together(world, lambda: held.enter_context(log_to(folder.log_of(world.rank), fence)))
         _warn(recipe, world)
         identity = _identity(recipe, folder, streams, owner, world)
         precision = _precision(recipe, folder, identity, world)
@@ -117,22 +118,21 @@ def start(recipe: TrainingRecipe, world: World, source: Mapping[str, str], stop:
             model = scale_model(build_finetuned(recipe.model, recipe.finetune), recipe.model, recipe.optimizer)
         parameters = model.parameter_count()  # while the model is whole
         log_first_line(recipe, folder, world, model, precision)
-        flops_a_step = model.step_flops(recipe.model.sequence_length) * recipe.train.global_batch
+        flops_a_step = training_flops(model, recipe.model, recipe.finetune) * recipe.train.global_batch
         engine = _engine(recipe, model, precision, world)
         checkpoint = _load(store, engine, recipe, streams, rewinds)
         if checkpoint is None:
             _begin(engine, initial, identity.get("first_values", WHOLE_DRAWING), world)
         identity = _completed(identity, precision, checkpoint, folder)
         reading = Reading(recipe.data, streams, record_of(checkpoint, rewinds, world), recipe.train.global_batch)
-        if world.is_first:
-            _write_start(recipe, folder, source, identity)
+        world.on_first(partial(_write_start, recipe, folder, source, identity))
         peak = _rehearse(recipe, engine, precision, world)
         coverage = _coverage(folder, streams, world)
         log_facts(recipe, engine, reading, coverage, checkpoint, initial)
         log_course(recipe, folder, identity, checkpoint if world.is_first else None)
         meter = Meter(flops_a_step, None if peak is None else peak * world.size, recipe.objective.metric)
         loader = _loader(recipe, reading, world, stop)
-        journal = _journal(folder, checkpoint) if world.is_first else None
+        journal = call_together(world, lambda: _journal(folder, checkpoint) if world.is_first else None)
         unlogged = _unlogged(checkpoint, journal, world)
         recorder = None
         if journal is not None:
@@ -177,19 +177,15 @@ def _warn(recipe: TrainingRecipe, world: World) -> None:
 
 def _open_corpora(recipe: TrainingRecipe, world: World) -> tuple[dict[str, ByteStream], dict[str, Corpus]]:
     """Return the streams of a recipe by source, and its validation corpora by name: the same ones on all ranks."""
-    fault: CorpusError | None = None
-    try:
+
+    def opened() -> tuple[dict[str, ByteStream], dict[str, Corpus]]:
         streams = open_streams(recipe.data, recipe.model.sequence_length, stored_entropies_of(recipe.model))
-        validation = {
+        return streams, {
             name: Corpus(named.shards, remote=recipe.data.remote, digest=named.shards_sha256)
             for name, named in recipe.validation.by_name().items()
         }
-    except CorpusError as error:
-        if world.size == 1:
-            raise
-        fault = error
-    if any(world.gather(fault is not None)):
-        raise_together(world, fault)
+
+    streams, validation = call_together(world, opened)
     agree_on_corpora([*(stream.corpus for stream in streams.values()), *validation.values()], world)
     if carries_memory(recipe.model):
         check_lanes(streams, recipe.train.global_batch)
@@ -199,9 +195,15 @@ def _open_corpora(recipe: TrainingRecipe, world: World) -> tuple[dict[str, ByteS
 
 
 def _in_folder(recipe: TrainingRecipe) -> tuple[TrainingRecipe, RunFolder]:
-    """Return a recipe that names the copies of the run's folder where originals are gone, and the folder."""
+    """Return a recipe that names the copies of the run's folder where originals are gone, and the folder.
+
+    Raises:
+        FrozenModelError: the recipe has a frozen model, and there is neither its export nor a copy.
+    """
     folder = RunFolder(Path(recipe.run.root) / recipe.run.name)
-    return recipe.model_copy(update={"model": with_run_copy(recipe.model, folder.path)}), folder
+    recipe = recipe.model_copy(update={"model": with_run_copy(recipe.model, folder.path)})
+    check_frozen_model(recipe.model)
+    return recipe, folder
 
 
 def _find_initial_weights(recipe: TrainingRecipe, folder: RunFolder, world: World) -> InitialWeights | None:
@@ -280,7 +282,8 @@ def _store(recipe: TrainingRecipe, folder: RunFolder, world: World, fence: Fence
 
 
 def _engine(recipe: TrainingRecipe, model: ByteModel, precision: str, world: World) -> Engine:
-    return build_engine(
+    """Return the engine, once all ranks have read what the model needs besides its parameters."""
+    engine = build_engine(
         recipe.engine.model_copy(update={"precision": precision}),
         model,
         recipe.optimizer,
@@ -289,6 +292,13 @@ def _engine(recipe: TrainingRecipe, model: ByteModel, precision: str, world: Wor
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,
     )
+
+    def prepare() -> None:
+        for patcher in model.patchers().values():
+            patcher.prepare(engine.device)
+
+    call_together(world, prepare)
+    return engine
 
 
 def _load(
@@ -344,7 +354,7 @@ def _loader(recipe: TrainingRecipe, reading: Reading, world: World, stop: StopRe
 def _completed(
     identity: Mapping[str, Any], precision: str, checkpoint: Metadata | None, folder: RunFolder
 ) -> dict[str, Any]:
-    """Return the identity of a run with the precision of this start, and with the ancestry that its checkpoint holds.
+    """Return the identity of a run with facts of this start, and with the ancestry that its checkpoint holds.
 
     Raises:
         CheckpointError: a branch has no checkpoint, so it would begin with first values.
@@ -356,7 +366,8 @@ def _completed(
             f"{folder.path} is a branch of {parent.name} at step {parent.step}, and has no checkpoint; restore one "
             f"from a copy, or make another branch of {parent.checkpoint}"
         )
-    return {**identity, "precision": precision, **({ANCESTRY: ancestry} if ancestry else {})}
+    own = {"precision": precision, STARTED_IN: str(Path.cwd())}
+    return {**identity, **own, **({ANCESTRY: ancestry} if ancestry else {})}
 
 
 def _lineage(checkpoint: Metadata | None, initial: InitialWeights | None) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from byteloom.core.storage.files import atomic_folder
 from pretrain.checkpoint import Metadata
 from pretrain.models import ModelConfig
-from pretrain.models.patching.frozen import digest_of
+from pretrain.models.patching.frozen import digest_of, frozen_config
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,16 @@ def frozen_model(config: ModelConfig) -> Path | None:
     """Return the folder of the export that a model runs and does not train; None if there is none."""
     place = getattr(getattr(config, "patcher", None), "model", None)
     return None if place is None else Path(place)
+
+
+def check_frozen_model(config: ModelConfig) -> None:
+    """Check that the export that a model runs is there. Its weights are not read.
+
+    Raises:
+        FrozenModelError: there is no export, or another one than that with the recorded digest.
+    """
+    if (place := frozen_model(config)) is not None:
+        frozen_config(str(place), getattr(config, "patcher").digest)  # noqa: B009 of its config
 
 
 def with_run_copy(config: ModelConfig, run: Path) -> ModelConfig:

@@ -126,7 +126,7 @@ def test_evaluation_of_a_classification_shows_the_share_of_labels_that_are_likel
     config, objective = small_config("encoder"), {"objective": {"name": "classification"}}
     torch.manual_seed(3)
     weights = {name: torch.randn(value.shape) for name, value in build_model(config).named_parameters()}
-    weights["head_bias"][list(b"ab")] += 20  # these two labels are likely
+    weights["head_bias"][list(b"ab")] += 200  # one of these two is the likeliest
     write_export(tmp_path / "export", weights, {"model": config.model_dump(mode="json")} | objective, {})
     code, output = run_here("eval", tmp_path / "export", tmp_path / "corpus", "--json", "--device", "cpu")
     assert code == 0, output

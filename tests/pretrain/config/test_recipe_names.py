@@ -55,14 +55,18 @@ def test_commands_accept_the_name_of_a_recipe():
 
 
 @pytest.mark.slow
-def test_run_is_submitted_only_where_its_relative_paths_lead_to_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_is_submitted_from_any_folder_unless_it_was_moved(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     run = elsewhere / "first/runs/mine"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(load("debug", ["run.name=mine"]).as_yaml())
     words = ("submit", "--cluster", "local", "--dry-run")
     code, output = run_here(*words, run)
-    assert code == 1 and f"error: the recipe of {run} trains {elsewhere}/runs/mine from here" in output
-    assert run_here(*words, run, f"run.root={run.parent}")[0] == 0
+    assert code == 0 and f"root: {run.parent}\n" in output
+    moved = run.rename(elsewhere / "first/mine")
+    code, output = run_here(*words, moved)
+    assert code == 1 and f"error: the recipe of {moved} trains {elsewhere}/runs/mine from here" in output
+    assert run_here(*words, moved, f"run.root={moved.parent}")[0] == 0
+    moved.rename(run)
     monkeypatch.chdir(elsewhere / "first")
     assert run_here(*words, run)[0] == run_here(*words, "runs/mine")[0] == 0
 
