@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from byteloom.core.errors import CorrectableError
 from pretrain.models.base import ByteModel
+from pretrain.models.blocks.mamba2 import Mamba2
 from pretrain.models.blocks.multi_byte import MultiByteHeads
 from pretrain.models.initial import ParameterScale
 
@@ -82,6 +83,12 @@ def _check_alike(model: ByteModel, base: ByteModel) -> None:
             raise ScalingError(
                 f"heads of {path} have {width} channels, and {base_widths[path]} in the base model of optimizer.base; "
                 "the products of queries and keys would grow; give both the same, by their numbers of heads"
+            )
+    for (path, layer), of_base in zip(model.named_modules(), base.modules(), strict=True):
+        if isinstance(layer, Mamba2) and isinstance(of_base, Mamba2) and layer.state != of_base.state:
+            raise ScalingError(
+                f"the state of {path} has {layer.state} numbers a channel, and {of_base.state} in the base model of "
+                "optimizer.base; what is read of it would grow; give both the same"
             )
 
 

@@ -184,6 +184,7 @@ def test_muon_scales_each_matrix_of_a_fused_parameter():
         ("transformer", {}, {"width": 16, "heads": 1, "layers": 1}, "differs in stack.blocks.1.* widths alone"),
         ("transformer", {}, {"width": 15}, r"optimizer.base.*heads \(2\) does not divide width \(15\)"),
         ("transformer", {}, {"wdith": 16}, "optimizer.base.wdith is not a field of the section model"),
+        ("mamba", {"state": 8}, {"width": 8, "state": 4}, "has 8 numbers a channel, and 4 in the base model"),
         ("transformer", {"multi_byte": {"heads": 2}}, {"width": 16, "heads": 1}, "no rates for the heads of"),
         ("transformer_xl", {"final_norm": False}, {"width": 16, "heads": 1}, "TransformerXL has none; set optimizer"),
         ("perceiver_io", {}, {"input_width": 8}, "PerceiverIO has none; set optimizer.scaling to standard"),
