@@ -142,7 +142,8 @@ def chunking(model: SpaceByte | HNet | BLT) -> Callable[[], Tensor]:
     if isinstance(model, HNet):
         model.main = nn.Identity()
         for stage in model.stages:
-            stage.encoder = stage.decoder = nn.Identity()
+            for stack in (stage.encoder, stage.decoder):
+                stack.blocks, stack.norm = nn.ModuleList(), nn.Identity()
     else:
         model.global_blocks = nn.ModuleList()
 

@@ -68,6 +68,22 @@ def hnet(outer: str, width: int, main: dict[str, Any], state: int, *stages: tupl
     return {"family": "hnet", "stages": learned, "main": main, "mamba": mamba}
 
 
+def au_net(width: int, inner: int, layers: int) -> dict[str, Any]:
+    """Return an AU-Net of bytes, words and pairs of words: stages of one block before and one after patches."""
+    block = {"encoder": "T1", "decoder": "T1", "join": "multi_linear"}
+    words = {"width": width, "heads": width // 64, "window": width, "patcher": {"name": "byte_class"}}
+    pairs = {"width": inner, "heads": inner // 64, "patcher": {"name": "fixed", "size": 2}, "places": 2}
+    main = {"layers": f"T{layers}", "width": 2 * width, "heads": width // 32}
+    return {
+        "family": "hnet",
+        "stages": [words | block | {"patches": PATCHES}, pairs | block | {"patches": 128}],
+        "main": main,
+        "rotary": {"fraction": 1.0, "base": 500_000.0},
+        "rate_multipliers": [1.0, 1.0, 1.0],
+        "initial_std": None,
+    }
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "MEGABYTE": {
         "family": "megabyte",
@@ -91,6 +107,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "BLT, patches by spaces": blt(1, 2, {"width": 128, "heads": 2}, sizes(4, 256, 4), 128),
     "H-Net": hnet("m2", 128, {"layers": "T4", "width": 256, "heads": 4}, 64, (6, 256)),
     "H-Net, two stages": hnet("m2", 128, {"layers": "T4", "width": 256, "heads": 4}, 64, (3, 512), (3, 192)),
+    "AU-Net": au_net(128, 256, 5),
 }
 """About 3.3 million operations a byte."""
 TINY: dict[str, dict[str, Any]] = {
@@ -109,6 +126,7 @@ TINY: dict[str, dict[str, Any]] = {
     "BLT, patches by spaces": blt(1, 1, {"width": 64, "heads": 1}, sizes(2, 128, 2), 64),
     "H-Net": hnet("m1", 64, {"layers": "T2", "width": 128, "heads": 2}, 32, (6, 256)),
     "H-Net, two stages": hnet("m1", 64, {"layers": "T2", "width": 128, "heads": 2}, 32, (3, 512), (3, 192)),
+    "AU-Net": au_net(64, 64, 2),
 }
 """About half a million operations a byte."""
 MODELS = {"small": SMALL, "tiny": TINY}
@@ -117,7 +135,7 @@ for models in MODELS.values():
     models["H-Net, patches of 6"] = fixed(models["H-Net"])
     models["BLT, patches of 6"] = fixed(models["BLT, patches by spaces"])
     models[BY_ENTROPY] = models["BLT, patches by spaces"] | {"patcher": {"name": "entropy"}}
-CONTROLS = ("H-Net, patches", "BLT, patches of", "Perceiver", "Transformer-XL")
+CONTROLS = ("AU-Net", "H-Net, patches", "BLT, patches of", "Perceiver", "Transformer-XL")
 MAIN = [name for name in SMALL if not name.startswith(CONTROLS)]
 """Models that are compared by default: without those of other families, and without controls."""
 BYTE_MODELS: dict[str, dict[str, Any]] = {

@@ -30,14 +30,26 @@ T, ROWS, MICRO_BATCH = 32, 7, 2
 WARM_UP = 6
 """Warm-up steps. Without them, Adam's first steps divide by almost nothing and magnify rounding."""
 FAMILIES = tuple(all_families())
-FURTHER_HEADS = {"mamba": {"multi_byte": {"heads": 3}}, "spacebyte": {"multi_byte": {"heads": 2, "layers": 0}}}
-"""Config fields of the families that train with further heads here."""
+HNET_STAGE = {"heads": 2, "decoder": "T1", "window": 8}
+FIELDS: dict[str, dict[str, Any]] = {
+    "hnet": {
+        "stages": [
+            HNET_STAGE | {"width": 16, "encoder": "m1", "patcher": {"name": "learned", "size": 3}, "patches": 20},
+            HNET_STAGE
+            | {"width": 24, "encoder": "t1", "patcher": {"name": "fixed", "size": 2}, "patches": 9}
+            | {"join": "multi_linear", "places": 3},
+        ]
+    },
+    "mamba": {"multi_byte": {"heads": 3}},
+    "spacebyte": {"multi_byte": {"heads": 2, "layers": 0}},
+}
+"""Config fields by which small models here have further heads, or stages of both kinds."""
 
 
 def model(family: str, **changes: Any) -> ByteModel:
     """Return a small model of a family on the meta device, with dropout."""
     with torch.device("meta"):
-        return build_model(small_config(family, **FURTHER_HEADS.get(family, {}), **changes))
+        return build_model(small_config(family, **FIELDS.get(family, {}) | changes))
 
 
 def rate_multiplier(name: str) -> float:
@@ -68,7 +80,7 @@ def build(
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32"} | engine)
     scaling = {"scaling": "mup", "base": base} if base else {}
     how = OptimizerConfig.model_validate({"name": optimizer} | scaling)
-    of_model = small_config(family, **FURTHER_HEADS.get(family, {}), **changes)
+    of_model = small_config(family, **FIELDS.get(family, {}) | dict(changes))
     small = model(family, **changes)
     with torch.device("meta"):
         apply(FinetuneConfig.model_validate(finetune), small)

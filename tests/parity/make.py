@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 SEED = 20
 Arrays = dict[str, np.ndarray]
 HNET_NORMS = ("norm1.weight", "norm2.weight", "rmsnorm.weight", "mixer.norm.weight")
+AU_NET_NORMS = ("down_norm.weight", "up_norm.weight", "vocab_norm.weight")
 BLT_NORMS = ("attention_norm.weight", "ffn_norm.weight", "norm_q.weight", "norm_kv.weight", "local_decoder.norm.weight")
 
 
@@ -32,10 +33,10 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> Arrays:
     weights = {}
     for name, shape in sorted(shapes.items()):
         is_matrix = len(shape) == 2 and not any(part in name for part in ("emb", "wte", "wpe", "position"))
+        is_matrix |= "indexed_linear" in name
         values = generator.standard_normal(shape) * (max(shape) ** -0.5 if is_matrix else 0.5)
-        is_scale = name.endswith(
-            ("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight", *BLT_NORMS, *HNET_NORMS)
-        )
+        own = (*AU_NET_NORMS, *BLT_NORMS, *HNET_NORMS)
+        is_scale = name.endswith(("scale", "ln_1.weight", "ln_2.weight", "ln_f.weight", "layer_norm.weight", *own))
         rounded = (values * 0.4 + 1 if is_scale else values).astype(np.float16)  # half the size on disk
         weights[name] = rounded.astype(np.float32)
     return weights
@@ -441,6 +442,75 @@ def hnet(clone: Path) -> None:
     assert min(margins) > 1e-4, "rounding could move a boundary"
     assert all(1 < mask.sum() < mask.numel() for mask in starts)
     save("hnet", arguments, weights, ids=ids, logits=output.logits.numpy())
+
+
+def attention_of_lingua(clone: Path) -> None:
+    """Make facebookresearch/lingua importable, with plain torch in place of the attention of xformers."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    class Window:
+        """Mask by which a position sees itself and `window_left` positions before it."""
+
+        def __init__(self, window_left: int, window_right: int) -> None:
+            assert not window_right
+            self.window_left = window_left
+
+    def attend(q: Any, k: Any, v: Any, attn_bias: Window) -> Any:
+        """Return attention over (rows, n, heads, width)."""
+        age = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        visible = (age >= 0) & (age <= attn_bias.window_left)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, visible).transpose(1, 2)
+
+    attention = types.SimpleNamespace(
+        memory_efficient_attention=attend,
+        attn_bias=types.SimpleNamespace(LocalAttentionFromBottomRightMask=Window),
+    )
+    names = ("xformers", "xformers.ops", "xformers.ops.fmha", "lingua.metrics", "lingua.probe")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["xformers.ops"].fmha = attention  # type: ignore[attr-defined]
+    modules["xformers.ops"].AttentionBias = modules["xformers.ops.fmha"].AttentionBias = Window  # type: ignore[attr-defined]
+    modules["lingua.metrics"].get_num_params = lambda _: 0  # type: ignore[attr-defined]
+    modules["lingua.probe"].log_stats = lambda x, _: x  # type: ignore[attr-defined]
+    sys.modules |= modules
+    sys.path.insert(0, str(clone))
+    importlib.import_module("lingua").probe = modules["lingua.probe"]  # type: ignore[attr-defined]
+
+
+def au_net(clone: Path) -> None:
+    """Run the AU-Net of facebookresearch/lingua on rows with a long word and too many words for its capacities."""
+    import torch  # noqa: PLC0415 Haiku's environment has none
+
+    attention_of_lingua(clone)
+    authors = importlib.import_module("apps.aunet.hierarchical")
+    texts = [b"A, c supercalifragilis d e f", b"one, two (three) four 5 7a-b"]
+    arguments = {
+        "dimensions": [8, 8, 12],
+        "head_dims": [4, 4, 6],
+        "layers": [1, 1, 1],
+        "sliding_windows": [5, 3, 28],
+        "max_seqlens": [28, 5, 2],
+        "vocab_size": 123,  # up to z
+    }
+    block = authors.BaseTransformerArgs(rope_theta=500_000.0, multiple_of=8)
+    model = authors.HierarchicalTransformer(authors.HierarchicalArgs(**arguments, block=block))
+    weights = fill(model, {})
+    for trans in model.transitions:
+        trans.position.copy_(torch.arange(trans.seqlen_in))
+    for stack in (*model.encoders, *model.decoders, model.trunk):
+        stack.rope_embeddings.reset_parameters()
+    found = []
+    model.vocab.register_forward_hook(lambda _, __, logits: found.append(logits))
+    ids = torch.tensor([list(text) for text in texts])
+    levels = torch.zeros_like(ids)
+    for row, text in enumerate(texts):  # input i reads byte i - 1
+        is_word = [chr(byte).isalnum() for byte in text]
+        starts = [0, *(at + 1 for at in range(1, 27) if is_word[at - 1] and not is_word[at])]
+        for number, place in enumerate(starts):
+            levels[row, place] = 2 - number % 2
+    with torch.no_grad():
+        model(torch.nn.functional.pad(ids[:, :-1], (1, 0)), levels, ids, levels)
+    save("au_net", arguments, weights, ids=ids.numpy(), logits=found[0].numpy())
 
 
 if __name__ == "__main__":

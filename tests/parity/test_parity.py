@@ -495,5 +495,64 @@ def test_hnet_has_the_logits_of_the_authors_code():
     torch.testing.assert_close(model(golden.ids), nats, atol=1e-5, rtol=1e-5)
 
 
+def test_au_net_has_the_logits_of_the_authors_code():
+    """Bytes, words and pairs of words, with more words than there is room for. Symbol 0 begins a row."""
+    golden, theirs = vector("au_net"), vector("au_net").weights
+    heads, symbols = 2, golden.logits.shape[2]
+    stage = {"heads": heads, "encoder": "T1", "decoder": "T1", "join": "multi_linear", "width": 8}
+    config = model_config(
+        {
+            "family": "hnet",
+            "sequence_length": 28,
+            "stages": [
+                stage | {"window": 5, "patcher": {"name": "byte_class"}, "patches": 5, "feed_forward_width": 24},
+                stage | {"window": 3, "patcher": {"name": "fixed", "size": 2}, "patches": 2, "feed_forward_width": 24},
+            ],
+            "main": {"width": 12, "heads": heads, "layers": "T1"},
+            "rotary": {"fraction": 1.0, "base": 500_000.0},
+        }
+    )
+    model = build_model(config).eval()
+
+    def stack(name: str, norm: str) -> dict[str, Tensor]:
+        own, parts = "blocks.0", {part: theirs[f"{name}.layers.0.attention.w{part}.weight"] for part in "qkvo"}
+        for part in "qk":  # their rotary channels are pairs of neighbours
+            pairs = parts[part].unflatten(0, (heads, -1, 2)).transpose(1, 2)
+            parts[part] = pairs.flatten(0, 2)
+        feed = [theirs[f"{name}.layers.0.feed_forward.w{part}.weight"] for part in (1, 3, 2)]
+        return {
+            f"{own}.norm.weight": theirs[f"{name}.layers.0.attention_norm.weight"],
+            f"{own}.mixer.query_key_value.weight": torch.cat([parts[part] for part in "qkv"]),
+            f"{own}.mixer.output.weight": parts["o"],
+            f"{own}.feed_forward_norm.weight": theirs[f"{name}.layers.0.ffn_norm.weight"],
+            f"{own}.feed_forward.expand.weight": torch.cat(feed[:2]),
+            f"{own}.feed_forward.contract.weight": feed[2],
+            "norm.weight": theirs[norm],
+        }
+
+    stacks = {
+        "stages.0.encoder": stack("encoders.0", "transitions.0.down_norm.weight"),
+        "stages.1.encoder": stack("encoders.1", "transitions.1.down_norm.weight"),
+        "main": stack("trunk", "transitions.1.up_norm.weight"),
+        "stages.1.decoder": stack("decoders.1", "transitions.0.up_norm.weight"),
+        "stages.0.decoder": stack("decoders.0", "vocab_norm.weight"),
+    }
+    weights = {f"{name}.{own}": value for name, values in stacks.items() for own, value in values.items()}
+    for level in range(2):
+        name = f"transitions.{level}"
+        weights[f"stages.{level}.down.weight"] = theirs[f"{name}.trans_down.weight"]
+        weights[f"stages.{level}.up.shared.weight"] = theirs[f"{name}.trans_up.weight"]
+        weights[f"stages.{level}.up.by_place.weight"] = theirs[f"{name}.indexed_linear.weight"].flatten(0, 1)
+    for own, name in (("embedding.weight", "tok_embeddings.weight"), ("head", "vocab.weight")):
+        weights[own] = F.pad(theirs[name], (0, 0, 0, VOCABULARY - symbols))
+    model.load_state_dict(weights | {"start": theirs["tok_embeddings.weight"][0]})
+    for place in (0, 4, 22, 27):
+        logits = model.decoder(2).prime(golden.ids[:, :place])[:, :symbols]
+        torch.testing.assert_close(logits, golden.logits[:, place], atol=1e-5, rtol=1e-5)
+    others = golden.logits.new_zeros(2, 28, VOCABULARY - symbols)
+    nats = F.cross_entropy(torch.cat([golden.logits, others], -1).transpose(1, 2), golden.ids, reduction="none")
+    torch.testing.assert_close(model(golden.ids), nats, atol=1e-5, rtol=1e-5)
+
+
 def test_golden_vectors_are_small():
     assert sum(path.stat().st_size for path in HERE.glob("*.npz")) < 500_000

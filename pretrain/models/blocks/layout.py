@@ -4,7 +4,7 @@
 
 A letter names a kind of block: m is Mamba-2, t is attention. M and T have a SwiGLU feed-forward layer too. A stack
 ends with a norm. Blocks are those of H-Net (arXiv:2507.07955): RMSNorm before each layer, no biases, and rotary
-positions in half of each head.
+positions, by default in half of each head.
 """
 
 import re
@@ -21,7 +21,7 @@ from pretrain.models.blocks.feed_forward import FeedForward
 from pretrain.models.blocks.mamba2 import Mamba2, MambaState
 from pretrain.models.blocks.multi_head import Attention
 from pretrain.models.blocks.norms import RMSNorm
-from pretrain.models.blocks.positions import Rotary
+from pretrain.models.blocks.positions import ROTARY_BASE, Rotary
 from pretrain.models.blocks.transformer import linear_weights
 from pretrain.models.blocks.unit import Unit, run_unit
 
@@ -43,6 +43,15 @@ class MambaSizes(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     chunk: int = Field(default=64, ge=1)
     """Positions that training computes by products, between two steps of the recurrence. It changes the work, not the
     result."""
+
+
+class RotaryConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Rotary angles of attention."""
+
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    """Share of each head's channels that turn."""
+    base: float = Field(default=ROTARY_BASE, gt=1)
+    """Base of the frequencies."""
 
 
 class LayoutConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -113,7 +122,13 @@ class LayoutStack(nn.Module):
     """Blocks of a layout in order, and a norm after them."""
 
     def __init__(
-        self, layout: str, sizes: LayoutConfig, mamba: MambaSizes, window: int | None = None, dropout: float = 0.0
+        self,
+        layout: str,
+        sizes: LayoutConfig,
+        mamba: MambaSizes,
+        rotary: RotaryConfig,
+        window: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         """Build the blocks.
 
@@ -121,15 +136,17 @@ class LayoutStack(nn.Module):
             layout: kinds of the blocks.
             sizes: of the stack.
             mamba: sizes of Mamba-2 layers.
+            rotary: angles of attention.
             window: positions that attention sees; None means all before it.
             dropout: share of attention weights and of the output of each layer that is dropped in training.
         """
         super().__init__()
         width, self.window = sizes.width, window
+        angles = Rotary.of_base(rotary.base, width // sizes.heads, rotary.fraction)
         self.blocks = nn.ModuleList()
         for kind in kinds_of(layout):
             mixer: Attention | Mamba2 = (
-                Attention(width, sizes.heads, dropout, Rotary(fraction=0.5), window)
+                Attention(width, sizes.heads, dropout, angles, window)
                 if kind in "tT"
                 else Mamba2(width, mamba.head_width, mamba.state, mamba.expansion, mamba.chunk)
             )
@@ -145,10 +162,14 @@ class LayoutStack(nn.Module):
             x: input of the first block.
             caches: one a block; see `empty_caches`.
         """
+        normed: Tensor = self.norm(self.run_blocks(x, caches))
+        return normed
+
+    def run_blocks(self, x: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Map (rows, n, width) to the same shape, without the norm after the blocks."""
         for index, block in enumerate(self.blocks):
             x = run_unit(block, x, None if caches is None else caches[index])
-        normed: Tensor = self.norm(x)
-        return normed
+        return x
 
     def empty_caches(self) -> list[Cache]:
         """Return an empty cache for each block."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pretrain.kernels.rotary import turn
 
+ROTARY_BASE = 10_000.0
+"""Base of the angles of `Rotary` without a longest wavelength."""
 CHUNK = 4096
 """Positions whose angles exist at once in float64."""
 
@@ -22,6 +24,14 @@ class Rotary:
     """Share of a head's channels that turn; their number is rounded down to an even one."""
     longest_wavelength: float | None = None
     """Inverse of the lowest frequency, in positions a radian; see `frequencies`."""
+
+    @classmethod
+    def of_base(cls, base: float, head_width: int, fraction: float = 1.0) -> "Rotary":
+        """Return the angles base^(-i / n) of the n pairs of channels that turn in a head."""
+        if base == ROTARY_BASE:
+            return cls(fraction)
+        pairs = int(head_width * fraction) // 2
+        return cls(fraction, base ** ((pairs - 1) / max(pairs, 1)))
 
 
 def rotate(x: Tensor, places: Tensor, rotary: Rotary) -> Tensor:
@@ -119,5 +129,5 @@ def frequencies(count: int, longest_wavelength: float | None, device: torch.devi
     """
     steps = torch.arange(count, device=device, dtype=dtype)
     if longest_wavelength is None:
-        return 10_000.0 ** (-steps / count)
+        return ROTARY_BASE ** (-steps / count)
     return longest_wavelength ** (-steps / max(count - 1, 1))

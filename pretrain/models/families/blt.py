@@ -49,9 +49,6 @@ from pretrain.models.registry import Family, ModelSize, register_family
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-ROTARY_BASE = 10_000.0
-"""Base of the rotary angles of `Rotary` without a longest wavelength."""
-
 
 class LocalConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Size of the blocks that read bytes."""
@@ -148,7 +145,7 @@ class BLT(ByteModel):
         self.patcher = patcher_of(config.patcher, config.patches, config.sequence_length, across_documents=across)
 
         def parts(size: StackConfig | LocalConfig, window: int | None) -> tuple[int, Attention, FeedForward, float]:
-            rotary = _rotary(config.rotary_base, size.width // size.heads)
+            rotary = Rotary.of_base(config.rotary_base, size.width // size.heads)
             attention = Attention(size.width, size.heads, config.dropout, rotary, window)
             return size.width, attention, FeedForward(size.width, config.activation), config.dropout
 
@@ -375,12 +372,6 @@ class BLT(ByteModel):
             + 2 * count * (by_patches + linear_weights(self.global_blocks))
             + 4 * len(self.global_blocks) * count * count * width
         )
-
-
-def _rotary(base: float, channels: int) -> Rotary:
-    """Return the angles base^(-i / n) of n pairs of channels."""
-    half = channels // 2
-    return Rotary() if base == ROTARY_BASE else Rotary(longest_wavelength=base ** ((half - 1) / max(half, 1)))
 
 
 class BLTDecoder:

@@ -12,6 +12,13 @@ Stages nest: the patches of one are the positions of the next, so fixed patches 
 levels. Each encoder, decoder and main stack ends with a norm. Position i reads the id before i, and its score depends
 on the ids before i only. States and attention cross documents, as in the authors' code.
 
+A stage may join patches and positions as AU-Net does (Videau et al. 2025, "From Bytes to Ideas: Language Modeling with
+Autoregressive U-Nets", arXiv:2506.14761):
+
+    (n, d) ─▶ encoder ─┬─────────────────────────────────────────────────────────────────────▶ + ─▶ decoder ─▶ (n, d)
+                       └─▶ states where patches start, norm, linear map: (k, D)              ▲
+                            ─▶ the next stage, or the main stack ─▶ a linear map, and one for each place in the patch
+
 Every stage has room for a constant number of patches, so shapes are static. A row that has used its patches continues
 without new ones.
 """
@@ -19,7 +26,7 @@ without new ones.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +36,24 @@ from torch import Tensor, nn
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.models.base import ByteModel, units_of
 from pretrain.models.blocks.embedding import embedding
-from pretrain.models.blocks.layout import Layout, LayoutConfig, LayoutStack, MambaSizes, additions
+from pretrain.models.blocks.layout import (
+    Cache,
+    Layout,
+    LayoutConfig,
+    LayoutStack,
+    MambaSizes,
+    RotaryConfig,
+    additions,
+)
 from pretrain.models.blocks.mamba2 import TAPS
 from pretrain.models.blocks.multi_byte import PredictsFurther
+from pretrain.models.blocks.transformer import linear_weights
 from pretrain.models.blocks.unit import Unit
 from pretrain.models.initial import FIRST_VALUES, Initial
 from pretrain.models.patching.chunks import chunk_places, gather
 from pretrain.models.patching.config import ByteClassConfig, FixedConfig, build_patcher
 from pretrain.models.patching.cross_attention import pool
+from pretrain.models.patching.multi_linear import MultiLinear
 from pretrain.models.patching.patcher import Patcher, Patches, PatchState
 from pretrain.models.patching.router import ExactLinear, LearnedConfig, Router, smooth
 from pretrain.models.references import FOLDER as REFERENCES
@@ -68,6 +85,13 @@ class StageConfig(LayoutConfig, frozen=True, extra="forbid", use_attribute_docst
     downsampling: Literal["select", "max", "mean"] = "select"
     """Vector of a patch. select: the state where it starts. max and mean: over the states after the start of the patch
     before, up to its own, the paper's ablations (appendix E.1)."""
+    join: Literal["padded", "multi_linear"] = "padded"
+    """How the network over patches reads states, and how positions get its outputs. padded: H-Net's. Patches have more
+    channels, and a linear map of the states is added. multi_linear: AU-Net's. A norm and a linear map lead to patches.
+    Linear maps of their outputs are added to the states, one of them for each place in a patch."""
+    places: int = Field(default=16, ge=1)
+    """Places in a patch that have a linear map of their own with `join` multi_linear. Later places begin again with the
+    first map. 1: all places have the same map."""
 
     @property
     def positions_per_patch(self) -> float:
@@ -95,14 +119,17 @@ class HNetConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_doc
     """The stack over the patches of the last stage."""
     mamba: MambaSizes = MambaSizes()
     """Sizes of Mamba-2 layers."""
+    rotary: RotaryConfig = RotaryConfig()
+    """Rotary angles of attention. AU-Net has a fraction of 1 and a base of 500,000."""
     rate_multipliers: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Factors of the learning rate, one for each stage and one for the main stack. Null: the paper's rule (section
     2.3)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of attention weights and of each layer's output that training drops. The paper has none."""
-    initial_std: float = Field(default=0.02, gt=0)
+    initial_std: float | None = Field(default=0.02, gt=0)
     """Standard deviation of the initial linear maps and of the head. They are normal, cut at two deviations. Maps into
-    a residual stream have it divided by the square root of the number of layers on it and on those around it."""
+    a residual stream have it divided by the square root of the number of layers on it and on those around it. Null: the
+    inverse square root of the inputs of each map and of the channels of an embedding, as in AU-Net."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -145,18 +172,21 @@ class HNetConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_doc
 class Stage(nn.Module):
     """Encoder, patcher and decoder around an inner network, which `HNet` runs."""
 
-    def __init__(self, config: StageConfig, inner_width: int, mamba: MambaSizes, dropout: float) -> None:
+    def __init__(
+        self, config: StageConfig, inner_width: int, mamba: MambaSizes, rotary: RotaryConfig, dropout: float
+    ) -> None:
         """Build the networks.
 
         Args:
             config: of the stage.
             inner_width: channels of the inner network.
             mamba: sizes of Mamba-2 layers.
+            rotary: as of `LayoutStack`.
             dropout: as of `LayoutStack`.
         """
         super().__init__()
         self.width = config.width
-        self.encoder = LayoutStack(config.encoder, config, mamba, config.window, dropout)
+        self.encoder = LayoutStack(config.encoder, config, mamba, rotary, config.window, dropout)
         self.patcher = (
             Router(config.patches, config.width, config.patcher)
             if isinstance(config.patcher, LearnedConfig)
@@ -165,9 +195,25 @@ class Stage(nn.Module):
         self.downsampling = config.downsampling
         self.is_smoothed = isinstance(config.patcher, LearnedConfig) and config.patcher.smoothing
         self.is_straight_through = isinstance(config.patcher, LearnedConfig) and config.patcher.straight_through
-        self.residual = ExactLinear(config.width, config.width)
-        self.pad = nn.Parameter(torch.empty(inner_width - config.width)) if inner_width > config.width else None
-        self.decoder = LayoutStack(config.decoder, config, mamba, config.window, dropout)
+        self.residual: ExactLinear | None = None
+        self.pad: nn.Parameter | None = None
+        self.down: nn.Linear | None = None
+        self.up: MultiLinear | None = None
+        if config.join == "multi_linear":
+            self.down = nn.Linear(config.width, inner_width, bias=False)
+            self.up = MultiLinear(inner_width, config.width, config.places)
+        else:
+            self.residual = ExactLinear(config.width, config.width)
+            self.pad = nn.Parameter(torch.empty(inner_width - config.width)) if inner_width > config.width else None
+        self.decoder = LayoutStack(config.decoder, config, mamba, rotary, config.window, dropout)
+
+    def encode(self, x: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Map (rows, n, width) inputs to the states that the rule, patches and the decoder read.
+
+        The norm after the encoder is of patches alone where the states themselves reach the decoder.
+        """
+        states: Tensor = self.encoder(x, caches) if self.down is None else self.encoder.run_blocks(x, caches)
+        return states
 
     def patch_inputs(self, states: Tensor, starts: Tensor, places: Tensor) -> Tensor:
         """Return inputs of the inner network.
@@ -184,6 +230,9 @@ class Stage(nn.Module):
             x = gather(states, places)
         else:
             x = pool(states, starts.cumsum(1) - starts.long(), places.shape[1], self.downsampling)
+        if self.down is not None:
+            mapped: Tensor = self.down(self.encoder.norm(x))
+            return mapped
         return x if self.pad is None else torch.cat([x, self.pad.expand(*x.shape[:2], -1)], -1)
 
     def smoothed(self, inner: Tensor, probabilities: Tensor | None, before: Tensor | None = None) -> Tensor:
@@ -192,21 +241,34 @@ class Stage(nn.Module):
         Args:
             inner: (rows, k, inner_width) outputs of the inner network.
             probabilities: (rows, k) of the patches; None if the patcher has none.
-            before: (rows, width) smoothed output of the patch before; None if there is none.
+            before: (rows, …) smoothed output of the patch before; None if there is none.
 
         Returns:
-            (rows, k, width) in fp32 or more precise.
+            (rows, k, width), or (rows, k, inner_width) for `up`, in fp32 or more precise.
         """
-        values = inner[..., : self.width]
+        values = inner[..., : self.width] if self.up is None else inner
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         return smooth(values, probabilities, before) if self.is_smoothed and probabilities is not None else values
+
+    def spread(self, outputs: Tensor, numbers: Tensor, ages: Tensor) -> Tensor:
+        """Return what positions get of their newest patches, (rows, n, width).
+
+        Args:
+            outputs: of patches; see `smoothed`.
+            numbers: (rows, n) newest patch at each position.
+            ages: (rows, n) positions since the start of this patch.
+        """
+        if self.up is None:
+            return gather(outputs, numbers)
+        found: Tensor = self.up(outputs.to(self.up.shared.weight.dtype), numbers, ages)
+        return found
 
     def join(self, states: Tensor, newest: Tensor, patches: Patches) -> Tensor:
         """Return what the decoder reads.
 
         Args:
             states: (rows, n, width) of the encoder.
-            newest: (rows, n, width) smoothed output of the newest patch at each position.
+            newest: (rows, n, width) what each position gets of its newest patch; see `spread`.
             patches: where patches start.
 
         Returns:
@@ -217,13 +279,14 @@ class Stage(nn.Module):
             if self.is_straight_through:
                 confidence = 1 + confidence - confidence.detach()  # 1, with the gradient of the confidence
             newest = newest * confidence[..., None]
-        return (newest + self.residual(states)).to(states.dtype)
+        return (newest + (states if self.residual is None else self.residual(states))).to(states.dtype)
 
-    def flops(self, length: int) -> int:
-        """Return the operations of the stage's own matrix products over `length` positions of one row."""
-        maps = [self.residual, *(self.patcher.linear_maps() if isinstance(self.patcher, Router) else ())]
-        weights = sum(each.weight.numel() for each in maps)
-        return self.encoder.flops(length) + self.decoder.flops(length) + 2 * length * weights
+    def flops(self, length: int, patches: int) -> int:
+        """Return the operations of the stage's own matrix products over positions and patches of one row."""
+        by_positions = linear_weights(self.patcher) + (0 if self.residual is None else self.width**2)
+        by_patches = 0 if self.down is None or self.up is None else linear_weights(self.down) + linear_weights(self.up)
+        own = 2 * length * by_positions + 2 * patches * by_patches
+        return self.encoder.flops(length) + self.decoder.flops(length) + own
 
 
 class HNet(ByteModel):
@@ -239,10 +302,10 @@ class HNet(ByteModel):
         self.embedding = embedding(VOCABULARY, width)
         self.start = nn.Parameter(torch.empty(width))
         self.stages = nn.ModuleList(
-            Stage(stage, inner, config.mamba, config.dropout)
+            Stage(stage, inner, config.mamba, config.rotary, config.dropout)
             for stage, inner in zip(config.stages, inner_widths, strict=True)
         )
-        self.main = LayoutStack(config.main.layers, config.main, config.mamba, None, config.dropout)
+        self.main = LayoutStack(config.main.layers, config.main, config.mamba, config.rotary, None, config.dropout)
         self.head = nn.Parameter(torch.empty(VOCABULARY, width))
         added = [additions(stage.encoder) + additions(stage.decoder) for stage in config.stages]
         self.depths = [sum(added[: level + 1]) for level in range(len(added))]
@@ -264,12 +327,15 @@ class HNet(ByteModel):
     def model_initial(self, name: str) -> Initial:
         """Return first values as in the authors' code: see `HNetConfig.initial_std`, and zeros for the linear residual.
 
-        Embeddings have a deviation of 1, because the first norm is within the first block.
+        Embeddings have a deviation of 1 beside a given one, because the first norm is within the first block.
         """
         if ".residual." in name or name.endswith((".pad", ".score.bias")):
             return Initial()
         if ".convolution." in name:
             return Initial(quantile=lambda numbers: (2 * numbers - 1) / math.sqrt(TAPS))
+        if self.initial_std is None:
+            module = self.get_submodule(name.rpartition(".")[0])
+            return Initial((module.in_features if isinstance(module, nn.Linear) else self.head.shape[1]) ** -0.5)
         if name.endswith(("contract.weight", "output.weight")):
             return Initial(self.initial_std / math.sqrt(self.depths[self.level(name)]))
         return Initial(1.0 if name in ("start", "embedding.weight") else self.initial_std)
@@ -323,13 +389,15 @@ class HNet(ByteModel):
             return done
         stage = self.stages[level]
         assert isinstance(stage, Stage)
-        states = stage.encoder(x)
+        states = stage.encode(x)
         patches = stage.patcher(read, None, states)
         places, used = chunk_places(patches.starts, stage.patcher.capacity)
         of_patches = read.gather(1, places).masked_fill(~used, PADDING)
         inner = self.run(level + 1, stage.patch_inputs(states, patches.starts, places), of_patches, losses)
         probabilities = None if patches.probabilities is None else patches.probabilities.gather(1, places)
-        newest = gather(stage.smoothed(inner, probabilities), patches.starts.cumsum(1) - 1)
+        numbers = patches.starts.cumsum(1) - 1
+        ages = torch.arange(x.shape[1], device=x.device) - places.gather(1, numbers)
+        newest = stage.spread(stage.smoothed(inner, probabilities), numbers, ages)
         if isinstance(stage.patcher, Router) and torch.is_grad_enabled():
             losses.append(stage.patcher.loss(patches, read))
         decoded: Tensor = stage.decoder(stage.join(states, newest, patches))
@@ -370,7 +438,8 @@ class HNet(ByteModel):
     def useful_flops(self, length: int, patches: Sequence[float]) -> float:
         """Return the operations of a row with so many patches, rounded; see `ByteModel.useful_flops`."""
         lengths = [length, *map(round, patches)]
-        own = [stage.flops(n) for stage, n in zip(self.stages, lengths, strict=False) if isinstance(stage, Stage)]
+        sizes = zip(self.stages, pairwise(lengths), strict=True)
+        own = [stage.flops(*positions) for stage, positions in sizes if isinstance(stage, Stage)]
         return 2 * length * self.head.numel() + sum(own) + self.main.flops(lengths[-1])
 
 
@@ -407,6 +476,15 @@ class HNetDecoder:
         return self._model.logits(self._network.feed(x, read)[:, -1])
 
 
+class _Newest(NamedTuple):
+    """Newest patch of a row."""
+
+    output: Tensor
+    """(1, …) smoothed output; see `Stage.smoothed`."""
+    start: Tensor
+    """(1, 1) position at which it starts."""
+
+
 class _Network:
     """A stage or the main stack of rows that are decoded, with all within it."""
 
@@ -421,8 +499,7 @@ class _Network:
         self._encoder, self._decoder = stage.encoder.empty_caches(), stage.decoder.empty_caches()
         self._state: PatchState | None = None
         self._inner = [_Network(model, level + 1, 1) for _ in range(rows)]
-        self._newest: list[Tensor | None] = [None] * rows
-        """(1, width) smoothed output of the newest patch of each row."""
+        self._newest: list[_Newest | None] = [None] * rows
         self._open: list[Tensor | None] = [None] * rows
         """For each row, (1, n, width) states after the start of its newest patch, if stages pool them."""
 
@@ -432,7 +509,7 @@ class _Network:
             done: Tensor = self._main(x, self._caches)
             return done
         stage = self._stage
-        states = stage.encoder(x, self._encoder)
+        states = stage.encode(x, self._encoder)
         patches = stage.patcher(read, self._state, states)
         self._state = patches.state
         newest = torch.cat([self._served(row, states, read, patches) for row in range(len(x))])
@@ -440,19 +517,21 @@ class _Network:
         return decoded
 
     def _served(self, row: int, states: Tensor, read: Tensor, patches: Patches) -> Tensor:
-        """Return the (1, n, width) smoothed outputs of the newest patch at positions of a row."""
+        """Return what the positions of a row get of its newest patches, (1, n, width)."""
         assert self._stage is not None
         starts, before = patches.starts[row : row + 1], self._newest[row]
-        places = starts.nonzero()[None, :, 1]
-        known = [] if before is None else [before[:, None]]
+        places, length = starts.nonzero()[None, :, 1], patches.state.length
+        positions = torch.arange(length - starts.shape[1], length, device=starts.device)
+        known = [] if before is None else [before.output[:, None]]
         inputs = self._patch_inputs(row, states[row : row + 1], starts, places)
         if places.numel():
             inner = self._inner[row].feed(inputs, read[row : row + 1].gather(1, places))
             of_row = None if patches.probabilities is None else patches.probabilities[row : row + 1].gather(1, places)
-            known.append(self._stage.smoothed(inner, of_row, before))
-        outputs = torch.cat(known, 1)
-        self._newest[row] = outputs[:, -1]
-        return gather(outputs, starts.cumsum(1) - (1 if before is None else 0))
+            known.append(self._stage.smoothed(inner, of_row, None if before is None else before.output))
+        begun = positions[places] if before is None else torch.cat([before.start, positions[places]], 1)
+        outputs, numbers = torch.cat(known, 1), starts.cumsum(1) - (1 if before is None else 0)
+        self._newest[row] = _Newest(outputs[:, -1], begun[:, -1:])
+        return self._stage.spread(outputs, numbers, positions - begun.gather(1, numbers))
 
     def _patch_inputs(self, row: int, states: Tensor, starts: Tensor, places: Tensor) -> Tensor:
         """Return what `Stage.patch_inputs` returns for a row, whose open patch may have begun in earlier calls."""

@@ -75,10 +75,6 @@ class Router(Patcher):
         probabilities = probabilities.masked_fill(read == SEPARATOR, 1.0)
         return Decision(probabilities > 0.5, probabilities, memory)
 
-    def linear_maps(self) -> list[nn.Linear]:
-        """Return the maps of a state that decide."""
-        return [each for each in (self.score, self.query, self.key) if each is not None]
-
     def loss(self, patches: Patches, read: Tensor) -> Tensor:
         """Return the (rows,) ratio loss of each row, times its weight. Positions that read PADDING do not count.
 

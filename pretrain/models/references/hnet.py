@@ -49,7 +49,9 @@ class Model:
         if level == len(c["stages"]):
             return self.stack("main", x, c["main"], c["main"]["layers"], None)
         stage, name = c["stages"][level], f"stages.{level}"
-        states = self.stack(f"{name}.encoder", x, stage, stage["encoder"], stage["window"])
+        is_padded = stage["join"] == "padded"
+        encode = self.stack if is_padded else self.blocks
+        states = encode(f"{name}.encoder", x, stage, stage["encoder"], stage["window"])
         if stage["patcher"]["name"] == "learned":
             p = self.probabilities(f"{name}.patcher", states, torch.tensor(read))
             starts = [i for i, byte in enumerate(read) if p[i] > 0.5 and byte != PADDING][: stage["patches"]]
@@ -59,9 +61,12 @@ class Model:
         if stage.get("downsampling", "select") != "select":
             parts = [states[first + 1 : last + 1] for first, last in zip([-1, *starts[:-1]], starts, strict=True)]
             inner = torch.stack([part.amax(0) if stage["downsampling"] == "max" else part.mean(0) for part in parts])
+        if not is_padded:
+            inner = linear(w, f"{name}.down", rms_norm(w, f"{name}.encoder.norm", inner))
         if f"{name}.pad" in w:
             inner = torch.cat([inner, w[f"{name}.pad"].expand(len(starts), -1)], 1)
-        inner = self.run(level + 1, inner, [read[i] for i in starts])[:, : stage["width"]]
+        inner = self.run(level + 1, inner, [read[i] for i in starts])
+        inner = inner[:, : stage["width"]] if is_padded else inner
         if stage["patcher"].get("smoothing"):
             average = torch.zeros_like(inner[0])
             for patch, start in enumerate(starts):
@@ -70,9 +75,13 @@ class Model:
                 inner = torch.cat([inner[:patch], average[None], inner[patch + 1 :]])
         newest = [sum(start <= i for start in starts) - 1 for i in range(len(read))]
         served = inner[newest]
+        if not is_padded:
+            maps = linear(w, f"{name}.up.by_place", inner).unflatten(1, (stage["places"], -1))
+            places = [(i - starts[patch]) % stage["places"] for i, patch in enumerate(newest)]
+            served = maps[newest, places] + linear(w, f"{name}.up.shared", inner)[newest]
         if not stage["patcher"].get("straight_through", True):
             served = torch.stack([p[i] if i in starts else 1 - p[i] for i in range(len(read))])[:, None] * served
-        joined = served + linear(w, f"{name}.residual", states)
+        joined = served + (linear(w, f"{name}.residual", states) if is_padded else states)
         return self.stack(f"{name}.decoder", joined, stage, stage["decoder"], stage["window"])
 
     def probabilities(self, name: str, states: Tensor, read: Tensor) -> Tensor:
@@ -86,6 +95,10 @@ class Model:
 
     def stack(self, name: str, x: Tensor, sizes: dict[str, Any], layout: str, window: int | None) -> Tensor:
         """Apply the blocks of a layout to (n, width), and the norm after them."""
+        return rms_norm(self.w, f"{name}.norm", self.blocks(name, x, sizes, layout, window))
+
+    def blocks(self, name: str, x: Tensor, sizes: dict[str, Any], layout: str, window: int | None) -> Tensor:
+        """Apply the blocks of a layout to (n, width)."""
         w, places = self.w, torch.arange(len(x))
         age = places[:, None] - places
         visible = (age >= 0) & (age < (window or len(x)))
@@ -99,11 +112,13 @@ class Model:
             else:
                 fused = linear(w, f"{mixer}.query_key_value", normed).chunk(3, -1)
                 q, k, v = (split_heads(part, sizes["heads"]) for part in fused)
-                q, k = (rotate(part, places, int(part.shape[-1] * 0.5) // 2) for part in (q, k))
+                half = int(q.shape[-1] * self.config["rotary"]["fraction"]) // 2
+                longest = self.config["rotary"]["base"] ** ((half - 1) / max(half, 1))
+                q, k = (rotate(part, places, half, longest) for part in (q, k))
                 x = x + linear(w, f"{mixer}.output", attend(q, k, v, visible))
             if kind in "MT":
                 x = x + feed_forward(w, f"{block}.feed_forward", rms_norm(w, f"{block}.feed_forward_norm", x), "swiglu")
-        return rms_norm(w, f"{name}.norm", x)
+        return x
 
 
 if __name__ == "__main__":

@@ -138,6 +138,21 @@ def test_models_of_papers_have_the_sizes_of_the_papers(
     assert (recipe.printed_remark or "").startswith(remark or "")
 
 
+@pytest.mark.parametrize(
+    ("name", "widths", "layers"), [("2-levels", (512, 2048, 3456), (3, 6, 12)), ("1-level", (512, 2048), (3, 25))]
+)
+def test_au_net_recipes_have_the_blocks_of_the_authors_files(name: str, widths: tuple[int, ...], layers: list[int]):
+    """Parameters by `estimate_non_embed_param_count` of apps/aunet/hierarchical.py in facebookresearch/lingua."""
+    with torch.device("meta"):
+        model = build_model(load(CONFIGS / f"hnet/au-net-2b-{name}.yaml").model)
+    expected = 0
+    for width, number, times in zip(widths, layers, [2] * (len(widths) - 1) + [1], strict=True):
+        hidden = -(-int(2 * 4 * width / 3) // 256) * 256
+        expected += times * number * (4 * width**2 + 3 * width * hidden)
+    assert expected == {"2-levels": 2_356_936_704, "1-level": 1_304_952_832}[name]
+    assert sum(p.numel() for unit in model.units() for p in unit.parameters() if p.dim() == 2) == expected
+
+
 def test_every_printed_result_says_mode_stride_and_split_or_that_the_paper_does_not(
     recipes: dict[str, CatalogueEntry],
 ):

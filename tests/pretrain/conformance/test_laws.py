@@ -27,6 +27,16 @@ HNET_STAGE = {
     "window": 8,
     "patcher": {"name": "learned", "size": 2},
 }
+AU_NET = {
+    "stages": [
+        {"patcher": {"name": "byte_class"}, "width": 16, "heads": 2, "encoder": "T1", "decoder": "T1", "window": 8}
+        | {"patches": 12, "join": "multi_linear", "places": 3},
+        {"patcher": {"name": "fixed", "size": 2}, "width": 16, "heads": 2, "encoder": "T1", "decoder": "T1"}
+        | {"patches": 5, "join": "multi_linear", "places": 2},
+    ],
+    "rotary": {"fraction": 1.0, "base": 500_000.0},
+    "initial_std": None,
+}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "blt": [
         {},
@@ -79,6 +89,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
                 HNET_STAGE | {"encoder": "m1", "patches": 6, "downsampling": "max"},
             ]
         },
+        AU_NET,
+        {"stages": [HNET_STAGE | {"width": 16, "patches": 24, "join": "multi_linear", "places": 1}]},
     ],
     "mamba": [
         {},

@@ -16,6 +16,7 @@ from data_pipeline.vocabulary import PADDING, SEPARATOR
 from pretrain.models import build_model, model_config, small_config
 from pretrain.models.blocks.layout import additions, kinds_of
 from pretrain.models.families.hnet import HNet, HNetConfig, Stage
+from pretrain.models.patching.multi_linear import MultiLinear
 from pretrain.models.patching.patcher import Patches
 from pretrain.models.patching.ratio import ratio_loss
 from pretrain.models.patching.router import SHARPEST, LearnedConfig, Router, smooth
@@ -277,6 +278,58 @@ def test_fixed_patches_are_strided():
     torch.testing.assert_close(model(ids), expected)
 
 
+@settings(max_examples=10)
+@given(st.integers(1, 5), st.integers(0, 2**31))
+@torch.no_grad()
+def test_multi_linear_up_sampling_has_a_map_for_each_place_in_a_patch(places: int, seed: int):
+    """Multi-linear up-sampling of arXiv:2506.14761, with the maps in turn again after the last one, as in its code."""
+    torch.manual_seed(seed)
+    up, starts = MultiLinear(4, 3, places), torch.rand(2, 12) < 0.3
+    starts[:, 0] = True
+    vectors = torch.randn(2, 12, 4)
+    begun = (torch.arange(12) * starts).cummax(1).values
+    found = up(vectors, starts.cumsum(1) - 1, torch.arange(12) - begun)
+    maps = up.by_place.weight.view(places, 3, 4)
+    for row in range(2):
+        patch, place = -1, 0
+        for position in range(12):
+            patch, place = (patch + 1, 0) if starts[row, position] else (patch, place + 1)
+            expected = (up.shared.weight + maps[place % places]) @ vectors[row, patch]
+            torch.testing.assert_close(found[row, position], expected)
+
+
+@torch.no_grad()
+def test_au_net_of_fixed_patches_is_strided():
+    """Norms and maps are at patches alone, and the states themselves reach the decoder."""
+    size = 4
+    fields = {"patches": 8, "patcher": {"name": "fixed", "size": size}, "join": "multi_linear", "places": size}
+    model = hnet(stages=[OUTER | fields])
+    stage = model.stages[0]
+    assert isinstance(stage, Stage) and stage.down is not None and stage.up is not None
+    ids = torch.randint(97, 123, (2, 32))
+    states = stage.encoder.run_blocks(model.embed(ids[:, :-1]))
+    inner = model.main(stage.down(stage.encoder.norm(states[:, ::size])))
+    maps = stage.up.by_place.weight + stage.up.shared.weight.repeat(size, 1)
+    expected = model.nats(stage.decoder(states + (inner @ maps.T).view(2, 32, 16)), ids)
+    torch.testing.assert_close(model(ids), expected)
+
+
+def test_first_values_without_a_given_deviation_follow_from_inputs():
+    """The deviation is 1 / sqrt(inputs), and the cut at two deviations leaves 0.88 of it."""
+    stage = {"width": 64, "heads": 2, "encoder": "T1", "decoder": "T1", "patcher": {"name": "byte_class"}, "patches": 9}
+    model = build_model(small_config("hnet", stages=[stage | {"join": "multi_linear"}], main=WIDE, initial_std=None))
+    for name, inputs in {
+        "embedding.weight": 64,
+        "head": 64,
+        "stages.0.down.weight": 64,
+        "stages.0.up.shared.weight": 96,
+        "stages.0.up.by_place.weight": 96,
+        "stages.0.encoder.blocks.0.feed_forward.contract.weight": 176,
+        "main.blocks.0.mixer.output.weight": 96,
+    }.items():
+        assert model.get_parameter(name).std().item() == pytest.approx(0.8796 * inputs**-0.5, rel=0.05), name
+
+
 @torch.no_grad()
 def test_patches_of_a_prefix_are_those_of_the_row_at_every_stage():
     """A changed byte is read one position later, so patches up to its own position stay."""
@@ -379,6 +432,7 @@ def test_every_parameter_learns_at_the_rate_of_its_stage():
 
 
 SMALL_MAIN = {"width": 32, "heads": 2, "layers": "T1"}
+WIDE = {"width": 96, "heads": 2, "layers": "T1"}
 
 
 def test_layouts_name_blocks():

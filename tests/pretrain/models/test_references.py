@@ -73,6 +73,13 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
                 HNET_STAGE | {"width": 24, "patcher": {"name": "fixed", "size": 2}, "patches": 6},
             ]
         },
+        {
+            "stages": [
+                HNET_STAGE | {"patcher": {"name": "byte_class"}, "join": "multi_linear", "places": 3, "decoder": "T1"},
+                HNET_STAGE | {"patcher": {"name": "learned", "size": 2}, "join": "multi_linear", "places": 2},
+            ],
+            "rotary": {"fraction": 1.0, "base": 500.0},
+        },
     ],
     "mamba": [
         {},

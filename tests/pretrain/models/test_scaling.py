@@ -48,7 +48,8 @@ def widths(family: str, multiple: int) -> dict[str, Any]:
     if family == "hnet":  # a router would choose other positions after each step
         patches = {"patcher": {"name": "fixed", "size": 3}, "patches": 20}
         stage = {"width": wide, "heads": heads, "encoder": "m1t1", "decoder": "m1", "window": 8, **patches}
-        return {"stages": [stage], "main": {"width": 2 * wide, "heads": 2 * heads, "layers": "T1"}}
+        inner = stage | {"encoder": "t1", "join": "multi_linear", "places": 2, "patches": 9}
+        return {"stages": [stage, inner], "main": {"width": 2 * wide, "heads": 2 * heads, "layers": "T1"}}
     if family in ("megabyte", "spacebyte"):
         return {"global_model": stack(2 * wide, heads), "local_model": stack(wide, heads)}
     if family == "perceiver_ar":

@@ -127,7 +127,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ngrams": {"sizes": (3,), "buckets": 20},
     },
     "hnet": {
-        "stages": [HNET_STAGE | {"patches": 8}],
+        "stages": [
+            HNET_STAGE | {"patches": 8},
+            HNET_STAGE | {"patches": 4, "patcher": {"name": "fixed", "size": 2}, "join": "multi_linear", "places": 2},
+        ],
         "main": {"width": 24, "heads": 2, "layers": "T1"},
         "mamba": {"head_width": 8, "state": 4},
     },
