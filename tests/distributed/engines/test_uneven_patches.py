@@ -34,6 +34,10 @@ pytestmark = pytest.mark.timeout(1500)  # one start of ranks serves many cases
 LEARNED = {"name": "learned", "size": 2.0}
 STAGE = {"width": 16, "heads": 2, "encoder": "m1", "decoder": "T1", "window": 8, "patcher": LEARNED, "patches": 24}
 STAGES = [STAGE, STAGE | {"encoder": "t1", "decoder": "m1", "patches": 9}]
+AU_NET = [
+    STAGE | {"patcher": {"name": "byte_class"}, "patches": 7, "join": "multi_linear", "places": 3},
+    STAGE | {"patcher": {"name": "fixed", "size": 2}, "patches": 3, "join": "multi_linear", "places": 2},
+]
 ADAPTERS = {"freeze": ["*"], "train": ["*norm*"], "adapters": {"layers": ["*"], "rank": 2}}
 ENTROPY: dict[str, Any] = {"patches": 9, "patcher": {"name": "entropy", "threshold": 5.0}}
 WIDE, NARROW = {"width": 36, "heads": 3, "layers": "T1"}, {"width": 24, "heads": 2}
@@ -57,6 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two stages, heads": ("hnet", {"changes": {"stages": STAGES, "multi_byte": {"heads": 3}}}),
     "two stages, mup": ("hnet", {"changes": {"stages": STAGES, "main": WIDE}, "base": {"main": NARROW}}),
     "two stages, adapters": ("hnet", {"changes": {"stages": STAGES}, "finetune": ADAPTERS}),
+    "words and pairs": ("hnet", {"changes": {"stages": AU_NET}}),
     "no patches": ("mamba", {}),
 }
 """Family and arguments of `build` by name."""
