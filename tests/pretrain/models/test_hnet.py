@@ -273,7 +273,8 @@ def test_fixed_patches_are_strided():
     assert isinstance(stage, Stage)
     ids = torch.randint(97, 123, (2, 32))
     states = stage.encoder(model.embed(ids[:, :-1]))
-    inner = model.main(stage.widen(states[:, ::size]))[..., :16].repeat_interleave(size, 1)
+    wide = torch.cat([states[:, ::size], stage.pad.expand(2, 8, -1)], -1)
+    inner = model.main(wide)[..., :16].repeat_interleave(size, 1)
     expected = model.nats(stage.decoder(inner + stage.residual(states)), ids)
     torch.testing.assert_close(model(ids), expected)
 
