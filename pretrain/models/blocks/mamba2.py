@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pretrain.kernels import mamba2 as fused
-from pretrain.kernels.mamba2 import Kernel, takes_fused
+from pretrain.kernels.mamba2 import Kernel, largest_tensor, takes_fused
 from pretrain.models.blocks.norms import RMSNorm
 from pretrain.models.initial import Initial
 
@@ -132,7 +132,7 @@ class Mamba2(nn.Module):
         """
         gate, values = self.expand(x).chunk(2, -1)
         inputs = torch.cat([values, self.select(x)], -1)
-        is_fused = state is None and takes_fused(self.kernel, x, inputs.shape[-1], required=torch.is_grad_enabled())
+        is_fused = state is None and self._is_fused(x)
         mixed = self._fused_convolution(inputs, documents) if is_fused else self._convolve(inputs, state, documents)
         values, write, read = mixed.split([self.inner, self.state, self.state], -1)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -173,6 +173,12 @@ class Mamba2(nn.Module):
                 part = part * (earlier[:, tap : tap + length] == documents)[..., None]
             total = total + part * weight[:, tap]
         return F.silu(total)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Return whether the fused kernels compute a pass over whole rows."""
+        heads, width, channels = self.inner // self.head_width, self.head_width, self.inner + 2 * self.state
+        largest = largest_tensor(*x.shape[:2], heads=heads, width=width, state=self.state, chunk=self.chunk)
+        return takes_fused(self.kernel, x, channels, largest, required=torch.is_grad_enabled())
 
     def _fused_convolution(self, inputs: Tensor, documents: Tensor | None) -> Tensor:
         bias = self.convolution.bias

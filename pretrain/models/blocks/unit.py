@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from byteloom.core.torch_compat import ATTENTION, annotate, argument_names
-from pretrain.kernels import amx_attention
+from pretrain.kernels import amx_attention, mamba2
 from pretrain.models.blocks import merged_attention, ring_attention
 
 _aten = torch.ops.aten
@@ -20,6 +20,7 @@ PRODUCTS = {
     _aten.bmm.default,
     *ATTENTION,
     amx_attention.OPERATION,
+    mamba2.OPERATION,
     merged_attention.OPERATION,
     ring_attention.OPERATION,
 }
