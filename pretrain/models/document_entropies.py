@@ -2,13 +2,14 @@
 
     bytes of a document in order ─▶ ContextTracker ─▶ ContextPart: new bytes, and those before them ─▶ entropies_of
 
-A context is a document, or a line of it. With N half the length of the model, windows of 2N bytes move by N:
+A context is a document, or a line of it. Windows are as long as the model reads, and overlap by R bytes:
 
-    context     ├────N────┼────N────┼────N────┼────N────┤
-    window 0    [SEP, new       new ]
-    window 1              [ read      new ]                  a byte has all of its context, or N bytes of it at least
-    window 2                        [ read      new ]
+    context     ├──────────────────────────────────────────────┤
+    window 0    [SEP, new      new      new ]
+    window 1                          [ R  new      new ]          a byte has all of its context, or R bytes at least
+    window 2                                      [ R  new ]
 
+R is the bytes that a byte depends on, if attention has a window. Otherwise, or if that is more, it is half a window.
 A window depends on the context alone. Shards, blocks, batches and rows change nothing but rounding.
 """
 
@@ -34,15 +35,23 @@ Units = NDArray[np.int16]
 class ContextRule(NamedTuple):
     """Rule by which a byte has its context."""
 
-    half: int
-    """N: bytes by which windows move."""
+    size: int
+    """Bytes of a window."""
+    overlap: int
+    """R: bytes that a window has of the one before."""
     by_lines: bool
     """Whether a context ends after each newline."""
 
     @classmethod
     def of(cls, model: EntropyModel) -> "ContextRule":
         """Return the rule of a model."""
-        return cls((model.longest + 1) // 2, model.resets)
+        half = (model.longest + 1) // 2
+        return cls(2 * half, half if model.reach is None else min(model.reach, half), model.resets)
+
+    @property
+    def step(self) -> int:
+        """Bytes by which windows move."""
+        return self.size - self.overlap
 
 
 class ContextPart(NamedTuple):
@@ -51,7 +60,7 @@ class ContextPart(NamedTuple):
     units: Units
     """The bytes before, then the new ones."""
     first: int
-    """Bytes between the start of the context of units[0] and units[0]: a multiple of N."""
+    """Bytes between the start of the context of units[0] and units[0]: a multiple of the step."""
     new: int
     """Number of the bytes before."""
 
@@ -75,7 +84,8 @@ class ContextTracker:
         begin = -part.first
         if self._rule.by_lines and len(ends := np.flatnonzero(part.units == NEWLINE)):
             begin = int(ends[-1]) + 1
-        first = max((len(part.units) - begin) // self._rule.half - 1, 0) * self._rule.half
+        rule, place = self._rule, len(part.units) - begin  # of the next byte in its context
+        first = max((place - rule.size) // rule.step + 1, 0) * rule.step
         self._held, self._first = part.units[begin + first :], first
         return part
 
@@ -158,11 +168,11 @@ def _windows(rule: ContextRule, number: int, part: ContextPart) -> Iterable[_Win
     begin, first = 0, part.first
     for end in [*ends.tolist(), len(part.units)]:
         start = begin - first  # of the context
-        for window in range(first // rule.half, max(-(-(end - start) // rule.half) - 1, 1)):
-            new = start + (window + 1) * rule.half if window else start
-            new, stop = max(new, part.new), min(start + (window + 2) * rule.half, end)
+        for window in range(first // rule.step, max(-(-(end - start - rule.size) // rule.step) + 1, 1)):
+            own = start + window * rule.step
+            new, stop = max(own + rule.overlap if window else own, part.new), min(own + rule.size, end)
             if new < stop:
-                yield _Window(number, start + window * rule.half, new, stop, begins_context=not window)
+                yield _Window(number, own, new, stop, begins_context=not window)
         begin, first = end, 0
 
 

@@ -113,6 +113,12 @@ class EntropyModel:
             self._tree = self._tree | {"sequence_length": self.longest + BEFORE_CONTEXT}
             self._models.clear()
 
+    @property
+    def reach(self) -> int | None:
+        """Bytes before a byte that the prediction of it depends on; None: all. The model has contexts."""
+        window = self._tree.get("window")
+        return None if window is None else int(self._tree["layers"] * (window - 1) + 1)
+
     def entropies(self, read: Tensor) -> Tensor:
         """Map (rows, n) ids that positions of whole rows read to (rows, n) fp32 entropies of what follows, in nats."""
         if self._has_contexts:

@@ -80,8 +80,8 @@ def test_models_that_depend_on_the_place_are_refused(exports: Path):  # noqa: F8
         build_model(small_config("blt", patcher=patcher))
 
 
-def stored_model(exports: Path, *, lines: bool = False) -> EntropyModel:  # noqa: F811
-    config = entropy_config(exports, threshold=4.98, entropies="corpus", reset_at_newlines=lines)
+def stored_model(exports: Path, *, name: str = "small", lines: bool = False) -> EntropyModel:  # noqa: F811
+    config = entropy_config(exports, name, threshold=4.98, entropies="corpus", reset_at_newlines=lines)
     return EntropyModel(config, 32, across_documents=True)
 
 
@@ -101,19 +101,27 @@ def whole(model: EntropyModel, ids: np.ndarray, cuts: list[int]) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "overlap"), [("small", 7), ("mamba", 16)])
 @pytest.mark.parametrize("lines", [False, True], ids=["documents", "lines"])
-def test_stored_entropies_are_those_of_the_rule_however_a_document_is_cut(exports: Path, lines: bool):  # noqa: F811
-    """The rule is that of the module's drawing: all of the context, or from a multiple of N on, N bytes at least."""
-    model, ids = stored_model(exports, lines=lines), document(150)
-    half = ContextRule.of(model).half
-    assert half == 16
+def test_stored_entropies_are_those_of_the_rule_however_a_document_is_cut(
+    exports: Path,  # noqa: F811
+    name: str,
+    overlap: int,
+    lines: bool,
+):
+    """The rule is that of the module's drawing. A byte depends on 2 x (4 - 1) + 1 bytes in 2 layers of window 4."""
+    model, ids = stored_model(exports, name=name, lines=lines), document(150)
+    rule = ContextRule.of(model)
+    assert rule == (32, overlap, lines)
     starts = np.concatenate([[0], np.flatnonzero(ids == NEWLINE) + 1]) if lines else np.zeros(1, np.int64)
     expected = []
     for place in range(len(ids)):
         start = int(starts[starts <= place].max())
-        window = max((place - start) // half - 1, 0)
-        before = [] if window else [SEPARATOR]
-        row = [*before, *ids[start + window * half : place + 1].tolist()]
+        first = max((place - start - 32) // (32 - overlap) + 1, 0) * (32 - overlap)
+        if name == "small" and first:
+            first = place - start - 31  # what the model reads at most is no more than what it depends on
+        before = [] if first else [SEPARATOR]
+        row = [*before, *ids[start + first : place + 1].tolist()]
         expected.append(float(model.of_ids(torch.tensor([row]))[0, -1]))
     for cuts in ([], [1], [16, 33, 34, 100], list(range(1, 151))):
         np.testing.assert_allclose(whole(model, ids, cuts), expected, atol=4e-3)  # fp16 has 2^-9 nats here
