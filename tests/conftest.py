@@ -20,6 +20,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.preparation.prepare import PrepareOptions, prepare
 from data_pipeline.readers import ReadOptions
 from data_pipeline.sources.listing import Selection
+from pretrain.terminal import progress
 from tests import commands
 
 ROOT = Path(__file__).parent
@@ -40,6 +41,7 @@ START_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "socket.bind", 
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+progress.QUIET_SECONDS = threading.TIMEOUT_MAX  # a busy machine would print progress between the lines that tests read
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ started threads must not be forked.
 """
 
 import os
+import threading
 
 from byteloom.core.packages import long_lived_imports
 
@@ -17,5 +18,8 @@ with long_lived_imports():  # DeepSpeed collects garbage often; in a fork, that 
     import torch._inductor.compile_fx  # noqa: F401
 
     import pretrain.cli.train
-    import pretrain.engines.deepspeed  # noqa: F401
+    import pretrain.engines.deepspeed
+    import pretrain.terminal.progress
     import tests.distributed.parity  # noqa: F401
+
+pretrain.terminal.progress.QUIET_SECONDS = threading.TIMEOUT_MAX  # see tests/conftest.py
