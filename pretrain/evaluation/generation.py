@@ -159,9 +159,12 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> list[int]:
     if sampling.top_k is not None:
         smallest = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probabilities, order = logits.double().softmax(1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(1) - probabilities
-    up_to = probabilities.masked_fill(before >= sampling.top_p, 0.0).cumsum(1)
+    probabilities = logits.double().softmax(1)
+    if sampling.top_p < 1:
+        falling, order = probabilities.sort(descending=True, stable=True)
+        before = falling.cumsum(1) - falling
+        probabilities = probabilities.scatter(1, order, falling.masked_fill(before >= sampling.top_p, 0.0))
+    # The sums are in the order of the ids: rounding would swap ids in an order by probability, and the draw with them.
+    up_to = probabilities.cumsum(1)
     # A draw has 24 bits and sums have 53, so a draw is below the total even after rounding.
-    chosen = (up_to <= uniform * up_to[:, -1:]).sum(1, keepdim=True)
-    return order.gather(1, chosen)[:, 0].tolist()
+    return (up_to <= uniform * up_to[:, -1:]).sum(1).tolist()

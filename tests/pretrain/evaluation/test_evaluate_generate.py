@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.vocabulary import PADDING, SEPARATOR, VOCABULARY
 from pretrain.evaluation.beginning import Beginning
 from pretrain.evaluation.evaluate import evaluate, scorer
-from pretrain.evaluation.generation import Sampling, SamplingError, generate_rows, row_generator, sample
+from pretrain.evaluation.generation import Sampling, SamplingError, draw, generate_rows, row_generator, sample
 from pretrain.evaluation.modes import Mode, evaluate_model, strided
 from pretrain.evaluation.scores import EvaluationError
 from pretrain.evaluation.windows import document_windows
@@ -353,6 +354,19 @@ def test_temperature_near_zero_draws_the_likeliest_byte():
         assert generated(model, b"x", temperature=temperature) == generated(model, b"x", temperature=0.0)
     assert generated(model, b"x", top_k=1) == generated(model, b"x", temperature=0.0)
     assert generated(model, b"x", top_p=1e-9) == generated(model, b"x", temperature=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 200}, {"top_p": 0.9}])
+def test_rounding_rarely_changes_a_draw(options: dict[str, Any]):
+    """Bytes of almost equal probability swap their order, which must not decide the draw."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.linspace(0, 1, VOCABULARY).expand(1000, -1)
+    uniform = torch.rand(1000, 1, generator=generator)
+    first, second = (
+        draw(logits + torch.randn(logits.shape, generator=generator) / 200, Sampling(**options), uniform)
+        for _ in range(2)
+    )
+    assert sum(one == other for one, other in zip(first, second, strict=True)) > 800
 
 
 def test_the_same_seed_draws_the_same_bytes():
