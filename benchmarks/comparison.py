@@ -1,7 +1,7 @@
 """Comparison of the model families with equal training FLOPs on the same bytes in the same order.
 
 python benchmarks/comparison.py DATA [--on NAME;NAME] [--size small|tiny] [--models NAME;NAME] [--steps N] [--context T]
-    [--rate R] [--seeds N,N] [--most-context] [--runs FOLDER] [--out FOLDER]
+    [--rate R] [--warmup N] [--seeds N,N] [--most-context] [--runs FOLDER] [--out FOLDER]
 
 The corpora are english (books: DATA/books/train, DATA/books/valid), code (the running Python's library), chinese (with
 Japanese: DATA/multilingual) and sound (DATA/audio). They are prepared once; later, DATA may be absent.
@@ -132,7 +132,7 @@ def compare(chosen: argparse.Namespace, corpus: str) -> list[Result]:
     """Train and score the models on a corpus with the FLOPs of MEGABYTE's steps."""
     train, valid = prepared(corpus, chosen.data, chosen.runs / "corpora")
     rate, batch = chosen.rate or RATES[chosen.size], BATCHES[chosen.size]
-    settings = (chosen.runs, chosen.size, chosen.context, batch, chosen.steps, rate, chosen.seeds)
+    settings = (chosen.runs, chosen.size, chosen.context, batch, chosen.steps, rate, chosen.seeds, chosen.warmup)
     task = Task(corpus, train, valid, *settings)
     trees = {name: model_tree(chosen.size, name, chosen.context) for name in chosen.models}
     alone = {name: tree for name, tree in trees.items() if name != BY_ENTROPY}
@@ -252,6 +252,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--context", type=positive, default=CONTEXT, help=f"bytes of a row; default: {CONTEXT:,}")
     parser.add_argument("--rate", type=float, help="peak learning rate; default: that of the size")
+    parser.add_argument("--warmup", type=positive, help="steps in which the rate rises; default: a tenth of all")
     parser.add_argument("--seeds", default="0", help="by commas; the first is plotted; default: 0")
     parser.add_argument("--most-context", action="store_true", help="score with the most context as well")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs and corpora; default: runs")

@@ -11,7 +11,7 @@ from common.corpora import byteloom
 
 RECIPE = Path(__file__).parents[2] / "configs/comparison.yaml"
 WARMUP = 0.1
-"""Share of the steps in which the learning rate rises."""
+"""Share of the steps in which the learning rate rises, unless their number is given."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ class Task:
     """Peak learning rate."""
     seeds: str
     """Seeds, by commas."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises; None: WARMUP."""
 
     @property
     def title(self) -> str:
         """Name of the comparison, and beginning of the names of its runs."""
-        return f"{self.size}-{self.corpus}-{self.context}-{self.steps}-at-{self.rate:g}"
+        warmup = "" if self.warmup is None else f"-warmup-{self.warmup}"
+        return f"{self.size}-{self.corpus}-{self.context}-{self.steps}-at-{self.rate:g}{warmup}"
 
     @property
     def flops(self) -> float:
@@ -68,12 +71,13 @@ class Task:
         words = [f"{key_of(name)}={RECIPE}" for name in trees]
         for name, tree in trees.items():
             rows = self.batch // tree["sequence_length"]
+            warmup = self.warmup or round(WARMUP * flops / self.batch / flops_per_byte(tree))
             fields = {
                 "model": json.dumps(tree),
                 "data.lanes": rows,
                 "train.global_batch": rows,
                 "train.micro_batch": rows,
-                "optimizer.schedule.warmup_steps": round(WARMUP * flops / self.batch / flops_per_byte(tree)),
+                "optimizer.schedule.warmup_steps": warmup,
             }
             words += [f"{key_of(name)}:{field}={value}" for field, value in fields.items()]
         words += [f"run.root={self.runs}", f"data.shards={self.train}", f"validation.shards={self.validation}"]
