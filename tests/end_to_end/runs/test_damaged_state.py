@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -291,19 +293,29 @@ def server(accepts: bool) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+ASKED_FOR_A_SECOND = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from pretrain.training import run_status
+
+run_status.ANSWER_SECONDS = 1.0
+print(json.dumps(asdict(run_status.status_of(Path(sys.argv[1])))))
+"""
+"""Program that prints the status of a run whose server may take a second. Its process ends the thread that asks."""
+
+
 @pytest.mark.parametrize("accepts", [False, True])
-def test_status_without_the_checkpoint_server_reports_the_problem(
-    run: Path, monkeypatch: pytest.MonkeyPatch, accepts: bool
-):
+def test_status_without_the_checkpoint_server_reports_the_problem(run: Path, accepts: bool):
     tree = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(tree.replace("home: null", "home: s3://bucket/folder"))
-    monkeypatch.setattr(run_status, "ANSWER_SECONDS", 1.0)
     with server(accepts) as url:
-        for name, value in {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        status = status_of(run)
-    assert (status.state, status.checkpoint_step, status.step) == ("finished", None, STEPS)
-    [problem] = status.problems
+        access = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        program = [sys.executable, "-c", ASKED_FOR_A_SECOND, str(run)]
+        done = subprocess.run(program, env=os.environ | access, check=True, stdout=subprocess.PIPE)
+    status = json.loads(done.stdout)
+    assert (status["state"], status["checkpoint_step"], status["step"]) == ("finished", None, STEPS)
+    [problem] = status["problems"]
     assert problem.startswith("s3://bucket/folder/run does not answer within 1 s")
 
 
