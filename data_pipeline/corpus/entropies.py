@@ -2,16 +2,17 @@
 
     corpus/entropies/3f2a…c1/            one folder for a model, and for a rule of its context
         entropies.json                   the model, the corpus, the size and digest of each file; it is written last
-        shard-000000.f16                 entropies of the shard's contents, block after block, then a digest a block
+        shard-000000.f16                 entropies of the shard's contents, block after block, then a seal a block
 
     Block ─▶ a model of bytes ─▶ write_entropies ─▶ StoredEntropies.read(block) ─▶ verified entropies
 
 An entropy is a little-endian fp16 number of nats. There is one for each byte of a block's content, also for the byte 0
-after a document: it is that of the prediction that the document ends.
+after a document: it is that of the prediction that the document ends. A seal is a digest of a block's entropies and of
+its content, so entropies of another content are damage, whoever left them.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ FOLDER = "entropies"
 CARD = "entropies.json"
 ENTROPIES_FORMAT = "byteloom-entropies/1"
 ENTROPY = np.dtype("<f2")
-DIGEST_BYTES = 32
+SEAL_BYTES = 32
+AHEAD_BYTES = 2 << 20
+"""Size limit of one request for the entropies of adjacent blocks at a URL, unless one block has more. It is small:
+the bytes of a request stay in memory, for each lane."""
 REMEDY = "write them with `byteloom entropies CORPUS --model EXPORT`, which keeps what is intact"
 
 Entropies = NDArray[np.float16]
@@ -79,26 +83,38 @@ class StoredEntropies:
                 corpus.storage.check_size(f"{key.folder}/{entry['name']}", entry["bytes"])
             except CorpusError as error:
                 raise DamagedCorpusError(f"{error}; {REMEDY}") from error
-        self._starts = _starts(corpus)
-        self._digests: dict[int, bytes] = {}
+        self._starts = np.concatenate([[0], np.cumsum(_sizes(corpus, range(len(corpus))))])
+        self._seals: dict[int, bytes] = {}
 
-    def read(self, block: int) -> Entropies:
+    def read(self, block: int, through: int | None = None) -> Entropies:
         """Return the entropies of the content of a block, one a byte.
+
+        Args:
+            block: number of the block.
+            through: last block that is needed soon. Remote storage fetches those up to it in the same request.
 
         Raises:
             CorpusError: they are damaged, or cannot be read.
         """
         corpus, shard = self._corpus, int(self._corpus.index[block]["shard"])
-        first = int(corpus.first_blocks[shard])
-        begin, end = (ENTROPY.itemsize * int(self._starts[each] - self._starts[first]) for each in (block, block + 1))
+        blocks = corpus.blocks_of(shard)
+        begin, end = self._span(blocks, block)
         name = f"{self._key.folder}/{self._card['shards'][shard]['name']}"
-        digests = self._digests_of(shard, name)
-        place = DIGEST_BYTES * (block - first)
-        for _ in range(corpus.storage.rereads):
-            content = self._stored(name, begin, end)
-            if blake3.blake3(content).digest() == digests[place : place + DIGEST_BYTES]:
+        seal = _seals_at(self._seals_of(shard, name), block - blocks[0])
+        last = max(block, min(block if through is None else through, blocks[-1]))
+        while self._span(blocks, last)[1] - begin > AHEAD_BYTES and last > block:
+            last = (block + last) // 2
+        ahead = self._span(blocks, last)[1]
+        for attempt in range(corpus.storage.rereads):
+            content = self._stored(name, begin, end, ahead, fresh=attempt > 0)
+            if _seal(corpus, block, content) == seal:
                 return np.frombuffer(content, ENTROPY)
         raise _damage(corpus, name, f"those of {corpus.name_of(block)} are not as they were written")
+
+    def _span(self, blocks: range, block: int) -> tuple[int, int]:
+        """Return the begin and end of a block's entropies in the file of its shard."""
+        start = self._starts[blocks.start]
+        return int(self._starts[block] - start), int(self._starts[block + 1] - start)
 
     def verify(self, shard: int) -> None:
         """Read all entropies of a shard.
@@ -109,26 +125,26 @@ class StoredEntropies:
         for block in self._corpus.blocks_of(shard):
             self.read(block)
 
-    def _stored(self, name: str, begin: int, end: int) -> bytes:
+    def _stored(self, name: str, begin: int, end: int, span_end: int, *, fresh: bool) -> bytes:
         """Return a range of a file. Its damage is not that of the corpus, which a run may read around."""
         try:
-            return self._corpus.storage.read(name, begin, end)
+            return self._corpus.storage.read_ahead(name, begin, end, span_end, fresh)
         except CorruptBlockError as error:
             raise DamagedCorpusError(f"{error}; {REMEDY}") from error
 
-    def _digests_of(self, shard: int, name: str) -> bytes:
-        """Return the digests of the blocks of a shard, which its file ends with."""
-        if shard not in self._digests:
+    def _seals_of(self, shard: int, name: str) -> bytes:
+        """Return the seals of the blocks of a shard, which its file ends with."""
+        if shard not in self._seals:
             entry, storage = self._card["shards"][shard], self._corpus.storage
-            size = DIGEST_BYTES * len(self._corpus.blocks_of(shard))
-            for _ in range(storage.rereads):
-                found = self._stored(name, entry["bytes"] - size, entry["bytes"])
+            begin = entry["bytes"] - SEAL_BYTES * len(self._corpus.blocks_of(shard))
+            for attempt in range(storage.rereads):
+                found = self._stored(name, begin, entry["bytes"], entry["bytes"], fresh=attempt > 0)
                 if blake3.blake3(found).hexdigest() == entry["blake3"]:
-                    self._digests[shard] = found
+                    self._seals[shard] = found
                     break
             else:
-                raise _damage(self._corpus, name, "its digests are not as they were written")
-        return self._digests[shard]
+                raise _damage(self._corpus, name, "its seals are not as they were written")
+        return self._seals[shard]
 
 
 def keys_of(corpus: Corpus) -> list[EntropiesKey]:
@@ -170,7 +186,7 @@ def write_entropies(
 ) -> int:
     """Write the entropies of a corpus, and return the number of shards that were not there.
 
-    Intact shards are kept, and so are the first blocks of a shard that a killed process left.
+    Intact shards of this content are kept, and so are the first blocks of a shard that a killed process left.
 
     Args:
         corpus: a corpus in a folder.
@@ -191,15 +207,15 @@ def write_entropies(
         _refuse_others(corpus, key, folder / CARD)
         for shard, listed in enumerate(corpus.manifest["shards"]):
             path = folder / f"{Path(listed['name']).stem}.f16"
-            digests = _intact_digests(corpus, shard, path)
-            if digests is None:
+            seals = _intact_seals(corpus, shard, path)
+            if seals is None:
                 new += 1
                 (folder / CARD).unlink(missing_ok=True)
-                digests = _write_shard(corpus, shard, path, of_shard(), progress)
+                seals = _write_shard(corpus, shard, path, of_shard(), progress)
             else:
                 progress(int(listed["raw_bytes"]))
             entries.append(
-                {"name": path.name, "bytes": path.stat().st_size, "blake3": blake3.blake3(digests).hexdigest()}
+                {"name": path.name, "bytes": path.stat().st_size, "blake3": blake3.blake3(seals).hexdigest()}
             )
         card = {
             "format": ENTROPIES_FORMAT,
@@ -212,10 +228,10 @@ def write_entropies(
 
 
 def _refuse_others(corpus: Corpus, key: EntropiesKey, path: Path) -> None:
-    """Check that a card, if there is one, is of this corpus and this model. One that is damaged is written again.
+    """Check that a card, if there is one, is of this model. One that is damaged is written again.
 
     Raises:
-        CorpusError: it is of others.
+        CorpusError: it is of another model, or of another version.
     """
     if path.exists():
         with suppress(DamagedCorpusError):
@@ -223,21 +239,22 @@ def _refuse_others(corpus: Corpus, key: EntropiesKey, path: Path) -> None:
 
 
 def _write_shard(corpus: Corpus, shard: int, path: Path, of_block: OfBlock, progress: Callable[[int], None]) -> bytes:
-    """Write the entropies of a shard, and return the digests of its blocks."""
-    blocks, sizes = corpus.blocks_of(shard), _sizes(corpus, shard)
-    partial, marks = partial_path(path), partial_path(path.with_suffix(".digests"))
-    kept = _kept(partial, marks, sizes)
+    """Write the entropies of a shard, and return the seals of its blocks."""
+    blocks = corpus.blocks_of(shard)
+    sizes = _sizes(corpus, blocks)
+    partial, marks = partial_path(path), partial_path(path.with_suffix(".seals"))
+    kept = _kept(corpus, blocks, partial, marks)
     while 0 < len(kept) < len(blocks) and corpus.read(blocks[len(kept)]).slices[0].document_offset:
         kept.pop()  # the context of a document that goes on is not known here
-    with partial.open("ab") as file, marks.open("ab") as digests:
-        file.truncate(sum(sizes[: len(kept)]))
-        digests.truncate(DIGEST_BYTES * len(kept))
+    with partial.open("ab") as file, marks.open("ab") as seals:
+        file.truncate(int(sizes[: len(kept)].sum()))
+        seals.truncate(SEAL_BYTES * len(kept))
         for block in blocks[: len(kept)]:
             progress(int(corpus.lengths[block]["raw_bytes"]))
         for block in blocks[len(kept) :]:
             found = of_block(corpus.read(block)).astype(ENTROPY).tobytes()
-            kept.append(blake3.blake3(found).digest())
-            for target, content in ((file, found), (digests, kept[-1])):
+            kept.append(_seal(corpus, block, found))
+            for target, content in ((file, found), (seals, kept[-1])):
                 target.write(content)
                 target.flush()
             progress(int(corpus.lengths[block]["raw_bytes"]))
@@ -247,41 +264,53 @@ def _write_shard(corpus: Corpus, shard: int, path: Path, of_block: OfBlock, prog
     return b"".join(kept)
 
 
-def _kept(partial: Path, marks: Path, sizes: Sequence[int]) -> list[bytes]:
-    """Return the digests of the first blocks of an unfinished file that are intact."""
+def _kept(corpus: Corpus, blocks: range, partial: Path, marks: Path) -> list[bytes]:
+    """Return the seals of the first blocks of an unfinished file that are intact."""
     if not partial.exists() or not marks.exists():
         return []
     known, kept = marks.read_bytes(), list[bytes]()
     with partial.open("rb") as file:
-        for number, size in enumerate(sizes):
-            digest = blake3.blake3(file.read(size)).digest()
-            if known[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)] != digest:
+        for number, (block, size) in enumerate(zip(blocks, _sizes(corpus, blocks).tolist(), strict=True)):
+            seal = _seal(corpus, block, file.read(size))
+            if _seals_at(known, number) != seal:
                 break
-            kept.append(digest)
+            kept.append(seal)
     return kept
 
 
-def _intact_digests(corpus: Corpus, shard: int, path: Path) -> bytes | None:
-    """Return the digests of the blocks of a finished file; None if it is missing or damaged."""
+def _intact_seals(corpus: Corpus, shard: int, path: Path) -> bytes | None:
+    """Return the seals of the blocks of a finished file; None if it is missing, damaged or of another content."""
     if not path.exists():
         return None
-    sizes = _sizes(corpus, shard)
+    blocks = corpus.blocks_of(shard)
+    sizes = _sizes(corpus, blocks)
+    if path.stat().st_size != _file_bytes(sizes):
+        return None
     with path.open("rb") as file:
-        found = b"".join(blake3.blake3(file.read(size)).digest() for size in sizes)
+        pairs = zip(blocks, sizes.tolist(), strict=True)
+        found = b"".join(_seal(corpus, block, file.read(size)) for block, size in pairs)
         return found if file.read() == found else None
 
 
-def _sizes(corpus: Corpus, shard: int) -> list[int]:
-    """Return the bytes that the entropies of each block of a shard take up."""
-    blocks = corpus.blocks_of(shard)
-    units: NDArray[np.int64] = ENTROPY.itemsize * np.diff(_starts(corpus)[blocks.start : blocks.stop + 1])
-    return [int(size) for size in units]
+def _seal(corpus: Corpus, block: int, entropies: bytes) -> bytes:
+    """Return the digest of a block's entropies whose key is the digest of its content."""
+    return blake3.blake3(entropies, key=corpus.index[block]["content_sha256"].tobytes()).digest()
 
 
-def _starts(corpus: Corpus) -> NDArray[np.int64]:
-    """Return where each block's content begins among all contents, and the end of the last: (blocks + 1,)."""
-    units = corpus.lengths["raw_bytes"].astype(np.int64) + corpus.lengths["document_ends"]
-    return np.concatenate([[0], np.cumsum(units)])
+def _seals_at(seals: bytes, number: int) -> bytes:
+    return seals[SEAL_BYTES * number : SEAL_BYTES * (number + 1)]
+
+
+def _sizes(corpus: Corpus, blocks: range) -> NDArray[np.int64]:
+    """Return the bytes that the entropies of each of some blocks take up: (blocks,)."""
+    lengths = corpus.lengths[blocks.start : blocks.stop]
+    units: NDArray[np.int64] = lengths["raw_bytes"].astype(np.int64) + lengths["document_ends"]
+    return ENTROPY.itemsize * units
+
+
+def _file_bytes(sizes: NDArray[np.int64]) -> int:
+    """Return the size of the file of a shard, given those of its blocks' entropies."""
+    return int(sizes.sum()) + SEAL_BYTES * len(sizes)
 
 
 def _checked_card(corpus: Corpus, key: EntropiesKey, content: bytes) -> dict[str, Any]:
@@ -304,10 +333,12 @@ def _checked_card(corpus: Corpus, key: EntropiesKey, content: bytes) -> dict[str
         )
     if (card["model"], card["reset_at_newlines"]) != tuple(key):
         raise CorpusError(f"{corpus.location}/{name} is of the model {card['model']}, not of {key.model}; {REMEDY}")
-    if card["content_sha256"] != corpus.content_sha256:
-        raise CorpusError(
-            f"{corpus.location}/{name} is of another corpus, of the content {card['content_sha256']}; remove the "
-            f"folder, and {REMEDY}"
+    shards = range(len(corpus.manifest["shards"]))
+    sizes = [_file_bytes(_sizes(corpus, corpus.blocks_of(shard))) for shard in shards]
+    # A corpus of the same content may have other shards.
+    if card["content_sha256"] != corpus.content_sha256 or [each["bytes"] for each in card["shards"]] != sizes:
+        raise DamagedCorpusError(
+            f"{corpus.location}/{name} is of another corpus, of the content {card['content_sha256']}; {REMEDY}"
         )
     checked: dict[str, Any] = card
     return checked

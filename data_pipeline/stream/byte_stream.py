@@ -329,7 +329,9 @@ class ByteStream:
     def _read_content(self, piece: Piece) -> _Content:
         content, document_ends = self.corpus.read_content(piece.block, through=piece.last_of_extent)
         units, ends = np.frombuffer(content, np.uint8), document_ends.astype(np.int64)
-        entropies = None if self._entropies is None else self._entropies.read(piece.block)
+        entropies = None
+        if self._entropies is not None:
+            entropies = self._entropies.read(piece.block, through=piece.last_of_extent)
         if self.packing.packing == "concatenate" and not self._separate:  # rows step over the ends of documents
             units = np.delete(units, ends)
             entropies = None if entropies is None else np.delete(entropies, ends)

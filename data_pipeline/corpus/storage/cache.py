@@ -33,8 +33,8 @@ class Span:
 
     @property
     def key(self) -> str:
-        """Name of the span in a cache."""
-        return f"{self.name}.{self.begin}-{self.end}"
+        """Name of the span in a cache, which is no path."""
+        return f"{self.name.replace('/', '_')}.{self.begin}-{self.end}"
 
 
 class SpanMemory:

@@ -48,7 +48,8 @@ class RemoteConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstri
     block) is kept beside them."""
     memory_bytes: int = Field(default=512 << 20, ge=0)
     """Limit of the compressed bytes that wait in memory for the stream. Each lane needs an extent: about 4 MiB of raw
-    bytes, compressed. With a lower limit, bytes are fetched more than once."""
+    bytes, compressed. It needs 2 MiB more if rows have entropies. With a lower limit, bytes are fetched more than
+    once."""
     cache_reserve_bytes: int = Field(default=1 << 30, ge=0)
     """Free space that the cache leaves on its disk. Without it, the cache removes blocks, or keeps none."""
     attempts: int = Field(default=20, ge=1)

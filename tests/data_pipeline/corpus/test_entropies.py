@@ -1,15 +1,17 @@
 """Entropies beside a corpus: files, rows and damage. A function of the bytes stands for the model of bytes."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from data_pipeline.corpus.blocks import Block
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.corpus.entropies import CARD, Entropies, EntropiesKey, StoredEntropies, write_entropies
+from data_pipeline.corpus.entropies import CARD, FOLDER, Entropies, EntropiesKey, StoredEntropies, write_entropies
 from data_pipeline.corpus.storage.remote import RemoteConfig
 from data_pipeline.corpus.verify import verify
 from data_pipeline.errors import CorpusError, DamagedCorpusError
@@ -144,6 +146,62 @@ def test_entropies_of_others_are_refused(copied: Path, written: Path):
         card.write_text(card.read_text().replace(corpus.content_sha256, "0" * 64))
         with pytest.raises(DamagedCorpusError, match="its digest is not that of its fields"):
             StoredEntropies(corpus, KEY)
+
+
+def test_entropies_of_another_content_are_written_again(copied: Path, sources: list[Path]):
+    """Also those of a command that was killed before the corpus was made again, though its blocks have equal sizes."""
+    other = copied.parent / "other"
+    for source in sources[0].rglob("*.py"):
+        target = other / source.relative_to(sources[0])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes().swapcase())
+    prepare_corpus([other], copied.parent / "new", include=["*.py"], block_bytes=5_000, shard_bytes=30_000)
+    for path in copied.iterdir():
+        if path.name != FOLDER:
+            path.unlink()
+            shutil.copy(copied.parent / "new" / path.name, path)
+    for card in (copied / KEY.folder / CARD, None):
+        with Corpus(copied) as corpus:
+            with pytest.raises(DamagedCorpusError):
+                StoredEntropies(corpus, KEY)
+            if card is not None:
+                card.unlink()
+    with Corpus(copied) as corpus:
+        assert write_entropies(corpus, KEY, lambda: of_bytes, lambda done: None) == len(corpus.manifest["shards"])
+        stored = StoredEntropies(corpus, KEY)
+        for block in range(len(corpus)):
+            assert np.array_equal(stored.read(block), of_bytes(corpus.read(block)))
+
+
+def test_entropies_are_refused_by_a_corpus_with_the_same_content_in_other_shards(copied: Path, written: Path):
+    with Corpus(written) as corpus:
+        manifest = corpus.manifest
+    card = copied / KEY.folder / CARD
+    tree = json.loads(card.read_text())
+    del tree["blake3"], tree["shards"][1:]
+    assert tree["content_sha256"] == manifest["content_sha256"] and len(manifest["shards"]) > 1
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    card.write_text(json.dumps({**tree, "blake3": blake3(text.encode()).hexdigest()}))
+    with Corpus(copied) as corpus:
+        with pytest.raises(DamagedCorpusError, match="is of another corpus"):
+            StoredEntropies(corpus, KEY)
+        assert write_entropies(corpus, KEY, lambda: of_bytes, lambda done: None) == 0
+        assert np.array_equal(
+            StoredEntropies(corpus, KEY).read(len(corpus) - 1), of_bytes(corpus.read(len(corpus) - 1))
+        )
+
+
+def test_entropies_at_a_url_are_fetched_ahead_and_kept_in_the_cache(written: Path, tmp_path: Path):
+    remote = RemoteConfig(cache=str(tmp_path / "cache"), cache_reserve_bytes=0)
+    with FaultyServer(written) as server, Corpus(written) as local:
+        for requests in (2, 0):  # of a first epoch, and of another process: the entropies of a shard, and its seals
+            asked: list[str] = []
+            server.fault_of = lambda name, asked=asked: asked.append(name) if name.endswith(".f16") else None
+            with Corpus(server.url, remote=remote) as corpus:
+                stored = StoredEntropies(corpus, KEY)
+                for block in corpus.blocks_of(1):
+                    assert np.array_equal(stored.read(block, through=len(corpus)), of_bytes(local.read(block)))
+            assert len(asked) == requests
 
 
 @pytest.mark.parametrize("fault", ["flip", "short", "busy"])
