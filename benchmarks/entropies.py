@@ -8,11 +8,9 @@ other programs disturb the clock more. Weights are random: steps do the same wor
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 
 from common.batch import random_batch
 from common.compared import CONTEXT, model_tree
-from common.report import Metric, options, report
+from common.report import Metric, in_turn, options, report
 from data_pipeline.stream.rows import Example
 from pretrain.engines import EngineConfig, build_engine
 from pretrain.models import build_model, model_config
@@ -78,18 +76,6 @@ def step(model: Any, *, has_entropies: bool) -> Callable[[], object]:
         entropies = np.random.default_rng(0).uniform(4, 6, batch.targets.shape).astype(np.float16)
         batch = replace(batch, example=Example(batch.rows.ids, batch.targets, entropies))
     return lambda: engine.train_step([batch], step=0, learning_rate=1e-4)
-
-
-def in_turn(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of the processor of each function, run in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
-        for name, function in work.items():
-            begin = time.process_time()
-            function()
-            if number:  # the first call allocates
-                seconds[name].append(time.process_time() - begin)
-    return {name: median(times) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":

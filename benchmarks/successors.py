@@ -15,9 +15,7 @@ python benchmarks/successors.py [--size small|tiny] [--models NAME;NAME] [--prec
 
 import argparse
 import copy
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.batch import random_batch
 from common.compared import BY_ENTROPY, CONTEXT, MODELS, byte_model_tree, model_tree
 from common.names import known_names, names
-from common.report import Metric, report
+from common.report import Metric, in_turn, report
 from data_pipeline.vocabulary import SEPARATOR
 from pretrain.engines import EngineConfig, build_engine
 from pretrain.estimate.activations import measure_activations
@@ -181,18 +179,6 @@ def rule_alone(model: BLT) -> Callable[[], object]:
     """Return a function that finds where the patches of a batch start."""
     read = F.pad(torch.randint(0, 256, (ROWS, CONTEXT - 1)), (1, 0), value=SEPARATOR)
     return lambda: model.patcher(read)
-
-
-def in_turn(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of the processor of each function, run in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
-        for name, function in work.items():
-            begin = time.process_time()
-            function()
-            if number:  # the first call allocates
-                seconds[name].append(time.process_time() - begin)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def memory(size: str, dtype: torch.dtype) -> list[Metric]:

@@ -74,3 +74,15 @@ def report(title: str, metrics: list[Metric], path: Path | None) -> None:
     )
     if path is not None:
         path.write_text(json.dumps([asdict(metric) for metric in metrics], indent=1), encoding="utf-8")
+
+
+def in_turn(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of the processor of each function, run in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, function in work.items():
+            begin = time.process_time()
+            function()
+            if number:  # the first call allocates
+                seconds[name].append(time.process_time() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}

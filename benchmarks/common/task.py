@@ -1,4 +1,4 @@
-"""What the models of comparison.py have in common: corpora, batch, learning rate, seeds, and `byteloom compare`."""
+"""Settings that the models of comparison.py share, and their training by `byteloom compare`."""
 
 import json
 import re

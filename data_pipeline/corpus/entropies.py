@@ -1,4 +1,4 @@
-"""Entropies beside a corpus: for each byte, how uncertain a small model of bytes was of it before it read it.
+"""Entropies beside a corpus: for each byte, the entropy of the prediction of it by a small model of bytes.
 
     corpus/entropies/3f2a…c1/            one folder for a model, and for a rule of its context
         entropies.json                   the model, the corpus, the size and digest of each file; it is written last
@@ -6,9 +6,9 @@
 
     Block ─▶ a model of bytes ─▶ write_entropies ─▶ StoredEntropies.read(block) ─▶ verified entropies
 
-An entropy is a little-endian fp16 number of nats. There is one for each byte of a block's content, also for the byte 0
-after a document: it is that of the prediction that the document ends. A seal is a digest of a block's entropies and of
-its content, so entropies of another content are damage, whoever left them.
+An entropy is a little-endian fp16 number of nats. Each byte of a block's content has one. The byte 0 after a document
+has that of the prediction of a separator. A seal is a digest of a block's entropies, keyed with the digest of its
+content. Entropies of another content are therefore found to be damaged.
 """
 
 import json
@@ -43,7 +43,7 @@ OfBlock = Callable[[Block], Entropies]
 
 
 class EntropiesKey(NamedTuple):
-    """What entropies depend on besides the corpus."""
+    """Identity of entropies besides the corpus: the model of bytes and the rule of its contexts."""
 
     model: str
     """Digest of the export of the model of bytes."""
@@ -57,7 +57,7 @@ class EntropiesKey(NamedTuple):
 
 
 class StoredEntropies:
-    """Entropies of a corpus that are open for reading. Those of a block are verified when they are read.
+    """Reader of the entropies beside a corpus. It verifies those of a block when it reads them.
 
     Many threads may read at once.
     """
@@ -66,7 +66,7 @@ class StoredEntropies:
         """Read the card of the entropies of a model.
 
         Raises:
-            CorpusError: the corpus has none, or they are damaged or those of another corpus.
+            CorpusError: there are none, they are damaged, or they are of another corpus.
         """
         self._corpus, self._key = corpus, key
         try:
@@ -116,14 +116,29 @@ class StoredEntropies:
         start = self._starts[blocks.start]
         return int(self._starts[block] - start), int(self._starts[block + 1] - start)
 
-    def verify(self, shard: int) -> None:
-        """Read all entropies of a shard.
+    @property
+    def size(self) -> int:
+        """Bytes of the files with a number for each byte."""
+        return sum(entry["bytes"] for entry in self._card["shards"])
 
-        Raises:
-            CorpusError: they are damaged, or cannot be read.
+    def faults_of(self, shard: int, progress: Callable[[int], None]) -> list[str]:
+        """Read the entropies of a shard, and return a message if they are damaged.
+
+        Args:
+            shard: position of the shard in the manifest.
+            progress: called with the bytes read since the last call; with all of them once there is a fault.
         """
-        for block in self._corpus.blocks_of(shard):
-            self.read(block)
+        left = int(self._card["shards"][shard]["bytes"])
+        try:
+            for block in self._corpus.blocks_of(shard):
+                size = self.read(block).nbytes
+                progress(size)
+                left -= size
+        except CorpusError as error:
+            return [str(error)]
+        finally:
+            progress(left)
+        return []
 
     def _stored(self, name: str, begin: int, end: int, span_end: int, *, fresh: bool) -> bytes:
         """Return a range of a file. Its damage is not that of the corpus, which a run may read around."""
@@ -147,38 +162,21 @@ class StoredEntropies:
         return self._seals[shard]
 
 
-def keys_of(corpus: Corpus) -> list[EntropiesKey]:
-    """Return the models whose entropies are beside a corpus in a folder; none for a URL, which lists no files.
+def open_entropies(corpus: Corpus) -> tuple[list[StoredEntropies], list[str]]:
+    """Return the entropies beside a corpus in a folder, and a message for each that cannot be opened.
 
-    Raises:
-        CorpusError: a card is damaged.
+    There are none beside a corpus at a URL, which lists no files.
     """
-    folder = corpus.storage.local_folder
-    found = []
+    folder, opened, faults = corpus.storage.local_folder, list[StoredEntropies](), list[str]()
     for path in sorted((folder / FOLDER).glob(f"*/{CARD}")) if folder is not None else []:
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
-            key = EntropiesKey(card["model"], card["reset_at_newlines"])
+            opened.append(StoredEntropies(corpus, EntropiesKey(card["model"], card["reset_at_newlines"])))
+        except CorpusError as error:
+            faults.append(str(error))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedCorpusError(f"{path} is damaged: {error}; {REMEDY}") from error
-        found.append(key)
-    return found
-
-
-def verify_entropies(corpus: Corpus) -> list[str]:
-    """Return a message for each fault of the entropies beside a corpus."""
-    faults = []
-    try:
-        for key in keys_of(corpus):
-            stored = StoredEntropies(corpus, key)
-            for shard in range(len(corpus.manifest["shards"])):
-                try:
-                    stored.verify(shard)
-                except CorpusError as error:
-                    faults.append(str(error))
-    except CorpusError as error:
-        faults.append(str(error))
-    return faults
+            faults.append(f"{path} is damaged: {error}; {REMEDY}")
+    return opened, faults
 
 
 def write_entropies(
@@ -245,7 +243,7 @@ def _write_shard(corpus: Corpus, shard: int, path: Path, of_block: OfBlock, prog
     partial, marks = partial_path(path), partial_path(path.with_suffix(".seals"))
     kept = _kept(corpus, blocks, partial, marks)
     while 0 < len(kept) < len(blocks) and corpus.read(blocks[len(kept)]).slices[0].document_offset:
-        kept.pop()  # the context of a document that goes on is not known here
+        kept.pop()  # the context of a document that continues is not known here
     with partial.open("ab") as file, marks.open("ab") as seals:
         file.truncate(int(sizes[: len(kept)].sum()))
         seals.truncate(SEAL_BYTES * len(kept))

@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from byteloom.core.progress import Progress, Tally
 from byteloom.core.text import count
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.corpus.entropies import verify_entropies
+from data_pipeline.corpus.entropies import open_entropies
 from data_pipeline.corpus.index import INDEX_FILES, ShardIndex, open_index_file, scan_shard, scan_tar
 from data_pipeline.corpus.manifest import FIELDS, SHARD_FIELDS, fields_of_shards, index_header, read_manifest
 from data_pipeline.corpus.storage.remote import PIECE_BYTES, RemoteConfig
@@ -53,7 +54,9 @@ def verify(location: str | Path, threads: int, progress: Progress, remote: Remot
     with corpus:
         entries = corpus.manifest["shards"]
         comparison = Comparison(corpus.location, corpus.manifest, {"lengths": corpus.lengths, "index": corpus.index})
-        done = Tally(sum(shard["bytes"] for shard in entries), progress)
+        entropies, closed = open_entropies(corpus)
+        in_all = sum(shard["bytes"] for shard in entries) + sum(stored.size for stored in entropies)
+        done = Tally(in_all, progress)
         others = faults_of_list(corpus.storage, corpus.content_sha256, corpus.lengths)
         others += faults_of_headers(corpus)
         faults = list[str]()
@@ -65,7 +68,12 @@ def verify(location: str | Path, threads: int, progress: Progress, remote: Remot
         if foreign := comparison.foreign(corpus.storage):
             return [foreign, *others]
         strangers = _strangers(corpus.storage, corpus.manifest)
-        return others + strangers + comparison.finish() + faults + verify_entropies(corpus)
+        faults = others + strangers + comparison.finish() + faults + closed
+        with ThreadPoolExecutor(threads) as pool:
+            for stored in entropies:
+                for found in pool.map(partial(stored.faults_of, progress=done.add), range(len(entries))):
+                    faults += found
+        return faults
 
 
 def faults_of_list(storage: Storage, content_sha256: str | None, lengths: NDArray[np.void] | None) -> list[str]:

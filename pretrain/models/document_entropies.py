@@ -10,7 +10,7 @@ A context is a document, or a line of it. Windows are as long as the model reads
     window 2                                      [ R  new ]
 
 R is the bytes that a byte depends on, if attention has a window. Otherwise, or if that is more, it is half a window.
-A window depends on the context alone. Shards, blocks, batches and rows change nothing but rounding.
+A window depends on the context alone. Shards, blocks, batches and rows change only the rounding.
 """
 
 from collections.abc import Iterable, Sequence
@@ -66,7 +66,7 @@ class ContextPart(NamedTuple):
 
 
 class ContextTracker:
-    """What windows read of a document before its next bytes."""
+    """Bytes of a document that the windows of its next bytes read, too."""
 
     def __init__(self, rule: ContextRule) -> None:
         """Begin a document."""
@@ -79,7 +79,7 @@ class ContextTracker:
         return ContextPart(np.concatenate([self._held, units]), self._first, len(self._held))
 
     def add(self, units: Units) -> ContextPart:
-        """Return the next bytes of the document with those before them, and go on behind them."""
+        """Return the next bytes of the document with those before them, and move behind them."""
         part = self.peek(units)
         begin = -part.first
         if self._rule.by_lines and len(ends := np.flatnonzero(part.units == NEWLINE)):
@@ -111,7 +111,16 @@ class _Window(NamedTuple):
 
 
 def entropies_of(model: EntropyModel, parts: Sequence[ContextPart], device: torch.device) -> list[Entropies]:
-    """Return the entropies of the new bytes of parts, each of the prediction of a byte from its context, in nats."""
+    """Return the entropies of the new bytes of parts: of their predictions from their contexts.
+
+    Args:
+        model: the model of bytes, with contexts.
+        parts: bytes of documents.
+        device: of the model.
+
+    Returns:
+        An array for each part, with the (new bytes,) fp16 entropies in nats.
+    """
     rule = ContextRule.of(model)
     found = [np.empty(len(part.units) - part.new, np.float16) for part in parts]
     windows = [window for number, part in enumerate(parts) for window in _windows(rule, number, part)]

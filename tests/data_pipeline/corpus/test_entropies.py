@@ -120,8 +120,11 @@ def test_damage_is_found_by_verify_and_by_reading_and_mended_by_the_command(copi
     content = bytearray(shard.read_bytes())
     content[11] ^= 1
     shard.write_bytes(content)
-    (fault,) = verify(copied, 1, lambda done, total: None)
+    calls = list[tuple[int, int]]()
+    (fault,) = verify(copied, 2, lambda *call: calls.append(call))
     assert shard.name in fault and "byteloom entropies" in fault
+    stored_bytes = sum(path.stat().st_size for path in copied.rglob("shard-*"))
+    assert calls[-1] == (stored_bytes, stored_bytes)
     with Corpus(copied) as corpus:
         stored, block = StoredEntropies(corpus, KEY), corpus.blocks_of(1)[0]
         with pytest.raises(DamagedCorpusError, match="are not as they were written"):
