@@ -14,6 +14,7 @@ from typing import Any
 
 from byteloom.core.errors import CorrectableError
 from byteloom.core.text import count
+from data_pipeline.stream.mixture import MOST_SEQUENCES
 from pretrain.engines import ENGINES, CheckpointingConfig, EngineConfig, compute_dtype, gpu_precision
 from pretrain.estimate.activations import KEEP_ALL, activation_lines, on_meta
 from pretrain.estimate.states import USABLE, states_on_rank
@@ -110,14 +111,19 @@ def size_run(name: str, flops: float, devices: DeviceBudget, sequence_length: in
         raise BudgetError(f"the family {name} declares no sizes; use {', '.join(known)}")
     length = sequence_length or context_of(flops)
     wanted = best_size(name, flops, length)
-    if (found := _fitted(name, flops, devices, wanted, wanted)) is not None:
-        return found
-    if (found := _widest_fitting(name, flops, devices, wanted)) is not None:
-        return found
-    raise BudgetError(
-        f"not even a {name} of {WIDTH_STEP} channels and rows of {length} bytes fits into "
-        f"{devices.memory / 2**30:g} GiB; give more --memory, or a shorter --sequence-length"
-    )
+    found = _fitted(name, flops, devices, wanted, wanted) or _widest_fitting(name, flops, devices, wanted)
+    if found is None:
+        raise BudgetError(
+            f"not even a {name} of {WIDTH_STEP} channels and rows of {length} bytes fits into "
+            f"{devices.memory / 2**30:g} GiB; give more --memory, or a shorter --sequence-length"
+        )
+    if (rows := found.steps * found.global_batch) > MOST_SEQUENCES:
+        raise BudgetError(
+            f"{flops:.3g} FLOPs pay for {rows:.3g} rows with a {name} of {found.size.width:,} channels, the widest "
+            f"that fits into {devices.memory / 2**30:g} GiB, and a run can read {MOST_SEQUENCES:,}; give more "
+            "--memory, or fewer --flops"
+        )
+    return found
 
 
 def context_of(flops: float) -> int:

@@ -115,6 +115,7 @@ def estimate(
     passes = len(deal(config.train.global_batch, rows, *group_of(0, gpus, context)))
     model = on_meta(config.model, config.finetune)
     costs = patch_costs(model, bytes_per_patch or SIZES) if model.patchers() else []
+    _check_sizes(bytes_per_patch or [], costs, model.sequence_length)
     found = shardings(model, config.optimizer.entry, dtype, gpus, passes)
     usable = memory * 2**30 * USABLE
     gpus_in_words = count(gpus, f"GPU of {memory:g} GiB", f"GPUs of {memory:g} GiB each")
@@ -306,6 +307,19 @@ def patch_table(costs: Sequence[PatchCost], padded: int, length: int) -> Table:
             f"{cost.flops / padded:.0%}",
         )
     return table
+
+
+def _check_sizes(sizes: Sequence[float], costs: Sequence[PatchCost], length: int) -> None:
+    """Refuse mean sizes of patches that a full row of `length` bytes cannot have."""
+    if sizes and not costs:
+        raise typer.BadParameter("the patches of this model do not follow the data", param_hint="--bytes-per-patch")
+    least = costs[0].bytes_per_patch if costs else 1
+    for size in sizes:
+        if not least <= size <= length:
+            raise typer.BadParameter(
+                f"{size:g}: a full row of this model has patches of {least:.3g} to {length:,} bytes",
+                param_hint="--bytes-per-patch",
+            )
 
 
 def verdict(

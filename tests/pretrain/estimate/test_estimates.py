@@ -235,3 +235,13 @@ def test_estimate_command_shows_what_fits():
             too_many = round(1.05 * largest) + 2
             more = getattr(measure_activations(config.model, too_many, torch.bfloat16, checkpointing), which)
             assert states + more > written["usable_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "reason"),
+    [("spacebyte/debug", 1, "a full row of this model has patches of 4 to"), ("transformer/debug", 4, "do not follow")],
+)
+@pytest.mark.slow
+def test_sizes_of_patches_that_no_full_row_has_are_refused(recipe: str, size: int, reason: str):
+    done = CliRunner().invoke(app, ["models", "estimate", recipe, f"--bytes-per-patch={size}"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and reason in done.output

@@ -109,6 +109,12 @@ def test_budget_of_less_than_a_step_or_of_more_than_the_widest_model_is_refused(
         size_run("transformer", flops, DeviceBudget(80 * GIB))
 
 
+@pytest.mark.long
+def test_budget_of_more_rows_than_a_run_can_read_is_refused():
+    with pytest.raises(BudgetError, match=r"pay for .* rows with a spacebyte of .* a run can read 274,877,906,944"):
+        size_run("spacebyte", 1e25, DeviceBudget(GIB))
+
+
 def test_depth_is_that_of_gpt_3():
     """Brown et al. 2020, table 2.1: 125 million to 1.3 billion parameters."""
     assert [layers_of(width) for width in (768, 1024, 2048)] == [12, 16, 24]
