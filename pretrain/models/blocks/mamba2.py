@@ -225,9 +225,8 @@ def scan(
     fill = -length % chunk
     x, write, read = (_padded(part, fill).unflatten(1, (-1, chunk)) for part in (x, write, read))
     steps = _padded(steps, fill).unflatten(1, (-1, chunk))  # a step of 0 changes nothing
-    sums = (
-        (steps * rates).clamp(min=FORGOTTEN).cumsum(2)
-    )  # (rows, chunks, chunk, heads) logarithm of the decay since the chunk began
+    log_decays = (steps * rates).clamp(min=FORGOTTEN)
+    sums = log_decays.cumsum(2)  # (rows, chunks, chunk, heads) logarithm of the decay since the chunk began
     written = (x * steps[..., None]).to(x.dtype)
 
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()

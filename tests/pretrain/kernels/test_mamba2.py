@@ -49,21 +49,21 @@ def test_training_with_fused_kernels_is_refused_on_a_cpu_and_evaluation_is_plain
 
 
 @pytest.fixture
-def checks_anew() -> Iterator[None]:
+def cleared_checks() -> Iterator[None]:
     """Forget which packages are installed, before a test and after it."""
     fused._missing_package.cache_clear()
     yield
     fused._missing_package.cache_clear()
 
 
-@pytest.mark.usefixtures("checks_anew")
+@pytest.mark.usefixtures("cleared_checks")
 @pytest.mark.skipif(find_spec("causal_conv1d") is not None, reason="the package is installed")
 def test_missing_package_is_named_with_who_needs_it():
     expected = "model.kernel: fused needs causal-conv1d: pip install 'causal-conv1d' (No module named 'causal_conv1d')"
     assert fused.missing_package() == expected
 
 
-@pytest.mark.usefixtures("checks_anew")
+@pytest.mark.usefixtures("cleared_checks")
 def test_package_that_is_too_old_is_named_with_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "causal_conv1d-1.5.4.post2.dist-info"
     folder.mkdir()
