@@ -164,5 +164,6 @@ def _refuse_empty(plan: Plan, documents: NDArray[np.int64]) -> None:
         if not number:
             raise EmptyCorpusError(
                 f"--holdout {plan.options.holdout} leaves no document for {part}: "
-                f"the sources have {count(int(documents.sum()), 'document')}"
+                f"the sources have {count(int(documents.sum()), 'document')}; "
+                "add documents, or set another share or --seed"
             )
