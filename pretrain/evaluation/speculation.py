@@ -38,12 +38,12 @@ class Speculation:
 def check_speculates(model: ByteModel) -> None:
     """Raise SamplingError if a model has no further heads, or a decoder that takes no byte back."""
     name = type(model).__name__
+    if not model.rewinds:
+        raise SamplingError(f"the decoder of this {name} cannot take bytes back, so it does not speculate")
     if model.multi_byte is None:
         raise SamplingError(
             f"this {name} has no further heads to speculate with; a run with model.multi_byte trains them"
         )
-    if not model.rewinds:
-        raise SamplingError(f"the decoder of this {name} cannot take bytes back, so it does not speculate")
 
 
 def speculate_rows(

@@ -169,7 +169,7 @@ def _remarks(text: PatchedText, figures: Mapping[str, StageFigures], shown: int)
     """Return sentences about what is shown."""
     remarks = []
     if shown < len(text.data):
-        remarks.append(f"The text above is the first {count(shown, 'byte')}. The tables count the whole file.")
+        remarks.append(f"The text shown is the first {count(shown, 'byte')}. The tables count the whole file.")
     if any(own.exact["characters"].precision < 1 for own in figures.values()):
         remarks.append("A patch that starts within a character is shown before it.")
     for stage, own in figures.items():
