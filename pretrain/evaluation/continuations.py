@@ -39,6 +39,8 @@ def read_prompt(path: Path, card: MediaCard | None) -> bytes:
     if card is None or modality_of(path.name, ReadOptions()) not in ("image", "audio"):
         try:
             return path.read_bytes()
+        except IsADirectoryError as error:
+            raise CorpusError(f"{path} is a folder; name a file in it") from error
         except OSError as error:
             raise CorpusError(f"cannot read {path}: {error.strerror}") from error
     document = document_of(SourceFile(0, str(path.absolute()), path.name, None, None), options_of(card))
