@@ -282,6 +282,7 @@ def test_fields_that_may_change_do_not_change_the_function(name: str):
         "z_loss": 0.5,
         "kernel": "auto",
         "rate_multipliers": (2.0, 0.5),
+        "parametrization": "fan_in",
     }
     torch.manual_seed(0)
     model = build_model(own).eval()
