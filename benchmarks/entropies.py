@@ -18,12 +18,12 @@ import torch
 
 from common.batch import random_batch
 from common.compared import CONTEXT, model_tree
+from common.entropy_patches import export_untrained
 from common.report import Metric, in_turn, options, report
 from data_pipeline.stream.rows import Example
 from pretrain.engines import EngineConfig, build_engine
 from pretrain.models import build_model, model_config
 from pretrain.optim import OptimizerConfig
-from pretrain.training.weights.exports import write_export
 
 ROWS, ROUNDS = 8, 5
 LARGE = "BLT, patches by spaces"
@@ -35,7 +35,7 @@ def main() -> None:
     chosen = options(__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        export(Path(folder))
+        export_untrained({"family": "transformer", "sequence_length": CONTEXT, **SMALL}, Path(folder) / "small")
         trees = {source: tree(Path(folder), source) for source in ("inline", "corpus")}
         models = {source: build_model(model_config(each)) for source, each in trees.items()}
         flops = {source: model.flops(CONTEXT) / CONTEXT for source, model in models.items()}
@@ -53,13 +53,6 @@ def main() -> None:
     share = f"{flops['corpus'] / flops['inline']:.2f} of the operations of a forward pass"
     ratio = Metric("corpus against inline", seconds["corpus"] / seconds["inline"], "of a step", share)
     report(f"A training step of {ROWS} rows of {CONTEXT:,} bytes, fp32", [*metrics, ratio], chosen.json)
-
-
-def export(folder: Path) -> None:
-    """Write an export of the small model with random weights."""
-    config = model_config({"family": "transformer", "sequence_length": CONTEXT, **SMALL})
-    weights = {name: parameter.detach() for name, parameter in build_model(config).named_parameters()}
-    write_export(folder / "small", weights, {"model": config.model_dump(mode="json")}, {})
 
 
 def tree(folder: Path, source: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.batch import random_batch
 from common.compared import BY_ENTROPY, CONTEXT, MODELS, byte_model_tree, model_tree
+from common.entropy_patches import export_untrained
 from common.names import known_names, names
 from common.report import Metric, in_turn, report
 from data_pipeline.vocabulary import SEPARATOR
@@ -38,7 +39,6 @@ from pretrain.models.families.spacebyte import SpaceByte
 from pretrain.models.patching.chunks import add_at, chunk_places, gather
 from pretrain.models.patching.cross_attention import ReadingBlock
 from pretrain.optim import OptimizerConfig
-from pretrain.training.weights.exports import write_export
 
 ROWS, ROUNDS = 8, 3
 SIDE = 2048
@@ -72,14 +72,11 @@ def main() -> None:
 
 
 def built(size: str, name: str, folder: Path) -> ByteModel:
-    """Return a model. With patches by entropy, its model of bytes has random weights, of which an export is written."""
+    """Return a model. If it has patches by entropy, write an export of a model of bytes with random weights for it."""
     tree = model_tree(size, name, CONTEXT)
     if name == BY_ENTROPY:
-        export, config = folder / "export", model_config(byte_model_tree(size, CONTEXT))
-        write_export(
-            export, dict(build_model(config).named_parameters()), {"model": config.model_dump(mode="json")}, {}
-        )
-        tree["patcher"] = {"name": "entropy", "model": str(export), "threshold": 0.0}
+        export_untrained(byte_model_tree(size, CONTEXT), folder / "export")
+        tree["patcher"] = {"name": "entropy", "model": str(folder / "export"), "threshold": 0.0}
     return build_model(model_config(tree))
 
 

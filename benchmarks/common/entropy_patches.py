@@ -14,6 +14,8 @@ from common.compared import byte_model_tree
 from common.corpora import byteloom
 from common.task import Task
 from data_pipeline.corpus.corpus import Corpus
+from pretrain.models import build_model, model_config
+from pretrain.training.weights.exports import write_export
 
 STEPS = 200
 """Most steps of the model of bytes."""
@@ -62,6 +64,18 @@ def byte_model(task: Task) -> ByteModel:
         replace_file(found, byteloom("threshold", export, sample, "--bytes-per-patch", BYTES_PER_PATCH, "--json"))
     threshold = json.loads(found.read_text())
     return ByteModel(trained, threshold["patcher"], threshold["bytes_per_patch"])
+
+
+def export_untrained(tree: dict[str, Any], folder: Path) -> None:
+    """Write an export of a model with random weights, which does the work of a trained one.
+
+    Args:
+        tree: section `model` of its recipe.
+        folder: of the export.
+    """
+    config = model_config(tree)
+    weights = {name: parameter.detach() for name, parameter in build_model(config).named_parameters()}
+    write_export(folder, weights, {"model": config.model_dump(mode="json")}, {})
 
 
 def stretches(corpus: Path, length: int) -> bytes:

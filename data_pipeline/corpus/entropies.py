@@ -48,7 +48,7 @@ class EntropiesKey(NamedTuple):
     model: str
     """Digest of the export of the model of bytes."""
     reset_at_newlines: bool
-    """Whether a context is a line, and not a document."""
+    """True: contexts are lines. False: they are documents."""
 
     @property
     def folder(self) -> str:

@@ -151,7 +151,7 @@ class ByteModel(nn.Module, ABC):
     decodes_without_end: ClassVar[bool] = False
     """Whether a decoder continues past sequence_length bytes, with a memory of earlier ones."""
     rewinds: bool = False
-    """Whether the decoder can take ids back; see `RewindingDecoder`."""
+    """True: the decoder can take ids back; see `RewindingDecoder`."""
 
     def __init__(self) -> None:
         """Make a model without parameters."""

@@ -40,7 +40,7 @@ class ContextRule(NamedTuple):
     overlap: int
     """R: bytes that a window has of the one before."""
     by_lines: bool
-    """Whether a context ends after each newline."""
+    """True: a context ends after each newline."""
 
     @classmethod
     def of(cls, model: EntropyModel) -> "ContextRule":
@@ -102,7 +102,7 @@ class _Window(NamedTuple):
     end: int
     """Byte after the last."""
     begins_context: bool
-    """Whether SEPARATOR comes before its first byte."""
+    """True: SEPARATOR comes before its first byte."""
 
     @property
     def length(self) -> int:

@@ -18,7 +18,7 @@ from pretrain.models.patching.frozen import frozen_config
 from pretrain.terminal.console import display, say
 from pretrain.training.stop import stopping_at_once
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer()
 
 
 @app.command("entropies")

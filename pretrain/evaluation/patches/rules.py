@@ -49,7 +49,7 @@ class RuleChoice:
     bytes_per_patch: float | None = None
     """Mean bytes of a patch, for which a threshold is found."""
     reset_at_newlines: bool = False
-    """Whether the model of bytes forgets what it read at each newline."""
+    """True: the model of bytes forgets what it read at each newline."""
 
     def __post_init__(self) -> None:
         """Check that the rule has its numbers and no others.

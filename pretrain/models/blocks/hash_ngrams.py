@@ -41,7 +41,8 @@ class NgramConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     functions: int = Field(default=1, ge=1, le=len(PRIMES))
     """Hash functions of each size, which have tables of their own."""
     normalize: bool = False
-    """Whether the sum is divided by the number of its vectors. The paper divides it, and the authors' code does not."""
+    """True: the sum is divided by the number of its vectors, as in the paper. False: it is not, as in the authors'
+    code."""
 
 
 class HashNgrams(nn.Module):

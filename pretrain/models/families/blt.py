@@ -102,7 +102,7 @@ class BLTConfig(PredictsFurther, frozen=True, extra="forbid", use_attribute_docs
     """Factor of the input in attention between positions and slots. The output is added to it. 1: the paper's
     equations. 2: the released code and weights."""
     attention_across_documents: bool = False
-    """Whether a byte sees earlier documents of its row. In the paper it does not. Separators end documents."""
+    """True: a byte sees earlier documents of its row. In the paper it does not. Separators end documents."""
     rotary_base: float = Field(default=500_000.0, gt=1)
     """Base of the rotary angles. The paper has 500,000, and the authors' code 10,000 by default."""
     activation: Activation = "swiglu"

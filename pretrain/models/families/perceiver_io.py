@@ -50,8 +50,8 @@ class PerceiverIOConfig(BaseModel, frozen=True, extra="forbid", use_attribute_do
     repeats: int = Field(default=1, ge=1)
     """R: times that these blocks run, one after the other, with the same weights."""
     cross_attend_every_repeat: bool = False
-    """Whether the latents read the row before each repetition, as in Perceiver. The first reading has its own weights,
-    and the later ones share theirs. If false, the latents read the row once."""
+    """True: the latents read the row before each repetition, as in Perceiver. The first reading has its own weights,
+    and the later ones share theirs. False: they read the row once."""
     input_width: int = Field(default=768, ge=1)
     """W: channels of the inputs, of the output queries and of the tied embeddings."""
     cross_heads: int = Field(default=8, ge=1)

@@ -44,15 +44,14 @@ class EntropyConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     max_patch_length: int | None = Field(default=None, ge=1)
     """Longest patch, in bytes. Longer ones are cut into patches of this length and a rest. Null: any length."""
     reset_at_newlines: bool = False
-    """Whether the small model forgets what it read at each newline byte: a line is then a document to it."""
-
+    """True: the small model forgets what it read at each newline byte. A line is then a document to it."""
     entropies: Literal["inline", "corpus"] = "inline"
     """Source of the entropies in training. inline: the small model reads each row in the forward pass. corpus: they are
     read beside the corpus, where `byteloom entropies` writes them; an entropy then depends on its document alone."""
 
     @property
     def has_contexts(self) -> bool:
-        """Whether entropies depend on a document or a line from its start, and not on the row around it."""
+        """True if an entropy depends on its document or line alone. False if it depends on the row around it."""
         return self.reset_at_newlines or self.entropies == "corpus"
 
     @model_validator(mode="before")

@@ -38,7 +38,7 @@ class LearnedConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     smoothing: bool = True
     """Whether outputs of patches are smoothed over patches. False is the paper's ablation."""
     straight_through: bool = True
-    """Whether the confidence of a decision changes gradients alone. False is the paper's ablation: it multiplies the
+    """True: the confidence of a decision changes gradients alone. False, the paper's ablation: it also multiplies the
     outputs of patches."""
 
 
